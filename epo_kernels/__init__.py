@@ -1,0 +1,1 @@
+"""Fused entropy-regularized policy-gradient losses for training LLM agents."""
