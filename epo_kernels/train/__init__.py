@@ -1,0 +1,1 @@
+"""The driver: `python -m epo_kernels.train`."""

@@ -1,0 +1,46 @@
+"""Environments: what the agent acts in, behind one small interface."""
+
+from epo_kernels.train.envs.base import (
+    SPLITS,
+    Demonstration,
+    EnvConfig,
+    Environment,
+    EnvironmentFailure,
+    Observation,
+    PracticeConfig,
+    StepResult,
+    Suite,
+    Task,
+)
+
+__all__ = [
+    "SPLITS",
+    "Demonstration",
+    "EnvConfig",
+    "Environment",
+    "EnvironmentFailure",
+    "Observation",
+    "PracticeConfig",
+    "StepResult",
+    "Suite",
+    "Task",
+    "make_suite",
+]
+
+
+def make_suite(config: EnvConfig) -> Suite:
+    """The suite that `config.name` asks for. Nothing heavy starts before its first task or environment.
+
+    Raises:
+        ValueError: an unknown suite, task type or simplification, or a setting out of range.
+    """
+    # Imported on demand: ScienceWorld's Python package is an extra that practice doesn't need.
+    if config.name == "practice":
+        from epo_kernels.train.envs.practice import PracticeSuite
+
+        return PracticeSuite(config)
+    if config.name == "scienceworld":
+        from epo_kernels.train.envs.scienceworld import ScienceWorldSuite
+
+        return ScienceWorldSuite(config)
+    raise ValueError(f"env.name must be 'scienceworld' or 'practice', not {config.name!r}")

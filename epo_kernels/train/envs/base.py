@@ -1,0 +1,113 @@
+"""What every environment, suite and rollout agrees on: text in, text out, one frozen record a step.
+
+A `Suite` is a family of tasks (ScienceWorld, practice): it names its tasks by split, makes environments and
+plays demonstrations. An `Environment` plays one episode at a time and belongs to one thread at a time. The
+rollout, not the environment, ends an episode after `Suite.max_turns` actions.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+SPLITS = ("train", "iid", "ood")
+
+
+class EnvironmentFailure(RuntimeError):
+    """An environment died, hung or could not start. The message says what happened and how to cure it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The start of one episode. The members of a GRPO group share it."""
+
+    name: str  # the task type, e.g. "find-non-living-thing"
+    variation: int
+    seed: int = 0  # only for environments that have randomness of their own
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy sees before it acts."""
+
+    goal: str  # the task: the sentence that must never be cut from a prompt
+    text: str  # the answer to the last action; at reset, the opening text
+    scene: str = ""  # what can be seen now; "" where `text` says all
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one action brought about."""
+
+    observation: Observation
+    reward: float  # what RL gets for this step, by the suite's documented rule; sums to the return
+    done: bool
+    score: float  # 0..100
+    success: bool  # truly completed
+    official_success: bool  # the published code's "done and score > 0"
+    valid: bool  # the environment understood the action
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A gold episode, for cloning and for the tokenizer's text.
+
+    `observations[i]` is what was seen before `actions[i]`; `score` is the final one, 0..100.
+    """
+
+    task: Task
+    observations: list[Observation]
+    actions: list[str]
+    score: float
+
+
+class Environment(Protocol):
+    """One episode at a time. Every method may raise EnvironmentFailure; after that only `close` is of use."""
+
+    def reset(self, task: Task) -> Observation: ...
+
+    def step(self, action: str) -> StepResult: ...
+
+    def close(self) -> None:
+        """Give everything back. Safe to call twice, and from another thread while a call hangs."""
+        ...
+
+
+class Suite(Protocol):
+    """A family of tasks. Its methods may be called from any thread."""
+
+    name: str
+    max_turns: int
+
+    def tasks(self, split: str) -> list[Task]:
+        """The tasks of "train", "iid" or "ood": fixed order, disjoint."""
+        ...
+
+    def make(self) -> Environment: ...
+
+    def demonstrate(self, task: Task) -> Demonstration: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class PracticeConfig:
+    """How hard the practice environment is (see practice.py)."""
+
+    length: int = 32  # right turns from the start to the reward
+
+
+@dataclass
+class EnvConfig:
+    """The `env.*` part of the driver's configuration."""
+
+    name: str = "scienceworld"  # scienceworld | practice
+    task_names: list[str] = field(
+        default_factory=list
+    )  # task types of train and iid; empty: the suite's default
+    ood_task_names: list[str] = field(default_factory=list)  # held-out task types; empty: the suite's default
+    max_turns: int | None = None  # actions an episode; None: the suite's default
+    step_timeout: float = 30.0  # seconds one action may take before its environment is replaced
+    start_timeout: float = 120.0  # seconds a reset may take, the start of a JVM included
+    simplification: str = "easy"  # scienceworld: comma-separated, "" for none
+    jvm_memory: str = "256m"  # scienceworld: heap limit of each JVM (-Xmx)
+    cache_dir: str | None = None  # demonstrations; None: $XDG_CACHE_HOME/epo_kernels
+    practice: PracticeConfig = field(default_factory=PracticeConfig)
