@@ -100,14 +100,14 @@ class EnvConfig:
     """The `env.*` part of the driver's configuration."""
 
     name: str = "scienceworld"  # scienceworld | practice
-    task_names: list[str] = field(
-        default_factory=list
-    )  # task types of train and iid; empty: the suite's default
+    task_names: list[str] = field(default_factory=list)  # task types of train and iid; empty: the suite's default
     ood_task_names: list[str] = field(default_factory=list)  # held-out task types; empty: the suite's default
     max_turns: int | None = None  # actions an episode; None: the suite's default
-    step_timeout: float = 30.0  # seconds one action may take before its environment is replaced
+    step_timeout: float = 30.0  # seconds an action may take before its environment is replaced
     start_timeout: float = 120.0  # seconds a reset may take, the start of a JVM included
     simplification: str = "easy"  # scienceworld: comma-separated, "" for none
+    tick_limit: int = 100  # scienceworld: simulated moves that end an episode; 100 is the published limit
+    progress_reward: float = 0.1  # scienceworld: share of the return that pays for partial score, 0..1
     jvm_memory: str = "256m"  # scienceworld: heap limit of each JVM (-Xmx)
     cache_dir: str | None = None  # demonstrations; None: $XDG_CACHE_HOME/epo_kernels
     practice: PracticeConfig = field(default_factory=PracticeConfig)

@@ -1,0 +1,51 @@
+"""Demonstrations frozen to files: gold paths cost seconds and differ from call to call."""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from epo_kernels.train.envs.base import Demonstration, Observation, Task
+
+
+def cache_folder(configured: str | None) -> Path:
+    """`configured`, else $XDG_CACHE_HOME/epo_kernels, else ~/.cache/epo_kernels."""
+    if configured:
+        return Path(configured).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "epo_kernels"
+
+
+def write_demonstration(path: Path, demonstration: Demonstration) -> None:
+    """Write `path` whole or not at all: several processes may share the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(asdict(demonstration), file, ensure_ascii=False, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_demonstration(path: Path) -> Demonstration | None:
+    """The demonstration in `path`; None where there is none.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        record = json.loads(text)
+        return Demonstration(
+            task=Task(**record["task"]),
+            observations=[Observation(**seen) for seen in record["observations"]],
+            actions=list(record["actions"]),
+            score=float(record["score"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no demonstration ({error}); delete the file to have it made anew") from error

