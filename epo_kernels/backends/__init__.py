@@ -1,0 +1,77 @@
+"""The backends: who computes the rows. One file each, one protocol, one registry."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from epo_kernels.backends.reference import ReferenceBackend
+from epo_kernels.config import EPOConfig
+from epo_kernels.inputs import Coefficients, LogitTransform, TokenInputs
+from epo_kernels.reference import EPOOutput
+
+
+class Backend(Protocol):
+    """Differentiable row operations over checked arguments. Logits are (B, T, V); packed batches are (1, N, V)."""
+
+    name: str
+    device_types: tuple[str, ...]  # torch device types it computes on
+
+    def why_unavailable(self) -> str | None:
+        """None where it can run on this machine, else why not and what would cure it."""
+
+    def epo_loss(
+        self,
+        logits: Tensor,
+        transform: LogitTransform,
+        inputs: TokenInputs,
+        coefficients: Coefficients,
+        cfg: EPOConfig,
+        *,
+        inplace: bool,
+    ) -> EPOOutput:
+        """The whole loss, differentiable in logits. inplace: logits may be overwritten with their gradient."""
+
+    def log_probs_and_entropy(
+        self, logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor, *, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-prob and entropy of each token (B, T), both differentiable in logits; no entropy where not asked for."""
+
+
+_BACKENDS: dict[str, Backend] = {"reference": ReferenceBackend()}
+# By device type, the first that can run is what backend="auto" takes.
+_PREFERENCE = ("reference",)
+
+
+def available_backends() -> dict[str, str | None]:
+    """Each backend's name, with None where it can run on this machine and else the reason why it can't."""
+    return {name: backend.why_unavailable() for name, backend in _BACKENDS.items()}
+
+
+def choose_backend(name: str, device: torch.device) -> Backend:
+    """The backend of that name, or for "auto" the best that runs on the device.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend asked for by name that can't run here, with the reason and the cure.
+    """
+    if name == "auto":
+        for candidate in _PREFERENCE:
+            backend = _BACKENDS[candidate]
+            if device.type in backend.device_types and backend.why_unavailable() is None:
+                return backend
+        name = "reference"
+    if name not in _BACKENDS:
+        raise ValueError(f"backend must be one of auto, {', '.join(_BACKENDS)}, got {name!r}")
+    backend = _BACKENDS[name]
+    reason = backend.why_unavailable()
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} can't run here: {reason}")
+    if backend.device_types and device.type not in backend.device_types:
+        raise RuntimeError(
+            f"backend={name!r} computes on {' or '.join(backend.device_types)}, the logits are on {device}; "
+            'move them, or take backend="auto"'
+        )
+    return backend

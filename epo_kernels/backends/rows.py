@@ -1,0 +1,133 @@
+"""What a fused backend's kernels offer: three modes over the rows of logits, in numbers and tensors only.
+
+They know no config object, no aggregation mode and no history. Autograd, the weights and the choice of the mode are
+the caller's (`ops.py`), the same for every backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from epo_kernels.config import KLType, Penalty
+from epo_kernels.inputs import LogitTransform
+
+# The runtime coefficients of a loss, in the order in which they lie in `Terms.coefficients`.
+COEFFICIENTS = (
+    "clip_ratio_low",
+    "clip_ratio_high",
+    "clip_ratio_c",  # +inf: no dual clip
+    "entropy_coeff",
+    "penalty_coeff",  # smooth_coeff * penalty_weight
+    "penalty_alpha",
+    "kl_coeff",
+)
+# The sums that leave a loss launch, in this order: `METRIC_NAMES` less "sequences".
+ROW_SUMS = (
+    "tokens",
+    "loss",
+    "pg_loss",
+    "penalty",
+    "kl_loss",
+    "entropy_sum",
+    "log_prob_sum",
+    "ratio_sum",
+    "ppo_kl_sum",
+    "clipped_tokens",
+    "dual_clipped_tokens",
+    "below_band_tokens",
+    "above_band_tokens",
+    "nonfinite_tokens",
+    "invalid_tokens",
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of logits and what names their tokens.
+
+    Attributes:
+        logits: (B, T, V) bfloat16, float16 or float32, any strides (also of V).
+        tokens: (B, T) int64, any strides; a counted token out of [0, transform.vocab_size) is invalid: its log-prob, and
+            so its loss and the gradient of its row, are NaN, and it is counted.
+        mask: (B, T) bool, any strides. Where it is False nothing may be read, results are 0 and the gradient is 0.
+        transform: how raw logits become z; its temperature is a number, a 0-d tensor or (B, T) float32, any strides.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    mask: Tensor
+    transform: LogitTransform
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The per-token arguments of the loss: (B, T) float32 of any strides (expanded ones have stride 0), or None.
+
+    Attributes:
+        weights: contiguous; 0 where the mask is.
+        old_log_probs: None: on-policy, ratio 1 with its gradient.
+        lower, upper: the band of each token; None: no band.
+        coefficients: (len(COEFFICIENTS),) float32 on the device of the logits.
+        gradient_scale: 0-d float32 on that device, a power of two that the written gradient is multiplied by (1 but for
+            float16, whose gradient would underflow).
+        kl_type, penalty: as in EPOConfig.
+    """
+
+    weights: Tensor
+    advantages: Tensor
+    old_log_probs: Tensor | None
+    ref_log_probs: Tensor | None
+    is_weights: Tensor | None
+    lower: Tensor | None
+    upper: Tensor | None
+    coefficients: Tensor
+    gradient_scale: Tensor
+    kl_type: KLType
+    penalty: Penalty
+
+
+class RowStatistics(NamedTuple):
+    """(B, T) float32, contiguous, 0 where the mask is 0.
+
+    maximum is m = max z and log_sum is log Σ e^(z - m): kept apart, because p from a rounded sum of both doesn't add up
+    to 1. entropy is None where it wasn't asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    maximum: Tensor
+    log_sum: Tensor
+
+
+class RowLoss(NamedTuple):
+    """log_probs, entropy: (B, T) float32. sums: (len(ROW_SUMS),) float64, added in an order that never changes."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    sums: Tensor
+
+
+class RowKernels(Protocol):
+    """The three modes. `out` is (B, T, V) of the logits' dtype, any strides; it may be `rows.logits` itself."""
+
+    def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
+        """Statistics alone: one read of the logits."""
+
+    def gradient(
+        self,
+        rows: Rows,
+        statistics: RowStatistics,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Gradient of the raw logits for given upstream gradients (B, T) float32; None: none flows to the entropy.
+
+        Writes every element of out: 0 in masked rows and past vocab_size.
+        """
+
+    def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
+        """Token-scope loss; writes gradient_scale * ∂loss/∂logits to out, every element, unless out is None."""

@@ -1,0 +1,175 @@
+"""The library's functions: check, choose a backend, call it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from epo_kernels.backends import choose_backend
+from epo_kernels.config import EPOConfig
+from epo_kernels.inputs import (
+    Scalar,
+    check_coefficients,
+    check_loss_inputs,
+    check_rows,
+    check_tokens,
+    check_transform,
+)
+from epo_kernels.reference import EPOOutput
+
+
+def epo_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    cfg: EPOConfig,
+    *,
+    entropy_bounds: tuple[Tensor, Tensor] | None = None,
+    segment_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_length: int | None = None,
+    penalty_weight: Scalar = 1.0,
+    entropy_coeff: Scalar | None = None,
+    kl_coeff: Scalar | None = None,
+    ref_log_probs: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    temperature: Scalar | None = None,
+    normalizer: Scalar | None = None,
+    loss_scale: Scalar = 1.0,
+    vocab_size: int | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> EPOOutput:
+    """Clipped policy-gradient loss with entropy bonus, entropy band and KL, in one pass over the logits.
+
+    `logits[:, t]` must predict `tokens[:, t]`. Slicing a causal model's output as `logits[:, :-1]` works, but makes
+    PyTorch copy the whole gradient; roll the tokens instead and mask the last position::
+
+        out = ek.epo_loss(model(ids).logits, ids.roll(-1, 1), old_log_probs, advantages, mask, cfg)
+
+    Args:
+        logits: (B, T, V), or packed (N, V), any strides; bfloat16, float16, float32 (float64 on the reference backend).
+        tokens: (B, T) or (N,) int64, the sampled tokens.
+        old_log_probs: like tokens, float, log-probs under the policy that sampled; None: on-policy, where the ratio is
+            1 and has its gradient.
+        advantages: like tokens, or one a sequence: (B,).
+        mask: like tokens, bool or 0/1; 1 at tokens that the policy produced. Nothing is read where it is 0, in any
+            argument: NaN and -100 may stand there.
+        cfg: see `EPOConfig`.
+        entropy_bounds: (lower, upper) of the entropy band in nats, like tokens, one a sequence, or, with segment_ids,
+            one a segment: (num_segments,). (-inf, +inf) where nothing is known. In segment scope the tightest bounds
+            among a segment's tokens hold.
+        segment_ids: like tokens, int64 in [0, num_segments): tokens of one id make one segment, wherever they stand.
+            For turns told apart by sequence, give `turns + num_turns * torch.arange(B)[:, None]`. Without bounds a
+            segment, ids are below the number of tokens. None: a sequence is a segment.
+        cu_seqlens: (num_sequences + 1,) int32 or int64, borders of the sequences of a packed batch, from 0 to N.
+        max_length: constant length of "seq-mean-token-sum-norm"; None: T of a padded batch.
+        penalty_weight: phase weight β of the band penalty (`phase_weight`); number or 0-d tensor, as are the next two.
+        entropy_coeff: in place of the config's.
+        kl_coeff: in place of the config's.
+        ref_log_probs: like tokens, float, log-probs under the reference policy; needed where kl_coeff isn't 0.
+        is_weights: like tokens (or (B,)), float, factor of the policy loss, e.g. truncated importance weights against
+            rollout mismatch.
+        temperature: in place of the config's; number, 0-d tensor, or like tokens.
+        normalizer: takes the place of the number of tokens (token-mean) or of sequences (other modes), scalar. With the
+            whole batch's number, the losses of unequal micro-batches add up to that of the batch.
+        loss_scale: factor on the loss, scalar, folded into the token weights.
+        vocab_size: entries of a row that are vocabulary, where a padded head has more.
+        logit_softcap: c of c tanh(x / c), applied to scaled logits before the temperature.
+        logit_scale: factor on the logits.
+        inplace: allows a backend to overwrite logits with their gradient, which halves the memory; don't use the logits
+            afterwards.
+        backend: a name of `available_backends`, or "auto".
+
+    Returns:
+        `EPOOutput(loss, metrics, log_probs, entropy)`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what it must be and what it is. Values of
+            CUDA tensors aren't read: there a bad one makes the loss NaN, counts in `metrics.invalid_tokens`, and raises
+            with the environment variable EPO_KERNELS_CHECK=1.
+        RuntimeError: a backend asked for by name can't run here.
+    """
+    rows, layout = check_rows(logits, tokens, cu_seqlens)
+    transform = check_transform(
+        layout,
+        width=rows.shape[-1],
+        temperature=cfg.temperature if temperature is None else temperature,
+        vocab_size=vocab_size,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+    )
+    coefficients = check_coefficients(
+        cfg,
+        penalty_weight=penalty_weight,
+        entropy_coeff=entropy_coeff,
+        kl_coeff=kl_coeff,
+        normalizer=normalizer,
+        loss_scale=loss_scale,
+    )
+    inputs = check_loss_inputs(
+        layout,
+        cfg,
+        tokens,
+        old_log_probs,
+        advantages,
+        mask,
+        vocab_size=transform.vocab_size,
+        kl_coeff=coefficients.kl,
+        entropy_bounds=entropy_bounds,
+        segment_ids=segment_ids,
+        max_length=max_length,
+        ref_log_probs=ref_log_probs,
+        is_weights=is_weights,
+    )
+    return choose_backend(backend, rows.device).epo_loss(rows, transform, inputs, coefficients, cfg, inplace=inplace)
+
+
+def log_probs_and_entropy(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: Scalar = 1.0,
+    entropy: bool = True,
+    entropy_grad: bool = True,
+    vocab_size: int | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each token and entropy of its distribution, both differentiable in logits.
+
+    Args:
+        logits: (B, T, V), or packed (N, V); see `epo_loss`, as for the arguments not named here.
+        tokens: (B, T) or (N,) int64.
+        mask: like tokens; results are 0 and nothing is read where it is 0. None: every token counts.
+        temperature: number, 0-d tensor, or like tokens.
+        entropy: False: don't compute it, and return None in its place.
+        entropy_grad: False: entropy comes detached, and costs backward nothing.
+
+    Returns:
+        (log_probs, entropy), float32 (float64 for float64 logits), shaped like tokens; entropy in nats.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `epo_loss`.
+    """
+    rows, layout = check_rows(logits, tokens, cu_seqlens=None)
+    transform = check_transform(
+        layout,
+        width=rows.shape[-1],
+        temperature=temperature,
+        vocab_size=vocab_size,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+    )
+    token_rows, counted = check_tokens(layout, tokens, mask, transform.vocab_size)
+    log_probs, entropies = choose_backend(backend, rows.device).log_probs_and_entropy(
+        rows, transform, token_rows, counted, entropy=entropy
+    )
+    if entropies is None:
+        return log_probs.reshape(layout.shape), None
+    return log_probs.reshape(layout.shape), (entropies if entropy_grad else entropies.detach()).reshape(layout.shape)

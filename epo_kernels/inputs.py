@@ -1,0 +1,430 @@
+"""The one place that checks arguments, and the one form in which everything behind it sees them.
+
+Padded (B, T) and packed (N,) batches come out alike: a packed batch is one row, (1, N), with `sequence_ids`. Canonical
+arguments (float32, int64, bool) are only viewed here, never copied, so that a fused backend launches nothing but its
+own kernels.
+
+Checks of shapes, types and devices always run. Checks of values run where they are free: on CPU tensors, outside of
+`torch.compile`; on CUDA with EPO_KERNELS_CHECK=1, at the price of a sync. Where they don't run, a bad value makes the
+loss NaN and is counted in `metrics.invalid_tokens`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from epo_kernels.config import BandScope, EPOConfig
+
+Scalar: TypeAlias = float | Tensor
+INVALID_TOKEN = -1  # what an inconsistent mask or segment id is turned into where it can't raise
+LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """How raw logits x become the z of the maths, over [0, vocab_size): softcap tanh(scale x / softcap) / temperature.
+
+    Attributes:
+        vocab_size: entries of a row that are vocabulary; the rest is padding of the head.
+        temperature: number, 0-d tensor, or (B, T).
+        softcap: Gemma's final logit soft-capping, or None.
+        scale: Cohere's and Granite's logit scale (multiplier), or None.
+    """
+
+    vocab_size: int
+    temperature: Scalar
+    softcap: float | None
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Everything the loss knows of its tokens beside their logits. (B, T) views; packed batches are (1, N).
+
+    Attributes:
+        shape: the caller's shape of `tokens`, in which results go back.
+        tokens: int64; -1 where another argument of a counted token is inconsistent.
+        mask: bool. Nothing else may be read where it is False.
+        old_log_probs, advantages, ref_log_probs, is_weights: floats, or None where not given.
+        lower, upper: band, (B, T) in token scope, (num_segments,) in segment scope, or None.
+        segment_ids: int64, segment of each token, in segment scope; None in token scope, and where a row is a segment.
+        num_segments: number of segments, 0 in token scope.
+        sequence_ids: int64, sequence of each token of a packed batch; None where a row is a sequence.
+        num_sequences: B, or the number of packed sequences.
+        max_length: length for "seq-mean-token-sum-norm", or None.
+    """
+
+    shape: torch.Size
+    tokens: Tensor
+    mask: Tensor
+    old_log_probs: Tensor | None
+    advantages: Tensor
+    ref_log_probs: Tensor | None
+    is_weights: Tensor | None
+    lower: Tensor | None
+    upper: Tensor | None
+    segment_ids: Tensor | None
+    num_segments: int
+    sequence_ids: Tensor | None
+    num_sequences: int
+    max_length: int | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the caller's per-token arguments lie, and how they become (B, T).
+
+    Attributes:
+        shape: the caller's shape of tokens: (B, T), or (N,) packed.
+        device, dtype: where the rows are, and the dtype of their statistics.
+        sequence_ids, num_sequences: as in `TokenInputs`.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype
+    sequence_ids: Tensor | None
+    num_sequences: int
+
+    @property
+    def packed(self) -> bool:
+        return len(self.shape) == 1
+
+    def check(self, name: str, value: Tensor) -> Tensor:
+        """A tensor argument like tokens, viewed as (B, T)."""
+        check_tensor(name, value, self.shape, self.device)
+        return value[None] if self.packed else value
+
+    def floats(self, name: str, value: Tensor) -> Tensor:
+        """A float argument like tokens or one value a sequence, as (B, T) of the layout's dtype, detached."""
+        by_sequence = isinstance(value, Tensor) and value.shape == (self.num_sequences,) != self.shape
+        if by_sequence and self.packed and self.sequence_ids is None:
+            raise ValueError(f"cu_seqlens must be given to spread {name} {tuple(value.shape)} over packed tokens")
+        if isinstance(value, Tensor) and value.shape != self.shape and not by_sequence:
+            raise ValueError(
+                f"{name} must have the shape of tokens {tuple(self.shape)}, or one value a sequence "
+                f"({self.num_sequences},), got {tuple(value.shape)}"
+            )
+        check_tensor(name, value, value.shape if by_sequence else self.shape, self.device)
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {value.dtype}")
+        value = value.detach().to(self.dtype)
+        if not by_sequence:
+            return value[None] if self.packed else value
+        return value[self.sequence_ids] if self.packed else value[:, None].expand(self.shape)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The numbers a schedule moves: floats or 0-d tensors on the device. `penalty` is smooth_coeff * penalty_weight."""
+
+    entropy: Scalar
+    penalty: Scalar
+    kl: Scalar
+    normalizer: Scalar | None
+    loss_scale: Scalar
+
+
+def checks_values(device: torch.device) -> bool:
+    """Whether values may be read here: free on the CPU, on request elsewhere, never while compiling."""
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" or os.environ.get("EPO_KERNELS_CHECK", "0") == "1"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all statistics: float32, or float64 for float64 logits."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensor(name: str, value: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless value is a tensor of that shape on that device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, where logits or hidden states are, got {value.device}")
+
+
+def check_scalar(name: str, value: Scalar, low: float = -math.inf, open_low: bool = False) -> Scalar:
+    """A finite number in range, or a 0-d tensor (whose value isn't read)."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        return value.detach()
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r} ({type(value).__name__})")
+    if torch.compiler.is_compiling():  # a guard on the value would recompile at every step of a schedule
+        return value
+    if not math.isfinite(value) or value < low or (open_low and value == low):
+        wanted = f" and {'>' if open_low else '>='} {low:g}" if low > -math.inf else ""
+        raise ValueError(f"{name} must be finite{wanted}, got {value}")
+    return float(value)
+
+
+def check_rows(rows: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logits") -> tuple[Tensor, Layout]:
+    """Logits (or hidden states) as (B, T, width), a view, and the layout of everything that goes with them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it is.
+    """
+    for label, value in ((name, rows), ("tokens", tokens)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{label} must be a tensor, got {type(value).__name__}")
+    if rows.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {rows.dtype}")
+    if rows.dim() not in (2, 3) or rows.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must be (batch, time, width) or packed (tokens, width) with width > 0, got {tuple(rows.shape)}"
+        )
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"tokens must be int64, got {tokens.dtype}")
+    check_tensor("tokens", tokens, rows.shape[:-1], rows.device)
+    sequence_ids, num_sequences = _sequences(tokens, cu_seqlens)
+    layout = Layout(tokens.shape, rows.device, compute_dtype(rows.dtype), sequence_ids, num_sequences)
+    return rows if rows.dim() == 3 else rows[None], layout
+
+
+def check_transform(
+    layout: Layout,
+    *,
+    width: int,
+    temperature: Scalar,
+    vocab_size: int | None,
+    logit_softcap: float | None,
+    logit_scale: float | None,
+) -> LogitTransform:
+    """The transform of logits of that width.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it is.
+    """
+    if vocab_size is None:
+        vocab_size = width
+    if not isinstance(vocab_size, int) or not 1 <= vocab_size <= width:
+        raise ValueError(f"vocab_size must be an int in [1, {width}] (the logits' width), got {vocab_size!r}")
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        temperature = layout.floats("temperature", temperature)
+    else:
+        temperature = check_scalar("temperature", temperature, low=0.0, open_low=True)
+    for name, value, low in (("logit_softcap", logit_softcap, 0.0), ("logit_scale", logit_scale, -math.inf)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a number or None, got a tensor")
+        if value is not None:
+            check_scalar(name, value, low, open_low=True)
+    return LogitTransform(vocab_size, temperature, logit_softcap, logit_scale)
+
+
+def check_tokens(layout: Layout, tokens: Tensor, mask: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(tokens, mask) as (B, T) int64 and bool; mask None counts every token.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it is.
+    """
+    tokens = layout.check("tokens", tokens).to(torch.int64)
+    if mask is None:
+        counted = torch.ones_like(tokens, dtype=torch.bool)
+    else:
+        mask = layout.check("mask", mask)
+        counted = mask if mask.dtype == torch.bool else mask != 0
+        if mask.dtype != torch.bool:
+            odd = counted & (mask != 1)
+            tokens = _reject(tokens, odd, mask, "mask must be bool, or hold only 0 and 1")
+    outside = counted & ((tokens < 0) | (tokens >= vocab_size))
+    advice = f"tokens must be in [0, {vocab_size}) where the mask is 1 (mask out padding and -100 labels)"
+    if checks_values(layout.device):
+        _reject(tokens, outside, tokens, advice)
+    return tokens, counted
+
+
+def check_coefficients(
+    cfg: EPOConfig,
+    *,
+    penalty_weight: Scalar,
+    entropy_coeff: Scalar | None,
+    kl_coeff: Scalar | None,
+    normalizer: Scalar | None,
+    loss_scale: Scalar,
+) -> Coefficients:
+    """The coefficients of one call: those given, else the config's."""
+    return Coefficients(
+        entropy=check_scalar("entropy_coeff", cfg.entropy_coeff if entropy_coeff is None else entropy_coeff),
+        penalty=check_scalar("penalty_weight", penalty_weight) * cfg.smooth_coeff,
+        kl=check_scalar("kl_coeff", cfg.kl_coeff if kl_coeff is None else kl_coeff),
+        normalizer=None if normalizer is None else check_scalar("normalizer", normalizer, low=0.0),
+        loss_scale=check_scalar("loss_scale", loss_scale),
+    )
+
+
+def check_loss_inputs(
+    layout: Layout,
+    cfg: EPOConfig,
+    tokens: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    vocab_size: int,
+    kl_coeff: Scalar,
+    entropy_bounds: tuple[Tensor, Tensor] | None,
+    segment_ids: Tensor | None,
+    max_length: int | None,
+    ref_log_probs: Tensor | None,
+    is_weights: Tensor | None,
+) -> TokenInputs:
+    """Everything the loss knows of its tokens, checked and in one form.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it is.
+    """
+    if not isinstance(cfg, EPOConfig):
+        raise TypeError(f"cfg must be an EPOConfig, got {type(cfg).__name__}")
+    if cfg.penalty != "none" and entropy_bounds is None:
+        raise ValueError(
+            f"entropy_bounds must be (lower, upper) when penalty is {cfg.penalty!r}, got None; "
+            "EntropyHistory.bounds makes them, (-inf, +inf) where nothing is known"
+        )
+    if ref_log_probs is None and (isinstance(kl_coeff, Tensor) or kl_coeff != 0):
+        raise ValueError("ref_log_probs must be given when kl_coeff isn't 0, got None")
+    needs_sequences = cfg.loss_agg_mode != "token-mean" or (cfg.band_scope == "segment" and segment_ids is None)
+    if layout.packed and layout.sequence_ids is None and needs_sequences:
+        raise ValueError(
+            f"cu_seqlens must be given for packed logits with loss_agg_mode={cfg.loss_agg_mode!r} and "
+            f"band_scope={cfg.band_scope!r}: the sequences must be known"
+        )
+    token_rows, counted = check_tokens(layout, tokens, mask, vocab_size)
+    token_rows, segment_rows, num_segments, lower, upper = _check_bands(
+        layout, cfg.band_scope, token_rows, counted, entropy_bounds, segment_ids
+    )
+    return TokenInputs(
+        shape=layout.shape,
+        tokens=token_rows,
+        mask=counted,
+        old_log_probs=None if old_log_probs is None else layout.floats("old_log_probs", old_log_probs),
+        advantages=layout.floats("advantages", advantages),
+        ref_log_probs=None if ref_log_probs is None else layout.floats("ref_log_probs", ref_log_probs),
+        is_weights=None if is_weights is None else layout.floats("is_weights", is_weights),
+        lower=lower,
+        upper=upper,
+        segment_ids=segment_rows,
+        num_segments=num_segments,
+        sequence_ids=layout.sequence_ids,
+        num_sequences=layout.num_sequences,
+        max_length=_check_max_length(layout, cfg, max_length),
+    )
+
+
+def _check_max_length(layout: Layout, cfg: EPOConfig, max_length: int | None) -> int | None:
+    if cfg.loss_agg_mode != "seq-mean-token-sum-norm":
+        return None
+    if max_length is None:
+        if layout.packed:
+            raise ValueError(f"max_length must be given for packed logits with loss_agg_mode={cfg.loss_agg_mode!r}")
+        return max(layout.shape[1], 1)
+    if not isinstance(max_length, int) or max_length < 1:
+        raise ValueError(f"max_length must be an int of at least 1, got {max_length!r}")
+    return max_length
+
+
+def _sequences(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
+    """(sequence_ids (1, N), number of sequences) of a packed batch, (None, B) of a padded one."""
+    if cu_seqlens is None:
+        return None, tokens.shape[0] if tokens.dim() == 2 else 1
+    if tokens.dim() != 1:
+        raise ValueError("cu_seqlens goes with packed logits (tokens, vocab); these are padded (batch, time, vocab)")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {kind}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.device != tokens.device:
+        raise ValueError(
+            f"cu_seqlens must be (num_sequences + 1,) on {tokens.device}, got {tuple(cu_seqlens.shape)} on "
+            f"{cu_seqlens.device}"
+        )
+    if checks_values(tokens.device):
+        borders = cu_seqlens.tolist()
+        if borders[0] != 0 or borders[-1] != tokens.shape[0] or borders != sorted(borders):
+            raise ValueError(f"cu_seqlens must rise from 0 to the {tokens.shape[0]} tokens, got {borders}")
+    num_sequences = cu_seqlens.shape[0] - 1
+    positions = torch.arange(tokens.shape[0], device=tokens.device, dtype=cu_seqlens.dtype)
+    # Tokens past the last border can only be seen where values aren't read; they go to the last sequence.
+    ids = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True).clamp(max=num_sequences - 1)
+    return ids[None], num_sequences
+
+
+def _check_bands(
+    layout: Layout,
+    scope: BandScope,
+    tokens: Tensor,
+    counted: Tensor,
+    bounds: tuple[Tensor, Tensor] | None,
+    segment_ids: Tensor | None,
+) -> tuple[Tensor, Tensor | None, int, Tensor | None, Tensor | None]:
+    """tokens (-1 where the segment is out of range), segment_ids, num_segments, lower, upper; see `TokenInputs`."""
+    if bounds is not None:
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not all(isinstance(b, Tensor) for b in bounds):
+            raise TypeError(f"entropy_bounds must be a pair of tensors (lower, upper), got {type(bounds).__name__}")
+        if bounds[0].shape != bounds[1].shape:
+            shapes = f"{tuple(bounds[0].shape)} and {tuple(bounds[1].shape)}"
+            raise ValueError(f"entropy_bounds must be a pair of one shape, got {shapes}")
+    by_segment = (
+        bounds is not None and segment_ids is not None and bounds[0].dim() == 1 and bounds[0].shape != layout.shape
+    )
+    ids, num_segments = None, 0
+    if by_segment or scope == "segment":
+        num_segments = bounds[0].shape[0] if by_segment and bounds is not None else counted.numel()
+        tokens, ids, num_segments = _segments(layout, tokens, counted, segment_ids, num_segments)
+
+    def bound(name: str, value: Tensor, unknown: float) -> Tensor:
+        if by_segment:
+            check_tensor(name, value, torch.Size([num_segments]), layout.device)
+            value = value.detach().to(layout.dtype)
+            return value if scope == "segment" else value[ids]
+        value = layout.floats(name, value)
+        if scope == "token":
+            return value
+        value = torch.where(counted, value, unknown)
+        if ids is None:
+            return value.amax(dim=1) if unknown < 0 else value.amin(dim=1)
+        tightest = torch.full((num_segments,), unknown, dtype=layout.dtype, device=layout.device)
+        return tightest.scatter_reduce(0, ids.reshape(-1), value.reshape(-1), "amax" if unknown < 0 else "amin")
+
+    lower = upper = None
+    if bounds is not None:
+        lower = bound("entropy_bounds[0]", bounds[0], -math.inf)
+        upper = bound("entropy_bounds[1]", bounds[1], math.inf)
+    return (tokens, ids, num_segments, lower, upper) if scope == "segment" else (tokens, None, 0, lower, upper)
+
+
+def _segments(
+    layout: Layout, tokens: Tensor, counted: Tensor, segment_ids: Tensor | None, num_segments: int
+) -> tuple[Tensor, Tensor | None, int]:
+    """tokens (-1 where the segment is out of range), segment_ids (B, T) in range everywhere, number of segments."""
+    if segment_ids is None:
+        return tokens, layout.sequence_ids, layout.num_sequences
+    ids = layout.check("segment_ids", segment_ids)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"segment_ids must be int64, got {ids.dtype}")
+    outside = counted & ((ids < 0) | (ids >= num_segments))
+    advice = (
+        f"segment_ids must be in [0, {num_segments}) where the mask is 1: below the number of segments that "
+        "entropy_bounds tells, or of tokens where it doesn't"
+    )
+    tokens = _reject(tokens, outside, ids, advice)
+    return tokens, torch.where(counted & ~outside, ids, 0).to(torch.int64), num_segments
+
+
+def _reject(tokens: Tensor, bad: Tensor, values: Tensor, message: str) -> Tensor:
+    """Raise where values may be read; elsewhere mark the tokens invalid: the loss becomes NaN and counts them."""
+    if not checks_values(tokens.device):
+        return torch.where(bad, INVALID_TOKEN, tokens)
+    if bool(bad.any()):
+        where = bad.nonzero()[0].tolist()
+        raise ValueError(f"{message}, got {values[tuple(where)].item()} at row {where[0]}, position {where[1]}")
+    return tokens

@@ -1,0 +1,79 @@
+"""Metrics of a loss: one small vector on the device, named sums and counts that add."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+METRIC_NAMES = (
+    "tokens",  # counted tokens
+    "sequences",  # sequences with at least one counted token
+    "loss",  # Σ w ℓ: the returned loss
+    "pg_loss",  # Σ w is_weight pg
+    "penalty",  # Σ w P, before its coefficients
+    "kl_loss",  # Σ w KL, before kl_coeff
+    "entropy_sum",  # Σ H over counted tokens, as are the sums below
+    "log_prob_sum",  # Σ log-prob
+    "ratio_sum",  # Σ r
+    "ppo_kl_sum",  # Σ (old_log_prob - log_prob), exponent-clamped as the ratio is
+    "clipped_tokens",  # the clipped ratio decides the loss
+    "dual_clipped_tokens",  # the dual clip decides the loss
+    "below_band_tokens",  # H (segment scope: the segment's mean) below its lower bound
+    "above_band_tokens",
+    "nonfinite_tokens",  # counted tokens whose loss or entropy is not finite
+    "invalid_tokens",  # counted tokens with an id out of the vocabulary, a mask that is neither 0 nor 1, ...
+)
+_INDEX = {name: i for i, name in enumerate(METRIC_NAMES)}
+
+# Means over counted tokens: the name people log, and the sum it comes from.
+_TOKEN_MEANS = {
+    "entropy": "entropy_sum",
+    "log_prob": "log_prob_sum",
+    "ratio": "ratio_sum",
+    "ppo_kl": "ppo_kl_sum",
+    "pg_clipfrac": "clipped_tokens",
+    "pg_clipfrac_lower": "dual_clipped_tokens",
+    "below_band_fraction": "below_band_tokens",
+    "above_band_fraction": "above_band_tokens",
+}
+
+
+@dataclass
+class LossMetrics:
+    """Sums and counts of one loss call; add them over micro-batches, `all_reduce` them over ranks.
+
+    Each name of `METRIC_NAMES` is an attribute: a detached 0-d float64 tensor on the device (reading it as a number
+    syncs). With a common `normalizer` the weighted sums (`loss`, `pg_loss`, `penalty`, `kl_loss`) of micro-batches add
+    up to those of the whole batch.
+
+    Attributes:
+        values: (len(METRIC_NAMES),) float64, detached.
+    """
+
+    values: Tensor
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in _INDEX:
+            return self.values[_INDEX[name]]
+        raise AttributeError(f"LossMetrics has no {name!r}; it has {', '.join(METRIC_NAMES)}")
+
+    def __add__(self, other: LossMetrics) -> LossMetrics:
+        return LossMetrics(self.values + other.values)
+
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> LossMetrics:
+        """The sum over the ranks of `group` (None: the default group)."""
+        values = self.values.clone()
+        torch.distributed.all_reduce(values, group=group)
+        return LossMetrics(values)
+
+    def to_floats(self) -> dict[str, float]:
+        """All sums and counts, and the token means people log (`entropy`, `ppo_kl`, `pg_clipfrac`, ...), as floats.
+
+        One device sync. Means are NaN where no token counted.
+        """
+        sums = dict(zip(METRIC_NAMES, self.values.tolist(), strict=True))
+        tokens = sums["tokens"]
+        means = {name: sums[total] / tokens if tokens else float("nan") for name, total in _TOKEN_MEANS.items()}
+        return {**sums, **means}

@@ -1,0 +1,292 @@
+"""The maths, once, in eager PyTorch: one function a term, differentiated by autograd, in float32 or float64.
+
+Every other backend is tested against this file. Per token, with logits z, sampled token y and mask m:
+
+    log_prob = z_y - lse(z)        H = -Σ_v p_v log p_v        r = exp(clamp(log_prob - old_log_prob, ±20))
+    pg       = max(-A r, -A clip(r, 1 - ε_low, 1 + ε_high));  where A < 0: min(pg, -A c)
+    ℓ        = is_weight pg - λ (H - β k P) + kl_coeff KL
+    loss     = Σ_i w_i ℓ_i
+
+Conventions at the edges, which every backend keeps:
+
+- A token whose mask is 0 is never read, in any argument; its results are 0 and its gradient exactly 0.
+- p_v = 0 (z_v = -inf) adds exactly 0 to H and to the gradient. A row that is wholly -inf, or holds NaN or +inf, has
+  log-prob and entropy NaN, and so have the loss and that row's gradient.
+- Ties: at r = 1 ± ε and at r = c the gradient is that of the unclipped ratio, in full. The exponent of the ratio, and
+  that of k3, passes its gradient on [-20, 20], both ends included, and none outside; so does k3 on values up to 10.
+- At the very bound of the band the penalty and its derivative are 0 (hinge, quadratic); the indicator and the gate
+  count the bound as outside.
+- A term whose coefficient is 0 is skipped, not multiplied.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from epo_kernels.config import EPOConfig, KLType, Penalty
+from epo_kernels.inputs import Coefficients, LogitTransform, Scalar, TokenInputs, compute_dtype
+from epo_kernels.metrics import METRIC_NAMES, LossMetrics
+from epo_kernels.weights import sequence_lengths, token_weights
+
+LOG_RATIO_LIMIT = 20.0
+K3_LIMIT = 10.0
+
+
+class EPOOutput(NamedTuple):
+    """What `epo_loss` returns.
+
+    Attributes:
+        loss: 0-d float32 (float64 for float64 logits); `.backward()` gives the gradient of the logits.
+        metrics: sums and counts, see `LossMetrics`.
+        log_probs: float32, detached, shaped like tokens; 0 where the mask is 0.
+        entropy: in nats; the same.
+    """
+
+    loss: Tensor
+    metrics: LossMetrics
+    log_probs: Tensor
+    entropy: Tensor
+
+
+class PolicyLoss(NamedTuple):
+    """Per-token clipped loss and what is logged of it, all (B, T)."""
+
+    pg: Tensor
+    log_ratio: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    dual_clipped: Tensor
+
+
+def transform_logits(logits: Tensor, transform: LogitTransform) -> Tensor:
+    """z of the maths, (B, T, vocab_size): scaled, softcapped, divided by the temperature, in float32 (float64)."""
+    z = logits[..., : transform.vocab_size].to(compute_dtype(logits.dtype))
+    if transform.scale is not None:
+        z = z * transform.scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    temperature = transform.temperature
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        return z / temperature[..., None]
+    return z if not isinstance(temperature, Tensor) and temperature == 1.0 else z / temperature
+
+
+def log_probs_and_entropy(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token and entropy of its distribution in nats, both (B, T).
+
+    From m = max z, s = Σ e^(z-m), u = Σ (z-m) e^(z-m): log_prob = z_y - m - log s and H = log s - u / s. The maximum
+    is taken out before anything is rounded, so an offset that the dtype represents exactly changes nothing.
+    """
+    shifted = z - z.detach().amax(dim=-1, keepdim=True)
+    impossible = shifted == float("-inf")
+    exps = shifted.exp()
+    s = exps.sum(dim=-1)
+    u = (shifted.masked_fill(impossible, 0.0) * exps).sum(dim=-1)
+    log_s = s.log()
+    log_prob = shifted.gather(-1, tokens[..., None]).squeeze(-1) - log_s
+    return log_prob, log_s - u / s
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_c: float | None,
+) -> PolicyLoss:
+    """Clipped policy-gradient loss with dual clip. old_log_probs None: on-policy, ratio 1 with its gradient."""
+    old = log_probs.detach() if old_log_probs is None else old_log_probs
+    log_ratio = (log_probs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    # Strict comparisons and `where`: at a tie the whole gradient is the unclipped ratio's.
+    bounded = -advantages * ratio.detach().clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
+    clipped = bounded > unclipped
+    pg = torch.where(clipped, bounded, unclipped)
+    dual_clipped = torch.zeros_like(clipped)
+    if clip_ratio_c is not None:
+        ceiling = -advantages * clip_ratio_c
+        dual_clipped = (advantages < 0) & (ceiling < pg)
+        pg = torch.where(dual_clipped, ceiling, pg)
+    return PolicyLoss(pg, log_ratio, ratio, clipped, dual_clipped)
+
+
+def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kl_type: KLType) -> Tensor:
+    """KL estimator of each token (Schulman's k1, k2, k3, and |k1|), (B, T). k3 is clamped as verl's low_var_kl is."""
+    difference = log_probs - ref_log_probs
+    if kl_type == "k1":
+        return difference
+    if kl_type == "abs":
+        return difference.abs()
+    if kl_type == "k2":
+        return 0.5 * difference.square()
+    exponent = (-difference).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return (exponent.exp() - exponent - 1.0).clamp(-K3_LIMIT, K3_LIMIT)
+
+
+def outside_band(entropy: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """True unless strictly inside the band, and so at its very bounds too."""
+    return ~((lower < entropy) & (entropy < upper))
+
+
+def band_penalty(entropy: Tensor, lower: Tensor, upper: Tensor, penalty: Penalty, alpha: float) -> Tensor:
+    """P of each token or segment; 0 for "none" and for "gate", which has no P of its own."""
+    if penalty in ("none", "gate"):
+        return torch.zeros_like(entropy)
+    if penalty == "indicator":
+        return torch.where(outside_band(entropy, lower, upper), alpha, 0.0).to(entropy.dtype)
+    below, above = torch.relu(lower - entropy), torch.relu(entropy - upper)
+    if penalty == "hinge":
+        return alpha * (below + above)
+    return alpha * (below.square() + above.square())
+
+
+def segment_means(values: Tensor, mask: Tensor, segment_ids: Tensor | None, num_segments: int) -> Tensor:
+    """Mean over each segment's counted tokens, (num_segments,), 0 where there are none; ids None: a row is a segment."""
+    values, counts = torch.where(mask, values, 0.0), mask.to(values.dtype)
+    if segment_ids is None:
+        return values.sum(dim=1) / counts.sum(dim=1).clamp(min=1.0)
+    # One scatter of both sums, whose buffer has a shape of its own: Inductor (torch 2.13, CPU) otherwise shares the
+    # zeros of a scatter between forward and backward, and adds to them twice.
+    pairs = torch.stack([values.reshape(-1), counts.reshape(-1)], dim=1)
+    zeros = torch.zeros(num_segments, 2, dtype=values.dtype, device=values.device)
+    sums, totals = zeros.index_add(0, segment_ids.reshape(-1), pairs).unbind(dim=1)
+    return sums / totals.clamp(min=1.0)
+
+
+def epo_loss(
+    logits: Tensor, transform: LogitTransform, inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig
+) -> EPOOutput:
+    """The whole loss. logits: (B, T, V); differentiable any number of times, at eager PyTorch's cost in memory."""
+    mask, dtype = inputs.mask, compute_dtype(logits.dtype)
+    log_probs, entropy = masked_log_probs_and_entropy(logits, transform, inputs.tokens, mask)
+    invalid = mask & ~_in_vocabulary(inputs.tokens, transform)
+
+    policy = policy_loss(
+        log_probs,
+        None if inputs.old_log_probs is None else _at(mask, inputs.old_log_probs),
+        _at(mask, inputs.advantages),
+        cfg.clip_ratio_low,
+        cfg.clip_ratio_high,
+        cfg.clip_ratio_c,
+    )
+    pg = policy.pg if inputs.is_weights is None else _at(mask, inputs.is_weights) * policy.pg
+    band = band_of_tokens(entropy, inputs, cfg)
+    token_loss = pg
+    if _may_be_on(coefficients.entropy):
+        bonus = band.gate * entropy
+        if _may_be_on(coefficients.penalty):
+            bonus = bonus - coefficients.penalty * band.penalty
+        token_loss = token_loss - coefficients.entropy * bonus
+    kl = torch.zeros_like(pg)
+    if inputs.ref_log_probs is not None:
+        ref = _at(mask, inputs.ref_log_probs)
+        kl = kl_penalty(log_probs.detach(), ref, cfg.kl_type)
+        if _may_be_on(coefficients.kl):
+            if isinstance(coefficients.kl, Tensor):  # a coefficient of 0 must not multiply a reference of -inf
+                ref = torch.where(coefficients.kl != 0, ref, log_probs.detach())
+            token_loss = token_loss + coefficients.kl * kl_penalty(log_probs, ref, cfg.kl_type)
+
+    lengths = sequence_lengths(mask, inputs.sequence_ids, inputs.num_sequences)
+    weights = token_weights(
+        mask,
+        cfg.loss_agg_mode,
+        lengths=lengths,
+        sequence_ids=inputs.sequence_ids,
+        max_length=inputs.max_length,
+        normalizer=coefficients.normalizer,
+        loss_scale=coefficients.loss_scale,
+        dtype=dtype,
+    )
+    loss = (weights * _at(mask, token_loss)).sum()
+
+    logged = {
+        "tokens": mask,
+        "loss": weights * token_loss,
+        "pg_loss": weights * pg,
+        "penalty": weights * band.penalty,
+        "kl_loss": weights * kl,
+        "entropy_sum": entropy,
+        "log_prob_sum": log_probs,
+        "ratio_sum": policy.ratio,
+        "ppo_kl_sum": -policy.log_ratio,
+        "clipped_tokens": policy.clipped,
+        "dual_clipped_tokens": policy.dual_clipped,
+        "below_band_tokens": band.below,
+        "above_band_tokens": band.above,
+        "nonfinite_tokens": ~(torch.isfinite(token_loss) & torch.isfinite(entropy)) & ~invalid,
+        "invalid_tokens": invalid,
+    }
+    sums = {name: _at(mask, values.detach()).sum(dtype=torch.float64) for name, values in logged.items()}
+    sums["sequences"] = (lengths > 0).sum(dtype=torch.float64)
+    metrics = LossMetrics(torch.stack([sums[name] for name in METRIC_NAMES]))
+    return EPOOutput(loss, metrics, log_probs.detach().reshape(inputs.shape), entropy.detach().reshape(inputs.shape))
+
+
+def masked_log_probs_and_entropy(
+    logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`log_probs_and_entropy` of raw logits (B, T, V): 0 where the mask is 0, NaN log-prob for an invalid token."""
+    if isinstance(transform.temperature, Tensor) and transform.temperature.dim() > 0:
+        transform = LogitTransform(
+            transform.vocab_size,
+            torch.where(mask, transform.temperature, 1.0),
+            transform.softcap,
+            transform.scale,
+        )
+    z = transform_logits(torch.where(mask[..., None], logits, 0.0), transform)
+    valid = mask & _in_vocabulary(tokens, transform)
+    log_probs, entropy = log_probs_and_entropy(z, torch.where(valid, tokens, 0))
+    log_probs = log_probs + torch.where(mask & ~valid, float("nan"), 0.0)  # NaN that spreads to the row's gradient
+    return _at(mask, log_probs), _at(mask, entropy)
+
+
+class Band(NamedTuple):
+    """What the band makes of each token, all (B, T)."""
+
+    penalty: Tensor
+    gate: Tensor  # factor of the bonus, detached
+    below: Tensor
+    above: Tensor
+
+
+def band_of_tokens(entropy: Tensor, inputs: TokenInputs, cfg: EPOConfig) -> Band:
+    """Hold each token's entropy, or its segment's mean, against the band."""
+    if inputs.lower is None or inputs.upper is None:
+        nowhere = torch.zeros_like(inputs.mask)
+        return Band(torch.zeros_like(entropy), torch.ones_like(entropy), nowhere, nowhere)
+    if cfg.band_scope == "token":
+        held = entropy
+        lower = torch.where(inputs.mask, inputs.lower, float("-inf"))
+        upper = torch.where(inputs.mask, inputs.upper, float("inf"))
+    else:
+        held = segment_means(entropy, inputs.mask, inputs.segment_ids, inputs.num_segments)
+        lower, upper = inputs.lower, inputs.upper
+    gate = torch.ones_like(held)
+    if cfg.penalty == "gate":
+        gate = torch.where(outside_band(held.detach(), lower, upper), cfg.penalty_alpha, gate)
+    penalty = band_penalty(held, lower, upper, cfg.penalty, cfg.penalty_alpha)
+    band = Band(penalty, gate, held < lower, held > upper)
+    if cfg.band_scope == "token":
+        return band
+    if inputs.segment_ids is None:
+        return Band(*(part[:, None].expand(entropy.shape) for part in band))
+    return Band(*(part[inputs.segment_ids] for part in band))
+
+
+def _at(mask: Tensor, values: Tensor) -> Tensor:
+    """values where the mask is 1 and 0 elsewhere, in value and gradient."""
+    return torch.where(mask, values, 0)
+
+
+def _in_vocabulary(tokens: Tensor, transform: LogitTransform) -> Tensor:
+    return (tokens >= 0) & (tokens < transform.vocab_size)
+
+
+def _may_be_on(coefficient: Scalar) -> bool:
+    """Whether a term must be computed: a number other than 0, or a tensor whose value isn't known here."""
+    return isinstance(coefficient, Tensor) or coefficient != 0

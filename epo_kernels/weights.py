@@ -1,0 +1,66 @@
+"""Token weights: what the aggregation mode makes of a mask. The only place that knows aggregation modes.
+
+loss = Σ_i w_i ℓ_i, so kernels need nothing but w:
+
+    token-mean                m / N                 N    = number of counted tokens
+    seq-mean-token-sum        m / B                 B    = number of sequences with at least one counted token
+    seq-mean-token-mean       m / (B n_s)           n_s  = number of counted tokens of the sequence
+    seq-mean-token-sum-norm   m / (B max_length)
+
+`normalizer` takes the place of N or B. (Names and meaning: verl 0.9, `agg_loss`.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from epo_kernels.config import LossAggMode
+
+
+def sequence_lengths(mask: Tensor, sequence_ids: Tensor | None, num_sequences: int) -> Tensor:
+    """Counted tokens of each sequence, int64 (num_sequences,).
+
+    Args:
+        mask: (B, T) bool.
+        sequence_ids: (B, T) int64 for packed batches; None where a row is a sequence.
+        num_sequences: B, or the number of packed sequences.
+    """
+    if sequence_ids is None:
+        return mask.sum(dim=1)
+    lengths = torch.zeros(num_sequences, dtype=torch.int64, device=mask.device)
+    return lengths.index_add(0, sequence_ids.reshape(-1), mask.reshape(-1).long())
+
+
+def token_weights(
+    mask: Tensor,
+    loss_agg_mode: LossAggMode,
+    *,
+    lengths: Tensor,
+    sequence_ids: Tensor | None = None,
+    max_length: int | None = None,
+    normalizer: float | Tensor | None = None,
+    loss_scale: float | Tensor = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Weights w of the tokens, (B, T) of `dtype`; exactly 0 where the mask is 0, also when no token counts.
+
+    Args:
+        mask: (B, T) bool.
+        loss_agg_mode: see the table above.
+        lengths: (num_sequences,) counted tokens of each sequence.
+        sequence_ids: (B, T) sequence of each token for packed batches; None where a row is a sequence.
+        max_length: the constant length of "seq-mean-token-sum-norm".
+        normalizer: takes the place of N (token-mean) or B (the other modes), scalar.
+        loss_scale: factor on every weight, scalar.
+    """
+    counted = (lengths if loss_agg_mode == "token-mean" else lengths > 0).sum().clamp(min=1)
+    denominator = torch.as_tensor(counted if normalizer is None else normalizer, device=mask.device).to(dtype)
+    if loss_agg_mode == "seq-mean-token-mean":
+        per_sequence = lengths.clamp(min=1).to(dtype)
+        per_token = per_sequence[:, None] if sequence_ids is None else per_sequence[sequence_ids]
+        denominator = denominator * per_token
+    elif loss_agg_mode == "seq-mean-token-sum-norm":
+        assert max_length is not None, "inputs.py sets max_length for this mode"
+        denominator = denominator * max_length
+    return torch.where(mask, (loss_scale / denominator).to(dtype), 0.0)
