@@ -146,7 +146,7 @@ def band_penalty(entropy: Tensor, lower: Tensor, upper: Tensor, penalty: Penalty
 
 
 def segment_means(values: Tensor, mask: Tensor, segment_ids: Tensor | None, num_segments: int) -> Tensor:
-    """Mean over each segment's counted tokens, (num_segments,), 0 where there are none; ids None: a row is a segment."""
+    """Mean over each segment's counted tokens, (num_segments,), 0 where there are none; no ids: a row is a segment."""
     values, counts = torch.where(mask, values, 0.0), mask.to(values.dtype)
     if segment_ids is None:
         return values.sum(dim=1) / counts.sum(dim=1).clamp(min=1.0)
@@ -162,10 +162,67 @@ def epo_loss(
     logits: Tensor, transform: LogitTransform, inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig
 ) -> EPOOutput:
     """The whole loss. logits: (B, T, V); differentiable any number of times, at eager PyTorch's cost in memory."""
-    mask, dtype = inputs.mask, compute_dtype(logits.dtype)
-    log_probs, entropy = masked_log_probs_and_entropy(logits, transform, inputs.tokens, mask)
-    invalid = mask & ~_in_vocabulary(inputs.tokens, transform)
+    log_probs, entropy = masked_log_probs_and_entropy(logits, transform, inputs.tokens, inputs.mask)
+    return loss_of_statistics(log_probs, entropy, transform.vocab_size, inputs, coefficients, cfg)
 
+
+def loss_of_statistics(
+    log_probs: Tensor,
+    entropy: Tensor,
+    vocab_size: int,
+    inputs: TokenInputs,
+    coefficients: Coefficients,
+    cfg: EPOConfig,
+) -> EPOOutput:
+    """The loss from log-prob and entropy (B, T) on, 0 where the mask is; differentiable in both.
+
+    Whoever has the two statistics from elsewhere gets a = ∂loss/∂log_prob and b = ∂loss/∂H by autograd over (B, T)
+    tensors alone.
+    """
+    mask = inputs.mask
+    losses = token_losses(log_probs, entropy, inputs, coefficients, cfg)
+    weights, lengths = loss_weights(inputs, coefficients, cfg, log_probs.dtype)
+    loss = (weights * _at(mask, losses.total)).sum()
+
+    invalid = mask & ~_in_vocabulary(inputs.tokens, vocab_size)
+    logged = {
+        "tokens": mask,
+        "loss": weights * losses.total,
+        "pg_loss": weights * losses.pg,
+        "penalty": weights * losses.band.penalty,
+        "kl_loss": weights * losses.kl,
+        "entropy_sum": entropy,
+        "log_prob_sum": log_probs,
+        "ratio_sum": losses.policy.ratio,
+        "ppo_kl_sum": -losses.policy.log_ratio,
+        "clipped_tokens": losses.policy.clipped,
+        "dual_clipped_tokens": losses.policy.dual_clipped,
+        "below_band_tokens": losses.band.below,
+        "above_band_tokens": losses.band.above,
+        "nonfinite_tokens": ~(torch.isfinite(losses.total) & torch.isfinite(entropy)) & ~invalid,
+        "invalid_tokens": invalid,
+    }
+    sums = {name: _at(mask, values.detach()).sum(dtype=torch.float64) for name, values in logged.items()}
+    sums["sequences"] = (lengths > 0).sum(dtype=torch.float64)
+    metrics = LossMetrics(torch.stack([sums[name] for name in METRIC_NAMES]))
+    return EPOOutput(loss, metrics, log_probs.detach().reshape(inputs.shape), entropy.detach().reshape(inputs.shape))
+
+
+class TokenLosses(NamedTuple):
+    """ℓ of each token and what it is made of, all (B, T); unspecified where the mask is 0."""
+
+    total: Tensor
+    pg: Tensor  # with its importance weight
+    kl: Tensor  # before its coefficient, detached
+    policy: PolicyLoss
+    band: Band
+
+
+def token_losses(
+    log_probs: Tensor, entropy: Tensor, inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig
+) -> TokenLosses:
+    """ℓ = is_weight pg - λ (gate H - β k P) + kl_coeff KL of each token, before its weight."""
+    mask = inputs.mask
     policy = policy_loss(
         log_probs,
         None if inputs.old_log_probs is None else _at(mask, inputs.old_log_probs),
@@ -176,12 +233,12 @@ def epo_loss(
     )
     pg = policy.pg if inputs.is_weights is None else _at(mask, inputs.is_weights) * policy.pg
     band = band_of_tokens(entropy, inputs, cfg)
-    token_loss = pg
+    total = pg
     if _may_be_on(coefficients.entropy):
         bonus = band.gate * entropy
         if _may_be_on(coefficients.penalty):
             bonus = bonus - coefficients.penalty * band.penalty
-        token_loss = token_loss - coefficients.entropy * bonus
+        total = total - coefficients.entropy * bonus
     kl = torch.zeros_like(pg)
     if inputs.ref_log_probs is not None:
         ref = _at(mask, inputs.ref_log_probs)
@@ -189,11 +246,17 @@ def epo_loss(
         if _may_be_on(coefficients.kl):
             if isinstance(coefficients.kl, Tensor):  # a coefficient of 0 must not multiply a reference of -inf
                 ref = torch.where(coefficients.kl != 0, ref, log_probs.detach())
-            token_loss = token_loss + coefficients.kl * kl_penalty(log_probs, ref, cfg.kl_type)
+            total = total + coefficients.kl * kl_penalty(log_probs, ref, cfg.kl_type)
+    return TokenLosses(total, pg, kl, policy, band)
 
-    lengths = sequence_lengths(mask, inputs.sequence_ids, inputs.num_sequences)
+
+def loss_weights(
+    inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Token weights (B, T), and the counted tokens of each sequence (num_sequences,)."""
+    lengths = sequence_lengths(inputs.mask, inputs.sequence_ids, inputs.num_sequences)
     weights = token_weights(
-        mask,
+        inputs.mask,
         cfg.loss_agg_mode,
         lengths=lengths,
         sequence_ids=inputs.sequence_ids,
@@ -202,29 +265,7 @@ def epo_loss(
         loss_scale=coefficients.loss_scale,
         dtype=dtype,
     )
-    loss = (weights * _at(mask, token_loss)).sum()
-
-    logged = {
-        "tokens": mask,
-        "loss": weights * token_loss,
-        "pg_loss": weights * pg,
-        "penalty": weights * band.penalty,
-        "kl_loss": weights * kl,
-        "entropy_sum": entropy,
-        "log_prob_sum": log_probs,
-        "ratio_sum": policy.ratio,
-        "ppo_kl_sum": -policy.log_ratio,
-        "clipped_tokens": policy.clipped,
-        "dual_clipped_tokens": policy.dual_clipped,
-        "below_band_tokens": band.below,
-        "above_band_tokens": band.above,
-        "nonfinite_tokens": ~(torch.isfinite(token_loss) & torch.isfinite(entropy)) & ~invalid,
-        "invalid_tokens": invalid,
-    }
-    sums = {name: _at(mask, values.detach()).sum(dtype=torch.float64) for name, values in logged.items()}
-    sums["sequences"] = (lengths > 0).sum(dtype=torch.float64)
-    metrics = LossMetrics(torch.stack([sums[name] for name in METRIC_NAMES]))
-    return EPOOutput(loss, metrics, log_probs.detach().reshape(inputs.shape), entropy.detach().reshape(inputs.shape))
+    return weights, lengths
 
 
 def masked_log_probs_and_entropy(
@@ -239,7 +280,7 @@ def masked_log_probs_and_entropy(
             transform.scale,
         )
     z = transform_logits(torch.where(mask[..., None], logits, 0.0), transform)
-    valid = mask & _in_vocabulary(tokens, transform)
+    valid = mask & _in_vocabulary(tokens, transform.vocab_size)
     log_probs, entropy = log_probs_and_entropy(z, torch.where(valid, tokens, 0))
     log_probs = log_probs + torch.where(mask & ~valid, float("nan"), 0.0)  # NaN that spreads to the row's gradient
     return _at(mask, log_probs), _at(mask, entropy)
@@ -283,8 +324,8 @@ def _at(mask: Tensor, values: Tensor) -> Tensor:
     return torch.where(mask, values, 0)
 
 
-def _in_vocabulary(tokens: Tensor, transform: LogitTransform) -> Tensor:
-    return (tokens >= 0) & (tokens < transform.vocab_size)
+def _in_vocabulary(tokens: Tensor, vocab_size: int) -> Tensor:
+    return (tokens >= 0) & (tokens < vocab_size)
 
 
 def _may_be_on(coefficient: Scalar) -> bool:

@@ -50,8 +50,8 @@ class Rows:
 
     Attributes:
         logits: (B, T, V) bfloat16, float16 or float32, any strides (also of V).
-        tokens: (B, T) int64, any strides; a counted token out of [0, transform.vocab_size) is invalid: its log-prob, and
-            so its loss and the gradient of its row, are NaN, and it is counted.
+        tokens: (B, T) int64, any strides; a counted token out of [0, transform.vocab_size) is invalid: its log-prob,
+            and so its loss and the gradient of its row, are NaN, and it is counted.
         mask: (B, T) bool, any strides. Where it is False nothing may be read, results are 0 and the gradient is 0.
         transform: how raw logits become z; its temperature is a number, a 0-d tensor or (B, T) float32, any strides.
     """
