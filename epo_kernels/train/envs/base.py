@@ -92,7 +92,10 @@ class Suite(Protocol):
 class PracticeConfig:
     """How hard the practice environment is (see practice.py)."""
 
-    length: int = 32  # right turns from the start to the reward
+    length: int = 32  # rooms to the vault: so many right turns before the reward
+    spare_turns: int = 8  # wrong turns that the time allows
+    signs: int = 10  # kinds of sign, 1 to 12; the later ones are the rarer
+    temptation: float = 0.5  # share of rooms with a short cut
 
 
 @dataclass

@@ -109,12 +109,9 @@ class Simulator:
 
     def __init__(self, memory: str, timeout: float, start_timeout: float) -> None:
         self._timeout = timeout
-        options = [
-            f"-Xmx{memory}",
-            "-XX:+UseSerialGC",
-            "-classpath",
-            os.pathsep.join((find_jar_path(), JAR_PATH)),
-        ]
+        classpath = os.pathsep.join((find_jar_path(), JAR_PATH))
+        # A small heap that grows when it must: less than half the memory of Java's default, and as fast.
+        options = [f"-Xmx{memory}", "-Xms24m", "-Xmn12m", "-XX:+UseSerialGC", "-classpath", classpath]
         with tempfile.TemporaryFile() as errors:
             self.process = subprocess.Popen(
                 [find_java(), *options, "py4j.GatewayServer", "--die-on-broken-pipe", "--enable-auth", "0"],

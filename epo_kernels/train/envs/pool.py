@@ -1,0 +1,216 @@
+"""Many blocking environments at once, each on a thread of its own, where one that dies or hangs harms no other.
+
+A slot is a place for one environment. `reset` and `step` return futures at once, so that a caller may wait for all,
+for any, or do something else meanwhile; a future always completes, with EnvironmentFailure where the environment
+raised or took too long. The environment of a failed slot is ended, and its next `reset` makes a new one.
+"""
+
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from epo_kernels.train.envs.base import Environment, EnvironmentFailure, Observation, StepResult, Suite, Task
+
+
+@dataclass(frozen=True)
+class _Job:
+    call: Callable[[Environment], Any]
+    limit: float  # seconds, from the moment it runs
+    hint: str  # the setting to raise when it was only slow
+    future: Future[Any] = field(default_factory=Future)
+
+
+class _Worker:
+    """One environment on its thread, made at its first job. Broken once, broken for good."""
+
+    def __init__(self, make: Callable[[], Environment], name: str) -> None:
+        self._make = make
+        self._environment: Environment | None = None
+        self._lock = threading.Lock()  # guards what follows
+        self._unfinished: deque[_Job] = deque()
+        self._deadline = math.inf
+        self.broken = False
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, job: _Job) -> None:
+        with self._lock:
+            if not self.broken:
+                job.future.set_running_or_notify_cancel()  # from now on nobody can cancel it
+                self._unfinished.append(job)
+                self._queue.put(job)
+                return
+        job.future.set_exception(EnvironmentFailure("the environment of this slot has failed; reset the slot"))
+
+    def expire(self) -> None:
+        """Give the environment up if its job is late."""
+        with self._lock:
+            is_late = not self.broken and time.monotonic() > self._deadline
+            late = self._unfinished[0] if is_late else None
+        if late:
+            self.abandon(
+                EnvironmentFailure(
+                    f"an environment didn't answer within {late.limit:g} s and is replaced; "
+                    f"if it was only slow, raise {late.hint} or lower the number of environments"
+                )
+            )
+
+    def abandon(self, failure: EnvironmentFailure) -> threading.Thread | None:
+        """Fail all unfinished jobs and end the environment; returns the thread that ends it, if any."""
+        with self._lock:
+            if self.broken:
+                return None
+            self.broken = True
+            unfinished, self._unfinished = self._unfinished, deque()
+            environment = self._environment
+        self._queue.put(None)
+        for job in unfinished:
+            job.future.set_exception(failure)
+        if environment is None:  # never made, or still in the making: then its thread ends it
+            return None
+        ending = threading.Thread(target=environment.close, daemon=True)  # it may hang as well
+        ending.start()
+        return ending
+
+    def _run(self) -> None:
+        while job := self._queue.get():
+            with self._lock:
+                self._deadline = time.monotonic() + job.limit
+            try:
+                result = job.call(self._environment or self._begin())
+            except Exception as error:  # of whatever kind: it is this episode's failure, and is reported as such
+                self.abandon(_as_failure(error))
+                break
+            with self._lock:
+                self._deadline = math.inf
+                if self.broken:
+                    break
+                self._unfinished.popleft()
+            job.future.set_result(result)
+        if self._environment is not None:
+            self._environment.close()
+
+    def _begin(self) -> Environment:
+        environment = self._make()
+        with self._lock:
+            self._environment = environment
+            if self.broken:
+                raise EnvironmentFailure("the environment was given up before it began")
+        return environment
+
+
+def _as_failure(error: Exception) -> EnvironmentFailure:
+    if isinstance(error, EnvironmentFailure):
+        return error
+    failure = EnvironmentFailure(f"an environment raised {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+class EnvironmentPool:
+    """`size` slots over the environments of `suite`, which are made when first needed.
+
+    Args:
+        suite: where environments come from.
+        size: number of slots.
+        step_timeout: seconds a step may take.
+        start_timeout: seconds a reset may take, the making of the environment included.
+
+    Close it, or use it as a context manager: environments may be processes.
+    """
+
+    def __init__(self, suite: Suite, size: int, *, step_timeout: float = 30.0, start_timeout: float = 120.0) -> None:
+        if size < 1:
+            raise ValueError(f"a pool needs at least one slot, not {size}")
+        self.size = size
+        self.replaced = 0  # environments that failed and were replaced
+        self._suite = suite
+        self._step_timeout = step_timeout
+        self._start_timeout = start_timeout
+        self._workers = [self._worker(slot) for slot in range(size)]
+        self._prefetched: dict[int, tuple[Task, Future[Observation]]] = {}
+        self._closed = threading.Event()
+        self._watchdog = threading.Thread(target=self._watch, name="environment-watchdog", daemon=True)
+        self._watchdog.start()
+
+    def reset(self, slot: int, task: Task) -> Future[Observation]:
+        """Begin an episode in `slot`; where this very reset was prefetched, its future."""
+        prefetched, future = self._prefetched.pop(slot, (None, None))
+        if future is not None and prefetched == task:
+            return future
+        if self._workers[slot].broken:
+            self.replaced += 1
+            self._workers[slot] = self._worker(slot)
+        return self._submit(slot, lambda e: e.reset(task), self._start_timeout, "env.start_timeout")
+
+    def step(self, slot: int, action: str) -> Future[StepResult]:
+        """Play an action in `slot`."""
+        self._prefetched.pop(slot, None)
+        return self._submit(slot, lambda e: e.step(action), self._step_timeout, "env.step_timeout")
+
+    def prefetch(self, tasks: Sequence[Task]) -> None:
+        """Begin to reset slots 0, 1, ... to `tasks`, while something else is done: the next `reset` finds it ready.
+
+        Ends whatever episode these slots are in.
+        """
+        for slot, task in enumerate(self._fitting(tasks)):
+            self._prefetched[slot] = (task, self.reset(slot, task))
+
+    def reset_all(self, tasks: Sequence[Task]) -> list[Observation | EnvironmentFailure]:
+        """Begin an episode in slots 0, 1, ... and wait for all; a failure stands in the place of its observation."""
+        futures = [self.reset(slot, task) for slot, task in enumerate(self._fitting(tasks))]
+        return [_outcome(future) for future in futures]
+
+    def step_all(self, actions: Mapping[int, str]) -> dict[int, StepResult | EnvironmentFailure]:
+        """Play an action in each slot named and wait for all; a failure stands in the place of its result."""
+        futures = {slot: self.step(slot, action) for slot, action in actions.items()}
+        return {slot: _outcome(future) for slot, future in futures.items()}
+
+    def close(self) -> None:
+        """End all environments. What is still running fails."""
+        self._closed.set()
+        failure = EnvironmentFailure("the pool was closed")
+        endings = [worker.abandon(failure) for worker in self._workers]
+        for ending in endings:
+            if ending is not None:
+                ending.join(timeout=self._step_timeout)
+
+    def __enter__(self) -> "EnvironmentPool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _worker(self, slot: int) -> _Worker:
+        return _Worker(self._suite.make, f"environment-{slot}")
+
+    def _submit(self, slot: int, call: Callable[[Environment], Any], limit: float, hint: str) -> Future[Any]:
+        if self._closed.is_set():
+            raise RuntimeError("the pool is closed")
+        job = _Job(call, limit, hint)
+        self._workers[slot].submit(job)
+        return job.future
+
+    def _fitting(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        if len(tasks) > self.size:
+            raise ValueError(f"{len(tasks)} tasks don't fit into a pool of {self.size} slots")
+        return tasks
+
+    def _watch(self) -> None:
+        pause = min(self._step_timeout, self._start_timeout, 2.0) / 10
+        while not self._closed.wait(pause):
+            for worker in self._workers:
+                worker.expire()
+
+
+def _outcome(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except EnvironmentFailure as failure:
+        return failure

@@ -1,0 +1,218 @@
+"""A walk to a vault: no dependency, microseconds a step, and the trap that long-horizon agents fall into.
+
+Every room has a sign, and each sign means one way (`WAYS`); by night left and right are swapped. After `length`
+right turns the vault opens: reward 1, nothing before. In many rooms metal glints on a wrong way. Gold pays 0.1 at
+once and ends the episode. Silver pays 0.03, leads back, and the vault stays shut for a thief. So a policy that
+settles early on following the glint is paid at once and can never win. Any other wrong way costs one of
+`spare_turns`: where the meaning of a sign isn't known, trying another way helps and insisting doesn't.
+
+Signs are not equally frequent, so that a policy cloned from a few demonstrations knows the common ones only. "walk"
+is what is trained; "long-walk", half as long again, with every sign as frequent as any other and nights as frequent
+as days, is the out-of-distribution panel. An episode is wholly determined by its Task and the configuration.
+"""
+
+import random
+from dataclasses import dataclass
+
+from epo_kernels.train.envs.base import (
+    SPLITS,
+    Demonstration,
+    EnvConfig,
+    Observation,
+    PracticeConfig,
+    StepResult,
+    Task,
+)
+
+WAYS = {  # what each sign means by day, the most frequent first
+    "sun": "left",
+    "tree": "ahead",
+    "fish": "right",
+    "moon": "right",
+    "bell": "left",
+    "star": "ahead",
+    "rose": "right",
+    "ship": "left",
+    "bird": "ahead",
+    "crown": "left",
+    "key": "right",
+    "wolf": "ahead",
+}
+SWAPPED = {"left": "right", "right": "left", "ahead": "ahead"}
+ACTIONS = ("go left", "go right", "go ahead")
+REWARDS = {"gold": 0.1, "silver": 0.03, "vault": 1.0}
+
+TRAIN_VARIATIONS = range(0, 512)
+IID_VARIATIONS = range(512, 1024)
+OOD_VARIATIONS = range(0, 512)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A task type."""
+
+    stretch: float  # its length in units of the configured one
+    night: float  # share of rooms by night
+    decay: float  # how much rarer each sign is than the one before
+
+
+KINDS = {"walk": Kind(stretch=1, night=0.3, decay=0.75), "long-walk": Kind(stretch=1.5, night=0.5, decay=1)}
+
+
+@dataclass(frozen=True)
+class Room:
+    sign: str
+    night: bool
+    glint: str | None = None  # "gold" or "silver"
+    glint_way: str | None = None
+
+    @property
+    def way(self) -> str:
+        """The right one."""
+        return SWAPPED[WAYS[self.sign]] if self.night else WAYS[self.sign]
+
+    def describe(self) -> str:
+        glint = f" {self.glint.capitalize()} glints {self.glint_way}." if self.glint else ""
+        return f"Sign: {self.sign}, by {'night' if self.night else 'day'}.{glint}"
+
+
+def rooms(task: Task, config: PracticeConfig) -> list[Room]:
+    """The rooms of an episode, first to last.
+
+    Raises:
+        ValueError: an unknown task type.
+    """
+    kind = KINDS.get(task.name)
+    if kind is None:
+        raise ValueError(f"practice has no task type {task.name!r}; it has: {', '.join(KINDS)}")
+    generator = random.Random(f"{task.name}/{task.variation}/{task.seed}")
+    signs = list(WAYS)[: config.signs]
+    frequencies = [kind.decay**rank for rank in range(len(signs))]
+    made = []
+    for sign in generator.choices(signs, frequencies, k=round(kind.stretch * config.length)):
+        room = Room(sign, night=generator.random() < kind.night)
+        if generator.random() < config.temptation:
+            wrong = generator.choice([way for way in ("left", "right", "ahead") if way != room.way])
+            room = Room(sign, room.night, generator.choice(["gold", "silver"]), wrong)
+        made.append(room)
+    return made
+
+
+class PracticeEnvironment:
+    """One walk at a time."""
+
+    def __init__(self, config: PracticeConfig) -> None:
+        self._config = config
+        self._rooms: list[Room] = []
+        self._done = True
+
+    def reset(self, task: Task) -> Observation:
+        """Raises ValueError for an unknown task type."""
+        self._rooms = rooms(task, self._config)
+        self._passed = 0
+        self._turns_left = len(self._rooms) + self._config.spare_turns
+        self._is_thief = False
+        self._done = False
+        return self._observe("You enter.")
+
+    def step(self, action: str) -> StepResult:
+        """Play one of ACTIONS; anything else costs a turn.
+
+        Raises:
+            RuntimeError: the episode is over.
+        """
+        if self._done:
+            raise RuntimeError("the episode is over (or never began): reset the environment first")
+        action = " ".join((action or "").lower().split())
+        self._turns_left -= 1
+        valid = action in ACTIONS
+        answer, reward = self._go(action.removeprefix("go ")) if valid else ("That is no way.", 0.0)
+        success = self._passed == len(self._rooms) and not self._is_thief
+        if self._turns_left == 0 and not self._done:
+            answer, self._done = f"{answer} Time is up.", True
+        score = 100.0 if success else min(99.0, 100 * self._passed / len(self._rooms))
+        return StepResult(
+            observation=self._observe(answer),
+            reward=reward,
+            done=self._done,
+            score=score,
+            success=success,
+            official_success=self._done and score > 0,
+            valid=valid,
+        )
+
+    def close(self) -> None:
+        self._done = True
+
+    def _go(self, way: str) -> tuple[str, float]:
+        room = self._rooms[self._passed]
+        if way == room.way:
+            self._passed += 1
+            if self._passed < len(self._rooms):
+                return "You walk on.", 0.0
+            self._done = True
+            return ("The vault stays shut.", 0.0) if self._is_thief else ("The vault opens.", REWARDS["vault"])
+        if way != room.glint_way:
+            return "A dead end, you come back.", 0.0
+        if room.glint == "gold":
+            self._done = True
+            return "You take the gold. A trap shuts.", REWARDS["gold"]
+        if self._is_thief:
+            return "Nothing is left there, you come back.", 0.0
+        self._is_thief = True
+        return "You take the silver, you come back.", REWARDS["silver"]
+
+    def _observe(self, answer: str) -> Observation:
+        goal = f"Follow the signs through {len(self._rooms)} rooms to the vault."
+        here = "" if self._done else self._rooms[self._passed].describe()
+        return Observation(goal, answer, here)
+
+
+class PracticeSuite:
+    """Walks: "train" and "iid" differ in their variations, "ood" is the longer, harder kind.
+
+    Raises:
+        ValueError: an unknown task type, or a setting out of range.
+    """
+
+    name = "practice"
+
+    def __init__(self, config: EnvConfig) -> None:
+        names, held_out = list(config.task_names) or ["walk"], list(config.ood_task_names) or ["long-walk"]
+        for name in [*names, *held_out]:
+            if name not in KINDS:
+                raise ValueError(f"practice has no task type {name!r}; it has: {', '.join(KINDS)}")
+        if both := set(names) & set(held_out):
+            raise ValueError(f"env.ood_task_names must be held out of env.task_names; both name {sorted(both)}")
+        practice = config.practice
+        if practice.length < 1 or practice.spare_turns < 0:
+            raise ValueError("env.practice.length must be at least 1 and env.practice.spare_turns at least 0")
+        if not 1 <= practice.signs <= len(WAYS):
+            raise ValueError(f"env.practice.signs must be 1 to {len(WAYS)}, not {practice.signs}")
+        if not 0 <= practice.temptation <= 1:
+            raise ValueError(f"env.practice.temptation must be in [0, 1], not {practice.temptation}")
+        self._config = practice
+        self._names = {"train": names, "iid": names, "ood": held_out}
+        longest = max(round(KINDS[name].stretch * practice.length) for name in [*names, *held_out])
+        self.max_turns = longest + practice.spare_turns if config.max_turns is None else config.max_turns
+
+    def tasks(self, split: str) -> list[Task]:
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+        variations = {"train": TRAIN_VARIATIONS, "iid": IID_VARIATIONS, "ood": OOD_VARIATIONS}[split]
+        return [Task(name, variation) for variation in variations for name in self._names[split]]
+
+    def make(self) -> PracticeEnvironment:
+        return PracticeEnvironment(self._config)
+
+    def demonstrate(self, task: Task) -> Demonstration:
+        """The expert's episode: it reads every sign right."""
+        environment = self.make()
+        observations = [environment.reset(task)]
+        actions = [f"go {room.way}" for room in rooms(task, self._config)]
+        results = [environment.step(action) for action in actions]
+        observations += [result.observation for result in results[:-1]]
+        return Demonstration(task, observations, actions, results[-1].score)
+
+    def close(self) -> None:
+        """Nothing is held."""
