@@ -2,19 +2,29 @@
 
 from epo_kernels.backends import available_backends
 from epo_kernels.config import EPOConfig
-from epo_kernels.functional import epo_loss, log_probs_and_entropy
+from epo_kernels.functional import (
+    epo_loss,
+    linear_epo_loss,
+    linear_log_probs_and_entropy,
+    log_probs_and_entropy,
+)
 from epo_kernels.history import EntropyHistory
 from epo_kernels.metrics import LossMetrics
+from epo_kernels.modules import EPOLoss, LinearEPOLoss
 from epo_kernels.reference import EPOOutput
 from epo_kernels.schedule import phase_weight
 
 __all__ = [
     "EPOConfig",
+    "EPOLoss",
     "EPOOutput",
     "EntropyHistory",
+    "LinearEPOLoss",
     "LossMetrics",
     "available_backends",
     "epo_loss",
+    "linear_epo_loss",
+    "linear_log_probs_and_entropy",
     "log_probs_and_entropy",
     "phase_weight",
 ]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from epo_kernels.backends import choose_backend
 from epo_kernels.config import EPOConfig
 from epo_kernels.inputs import (
+    Layout,
     Scalar,
-    check_coefficients,
-    check_loss_inputs,
+    check_chunking,
+    check_loss,
+    check_projection,
     check_rows,
     check_tokens,
     check_transform,
 )
 from epo_kernels.reference import EPOOutput
+
+MAX_CHUNK_BYTES = 1 << 30
 
 
 def epo_loss(
@@ -94,38 +99,112 @@ def epo_loss(
         RuntimeError: a backend asked for by name can't run here.
     """
     rows, layout = check_rows(logits, tokens, cu_seqlens)
-    transform = check_transform(
-        layout,
-        width=rows.shape[-1],
-        temperature=cfg.temperature if temperature is None else temperature,
-        vocab_size=vocab_size,
-        logit_softcap=logit_softcap,
-        logit_scale=logit_scale,
-    )
-    coefficients = check_coefficients(
-        cfg,
-        penalty_weight=penalty_weight,
-        entropy_coeff=entropy_coeff,
-        kl_coeff=kl_coeff,
-        normalizer=normalizer,
-        loss_scale=loss_scale,
-    )
-    inputs = check_loss_inputs(
+    transform, inputs, coefficients = check_loss(
         layout,
         cfg,
         tokens,
         old_log_probs,
         advantages,
         mask,
-        vocab_size=transform.vocab_size,
-        kl_coeff=coefficients.kl,
+        width=rows.shape[-1],
         entropy_bounds=entropy_bounds,
         segment_ids=segment_ids,
         max_length=max_length,
+        penalty_weight=penalty_weight,
+        entropy_coeff=entropy_coeff,
+        kl_coeff=kl_coeff,
         ref_log_probs=ref_log_probs,
         is_weights=is_weights,
+        temperature=temperature,
+        normalizer=normalizer,
+        loss_scale=loss_scale,
+        vocab_size=vocab_size,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
     )
     return choose_backend(backend, rows.device).epo_loss(rows, transform, inputs, coefficients, cfg, inplace=inplace)
+
+
+def linear_epo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    cfg: EPOConfig,
+    *,
+    bias: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+    num_active: int | None = None,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    entropy_bounds: tuple[Tensor, Tensor] | None = None,
+    segment_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_length: int | None = None,
+    penalty_weight: Scalar = 1.0,
+    entropy_coeff: Scalar | None = None,
+    kl_coeff: Scalar | None = None,
+    ref_log_probs: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    temperature: Scalar | None = None,
+    normalizer: Scalar | None = None,
+    loss_scale: Scalar = 1.0,
+    vocab_size: int | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float | None = None,
+    backend: str = "auto",
+) -> EPOOutput:
+    """`epo_loss` of the logits hidden weightᵀ + bias, which never exist whole (but on the reference backend).
+
+    Tokens whose mask is 0 cost nothing: they are dropped before the first product. What remains goes by in chunks:
+    logits, loss and their gradient, and the gradient's two products, 6·N·D·V operations for N counted tokens. Segment
+    scope needs every entropy before the first gradient and computes the logits twice, 8·N·D·V; its tokens are counted
+    in `metrics.recomputed_tokens`.
+
+    Args:
+        hidden: (B, T, D), or packed (N, D), any strides: the last hidden states.
+        weight: (V, D), any strides: `model.lm_head.weight`. Its gradient is added up in float32.
+        bias: (V,) or None.
+        logits_dtype: dtype of the logits; None: that of the products (autocast's, or what hidden and weight promote to).
+            torch.float32 is the fp32 head of a bfloat16 model.
+        num_active: number of tokens whose mask is 1, where the caller knows it; saves the one host sync. A wrong number
+            makes the loss NaN.
+        max_chunk_bytes: bound on the live logits, in bytes.
+        (the others): as in `epo_loss`.
+
+    Returns, raises:
+        as `epo_loss`.
+    """
+    rows, layout = check_rows(hidden, tokens, cu_seqlens, name="hidden")
+    projection = check_projection(rows, weight, bias, logits_dtype)
+    check_chunking(num_active, max_chunk_bytes, tokens.numel())
+    transform, inputs, coefficients = check_loss(
+        layout,
+        cfg,
+        tokens,
+        old_log_probs,
+        advantages,
+        mask,
+        width=weight.shape[0],
+        entropy_bounds=entropy_bounds,
+        segment_ids=segment_ids,
+        max_length=max_length,
+        penalty_weight=penalty_weight,
+        entropy_coeff=entropy_coeff,
+        kl_coeff=kl_coeff,
+        ref_log_probs=ref_log_probs,
+        is_weights=is_weights,
+        temperature=temperature,
+        normalizer=normalizer,
+        loss_scale=loss_scale,
+        vocab_size=vocab_size,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+    )
+    return choose_backend(backend, rows.device).linear_epo_loss(
+        projection, transform, inputs, coefficients, cfg, num_active=num_active, max_chunk_bytes=max_chunk_bytes
+    )
 
 
 def log_probs_and_entropy(
@@ -170,6 +249,67 @@ def log_probs_and_entropy(
     log_probs, entropies = choose_backend(backend, rows.device).log_probs_and_entropy(
         rows, transform, token_rows, counted, entropy=entropy
     )
-    if entropies is None:
-        return log_probs.reshape(layout.shape), None
-    return log_probs.reshape(layout.shape), (entropies if entropy_grad else entropies.detach()).reshape(layout.shape)
+    return _like_tokens(layout, log_probs, entropies, entropy_grad)
+
+
+def linear_log_probs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+    num_active: int | None = None,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    mask: Tensor | None = None,
+    temperature: Scalar = 1.0,
+    entropy: bool = True,
+    entropy_grad: bool = True,
+    vocab_size: int | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`log_probs_and_entropy` of the logits hidden weightᵀ + bias, which never exist whole (but on the reference).
+
+    Without gradient (under `torch.no_grad`, or where nothing requires it) it scores: one product, 2·N·D·V operations,
+    one chunk alive. With gradient the logits are computed again in backward, 8·N·D·V in all.
+
+    Args:
+        hidden, weight, bias, logits_dtype, num_active, max_chunk_bytes: as in `linear_epo_loss`.
+        (the others): as in `log_probs_and_entropy`.
+
+    Returns, raises:
+        as `log_probs_and_entropy`.
+    """
+    rows, layout = check_rows(hidden, tokens, cu_seqlens=None, name="hidden")
+    projection = check_projection(rows, weight, bias, logits_dtype)
+    check_chunking(num_active, max_chunk_bytes, tokens.numel())
+    transform = check_transform(
+        layout,
+        width=weight.shape[0],
+        temperature=temperature,
+        vocab_size=vocab_size,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+    )
+    token_rows, counted = check_tokens(layout, tokens, mask, transform.vocab_size)
+    log_probs, entropies = choose_backend(backend, rows.device).linear_log_probs_and_entropy(
+        projection,
+        transform,
+        token_rows,
+        counted,
+        entropy=entropy,
+        num_active=num_active,
+        max_chunk_bytes=max_chunk_bytes,
+    )
+    return _like_tokens(layout, log_probs, entropies, entropy_grad)
+
+
+def _like_tokens(
+    layout: Layout, log_probs: Tensor, entropy: Tensor | None, entropy_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    log_probs = log_probs.reshape(layout.shape)
+    if entropy is None:
+        return log_probs, None
+    return log_probs, (entropy if entropy_grad else entropy.detach()).reshape(layout.shape)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -74,6 +74,31 @@ class TokenInputs:
     sequence_ids: Tensor | None
     num_sequences: int
     max_length: int | None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A language-model head: logits = hidden weightᵀ + bias.
+
+    Attributes:
+        hidden: (B, T, D), any strides; a packed batch is (1, N, D).
+        weight: (V, D), any strides.
+        bias: (V,) or None.
+        logits_dtype: dtype in which logits are kept; the products' own, or a wider one.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    logits_dtype: torch.dtype
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype in which both sides enter a product: autocast's where it is on, else what the two promote to."""
+        device_type = self.hidden.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return torch.promote_types(self.hidden.dtype, self.weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -192,6 +217,35 @@ def check_rows(rows: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, name: st
     return rows if rows.dim() == 3 else rows[None], layout
 
 
+def check_projection(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
+) -> Projection:
+    """The head, with hidden already checked as rows (B, T, D).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it is.
+    """
+    width = hidden.shape[-1]
+    if not isinstance(weight, Tensor) or weight.dtype not in LOGIT_DTYPES:
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a float32, float16, bfloat16 or float64 tensor, got {kind}")
+    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must be (vocabulary, {width}) beside hidden's width {width}, got {tuple(weight.shape)}"
+        )
+    check_tensor("weight", weight, weight.shape, hidden.device)
+    if bias is not None:
+        check_tensor("bias", bias, weight.shape[:1], hidden.device)
+    product_dtype = Projection(hidden, weight, bias, hidden.dtype).product_dtype
+    if logits_dtype is None:
+        logits_dtype = product_dtype
+    if logits_dtype not in (product_dtype, torch.promote_types(product_dtype, torch.float32)):
+        raise ValueError(
+            f"logits_dtype must be {product_dtype}, the products' own, or torch.float32, got {logits_dtype}"
+        )
+    return Projection(hidden, weight, bias, logits_dtype)
+
+
 def check_transform(
     layout: Layout,
     *,
@@ -263,6 +317,72 @@ def check_coefficients(
     )
 
 
+def check_loss(
+    layout: Layout,
+    cfg: EPOConfig,
+    tokens: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    width: int,
+    temperature: Scalar | None,
+    vocab_size: int | None,
+    logit_softcap: float | None,
+    logit_scale: float | None,
+    penalty_weight: Scalar,
+    entropy_coeff: Scalar | None,
+    kl_coeff: Scalar | None,
+    normalizer: Scalar | None,
+    loss_scale: Scalar,
+    **per_token: Any,
+) -> tuple[LogitTransform, TokenInputs, Coefficients]:
+    """All that a loss call was given, beside its rows: see `check_transform`, `check_loss_inputs`, `check_coefficients`.
+
+    Args:
+        width: width of the logits.
+        per_token: the other arguments of `check_loss_inputs`.
+    """
+    if not isinstance(cfg, EPOConfig):
+        raise TypeError(f"cfg must be an EPOConfig, got {type(cfg).__name__}")
+    transform = check_transform(
+        layout,
+        width=width,
+        temperature=cfg.temperature if temperature is None else temperature,
+        vocab_size=vocab_size,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+    )
+    coefficients = check_coefficients(
+        cfg,
+        penalty_weight=penalty_weight,
+        entropy_coeff=entropy_coeff,
+        kl_coeff=kl_coeff,
+        normalizer=normalizer,
+        loss_scale=loss_scale,
+    )
+    inputs = check_loss_inputs(
+        layout,
+        cfg,
+        tokens,
+        old_log_probs,
+        advantages,
+        mask,
+        vocab_size=transform.vocab_size,
+        kl_coeff=coefficients.kl,
+        **per_token,
+    )
+    return transform, inputs, coefficients
+
+
+def check_chunking(num_active: int | None, max_chunk_bytes: int, num_tokens: int) -> None:
+    """Raises ValueError unless both are ints that make sense for that many tokens."""
+    if num_active is not None and (not isinstance(num_active, int) or not 0 <= num_active <= num_tokens):
+        raise ValueError(f"num_active must be an int in [0, {num_tokens}] (the number of tokens), got {num_active!r}")
+    if not isinstance(max_chunk_bytes, int) or max_chunk_bytes < 1:
+        raise ValueError(f"max_chunk_bytes must be an int of at least 1, got {max_chunk_bytes!r}")
+
+
 def check_loss_inputs(
     layout: Layout,
     cfg: EPOConfig,
@@ -284,8 +404,6 @@ def check_loss_inputs(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it is.
     """
-    if not isinstance(cfg, EPOConfig):
-        raise TypeError(f"cfg must be an EPOConfig, got {type(cfg).__name__}")
     if cfg.penalty != "none" and entropy_bounds is None:
         raise ValueError(
             f"entropy_bounds must be (lower, upper) when penalty is {cfg.penalty!r}, got None; "

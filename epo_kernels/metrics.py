@@ -24,6 +24,7 @@ METRIC_NAMES = (
     "above_band_tokens",
     "nonfinite_tokens",  # counted tokens whose loss or entropy is not finite
     "invalid_tokens",  # counted tokens with an id out of the vocabulary, a mask that is neither 0 nor 1, ...
+    "recomputed_tokens",  # tokens whose logits linear_epo_loss computed twice (segment scope)
 )
 _INDEX = {name: i for i, name in enumerate(METRIC_NAMES)}
 

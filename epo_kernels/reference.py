@@ -204,6 +204,7 @@ def loss_of_statistics(
     }
     sums = {name: _at(mask, values.detach()).sum(dtype=torch.float64) for name, values in logged.items()}
     sums["sequences"] = (lengths > 0).sum(dtype=torch.float64)
+    sums["recomputed_tokens"] = torch.zeros_like(sums["tokens"])
     metrics = LossMetrics(torch.stack([sums[name] for name in METRIC_NAMES]))
     return EPOOutput(loss, metrics, log_probs.detach().reshape(inputs.shape), entropy.detach().reshape(inputs.shape))
 

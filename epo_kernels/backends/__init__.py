@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epo_kernels.backends.reference import ReferenceBackend
 from epo_kernels.config import EPOConfig
-from epo_kernels.inputs import Coefficients, LogitTransform, TokenInputs
+from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs
 from epo_kernels.reference import EPOOutput
 
 
@@ -38,6 +38,32 @@ class Backend(Protocol):
         self, logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Log-prob and entropy of each token (B, T), both differentiable in logits; no entropy where not asked for."""
+
+    def linear_epo_loss(
+        self,
+        projection: Projection,
+        transform: LogitTransform,
+        inputs: TokenInputs,
+        coefficients: Coefficients,
+        cfg: EPOConfig,
+        *,
+        num_active: int | None,
+        max_chunk_bytes: int,
+    ) -> EPOOutput:
+        """The whole loss of a head's logits, differentiable in hidden states, weight and bias."""
+
+    def linear_log_probs_and_entropy(
+        self,
+        projection: Projection,
+        transform: LogitTransform,
+        tokens: Tensor,
+        mask: Tensor,
+        *,
+        entropy: bool,
+        num_active: int | None,
+        max_chunk_bytes: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`log_probs_and_entropy` of a head's logits, differentiable in hidden states, weight and bias."""
 
 
 _BACKENDS: dict[str, Backend] = {"reference": ReferenceBackend()}

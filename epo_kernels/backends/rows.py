@@ -24,7 +24,7 @@ COEFFICIENTS = (
     "penalty_alpha",
     "kl_coeff",
 )
-# The sums that leave a loss launch, in this order: `METRIC_NAMES` less "sequences".
+# The sums that leave a loss launch, in this order: `METRIC_NAMES` less "sequences" and "recomputed_tokens".
 ROW_SUMS = (
     "tokens",
     "loss",
