@@ -166,8 +166,8 @@ def linear_epo_loss(
         hidden: (B, T, D), or packed (N, D), any strides: the last hidden states.
         weight: (V, D), any strides: `model.lm_head.weight`. Its gradient is added up in float32.
         bias: (V,) or None.
-        logits_dtype: dtype of the logits; None: that of the products (autocast's, or what hidden and weight promote to).
-            torch.float32 is the fp32 head of a bfloat16 model.
+        logits_dtype: dtype of the logits; None: that of the products (autocast's, or what hidden and weight promote
+            to). torch.float32 is the fp32 head of a bfloat16 model.
         num_active: number of tokens whose mask is 1, where the caller knows it; saves the one host sync. A wrong number
             makes the loss NaN.
         max_chunk_bytes: bound on the live logits, in bytes.

@@ -84,21 +84,15 @@ class Projection:
         hidden: (B, T, D), any strides; a packed batch is (1, N, D).
         weight: (V, D), any strides.
         bias: (V,) or None.
-        logits_dtype: dtype in which logits are kept; the products' own, or a wider one.
+        product_dtype: dtype in which both enter a product: that of autocast where it is on, else what they promote to.
+        logits_dtype: dtype in which logits are kept: the products' own, or a wider one.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    product_dtype: torch.dtype
     logits_dtype: torch.dtype
-
-    @property
-    def product_dtype(self) -> torch.dtype:
-        """The dtype in which both sides enter a product: autocast's where it is on, else what the two promote to."""
-        device_type = self.hidden.device.type
-        if torch.is_autocast_enabled(device_type):
-            return torch.get_autocast_dtype(device_type)
-        return torch.promote_types(self.hidden.dtype, self.weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -236,14 +230,16 @@ def check_projection(
     check_tensor("weight", weight, weight.shape, hidden.device)
     if bias is not None:
         check_tensor("bias", bias, weight.shape[:1], hidden.device)
-    product_dtype = Projection(hidden, weight, bias, hidden.dtype).product_dtype
+    product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(hidden.device.type):
+        product_dtype = torch.get_autocast_dtype(hidden.device.type)
     if logits_dtype is None:
         logits_dtype = product_dtype
     if logits_dtype not in (product_dtype, torch.promote_types(product_dtype, torch.float32)):
         raise ValueError(
             f"logits_dtype must be {product_dtype}, the products' own, or torch.float32, got {logits_dtype}"
         )
-    return Projection(hidden, weight, bias, logits_dtype)
+    return Projection(hidden, weight, bias, product_dtype, logits_dtype)
 
 
 def check_transform(
@@ -337,7 +333,7 @@ def check_loss(
     loss_scale: Scalar,
     **per_token: Any,
 ) -> tuple[LogitTransform, TokenInputs, Coefficients]:
-    """All that a loss call was given, beside its rows: see `check_transform`, `check_loss_inputs`, `check_coefficients`.
+    """All that a loss call was given beside its rows: see `check_transform`, `check_loss_inputs`, `check_coefficients`.
 
     Args:
         width: width of the logits.
