@@ -1,0 +1,131 @@
+"""python -m epo_kernels.train [preset or file.yaml] [a.b=c ...]"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from epo_kernels.train.config import ConfigError, TrainConfig, describe_settings, load_config, preset_names, to_yaml
+
+if TYPE_CHECKING:
+    from epo_kernels.train.trainer import Trainer
+
+HELP = """usage: python -m epo_kernels.train [PRESET or FILE.yaml] [GROUP.KEY=VALUE ...] [--print-config | --dry-run]
+
+Trains a language-model agent by reinforcement learning in a text environment, with the EPO loss.
+
+PRESET is one of: {presets} (default: quickstart). Settings given after it win over it.
+
+  --print-config   show all settings as they would hold, as YAML, and end
+  --dry-run        build everything, play nothing, say what would run
+  --help           this text
+
+examples:
+  python -m epo_kernels.train practice                       a first look: no Java, about a minute
+  python -m epo_kernels.train quickstart                     real ScienceWorld on a CPU
+  python -m epo_kernels.train quickstart steps=100 loss.penalty=hinge run_dir=runs/hinge
+  python -m epo_kernels.train my.yaml seed=3 resume=never
+
+The folder run_dir receives config.yaml, metrics.jsonl (a line a step), evaluation.json, episodes/ to read,
+checkpoints/global_step_N/actor, tensorboard/ and report.html. An interrupted run goes on where it stopped when the
+same command is given again (resume=auto).
+
+settings, with their defaults (presets change some; --print-config tells):
+
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 the run failed, 2 wrong settings, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--help" in words or "-h" in words:
+        sys.stdout.write(HELP.format(presets=", ".join(preset_names())) + describe_settings() + "\n")
+        return 0
+    try:
+        config, flags = _parse(words)
+        if "--print-config" in flags:
+            sys.stdout.write(to_yaml(config))
+            return 0
+        return _run(config, dry="--dry-run" in flags)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _parse(words: list[str]) -> tuple[TrainConfig, set[str]]:
+    flags = {word for word in words if word.startswith("-")}
+    if unknown := flags - {"--print-config", "--dry-run"}:
+        raise ConfigError(f"unknown option {sorted(unknown)[0]}; there are --print-config, --dry-run and --help")
+    rest = [word for word in words if not word.startswith("-")]
+    sources = [word for word in rest if "=" not in word]
+    if len(sources) > 1:
+        raise ConfigError(f"one preset or file at most, got {' and '.join(sources)}; settings are written a.b=c")
+    overrides = [word for word in rest if "=" in word]
+    return load_config(sources[0] if sources else "quickstart", overrides), flags
+
+
+def _run(config: TrainConfig, dry: bool) -> int:
+    # Imported late: wrong settings and --help answer at once.
+    from transformers.utils.logging import disable_progress_bar
+
+    from epo_kernels.train.envs import EnvironmentFailure
+    from epo_kernels.train.policies.prompts import PromptTooLong
+    from epo_kernels.train.tracking import Display
+    from epo_kernels.train.trainer import Trainer
+
+    disable_progress_bar()
+    _keep_freed_memory()
+    display = Display()
+    try:
+        with display, Trainer(config, display, dry) as trainer:
+            if dry:
+                display.say(_plan(trainer))
+                return 0
+            display.say(
+                f"run {config.run_dir}: {config.steps - trainer.step} of {config.steps} steps to do, "
+                f"{len(trainer.tasks)} training tasks"
+            )
+            records = trainer.run()
+        display.table([record for record in records if record.when in ("before", "after")])
+        display.say(f"report: {trainer.run_dir / 'report.html'}")
+        return 0
+    except (EnvironmentFailure, PromptTooLong, RuntimeError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
+        return 130
+
+
+def _plan(trainer: Trainer) -> str:
+    config = trainer.config
+    parameters = sum(p.numel() for p in trainer.policy.model.parameters())
+    episodes = config.algorithm.groups * config.algorithm.group_size
+    panels = ", ".join(f"{len(tasks)} of {name}" for name, tasks in trainer.panels.items()) or "none"
+    return "\n".join(
+        [
+            f"would run in {config.run_dir}: steps {trainer.step + 1} to {config.steps}"
+            if trainer.step < config.steps
+            else f"{config.run_dir} has all its {config.steps} steps already",
+            f"environment: {trainer.suite.name}, {len(trainer.tasks)} training tasks, "
+            f"{trainer.suite.max_turns} turns at most",
+            f"policy: {config.model.name_or_path}, {parameters:,} parameters, {config.model.dtype}",
+            f"a step: {config.algorithm.groups} groups of {config.algorithm.group_size}, {episodes} episodes in "
+            f"{config.rollout.environments} environments; {config.optim.epochs * config.optim.minibatches} updates",
+            f"evaluation: {panels}; {' and '.join(config.evaluate.decoding)}",
+        ]
+    )
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed blocks: activations come and go in megabytes, and mapping them anew halves the speed."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 1 << 30)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

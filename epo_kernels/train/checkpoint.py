@@ -1,0 +1,77 @@
+"""Checkpoints: `global_step_N/actor` as save_pretrained writes it, beside the trainer's state. Whole or not there."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epo_kernels.train.policies.policy import Policy
+
+_NAME = re.compile(r"global_step_(\d+)")
+
+
+def save_checkpoint(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
+    """Write `folder`/global_step_N under another name, rename it, then drop all but the last `keep` (step 0 stays)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"global_step_{step}"
+    temporary = folder / f".writing_{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        policy.save(temporary / "actor")
+        torch.save(state, temporary / "trainer.pt")
+        for path in temporary.rglob("*"):
+            _flush(path)
+        if final.exists():  # left by a run that was stopped before it could tell
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(folder)[:-keep]:
+        if step_of(old) != 0:  # the start of the run: reference of the KL, and of any comparison
+            shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    match = _NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise ValueError(f"{checkpoint} is no checkpoint; a checkpoint's folder is called global_step_N")
+    return int(match.group(1))
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's state, as plain tensors and numbers: nothing in the file can run code."""
+    return torch.load(checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
+
+
+def rng_state() -> dict[str, Any]:
+    """Torch's generators (dropout); everything else draws from generators seeded by step and episode."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk, so that the rename never shows a checkpoint whose bytes a power cut took."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

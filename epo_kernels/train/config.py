@@ -1,0 +1,396 @@
+"""The driver's configuration: dataclasses, and the one place that reads, merges and checks them.
+
+Sources, each over the one before: the defaults below, a preset or YAML file, `a.b=c` from the command line.
+"""
+
+import inspect
+import re
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import epo_kernels as ek
+from epo_kernels.train.envs import EnvConfig
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong: one line that says where, what was expected and what came."""
+
+
+@dataclass
+class WarmStartConfig:
+    """Cloning of demonstrations before RL."""
+
+    demonstrations: int = 0  # gold episodes of the training split; 0: no cloning
+    epochs: int = 20  # passes over their turns
+    batch_size: int = 64  # turns an optimiser step
+    lr: float = 2e-3  # peak; cosine to 0
+
+
+@dataclass
+class ModelConfig:
+    name_or_path: str = "tiny"  # a folder, a hub id, or "tiny": 0.5M parameters from scratch, made for warm_start
+    dtype: str = "float32"  # float32 | bfloat16
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = "transformers"  # transformers
+    environments: int = 16  # live at a time (ScienceWorld: a JVM each)
+    cohorts: int = 2  # groups of environments: one acts while the policy writes for another
+    temperature: float = 1.0  # of sampling, and of every log-prob and entropy in training
+    history: int = 4  # past actions a prompt shows
+    history_results: int = 1  # of those, how many with the environment's answer
+    max_prompt_tokens: int = 256  # the oldest history goes first, then the scene's end; the goal never
+    max_response_tokens: int = 16
+    response_format: str = "plain"  # plain: the first line is the action | think_action: <think>..<action>..
+
+
+@dataclass
+class AlgorithmConfig:
+    name: str = "grpo"  # grpo
+    groups: int = 4  # tasks a step
+    group_size: int = 8  # episodes a task
+    normalize_std: bool = True  # divide by the group's standard deviation (False: Dr. GRPO)
+
+
+@dataclass
+class LossConfig:
+    """The fields of `epo_kernels.EPOConfig` (temperature is rollout.temperature), then band, history, schedule."""
+
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    clip_ratio_c: float | None = 3.0
+    entropy_coeff: float = 1e-3
+    kl_coeff: float = 0.0
+    kl_type: str = "k3"
+    penalty: str = "none"  # none | hinge | quadratic | indicator | gate
+    penalty_alpha: float = 0.1
+    smooth_coeff: float = 1.0
+    band_scope: str = "token"  # token | segment (a turn)
+    loss_agg_mode: str = "token-mean"
+    band_low: float = 0.0  # kappa_l: the band's lower bound as a share of the history's entropy
+    band_high: float = 2.0  # kappa_r
+    history_scope: str = "turn"  # turn | global
+    history_weighting: str = "token"  # token | step
+    history_window: int | None = None  # steps that count; None: all
+    history_includes_current: bool = True  # False: the band knows earlier steps alone (the paper's second version)
+    phase_schedule: str = "paper"  # constant | paper | official
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4  # peak
+    min_lr_ratio: float = 0.2  # the cosine ends at lr * min_lr_ratio
+    warmup_ratio: float = 0.1  # share of all updates
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    epochs: int = 1  # passes over a step's turns
+    minibatches: int = 1  # optimiser updates a pass
+    micro_batch_tokens: int = 8192  # padded tokens in one forward and backward
+
+
+@dataclass
+class EvaluateConfig:
+    panels: list[str] = field(default_factory=lambda: ["iid"])  # of iid, ood, train
+    episodes: int = 64  # a panel: the first tasks of the split, in its fixed order
+    decoding: list[str] = field(default_factory=lambda: ["greedy", "sampled"])
+    every: int = 0  # steps; 0: only before and after
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 10  # steps; 0: only at the end
+    keep: int = 2  # the latest ones
+
+
+@dataclass
+class TrainConfig:
+    run_dir: str = "runs/default"
+    seed: int = 0
+    steps: int = 20
+    resume: str = "auto"  # auto: go on where run_dir stopped | a checkpoint's path | never: run_dir must be new
+    env: EnvConfig = field(default_factory=EnvConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def preset_names() -> list[str]:
+    folder = files("epo_kernels.train") / "presets"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(source: str | None, overrides: list[str]) -> TrainConfig:
+    """Defaults, then `source` (a preset's name or a YAML file), then `overrides` ("a.b=c").
+
+    Raises:
+        ConfigError: an unknown key or preset, a wrong type, or settings that cannot go together.
+    """
+    layers: list[Any] = [_read_source(source)] if source else []
+    for override in overrides:
+        name, equals, _ = override.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{override!r} is no setting; settings are written a.b=c, such as steps=10")
+        try:
+            layers.append(OmegaConf.create(OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(f"{override!r} is not to be read: {_first_line(error)}") from error
+    merged: Any = OmegaConf.structured(TrainConfig)
+    known = _leaf_names(merged)
+    for layer in layers:
+        _check_names(layer, merged, known)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            where = getattr(error, "full_key", None)
+            raise ConfigError(f"{where}: {_first_line(error)}" if where else _first_line(error)) from error
+    config: Any = OmegaConf.to_object(merged)
+    check(config)
+    return config
+
+
+def to_yaml(config: TrainConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """{"a.b": value}; lists are leaves."""
+    return _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+NOT_COMPARED = ("run_dir", "resume", "checkpoint.every", "checkpoint.keep")  # may change when a run is resumed
+
+
+def differences(saved: str, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from a saved config.yaml, {"a.b": (saved, now)}, but for those that may change."""
+    before, now = _flatten(OmegaConf.to_container(OmegaConf.create(saved))), flatten(config)
+    names = [*now, *(name for name in before if name not in now)]
+    return {
+        name: (before.get(name), now.get(name))
+        for name in names
+        if name not in NOT_COMPARED and before.get(name) != now.get(name)
+    }
+
+
+def describe_settings() -> str:
+    """Every setting with its default and what it means: the dataclasses' own lines and comments."""
+    return "\n".join(_describe(TrainConfig))
+
+
+def _describe(group: Any, prefix: str = "") -> list[str]:
+    source = inspect.getsource(group)
+    lines = []
+    for setting in fields(group):
+        if is_dataclass(setting.type):
+            lines += ["", *_describe(setting.type, f"{prefix}{setting.name}.")]
+            continue
+        default = setting.default
+        if setting.default_factory is not MISSING:
+            default = setting.default_factory()
+        shown = "null" if default is None else default
+        comment = re.search(rf"^    {setting.name}:.*?  # (.*)$", source, re.MULTILINE)
+        lines.append(f"  {prefix}{setting.name}={shown}".ljust(46) + (comment.group(1) if comment else ""))
+    return lines
+
+
+def epo_config(config: TrainConfig) -> ek.EPOConfig:
+    """The loss's own settings.
+
+    Raises:
+        ValueError, TypeError: from EPOConfig's checks.
+    """
+    names = [f.name for f in fields(ek.EPOConfig) if f.name != "temperature"]
+    values = {name: getattr(config.loss, name) for name in names}
+    return ek.EPOConfig(**values, temperature=config.rollout.temperature)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what cannot work, before anything starts.
+
+    Raises:
+        ConfigError: naming the settings, what they must be and what they are.
+    """
+    rollout, algorithm, loss, optim, evaluate = (
+        config.rollout,
+        config.algorithm,
+        config.loss,
+        config.optim,
+        config.evaluate,
+    )
+    _one_of("env.name", config.env.name, ("scienceworld", "practice"))
+    _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
+    _one_of("rollout.engine", rollout.engine, ("transformers",))
+    _one_of("rollout.response_format", rollout.response_format, ("plain", "think_action"))
+    _one_of("algorithm.name", algorithm.name, ("grpo",))
+    _one_of("loss.phase_schedule", loss.phase_schedule, ("constant", "paper", "official"))
+    _one_of("loss.history_scope", loss.history_scope, ("turn", "global"))
+    _one_of("loss.history_weighting", loss.history_weighting, ("token", "step"))
+    for panel in evaluate.panels:
+        _one_of("evaluate.panels", panel, ("iid", "ood", "train"))
+    for decoding in evaluate.decoding:
+        _one_of("evaluate.decoding", decoding, ("greedy", "sampled"))
+    at_least_one = {
+        "rollout.environments": rollout.environments,
+        "rollout.cohorts": rollout.cohorts,
+        "rollout.max_prompt_tokens": rollout.max_prompt_tokens,
+        "rollout.max_response_tokens": rollout.max_response_tokens,
+        "algorithm.groups": algorithm.groups,
+        "optim.epochs": optim.epochs,
+        "optim.minibatches": optim.minibatches,
+        "optim.micro_batch_tokens": optim.micro_batch_tokens,
+        "model.warm_start.epochs": config.model.warm_start.epochs,
+        "model.warm_start.batch_size": config.model.warm_start.batch_size,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    not_negative = {
+        "seed": config.seed,
+        "steps": config.steps,
+        "rollout.history": rollout.history,
+        "rollout.history_results": rollout.history_results,
+        "model.warm_start.demonstrations": config.model.warm_start.demonstrations,
+        "optim.weight_decay": optim.weight_decay,
+        "evaluate.episodes": evaluate.episodes,
+        "evaluate.every": evaluate.every,
+        "checkpoint.every": config.checkpoint.every,
+    }
+    for name, value in at_least_one.items():
+        _that(value >= 1, f"{name} must be at least 1, got {value}")
+    for name, number in not_negative.items():
+        _that(number >= 0, f"{name} must be at least 0, got {number}")
+    for name, ratio in {"optim.min_lr_ratio": optim.min_lr_ratio, "optim.warmup_ratio": optim.warmup_ratio}.items():
+        _that(0 <= ratio <= 1, f"{name} must be in [0, 1], got {ratio}")
+    for name, beta in {"optim.beta1": optim.beta1, "optim.beta2": optim.beta2}.items():
+        _that(0 <= beta < 1, f"{name} must be in [0, 1), got {beta}")
+    for name, number in {"optim.lr": optim.lr, "optim.max_grad_norm": optim.max_grad_norm}.items():
+        _that(number > 0, f"{name} must be positive, got {number}")
+    try:
+        epo_config(config)
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        raise ConfigError(
+            message.replace("EPOConfig.temperature", "rollout.temperature").replace("EPOConfig.", "loss.")
+        ) from error
+    _check_combinations(config)
+
+
+def _check_combinations(config: TrainConfig) -> None:
+    rollout, loss = config.rollout, config.loss
+    _that(
+        config.algorithm.group_size >= 2,
+        f"algorithm.group_size must be at least 2, got {config.algorithm.group_size}: GRPO compares a group's episodes",
+    )
+    _that(
+        rollout.cohorts <= rollout.environments,
+        f"rollout.cohorts ({rollout.cohorts}) must not exceed rollout.environments ({rollout.environments})",
+    )
+    _that(
+        0 <= loss.band_low <= loss.band_high,
+        f"loss.band_low and loss.band_high must satisfy 0 <= low <= high, got {loss.band_low} and {loss.band_high}",
+    )
+    _that(
+        loss.history_window is None or loss.history_window >= 1,
+        f"loss.history_window must be at least 1 or null, got {loss.history_window}",
+    )
+    _that(
+        loss.penalty == "none" or loss.entropy_coeff != 0,
+        f"loss.penalty={loss.penalty} has no effect with loss.entropy_coeff=0; set one of them",
+    )
+    if config.model.name_or_path == "tiny":
+        _that(
+            config.model.warm_start.demonstrations >= 1,
+            "model.name_or_path=tiny starts from nothing: model.warm_start.demonstrations must be at least 1, got 0",
+        )
+    _that(
+        config.model.warm_start.demonstrations == 0 or rollout.response_format == "plain",
+        "model.warm_start clones bare actions: it needs rollout.response_format=plain, or demonstrations=0",
+    )
+    _that(
+        "ood" not in config.evaluate.panels or config.env.name != "scienceworld" or bool(config.env.ood_task_names),
+        "evaluate.panels has ood: name its held-out task types in env.ood_task_names",
+    )
+
+
+def _read_source(source: str) -> DictConfig:
+    if source in preset_names():
+        text = (files("epo_kernels.train") / "presets" / f"{source}.yaml").read_text(encoding="utf-8")
+    elif source.endswith((".yaml", ".yml")):
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{source} is not to be read: {error.strerror}") from error
+    else:
+        raise ConfigError(
+            f"no preset {source!r}{_suggest(source, preset_names())}; "
+            f"give one of {', '.join(preset_names())}, a file.yaml, or settings a.b=c"
+        )
+    try:
+        loaded = OmegaConf.create(text)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{source} is no YAML: {_first_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{source} must hold settings (key: value), not a list")
+    return loaded
+
+
+def _check_names(given: DictConfig, schema: DictConfig, known: list[str], prefix: str = "") -> None:
+    for name in map(str, given):
+        full = f"{prefix}{name}"
+        if name not in schema:
+            raise ConfigError(f"unknown setting {full!r}{_suggest(full, known)}")
+        inner, wanted = given[name], schema[name]
+        if isinstance(wanted, DictConfig):
+            if not isinstance(inner, DictConfig):
+                raise ConfigError(f"{full} is a group of settings ({', '.join(map(str, wanted))}), not a value")
+            _check_names(inner, wanted, known, f"{full}.")
+
+
+def _leaf_names(schema: DictConfig) -> list[str]:
+    return list(_flatten(OmegaConf.to_container(schema)))
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:  # the right last word under a wrong group
+        last = name.rsplit(".", 1)[-1]
+        ends = {key.rsplit(".", 1)[-1]: key for key in known}
+        close = [ends[end] for end in get_close_matches(last, list(ends), n=1, cutoff=0.7)]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    hint = _suggest(value, list(choices))
+    _that(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+def _that(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ConfigError(otherwise)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,86 @@
+"""Evaluation on fixed panels: the same tasks and draws at every moment, success with its Wilson interval."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from epo_kernels.train.data import Draw, Episode
+from epo_kernels.train.envs import Task
+
+Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of evaluation.json."""
+
+    when: str  # before | step N | after
+    step: int
+    panel: str  # iid | ood | train
+    decoding: str  # greedy | sampled
+    episodes: int
+    mean_score: float  # 0..100
+    success: float  # share truly completed
+    success_low: float  # Wilson 95 %
+    success_high: float
+    official_success: float  # share of the published code's "done and score > 0"
+    mean_turns: float
+    failed: int  # episodes lost to environment failures, not counted above
+
+    def sentence(self) -> str:
+        return (
+            f"evaluation {self.when}, {self.panel}, {self.decoding}: success {self.success:.1%} "
+            f"({self.success_low:.1%} to {self.success_high:.1%}), mean score {self.mean_score:.1f}, "
+            f"official success {self.official_success:.1%}, {self.episodes} episodes of {self.mean_turns:.1f} turns"
+        )
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); (0, 1) where nothing was tried."""
+    if trials == 0:
+        return 0.0, 1.0
+    share = successes / trials
+    centre = share + Z_95**2 / (2 * trials)
+    spread = Z_95 * math.sqrt(share * (1 - share) / trials + Z_95**2 / (4 * trials**2))
+    scale = 1 + Z_95**2 / trials
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    # Rounding must not leave the ends, where the interval touches 0 or 1 exactly, a hair off.
+    return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
+
+
+def panel_starts(tasks: Sequence[Task], panel: str, decodings: Sequence[str], seed: int) -> list[Episode]:
+    """The panel's episodes, not yet played, for each way of decoding; the draws depend on panel and seed alone."""
+    number = ("iid", "ood", "train").index(panel)
+    return [
+        Episode(task=task, group=index, seed=(seed, Draw.PANEL, number, index), greedy=decoding == "greedy")
+        for decoding in decodings
+        for index, task in enumerate(tasks)
+    ]
+
+
+def summarize(episodes: Sequence[Episode], when: str, step: int, panel: str, decoding: str) -> Record:
+    """Raises RuntimeError where every episode failed: there is nothing to report."""
+    played = [episode for episode in episodes if not episode.failed]
+    if not played:
+        reason = episodes[0].finish if episodes else "the panel is empty"
+        raise RuntimeError(f"evaluation {when} on {panel}: no episode could be played; the first: {reason}")
+    successes = sum(episode.success for episode in played)
+    low, high = wilson(successes, len(played))
+    return Record(
+        when=when,
+        step=step,
+        panel=panel,
+        decoding=decoding,
+        episodes=len(played),
+        mean_score=_mean([episode.score for episode in played]),
+        success=successes / len(played),
+        success_low=low,
+        success_high=high,
+        official_success=_mean([float(episode.official_success) for episode in played]),
+        mean_turns=_mean([float(len(episode.turns)) for episode in played]),
+        failed=len(episodes) - len(played),
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,132 @@
+"""The transformers engine: one batch of prompts in, sampled token ids with their log-probs out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CLOSING_TAG = "</action>"
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt_ids: list[int]
+    seed: tuple[int, ...]  # decides the draws, whatever else is in the batch
+    greedy: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    token_ids: list[int]  # with the token that ended it, unless the limit did
+    log_probs: list[float]  # of each, under softmax(logits / temperature)
+
+
+class Engine(Protocol):
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request, in order."""
+        ...
+
+
+class StopRule:
+    """When a response is over: at an end token; plain: at a line break; think_action: at the closing tag."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: set[int], response_format: str) -> None:
+        self._tokenizer = tokenizer
+        self._end_ids = set(end_ids)
+        self._maybe_closing: set[int] = set()
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        if response_format == "plain":
+            self._end_ids |= {i for i, text in enumerate(texts) if "\n" in text}
+        else:
+            self._maybe_closing = {i for i, text in enumerate(texts) if ">" in text}
+
+    def ends(self, token_ids: list[int]) -> bool:
+        """Whether the response ends with its last token."""
+        if token_ids[-1] in self._end_ids:
+            return True
+        # Ten tokens hold the tag however a tokenizer spells it, letter by letter included.
+        return token_ids[-1] in self._maybe_closing and CLOSING_TAG in self._tokenizer.decode(token_ids[-10:])
+
+
+class TransformersEngine:
+    """Samples with the training model itself: left-padded prompts, KV cache, one uniform draw a token.
+
+    Args:
+        model: causal LM; used as it is, in the mode it is in.
+        pad_id: any valid token; padding is masked.
+        stop: when a response is over.
+        temperature: of sampling, > 0.
+        max_tokens: limit of a response.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, pad_id: int, stop: StopRule, temperature: float, max_tokens: int
+    ) -> None:
+        self._model = model
+        self._pad_id = pad_id
+        self._stop = stop
+        self._temperature = temperature
+        self._max_tokens = max_tokens
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        if not requests:
+            return []
+        device = self._model.device
+        draws = torch.from_numpy(
+            np.stack([np.random.default_rng(r.seed).random(self._max_tokens) for r in requests])
+        ).to(device)
+        greedy = torch.tensor([r.greedy for r in requests], device=device)
+        input_ids, seen, position = (part.to(device) for part in self._pad([r.prompt_ids for r in requests]))
+        completions = [Completion([], []) for _ in requests]
+        rows = list(range(len(requests)))  # the request of each row still in the batch
+        live = set(rows)
+        cache = None
+        for length in range(self._max_tokens):
+            output = self._model(
+                input_ids=input_ids,
+                attention_mask=seen,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            log_probs = torch.log_softmax(output.logits[:, -1].float() / self._temperature, dim=-1)
+            tokens = _choose(log_probs, draws[rows, length], greedy[rows])
+            chosen = log_probs.gather(1, tokens[:, None])[:, 0]
+            for row, token, log_prob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
+                if row in live:
+                    completions[row].token_ids.append(token)
+                    completions[row].log_probs.append(log_prob)
+                    if self._stop.ends(completions[row].token_ids):
+                        live.discard(row)
+            if not live:
+                break
+            input_ids, position = tokens[:, None], position[:, -1:] + 1
+            seen = torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1)
+            if len(live) <= len(rows) // 2:  # finished rows cost as much as live ones
+                kept = torch.tensor([i for i, row in enumerate(rows) if row in live], device=device)
+                cache.batch_select_indices(kept)
+                input_ids, position, seen = input_ids[kept], position[kept], seen[kept]
+                rows = [row for row in rows if row in live]
+        return completions
+
+    def _pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Left-padded ids, attention mask and positions, each (B, P)."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self._pad_id] * (width - len(p)) + p for p in prompts])
+        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        return ids, seen, (seen.cumsum(1) - 1).clamp(min=0)
+
+
+def _choose(log_probs: Tensor, draws: Tensor, greedy: Tensor) -> Tensor:
+    """(B,) tokens: the likeliest, or where a uniform draw falls in the cumulative distribution (float64)."""
+    cumulative = log_probs.double().exp().cumsum(dim=-1)
+    target = draws[:, None] * cumulative[:, -1:]
+    sampled = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=log_probs.shape[-1] - 1)
+    return torch.where(greedy, log_probs.argmax(dim=-1), sampled)

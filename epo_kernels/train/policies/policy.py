@@ -1,0 +1,144 @@
+"""The policy: a causal LM with its tokenizer, loaded from a folder or the hub, or built from scratch ("tiny")."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from epo_kernels.train.config import ConfigError, ModelConfig
+from epo_kernels.train.data import MiniBatch
+from epo_kernels.train.envs import Demonstration
+
+END, PAD, USER, ACT = "<|end|>", "<|pad|>", "<|user|>", "<|act|>"
+TINY_VOCABULARY = 1000
+TINY_CHAT_TEMPLATE = (
+    f"{{% for message in messages %}}{USER}{{{{ message['content'] }}}}{{% endfor %}}"
+    f"{{% if add_generation_prompt %}}{ACT}{{% endif %}}"
+)
+
+
+@dataclass
+class Policy:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def end_ids(self) -> set[int]:
+        """Token ids that end a response."""
+        generation = self.model.generation_config
+        declared = generation.eos_token_id if generation is not None else None
+        ids = set(declared) if isinstance(declared, list) else {declared}
+        return {int(i) for i in ids | {self.tokenizer.eos_token_id} if i is not None}
+
+    @property
+    def pad_id(self) -> int:
+        """Fills batches up; always masked, so any id will do where the tokenizer names none."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.end_ids)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Raises ConfigError where the device isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"model.device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def load_policy(source: str, config: ModelConfig) -> Policy:
+    """A policy saved with `save_pretrained`, or from the hub.
+
+    Raises:
+        ConfigError: nothing to load there, or a tokenizer without a chat template.
+    """
+    device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name_or_path={source!r} is not to be loaded: {error}") from error
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"model.name_or_path={source!r}: its tokenizer has no chat template; use a chat model")
+    return Policy(_placed(model, device, dtype), tokenizer)
+
+
+def build_tiny(demonstrations: Sequence[Demonstration], config: ModelConfig, seed: int) -> Policy:
+    """Qwen2 of about 0.5M parameters with a tokenizer trained on the demonstrations' text. Knows nothing yet."""
+    tokenizer = _train_tokenizer(demonstrations)
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,  # head_dim 32, the least that vLLM serves on the CPU
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    return Policy(_placed(model, resolve_device(config.device), getattr(torch, config.dtype)), tokenizer)
+
+
+def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Ready for sampling and training: without dropout, for good, since both must see one distribution."""
+    torch.nn.Module.to(model, device, dtype)
+    return model.eval()
+
+
+def _train_tokenizer(demonstrations: Sequence[Demonstration]) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY,
+        special_tokens=[PAD, END, USER, ACT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # any text can be encoded
+        show_progress=False,
+    )
+    texts = (
+        text
+        for demonstration in demonstrations
+        for seen, action in zip(demonstration.observations, demonstration.actions, strict=True)
+        for text in (seen.goal, seen.text, seen.scene, f"> {action}", action)
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
+    tokenizer.add_special_tokens({"additional_special_tokens": [USER, ACT]})
+    tokenizer.chat_template = TINY_CHAT_TEMPLATE
+    return tokenizer
+
+
+def response_logits(model: PreTrainedModel, batch: MiniBatch) -> Tensor:
+    """(B, R, V) logits that predict the batch's response tokens; those of the prompts are never computed."""
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=batch.tokens.shape[1],
+    ).logits

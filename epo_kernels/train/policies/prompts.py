@@ -1,0 +1,113 @@
+"""Between environment and model: observations to prompt ids, response ids to actions."""
+
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from epo_kernels.train.data import Turn
+from epo_kernels.train.envs import Observation
+
+THINK_ACTION_INSTRUCTION = (
+    "You act in a text environment to fulfil the task. Think first, inside <think> </think>, then give exactly one "
+    "action inside <action> </action>."
+)
+_ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+
+
+class PromptTooLong(ValueError):
+    """Even the goal alone doesn't fit into rollout.max_prompt_tokens."""
+
+
+def parse_action(response: str, response_format: str) -> str | None:
+    """The action in a response; None where it holds none.
+
+    "plain": the first line. "think_action": what stands inside the last <action> </action>.
+    """
+    if response_format == "think_action":
+        found = _ACTION.findall(response)
+        action = found[-1] if found else ""
+    else:
+        action = response.split("\n", 1)[0]
+    return " ".join(action.split()) or None
+
+
+class PromptBuilder:
+    """Goal, the last actions and results, what is seen now; through the tokenizer's chat template.
+
+    Args:
+        tokenizer: with a chat template.
+        history: how many past actions are shown.
+        history_results: of those, how many (the latest) with the environment's answer; what came of the very last
+            action always shows.
+        max_tokens: limit of the prompt. What is too long loses its oldest actions first, then the end of the answer
+            and of the scene; never the goal.
+        response_format: "think_action" puts the instruction before the goal.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        history: int,
+        history_results: int,
+        max_tokens: int,
+        response_format: str,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._history = history
+        self._history_results = history_results
+        self._max_tokens = max_tokens
+        self._instruction = THINK_ACTION_INSTRUCTION if response_format == "think_action" else ""
+
+    def encode(self, states: Sequence[tuple[Observation, Sequence[Turn]]]) -> list[list[int]]:
+        """Prompt ids of many (observation, past turns), none longer than the limit.
+
+        Raises:
+            PromptTooLong: a goal that doesn't fit.
+        """
+        prompts = self._tokenize([self._render(seen, past, self._history) for seen, past in states])
+        return [
+            ids if len(ids) <= self._max_tokens else self._shorten(*state)
+            for ids, state in zip(prompts, states, strict=True)
+        ]
+
+    def _render(self, seen: Observation, past: Sequence[Turn], history: int, kept: float = 1.0) -> str:
+        """The prompt's text with at most `history` actions and the first `kept` of answer and scene."""
+        lines = [self._instruction] if self._instruction else []
+        lines.append(seen.goal)
+        shown = past[-history:] if history else []
+        for age, turn in zip(range(len(shown), 0, -1), shown, strict=True):
+            lines.append(f"> {turn.action}")
+            if 1 < age <= self._history_results:  # the answer to the latest action is seen.text
+                lines.append(turn.result)
+        lines += [text[: int(len(text) * kept)] for text in (seen.text, seen.scene) if text and kept]
+        rendered = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": "\n".join(lines)}], add_generation_prompt=True, tokenize=False
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        # The chat template has written the special tokens already.
+        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _shorten(self, seen: Observation, past: Sequence[Turn]) -> list[int]:
+        for history in range(min(self._history, len(past)) - 1, -1, -1):
+            ids = self._tokenize([self._render(seen, past, history)])[0]
+            if len(ids) <= self._max_tokens:
+                return ids
+        best = self._tokenize([self._render(seen, past, 0, kept=0.0)])[0]
+        if len(best) > self._max_tokens:
+            raise PromptTooLong(
+                f"the goal alone takes {len(best)} tokens and rollout.max_prompt_tokens is {self._max_tokens}; "
+                f"raise it: {seen.goal[:80]!r}"
+            )
+        low, high = 0.0, 1.0
+        for _ in range(8):  # to 1/256 of the text
+            middle = (low + high) / 2
+            ids = self._tokenize([self._render(seen, past, 0, kept=middle)])[0]
+            if len(ids) <= self._max_tokens:
+                best, low = ids, middle
+            else:
+                high = middle
+        return best

@@ -1,0 +1,80 @@
+"""The warm start: cross-entropy on the actions of demonstrations, seen through the prompts of the rollout."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from epo_kernels.train.config import WarmStartConfig
+from epo_kernels.train.data import Draw, MiniBatch, Sample, Turn
+from epo_kernels.train.envs import Demonstration, Suite
+from epo_kernels.train.policies.policy import Policy, response_logits
+from epo_kernels.train.policies.prompts import PromptBuilder
+
+
+def demonstrate(suite: Suite, count: int) -> list[Demonstration]:
+    """Gold episodes of the first `count` training tasks (of all, where there are fewer)."""
+    tasks = suite.tasks("train")[:count]
+    with ThreadPoolExecutor(2) as threads:
+        demonstrations = list(threads.map(suite.demonstrate, tasks))
+    suite.close()  # the simulators that played are not needed any more
+    return demonstrations
+
+
+def cloning_samples(
+    demonstrations: Sequence[Demonstration], policy: Policy, prompts: PromptBuilder, max_response_tokens: int
+) -> list[Sample]:
+    """One sample a turn: the prompt as the rollout would build it, the gold action and the end token."""
+    samples = []
+    for demonstration in demonstrations:
+        responses = policy.tokenizer(demonstration.actions, add_special_tokens=False)["input_ids"]
+        past: list[Turn] = []
+        states = []
+        for index, (seen, action) in enumerate(zip(demonstration.observations, demonstration.actions, strict=True)):
+            states.append((seen, list(past)))
+            is_last = index + 1 == len(demonstration.actions)
+            result = "" if is_last else demonstration.observations[index + 1].text
+            past.append(Turn(seen, [], [], [], action, valid=True, result=result))
+        for number, (prompt_ids, ids) in enumerate(zip(prompts.encode(states), responses, strict=True)):
+            response_ids = [*ids, policy.tokenizer.eos_token_id][:max_response_tokens]
+            samples.append(Sample(prompt_ids, response_ids, number))
+    return samples
+
+
+def clone(
+    policy: Policy, samples: list[Sample], config: WarmStartConfig, seed: int, report: Callable[[int], None]
+) -> list[float]:
+    """Train the policy on the samples in place; returns the mean loss of each epoch, `report` gets their number."""
+    means = []
+    model = policy.model
+    rng = np.random.default_rng([seed, Draw.CLONING])
+    batches_an_epoch = -(-len(samples) // config.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=config.epochs * batches_an_epoch + 1, pct_start=0.1
+    )
+    for epoch in range(config.epochs):
+        losses = []
+        for chosen in _alike_batches(samples, config.batch_size, rng):
+            batch = MiniBatch.of(chosen, policy.pad_id, model.device)
+            logits = response_logits(model, batch)[batch.mask]
+            loss = cross_entropy(logits.float(), batch.tokens[batch.mask])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+        means.append(float(torch.stack(losses).mean()))
+        report(epoch + 1)
+    return means
+
+
+def _alike_batches(samples: list[Sample], size: int, rng: np.random.Generator) -> list[list[Sample]]:
+    """A shuffled epoch whose batches hold samples alike in length, so that little is padding."""
+    order = sorted(rng.permutation(len(samples)), key=lambda i: samples[i].length // 16)
+    batches = [[samples[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    rng.shuffle(batches)
+    return batches

@@ -1,0 +1,161 @@
+"""What a run leaves behind and shows: metrics.jsonl, TensorBoard, evaluation.json, episodes/, and the live display."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from epo_kernels.train.data import Episode
+from epo_kernels.train.evaluate import Record
+
+Value = float | int | list[float | None]
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last line break is no whole line
+
+
+def read_evaluation(run_dir: Path) -> list[Record]:
+    path = run_dir / "evaluation.json"
+    return [Record(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".writing_{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Tracker:
+    """Writes a run's records.
+
+    Args:
+        run_dir: the run's folder.
+        step: the step the run goes on from; what an earlier process wrote of later steps is dropped, since these steps
+            are made again.
+    """
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self._run_dir = run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "episodes").mkdir(exist_ok=True)
+        lines = [entry for entry in read_metrics(run_dir) if entry["training/global_step"] <= step]
+        write_atomically(run_dir / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in lines))
+        self._records = [record for record in read_evaluation(run_dir) if record.step <= step]
+        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    @property
+    def records(self) -> list[Record]:
+        return list(self._records)
+
+    def log(self, step: int, metrics: dict[str, Value]) -> None:
+        """One line of metrics.jsonl; scalars go to TensorBoard, lists there entry by entry."""
+        self._metrics.write(json.dumps({"training/global_step": step, **metrics}) + "\n")
+        self._metrics.flush()
+        for name, value in metrics.items():
+            for key, number in _scalars(name, value):
+                self._board.add_scalar(key, number, step)
+        self._board.flush()
+
+    def log_evaluation(self, records: Sequence[Record]) -> None:
+        self._records += records
+        entries = [asdict(record) for record in self._records]
+        write_atomically(self._run_dir / "evaluation.json", json.dumps(entries, indent=1) + "\n")
+        for record in records:
+            for name in ("mean_score", "success", "official_success"):
+                key = f"evaluation/{record.panel}/{record.decoding}/{name}"
+                self._board.add_scalar(key, getattr(record, name), record.step)
+        self._board.flush()
+
+    def save_episodes(self, name: str, episodes: Sequence[Episode]) -> None:
+        text = "\n\n".join(episode_text(episode) for episode in episodes)
+        write_atomically(self._run_dir / "episodes" / f"{name}.txt", text + "\n")
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._board.close()
+
+
+def episode_text(episode: Episode) -> str:
+    """An episode to read: what was seen, done, and earned."""
+    outcome = "success" if episode.success else "no success"
+    head = f"# {episode.task.name}, variation {episode.task.variation}: score {episode.score:g}, {outcome}"
+    lines = [f"{head}, return {episode.total_reward:.3f}, {episode.finish}"]
+    if episode.turns:
+        lines.append(episode.turns[0].observation.goal)
+    for number, turn in enumerate(episode.turns, 1):
+        lines += [part for part in (turn.observation.text, turn.observation.scene) if part]
+        lines.append(f"[{number}] > {turn.action}  ({turn.reward:+.3f}{'' if turn.valid else ', not understood'})")
+    return "\n".join(lines)
+
+
+class Display:
+    """Lines and bars on a terminal; lines alone anywhere else."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(soft_wrap=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    @contextmanager
+    def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Gives a function to call with the amount done so far."""
+        task = self._progress.add_task(name, total=total)
+        try:
+            yield lambda done: self._progress.update(task, completed=done)
+        finally:
+            self._progress.remove_task(task)
+
+    def table(self, records: Sequence[Record]) -> None:
+        table = Table(title="Evaluation on the same held-out tasks", title_justify="left")
+        for column in ("panel", "decoding", "when", "episodes", "mean score", "success (95 %)", "official success"):
+            table.add_column(column, justify="left" if column in ("panel", "decoding", "when") else "right")
+        for record in sorted(records, key=lambda r: (r.panel, r.decoding, r.step)):
+            table.add_row(
+                record.panel,
+                record.decoding,
+                record.when,
+                str(record.episodes),
+                f"{record.mean_score:.1f}",
+                f"{record.success:.1%} ({record.success_low:.1%} to {record.success_high:.1%})",
+                f"{record.official_success:.1%}",
+            )
+        self.console.print(table)
+
+
+def _scalars(name: str, value: Value) -> Iterator[tuple[str, float]]:
+    if isinstance(value, list):
+        yield from ((f"{name}/{i:02d}", number) for i, number in enumerate(value) if number is not None)
+    else:
+        yield name, value
