@@ -4,6 +4,7 @@ ScienceWorld's own Python class lists every valid action after each step (tens o
 simulator inside its jar is called directly, with limits on memory and time.
 """
 
+import contextlib
 import functools
 import os
 import queue
@@ -80,10 +81,10 @@ class _Gateway(JavaGateway):
 
 
 def _forward(stream: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:
-    """Hand on the first two lines, port and token; read the rest, lest the JVM block on a full pipe."""
+    """Hand on the first lines (port, token or complaint); read the rest, lest the JVM block on a full pipe."""
     with stream:
         for number, line in enumerate(stream):
-            if number < 2:
+            if number < 10:
                 lines.put(line)
     lines.put(b"")  # the JVM ended: whoever waits need not
 
@@ -140,9 +141,13 @@ class Simulator:
             first = lines.get(timeout=timeout)
             return int(first), lines.get(timeout=timeout).decode().strip()
         except (queue.Empty, ValueError):
+            if first:  # a complaint: let it finish
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(timeout=5)
             self.close()
+            complaint = b"".join([first, *iter(lines.get, b"")]) if first else b""
             errors.seek(0)
-            said = " ".join((first + errors.read()).decode(errors="replace").split())[:500]
+            said = " ".join((complaint + errors.read()).decode(errors="replace").split())[:500]
             raise EnvironmentFailure(
                 f"a ScienceWorld JVM didn't start within {timeout:g} s (it said: {said or 'nothing'}). "
                 "Check env.jvm_memory, raise env.start_timeout or lower the number of environments."
@@ -172,8 +177,10 @@ class Simulator:
                 f"a ScienceWorld JVM (process {self.process.pid}) didn't answer within {self._timeout:g} s; "
                 "if it was only slow, raise env.step_timeout or lower the number of environments"
             )
-        code = self.process.poll()
-        ended = "doesn't answer" if code is None else f"ended with code {code}"
+        try:
+            ended = f"ended with code {self.process.wait(timeout=1)}"
+        except subprocess.TimeoutExpired:
+            ended = "doesn't answer"
         return (
             f"a ScienceWorld JVM (process {self.process.pid}) {ended}; "
             "if it was killed for memory, lower env.jvm_memory or the number of environments"

@@ -1,6 +1,7 @@
 """ScienceWorld's prose made short: the same things, by the names that actions use, at half the length."""
 
 import re
+from collections import Counter
 
 LOOKED = "You look around."  # the answer to a look that says no more than the scene does
 MAX_ANSWER = 500  # characters; "objects" and "help" answer with pages
@@ -21,22 +22,43 @@ _RULES = [
     (re.compile(r"\(containing "), "("),
     (re.compile(r"\.? ?its [\w ]+ is connected to: nothing\."), ""),
 ]
-_REPEATS = re.compile(r"(\(|, |: )([^,.():]+)((?:, \2)+)(?=[,.)]|$)")
 _CONTENTS = re.compile(r"\. (?:On|In) the [^:.()]+: ([^.]*?)\.")  # innermost first
+_INNERMOST = re.compile(r"\(([^()]*)\)")
+_SET_ASIDE = re.compile(r"<(\d+)>")
 _ARTICLE = re.compile(r"(^|[(,] ?)(?:[Aa]n?|the) (?=\w)")
 _DOOR = re.compile(r"A door to the (.+) \(that is (open|closed)\)")
 _PLACE = re.compile(r"This .*?is called the (.+?)\. ")
+
+
+def _list(things: list[str]) -> str:
+    """Sorted and counted: the simulator's own order differs from run to run."""
+    counts = Counter(sorted(things))
+    return ", ".join(thing if count == 1 else f"{thing} x{count}" for thing, count in counts.items())
+
+
+def _order_contents(line: str) -> str:
+    groups: list[str] = []
+
+    def restore(text: str) -> str:
+        return _SET_ASIDE.sub(lambda match: groups[int(match[1])], text)
+
+    def set_aside(match: re.Match[str]) -> str:
+        groups.append(f"({_list([restore(thing) for thing in match[1].split(', ')])})")
+        return f"<{len(groups) - 1}>"
+
+    while _INNERMOST.search(line):
+        line = _INNERMOST.sub(set_aside, line)
+    return restore(line)
 
 
 def clean_thing(line: str) -> str:
     """One line of a look-around or an inventory: "a table. On the table is: an axe." gives "table (axe)"."""
     for pattern, replacement in _RULES:
         line = pattern.sub(replacement, line)
-    line = _REPEATS.sub(lambda m: f"{m[1]}{m[2]} x{1 + len(m[3]) // len(', ' + m[2])}", line)
     while (shorter := _CONTENTS.sub(r" (\1)", line)) != line:
         line = shorter
     line = _ARTICLE.sub(r"\1", line.strip(" ."))
-    return re.sub(r"[. ]+(?=[,)])", "", line)
+    return _order_contents(re.sub(r"[. ]+(?=[,)])", "", line))
 
 
 def clean_scene(look: str, inventory: str) -> str:
@@ -55,8 +77,8 @@ def clean_scene(look: str, inventory: str) -> str:
             things.append(clean_thing(line))
     carried = [clean_thing(line) for line in inventory.splitlines()[1:] if line.strip()]
     return (
-        f"{place[1]}: {', '.join(things) or 'nothing'}. Doors: {', '.join(doors) or 'none'}. "
-        f"You have: {', '.join(carried) or 'nothing'}."
+        f"{place[1]}: {_list(things) or 'nothing'}. Doors: {_list(doors) or 'none'}. "
+        f"You have: {_list(carried) or 'nothing'}."
     )
 
 

@@ -1,0 +1,177 @@
+"""The pool against environments that raise, hang, die while starting, and answer late."""
+
+import threading
+from concurrent.futures import wait
+
+import pytest
+
+from epo_kernels.train.envs import EnvConfig, EnvironmentFailure, Observation, StepResult, Task, make_suite
+from epo_kernels.train.envs.pool import EnvironmentPool
+
+GOOD = Task("good", 0)
+
+
+class Scripted:
+    """Does what its action says."""
+
+    def __init__(self, suite):
+        self.suite = suite
+        self.closed = threading.Event()
+
+    def reset(self, task):
+        self.suite.resets.append(task)
+        if task.name == "hang":
+            self.closed.wait()
+        return Observation("goal", f"reset to {task.name} {task.variation}")
+
+    def step(self, action):
+        if action in ("raise", "hang"):
+            self.suite.broken = self
+        if action == "raise":
+            raise KeyError("a bug in a game")
+        if action == "hang":
+            self.closed.wait()
+            raise EnvironmentFailure("ended while it hung")
+        if action == "meet":
+            self.suite.meeting.wait(timeout=10)
+        return StepResult(Observation("goal", action), 0.0, False, 0.0, False, False, True)
+
+    def close(self):
+        self.closed.set()
+
+
+class ScriptedSuite:
+    name, max_turns = "scripted", 5
+
+    def __init__(self):
+        self.made, self.resets, self.broken = [], [], None
+        self.meeting = threading.Barrier(2)
+        self.fail_to_start = 0
+
+    def make(self):
+        if self.fail_to_start:
+            self.fail_to_start -= 1
+            raise EnvironmentFailure("no Java")
+        self.made.append(Scripted(self))
+        return self.made[-1]
+
+
+@pytest.fixture
+def suite():
+    return ScriptedSuite()
+
+
+def test_environments_are_made_when_first_needed(suite):
+    with EnvironmentPool(suite, 3) as pool:
+        assert not suite.made
+        assert [seen.text for seen in pool.reset_all([GOOD, Task("good", 1)])] == ["reset to good 0", "reset to good 1"]
+        assert len(suite.made) == 2
+        pool.reset_all([GOOD, GOOD])
+        assert len(suite.made) == 2, "an environment is kept from episode to episode"
+
+
+def test_steps_overlap(suite):
+    with EnvironmentPool(suite, 2) as pool:
+        pool.reset_all([GOOD, GOOD])
+        results = pool.step_all({0: "meet", 1: "meet"})  # the barrier breaks unless both are inside at once
+        assert [results[slot].observation.text for slot in (0, 1)] == ["meet", "meet"]
+
+
+def test_one_that_raises_fails_alone_and_is_replaced(suite):
+    with EnvironmentPool(suite, 2) as pool:
+        pool.reset_all([GOOD, GOOD])
+        results = pool.step_all({0: "raise", 1: "look"})
+        assert isinstance(results[0], EnvironmentFailure)
+        assert "KeyError" in str(results[0])
+        assert isinstance(results[0].__cause__, KeyError)
+        assert results[1].observation.text == "look"
+        assert "reset the slot" in str(pool.step_all({0: "look"})[0])
+        assert suite.broken.closed.wait(10)
+        assert pool.reset_all([GOOD])[0].text == "reset to good 0"
+        assert (pool.replaced, len(suite.made)) == (1, 3)
+
+
+def test_one_that_hangs_fails_alone_and_is_replaced(suite):
+    with EnvironmentPool(suite, 2, step_timeout=0.2) as pool:
+        pool.reset_all([GOOD, GOOD])
+        futures = pool.step(0, "hang"), pool.step(1, "look")
+        assert futures[1].result(10).observation.text == "look"
+        with pytest.raises(EnvironmentFailure, match=r"within 0\.2 s.*raise env\.step_timeout"):
+            futures[0].result(10)
+        assert suite.broken.closed.wait(10), "the hung environment is ended"
+        assert isinstance(pool.reset_all([GOOD, GOOD])[0], Observation)
+        assert pool.step_all({0: "look"})[0].observation.text == "look"
+        assert pool.replaced == 1
+
+
+def test_a_hung_reset_and_a_failed_start_are_reported(suite):
+    suite.fail_to_start = 1
+    with EnvironmentPool(suite, 1, start_timeout=0.2) as pool:
+        assert "no Java" in str(pool.reset_all([GOOD])[0])
+        assert "env.start_timeout" in str(pool.reset_all([Task("hang", 0)])[0])
+        assert pool.reset_all([GOOD])[0].text == "reset to good 0"
+        assert pool.replaced == 2
+
+
+def test_a_slow_neighbour_holds_nobody_up(suite):
+    with EnvironmentPool(suite, 2) as pool:
+        pool.reset_all([GOOD, GOOD])
+        slow, fast = pool.step(0, "meet"), pool.step(1, "look")
+        assert fast.result(10).observation.text == "look"
+        assert not slow.done()
+        suite.meeting.wait(timeout=10)
+        assert slow.result(10).observation.text == "meet"
+
+
+def test_prefetched_resets_are_used_once(suite):
+    tasks = [Task("good", 0), Task("good", 1)]
+    with EnvironmentPool(suite, 2) as pool:
+        pool.prefetch(tasks)
+        assert [seen.text for seen in pool.reset_all(tasks)] == ["reset to good 0", "reset to good 1"]
+        assert sorted(suite.resets, key=lambda task: task.variation) == tasks
+        pool.reset_all(tasks)
+        assert len(suite.resets) == 4, "the same task again is a new episode"
+
+
+def test_a_prefetch_that_is_not_wanted_is_forgotten(suite):
+    with EnvironmentPool(suite, 1) as pool:
+        pool.prefetch([GOOD])
+        assert pool.reset_all([Task("other", 7)])[0].text == "reset to other 7"
+        pool.prefetch([GOOD])
+        pool.step_all({0: "look"})
+        pool.reset_all([GOOD])
+        assert suite.resets == [GOOD, Task("other", 7), GOOD, GOOD]
+
+
+def test_closing_ends_everything_even_while_one_hangs(suite):
+    pool = EnvironmentPool(suite, 2)
+    pool.reset_all([GOOD, GOOD])
+    hung = pool.step(0, "hang")
+    pool.close()
+    with pytest.raises(EnvironmentFailure, match="closed"):
+        hung.result(10)
+    assert all(environment.closed.is_set() for environment in suite.made)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.step(1, "look")
+
+
+def test_wrong_sizes_are_refused(suite):
+    with pytest.raises(ValueError, match="at least one slot, not 0"):
+        EnvironmentPool(suite, 0)
+    with EnvironmentPool(suite, 1) as pool, pytest.raises(ValueError, match="2 tasks don't fit into a pool of 1"):
+        pool.reset_all([GOOD, GOOD])
+
+
+def test_practice_in_a_pool_equals_practice_alone():
+    suite = make_suite(EnvConfig(name="practice"))
+    tasks = suite.tasks("train")[:8]
+    scripts = [suite.demonstrate(task) for task in tasks]
+    with EnvironmentPool(suite, len(tasks)) as pool:
+        assert pool.reset_all(tasks) == [script.observations[0] for script in scripts]
+        for turn in range(len(scripts[0].actions)):
+            futures = [pool.step(slot, script.actions[turn]) for slot, script in enumerate(scripts)]
+            wait(futures, timeout=30)
+            results = [future.result() for future in futures]
+            if turn + 1 < len(scripts[0].actions):
+                assert [r.observation for r in results] == [script.observations[turn + 1] for script in scripts]
+        assert all(result.success for result in results)

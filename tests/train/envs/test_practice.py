@@ -1,0 +1,180 @@
+"""The walk to the vault: its exact rules, its expert, and that no short cut wins."""
+
+import random
+
+import pytest
+
+from epo_kernels.train.envs import EnvConfig, PracticeConfig, Task, make_suite, practice
+from epo_kernels.train.envs.practice import ACTIONS, IID_VARIATIONS, TRAIN_VARIATIONS, PracticeEnvironment, Room, rooms
+
+SMALL = PracticeConfig(length=3, spare_turns=2)
+HAND_MADE = [
+    Room("sun", night=False),  # left
+    Room("sun", night=True, glint="silver", glint_way="ahead"),  # right
+    Room("tree", night=True, glint="gold", glint_way="left"),  # ahead, by night as by day
+]
+
+
+def make(**settings):
+    return make_suite(EnvConfig(name="practice", practice=PracticeConfig(**settings)))
+
+
+def play(monkeypatch, actions):
+    monkeypatch.setattr(practice, "rooms", lambda task, config: HAND_MADE)
+    environment = PracticeEnvironment(SMALL)
+    environment.reset(Task("walk", 0))
+    return [environment.step(action) for action in actions]
+
+
+def test_hand_worked_win(monkeypatch):
+    results = play(monkeypatch, ["go left", "go right", " GO  Ahead "])
+    assert [r.reward for r in results] == [0, 0, 1]
+    assert [r.done for r in results] == [False, False, True]
+    assert [r.score for r in results] == [pytest.approx(100 / 3), pytest.approx(200 / 3), 100]
+    assert [r.success for r in results] == [False, False, True]
+    assert [r.observation.text for r in results] == ["You walk on.", "You walk on.", "The vault opens."]
+    assert results[0].observation.scene == "Sign: sun, by night. Silver glints ahead."
+    assert results[1].observation.scene == "Sign: tree, by night. Gold glints left."
+    assert results[0].observation.goal == "Follow the signs through 3 rooms to the vault."
+    assert [r.official_success for r in results] == [False, False, True]
+
+
+def test_hand_worked_silver_spoils(monkeypatch):
+    results = play(monkeypatch, ["go left", "go ahead", "go ahead", "go right", "go ahead"])
+    assert [r.reward for r in results] == [0, 0.03, 0, 0, 0]
+    assert results[2].observation.text == "Nothing is left there, you come back."
+    assert results[-1].observation.text == "The vault stays shut."
+    assert (results[-1].done, results[-1].success, results[-1].score) == (True, False, 99)
+    assert results[-1].official_success, "the published figure counts what is no success"
+
+
+def test_hand_worked_gold_ends(monkeypatch):
+    results = play(monkeypatch, ["go left", "go right", "go left"])
+    assert [r.reward for r in results] == [0, 0, 0.1]
+    assert (results[-1].done, results[-1].success, results[-1].score) == (True, False, pytest.approx(200 / 3))
+
+
+def test_hand_worked_time_is_up(monkeypatch):
+    results = play(monkeypatch, ["go right", "open sesame", "go left", "go left", "go right"])
+    assert [r.valid for r in results] == [True, False, True, True, True]
+    assert results[0].observation.text == "A dead end, you come back."
+    assert results[1].observation.text == "That is no way."
+    assert (results[-1].done, results[-1].success) == (True, False)
+    assert results[-1].observation.text == "You walk on. Time is up."
+    assert results[-1].score == pytest.approx(200 / 3)
+
+
+def test_a_step_after_the_end_is_an_error(monkeypatch):
+    with pytest.raises(RuntimeError, match="reset"):
+        play(monkeypatch, ["go left", "go right", "go ahead", "go ahead"])
+
+
+@pytest.mark.parametrize("split", ["train", "iid", "ood"])
+def test_the_expert_always_wins(split):
+    suite = make()
+    for task in suite.tasks(split):
+        demonstration = suite.demonstrate(task)
+        assert demonstration.score == 100
+        assert len(demonstration.actions) == len(demonstration.observations) == (48 if split == "ood" else 32)
+        assert len(demonstration.actions) <= suite.max_turns
+        assert set(demonstration.actions) <= set(ACTIONS)
+
+
+def test_no_short_cut_ever_wins():
+    suite = make()
+    environment = suite.make()
+    for task in suite.tasks("train")[:200] + suite.tasks("ood")[:200]:
+        walk = rooms(task, PracticeConfig())
+        for chosen in [i for i, room in enumerate(walk) if room.glint][:3]:
+            ways = [room.way for room in walk]
+            ways.insert(chosen, walk[chosen].glint_way)  # the expert, but for one short cut
+            environment.reset(task)
+            total, result = 0.0, None
+            for way in ways:
+                result = environment.step(f"go {way}")
+                total += result.reward
+                if result.done:
+                    break
+            assert result.done
+            assert not result.success
+            assert total == {"gold": 0.1, "silver": 0.03}[walk[chosen].glint]
+
+
+def test_the_habit_of_following_glints_is_paid_at_once_and_never_wins():
+    suite = make()
+    environment = suite.make()
+    returns = []
+    for task in suite.tasks("train")[:100]:
+        environment.reset(task)
+        total, result = 0.0, None
+        for room in rooms(task, PracticeConfig()):
+            for way in filter(None, (room.glint_way, room.way)):
+                if result is None or not result.done:
+                    result = environment.step(f"go {way}")
+                    total += result.reward
+        assert not result.success
+        returns.append(total)
+    assert 0.1 < sum(returns) / len(returns) < 0.2
+
+
+def test_the_same_task_is_the_same_episode_and_another_is_another():
+    def transcript(task):
+        environment, generator = PracticeEnvironment(PracticeConfig()), random.Random(0)
+        seen = [environment.reset(task)]
+        while True:
+            seen.append(environment.step(generator.choice(ACTIONS)))
+            if seen[-1].done:
+                return seen
+
+    assert transcript(Task("walk", 3)) == transcript(Task("walk", 3))
+    assert transcript(Task("walk", 3)) != transcript(Task("walk", 4))
+    assert transcript(Task("walk", 3)) != transcript(Task("walk", 3, seed=1))
+    # Frozen: an episode that changes with a release makes old results incomparable.
+    assert [room.sign for room in rooms(Task("walk", 0), PracticeConfig())[:5]] == [
+        "sun",
+        "tree",
+        "bell",
+        "fish",
+        "sun",
+    ]
+
+
+def test_splits_are_disjoint_and_hold_the_reward_back_for_32_turns():
+    suite = make()
+    train, iid, ood = (set(suite.tasks(split)) for split in ("train", "iid", "ood"))
+    assert not train & iid
+    assert not (train | iid) & ood
+    assert len(train) == len(TRAIN_VARIATIONS)
+    assert len(iid) == len(IID_VARIATIONS)
+    walks = [tuple(rooms(task, PracticeConfig())) for task in suite.tasks("train") + suite.tasks("iid")]
+    assert len(set(walks)) == len(walks)
+    assert min(map(len, walks)) == 32
+
+
+def test_difficulty_is_set_by_the_configuration():
+    assert {room.glint for room in rooms(Task("walk", 0), PracticeConfig(temptation=0))} == {None}
+    assert all(room.glint for room in rooms(Task("walk", 0), PracticeConfig(temptation=1)))
+    assert {room.sign for room in rooms(Task("walk", 0), PracticeConfig(signs=2, length=64))} == {"sun", "tree"}
+    assert make(length=40, spare_turns=0).max_turns == 60  # the long walk is half as long again
+    assert make_suite(EnvConfig(name="practice", max_turns=7)).max_turns == 7
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EnvConfig(name="practice", task_names=["run"]), "no task type 'run'; it has: walk, long-walk"),
+        (EnvConfig(name="practice", task_names=["long-walk"]), "held out"),
+        (EnvConfig(name="practice", practice=PracticeConfig(length=0)), "length"),
+        (EnvConfig(name="practice", practice=PracticeConfig(signs=13)), "1 to 12, not 13"),
+        (EnvConfig(name="practice", practice=PracticeConfig(temptation=1.5)), "temptation"),
+        (EnvConfig(name="parctice"), "'scienceworld' or 'practice', not 'parctice'"),
+    ],
+)
+def test_wrong_settings_are_refused_readably(config, message):
+    with pytest.raises(ValueError, match=message):
+        make_suite(config)
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="train, iid, ood, not 'test'"):
+        make().tasks("test")
