@@ -55,7 +55,12 @@ def token_weights(
         loss_scale: factor on every weight, scalar.
     """
     counted = (lengths if loss_agg_mode == "token-mean" else lengths > 0).sum().clamp(min=1)
-    denominator = torch.as_tensor(counted if normalizer is None else normalizer, device=mask.device).to(dtype)
+    if normalizer is None:
+        denominator = counted.to(dtype)
+    elif isinstance(normalizer, Tensor):
+        denominator = normalizer.to(mask.device, dtype)
+    else:  # full, because as_tensor makes a number a constant of the compiled graph
+        denominator = torch.full((), normalizer, dtype=dtype, device=mask.device)
     if loss_agg_mode == "seq-mean-token-mean":
         per_sequence = lengths.clamp(min=1).to(dtype)
         per_token = per_sequence[:, None] if sequence_ids is None else per_sequence[sequence_ids]
