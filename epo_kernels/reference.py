@@ -233,21 +233,20 @@ def token_losses(
         cfg.clip_ratio_c,
     )
     pg = policy.pg if inputs.is_weights is None else _at(mask, inputs.is_weights) * policy.pg
-    band = band_of_tokens(entropy, inputs, cfg)
+    watched = _source(coefficients.entropy, _source(coefficients.penalty, entropy))
+    band = band_of_tokens(watched, inputs, cfg)
     total = pg
     if _may_be_on(coefficients.entropy):
         bonus = band.gate * entropy
         if _may_be_on(coefficients.penalty):
-            bonus = bonus - coefficients.penalty * band.penalty
-        total = total - coefficients.entropy * bonus
+            bonus = bonus - _term(coefficients.penalty, band.penalty)
+        total = total - _term(coefficients.entropy, bonus)
     kl = torch.zeros_like(pg)
     if inputs.ref_log_probs is not None:
         ref = _at(mask, inputs.ref_log_probs)
         kl = kl_penalty(log_probs.detach(), ref, cfg.kl_type)
         if _may_be_on(coefficients.kl):
-            if isinstance(coefficients.kl, Tensor):  # a coefficient of 0 must not multiply a reference of -inf
-                ref = torch.where(coefficients.kl != 0, ref, log_probs.detach())
-            total = total + coefficients.kl * kl_penalty(log_probs, ref, cfg.kl_type)
+            total = total + _term(coefficients.kl, kl_penalty(_source(coefficients.kl, log_probs), ref, cfg.kl_type))
     return TokenLosses(total, pg, kl, policy, band)
 
 
@@ -283,7 +282,8 @@ def masked_log_probs_and_entropy(
     z = transform_logits(torch.where(mask[..., None], logits, 0.0), transform)
     valid = mask & _in_vocabulary(tokens, transform.vocab_size)
     log_probs, entropy = log_probs_and_entropy(z, torch.where(valid, tokens, 0))
-    log_probs = log_probs + torch.where(mask & ~valid, float("nan"), 0.0)  # NaN that spreads to the row's gradient
+    # A factor, not a summand: what the clamp of a NaN ratio sends back is 0, and only 0 * NaN spreads to the row.
+    log_probs = log_probs * torch.where(mask & ~valid, float("nan"), 1.0)
     return _at(mask, log_probs), _at(mask, entropy)
 
 
@@ -332,3 +332,17 @@ def _in_vocabulary(tokens: Tensor, vocab_size: int) -> Tensor:
 def _may_be_on(coefficient: Scalar) -> bool:
     """Whether a term must be computed: a number other than 0, or a tensor whose value isn't known here."""
     return isinstance(coefficient, Tensor) or coefficient != 0
+
+
+def _term(coefficient: Scalar, values: Tensor) -> Tensor:
+    """coefficient * values, and 0 where the coefficient is a tensor of 0: values may be infinite."""
+    product = coefficient * values
+    return torch.where(coefficient != 0, product, 0) if isinstance(coefficient, Tensor) else product
+
+
+def _source(coefficient: Scalar, values: Tensor) -> Tensor:
+    """What a term starts from: values, cut from the graph where the coefficient is a tensor of 0.
+
+    `_term` alone sends back 0, which an infinite derivative on the way would turn into NaN.
+    """
+    return torch.where(coefficient != 0, values, values.detach()) if isinstance(coefficient, Tensor) else values
