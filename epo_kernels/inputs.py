@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from epo_kernels.config import BandScope, EPOConfig
 
@@ -258,7 +259,7 @@ def check_transform(
     """
     if vocab_size is None:
         vocab_size = width
-    if not isinstance(vocab_size, int) or not 1 <= vocab_size <= width:
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= width:
         raise ValueError(f"vocab_size must be an int in [1, {width}] (the logits' width), got {vocab_size!r}")
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
         temperature = layout.floats("temperature", temperature)
@@ -413,6 +414,8 @@ def check_loss_inputs(
             f"cu_seqlens must be given for packed logits with loss_agg_mode={cfg.loss_agg_mode!r} and "
             f"band_scope={cfg.band_scope!r}: the sequences must be known"
         )
+    if mask is None:
+        raise TypeError("mask must be a tensor, 1 at tokens that the policy produced, got None")
     token_rows, counted = check_tokens(layout, tokens, mask, vocab_size)
     token_rows, segment_rows, num_segments, lower, upper = _check_bands(
         layout, cfg.band_scope, token_rows, counted, entropy_bounds, segment_ids
@@ -487,6 +490,8 @@ def _check_bands(
         if bounds[0].shape != bounds[1].shape:
             shapes = f"{tuple(bounds[0].shape)} and {tuple(bounds[1].shape)}"
             raise ValueError(f"entropy_bounds must be a pair of one shape, got {shapes}")
+        if bounds[0].numel() == 0 and layout.shape.numel() > 0:
+            raise ValueError(f"entropy_bounds must hold at least one band, got shape {tuple(bounds[0].shape)}")
     by_segment = (
         bounds is not None and segment_ids is not None and bounds[0].dim() == 1 and bounds[0].shape != layout.shape
     )
@@ -505,6 +510,7 @@ def _check_bands(
             return value
         value = torch.where(counted, value, unknown)
         if ids is None:
+            value = F.pad(value, (0, 1), value=unknown)  # rows of no tokens at all have no extremum
             return value.amax(dim=1) if unknown < 0 else value.amin(dim=1)
         tightest = torch.full((num_segments,), unknown, dtype=layout.dtype, device=layout.device)
         return tightest.scatter_reduce(0, ids.reshape(-1), value.reshape(-1), "amax" if unknown < 0 else "amin")
