@@ -1,7 +1,7 @@
 """What a fused backend's kernels offer: three modes over the rows of logits, in numbers and tensors only.
 
 They know no config object, no aggregation mode and no history. Autograd, the weights and the choice of the mode are
-the caller's (`ops.py`), the same for every backend.
+the caller's (`ops.py`, `fused.py`), the same for every backend.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from epo_kernels.config import KLType, Penalty
-from epo_kernels.inputs import LogitTransform
+from epo_kernels.config import KLType, LossAggMode, Penalty
+from epo_kernels.inputs import LogitTransform, Scalar
 
 # The runtime coefficients of a loss, in the order in which they lie in `Terms.coefficients`.
 COEFFICIENTS = (
@@ -73,6 +73,8 @@ class Terms:
         coefficients: (len(COEFFICIENTS),) float32 on the device of the logits.
         gradient_scale: 0-d float32 on that device, a power of two that the written gradient is multiplied by (1 but for
             float16, whose gradient would underflow).
+        ticket: (1,) int32 on that device, holding 0, for kernels whose blocks count how many are done; a launch leaves
+            it at 0.
         kl_type, penalty: as in EPOConfig.
     """
 
@@ -85,15 +87,51 @@ class Terms:
     upper: Tensor | None
     coefficients: Tensor
     gradient_scale: Tensor
+    ticket: Tensor
     kl_type: KLType
     penalty: Penalty
 
 
+@dataclass(frozen=True)
+class Weighing:
+    """What the token weights are made of; see `epo_kernels.weights.token_weights`.
+
+    Attributes:
+        loss_agg_mode: as in EPOConfig.
+        sequence_ids: (B, T) int64 for packed batches; None where a row is a sequence.
+        num_sequences: B, or the number of packed sequences.
+        max_length: the constant length of "seq-mean-token-sum-norm".
+        normalizer, loss_scale: numbers or 0-d tensors.
+    """
+
+    loss_agg_mode: LossAggMode
+    sequence_ids: Tensor | None
+    num_sequences: int
+    max_length: int | None
+    normalizer: Scalar | None
+    loss_scale: Scalar
+
+
+class Prepared(NamedTuple):
+    """What a loss launch needs beside its arguments; the first four go into `Terms`.
+
+    extras: (2,) float64, the metrics that no row knows: the number of sequences with a counted token, and 0 for
+    "recomputed_tokens".
+    """
+
+    weights: Tensor
+    coefficients: Tensor
+    gradient_scale: Tensor
+    ticket: Tensor
+    extras: Tensor
+
+
 class RowStatistics(NamedTuple):
-    """(B, T) float32, contiguous, 0 where the mask is 0.
+    """(B, T) float32, contiguous; log_probs and entropy are 0 where the mask is 0.
 
     maximum is m = max z and log_sum is log Σ e^(z - m): kept apart, because p from a rounded sum of both doesn't add up
-    to 1. entropy is None where it wasn't asked for.
+    to 1. Only `gradient` of the same kernels reads them, so m may be kept before its division by the temperature.
+    entropy is None where it wasn't asked for.
     """
 
     log_probs: Tensor
@@ -103,15 +141,22 @@ class RowStatistics(NamedTuple):
 
 
 class RowLoss(NamedTuple):
-    """log_probs, entropy: (B, T) float32. sums: (len(ROW_SUMS),) float64, added in an order that never changes."""
+    """log_probs, entropy: (B, T) float32, contiguous; 0 where the mask is 0.
+
+    sums: (len(ROW_SUMS),) float64, added in an order that never changes. loss: the one of them, 0-d float32.
+    """
 
     log_probs: Tensor
     entropy: Tensor
     sums: Tensor
+    loss: Tensor
 
 
 class RowKernels(Protocol):
-    """The three modes. `out` is (B, T, V) of the logits' dtype, any strides; it may be `rows.logits` itself."""
+    """The three modes, and two small operations beside them. Nothing syncs; batches of no tokens are allowed.
+
+    `out` is (B, T, V) of the logits' dtype, any strides; it may be `rows.logits` itself.
+    """
 
     def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
         """Statistics alone: one read of the logits."""
@@ -124,10 +169,17 @@ class RowKernels(Protocol):
         grad_entropy: Tensor | None,
         out: Tensor,
     ) -> None:
-        """Gradient of the raw logits for given upstream gradients (B, T) float32; None: none flows to the entropy.
+        """Gradient of the raw logits for given upstream gradients (B, T) float32, contiguous.
 
-        Writes every element of out: 0 in masked rows and past vocab_size.
+        grad_entropy None: none flows to the entropy, and only then may `statistics.entropy` be None. Writes every
+        element of out: 0 in masked rows and past vocab_size.
         """
 
     def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
         """Token-scope loss; writes gradient_scale * ∂loss/∂logits to out, every element, unless out is None."""
+
+    def prepare(self, rows: Rows, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
+        """Weights, and coefficients in the order of COEFFICIENTS, on the device. Plainly: `fused.PlainHelpers`."""
+
+    def scale(self, gradient: Tensor, factor: Tensor) -> None:
+        """gradient *= factor in float32, factor 0-d on its device. Touches no memory of gradient where factor is 1."""
