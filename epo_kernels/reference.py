@@ -138,7 +138,7 @@ def band_penalty(entropy: Tensor, lower: Tensor, upper: Tensor, penalty: Penalty
     if penalty in ("none", "gate"):
         return torch.zeros_like(entropy)
     if penalty == "indicator":
-        return torch.where(outside_band(entropy, lower, upper), alpha, 0.0).to(entropy.dtype)
+        return alpha * outside_band(entropy, lower, upper).to(entropy.dtype)
     below, above = torch.relu(lower - entropy), torch.relu(entropy - upper)
     if penalty == "hinge":
         return alpha * (below + above)
