@@ -34,6 +34,13 @@ def make_suite(config: EnvConfig) -> Suite:
     Raises:
         ValueError: an unknown suite, task type or simplification, or a setting out of range.
     """
+    if config.max_turns is not None and config.max_turns < 1:
+        raise ValueError(f"env.max_turns must be at least 1, not {config.max_turns}")
+    if config.step_timeout <= 0 or config.start_timeout <= 0:
+        raise ValueError(
+            f"env.step_timeout and env.start_timeout are seconds above 0, not {config.step_timeout} and "
+            f"{config.start_timeout}"
+        )
     # Imported on demand: ScienceWorld's Python package is an extra that practice doesn't need.
     if config.name == "practice":
         from epo_kernels.train.envs.practice import PracticeSuite
