@@ -1,0 +1,168 @@
+"""What every fused backend has in common: everything but its kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from epo_kernels import ops, reference
+from epo_kernels.backends.rows import COEFFICIENTS, Prepared, RowKernels, Rows, Terms, Weighing
+from epo_kernels.config import EPOConfig
+from epo_kernels.inputs import Coefficients, LogitTransform, Scalar, TokenInputs
+from epo_kernels.metrics import LossMetrics
+from epo_kernels.weights import sequence_lengths, token_weights
+
+# float16: the largest token weight, times the scale of the gradient, lies in [2^(this - 1), 2^this).
+FP16_WEIGHT_BITS = 5
+
+
+class FusedBackend:
+    """A backend made of row kernels.
+
+    Args:
+        name: as in `available_backends`.
+        device_types: torch device types that the kernels compute on.
+        load: makes the kernels; called once, at first use.
+        why_unavailable: None where they can run on this machine, else why not and what would cure it.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+
+    def __init__(
+        self,
+        name: str,
+        device_types: tuple[str, ...],
+        load: Callable[[], RowKernels],
+        why_unavailable: Callable[[], str | None],
+    ) -> None:
+        self.name = name
+        self.device_types = device_types
+        self._load = load
+        self._why_unavailable = why_unavailable
+        ops.KERNELS[name] = lambda: self.kernels
+
+    @cached_property
+    def kernels(self) -> RowKernels:
+        return self._load()
+
+    def why_unavailable(self) -> str | None:
+        return self._why_unavailable()
+
+    def epo_loss(
+        self,
+        logits: Tensor,
+        transform: LogitTransform,
+        inputs: TokenInputs,
+        coefficients: Coefficients,
+        cfg: EPOConfig,
+        *,
+        inplace: bool,
+    ) -> reference.EPOOutput:
+        rows = Rows(logits, inputs.tokens, inputs.mask, transform)
+        if torch.compiler.is_compiling() or (cfg.band_scope == "segment" and inputs.lower is not None):
+            # A band needs its segment's mean before any gradient: statistics, the maths per token, then the gradient.
+            # Compiled graphs go the same way, because it leaves nothing to multiply in backward.
+            log_probs, entropy = self._statistics(rows, entropy=True, inplace=inplace)
+            assert entropy is not None
+            return reference.loss_of_statistics(log_probs, entropy, transform.vocab_size, inputs, coefficients, cfg)
+        prepared = self.kernels.prepare(
+            rows, weighing_of(inputs, coefficients, cfg), coefficients_of(coefficients, cfg)
+        )
+        result = ops.fused_loss(self.kernels, rows, terms_of(inputs, prepared, cfg), inplace=inplace)
+        sums, extras = result.sums, prepared.extras
+        metrics = LossMetrics(torch.cat([sums[:1], extras[:1], sums[1:], extras[1:]]))
+        return reference.EPOOutput(
+            result.loss, metrics, result.log_probs.reshape(inputs.shape), result.entropy.reshape(inputs.shape)
+        )
+
+    def log_probs_and_entropy(
+        self, logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor, *, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._statistics(Rows(logits, tokens, mask, transform), entropy=entropy, inplace=False)
+
+    def _statistics(self, rows: Rows, *, entropy: bool, inplace: bool) -> tuple[Tensor, Tensor | None]:
+        if torch.compiler.is_compiling():  # functional: a permission to overwrite goes unused
+            return ops.traced_statistics(self.name, rows, entropy=entropy)
+        return ops.fused_statistics(self.kernels, rows, entropy=entropy, inplace=inplace)
+
+
+def coefficients_of(coefficients: Coefficients, cfg: EPOConfig) -> tuple[Scalar, ...]:
+    """The values of COEFFICIENTS, in that order."""
+    values: dict[str, Scalar] = {
+        "clip_ratio_low": cfg.clip_ratio_low,
+        "clip_ratio_high": cfg.clip_ratio_high,
+        "clip_ratio_c": math.inf if cfg.clip_ratio_c is None else cfg.clip_ratio_c,
+        "entropy_coeff": coefficients.entropy,
+        "penalty_coeff": coefficients.penalty,
+        "penalty_alpha": cfg.penalty_alpha,
+        "kl_coeff": coefficients.kl,
+    }
+    return tuple(values[name] for name in COEFFICIENTS)
+
+
+def weighing_of(inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig) -> Weighing:
+    return Weighing(
+        cfg.loss_agg_mode,
+        inputs.sequence_ids,
+        inputs.num_sequences,
+        inputs.max_length,
+        coefficients.normalizer,
+        coefficients.loss_scale,
+    )
+
+
+def terms_of(inputs: TokenInputs, prepared: Prepared, cfg: EPOConfig) -> Terms:
+    return Terms(
+        weights=prepared.weights,
+        advantages=inputs.advantages,
+        old_log_probs=inputs.old_log_probs,
+        ref_log_probs=inputs.ref_log_probs,
+        is_weights=inputs.is_weights,
+        lower=inputs.lower,
+        upper=inputs.upper,
+        coefficients=prepared.coefficients,
+        gradient_scale=prepared.gradient_scale,
+        ticket=prepared.ticket,
+        kl_type=cfg.kl_type,
+        penalty=cfg.penalty,
+    )
+
+
+class PlainHelpers:
+    """The two small operations of `RowKernels` in plain PyTorch."""
+
+    def prepare(self, rows: Rows, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
+        mask = rows.mask
+        lengths = sequence_lengths(mask, weighing.sequence_ids, weighing.num_sequences)
+        weights = token_weights(
+            mask,
+            weighing.loss_agg_mode,
+            lengths=lengths,
+            sequence_ids=weighing.sequence_ids,
+            max_length=weighing.max_length,
+            normalizer=weighing.normalizer,
+            loss_scale=weighing.loss_scale,
+        ).contiguous()
+        scale = weights.new_ones(())
+        if rows.logits.dtype == torch.float16 and weights.numel() > 0:
+            exponent = torch.frexp(weights.abs().amax()).exponent
+            scale = torch.ldexp(scale, (FP16_WEIGHT_BITS - exponent).clamp(-100, 100))
+        extras = weights.new_zeros(2, dtype=torch.float64)
+        extras[0] = (lengths > 0).sum()
+        return Prepared(
+            weights,
+            torch.stack([torch.as_tensor(value, dtype=torch.float32, device=mask.device) for value in coefficients]),
+            scale,
+            mask.new_zeros(1, dtype=torch.int32),
+            extras,
+        )
+
+    def scale(self, gradient: Tensor, factor: Tensor) -> None:
+        """Reads the factor: free on the CPU, a sync elsewhere."""
+        value = factor.item()
+        if value != 1.0:
+            gradient.mul_(value)
