@@ -1,0 +1,78 @@
+"""Arguments for the loss, made at random, and the comparison with the loss in plain Python."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch.testing import assert_close
+
+import epo_kernels as ek
+from epo_kernels.config import LossAggMode, Penalty
+from tests import plain
+
+PENALTIES = get_args(Penalty)
+MODES = get_args(LossAggMode)
+
+
+def random_case(cfg=None, seed=0, batch=3, time=5, vocab=7, dtype=torch.float64, **arguments):
+    """Arguments of `epo_loss` by name: ratios on both sides of every clip, ragged rows and gaps, the last row empty."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(batch, time, generator=generator, dtype=torch.float64)
+
+    logits = (2.0 * torch.randn(batch, time, vocab, generator=generator, dtype=torch.float64)).to(dtype)
+    tokens = torch.randint(vocab, (batch, time), generator=generator)
+    mask = uniform(0, 1) < 0.8
+    mask[0, 0], mask[-1] = True, batch == 1
+    log_probs = logits.double().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    floats = torch.float64 if dtype == torch.float64 else torch.float32
+    case = {
+        "logits": logits,
+        "tokens": tokens,
+        "old_log_probs": (log_probs + uniform(-1.5, 1.5)).to(floats),
+        "advantages": uniform(-2, 2).to(floats),
+        "mask": mask,
+        "cfg": ek.EPOConfig() if cfg is None else cfg,
+    }
+    if case["cfg"].kl_coeff != 0:
+        case["ref_log_probs"] = (log_probs + uniform(-1, 1)).to(floats)
+    if case["cfg"].penalty != "none":
+        case["entropy_bounds"] = (uniform(0.6, 1.1).to(floats), uniform(1.2, 1.6).to(floats))
+    return {**case, **arguments}
+
+
+def run(case, backend="reference", upstream=1.0):
+    """(out, gradient of the logits) of one call and its backward."""
+    logits = case["logits"].detach().requires_grad_()
+    out = ek.epo_loss(**{**case, "logits": logits}, backend=backend)
+    (gradient,) = torch.autograd.grad(out.loss * upstream, logits)
+    return out, gradient
+
+
+def metrics_of(out):
+    return dict(zip(ek.metrics.METRIC_NAMES, out.metrics.values.tolist(), strict=True))
+
+
+def assert_equals_plain(case, rtol=1e-9, atol=1e-11):
+    """Loss, gradient, statistics and every metric equal those of the loss in plain Python."""
+    out, gradient = run(case)
+    expected = plain.epo_loss(**case)
+    close = {"rtol": rtol, "atol": atol}
+    assert_close(out.loss.item(), expected.loss, **close)
+    assert_close(gradient.double(), expected.gradient, **close)
+    assert_close(out.log_probs.double(), expected.log_probs, **close)
+    assert_close(out.entropy.double(), expected.entropy, **close)
+    for name, value in metrics_of(out).items():
+        assert_close(value, float(expected.metrics[name]), **close, msg=lambda text, name=name: f"{name}: {text}")
+    return out, gradient, expected
+
+
+def assert_identical(first, second):
+    """Two (out, gradient) of `run` agree bit for bit."""
+    for a, b in ((first[0].loss, second[0].loss), (first[1], second[1])):
+        assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    for a, b in zip(first[0][1:], second[0][1:], strict=True):
+        a, b = (x.values if isinstance(x, ek.LossMetrics) else x for x in (a, b))
+        assert_close(a, b, rtol=0, atol=0, equal_nan=True)
