@@ -63,6 +63,13 @@ class LossMetrics:
     def __add__(self, other: LossMetrics) -> LossMetrics:
         return LossMetrics(self.values + other.values)
 
+    def replace(self, **values: Tensor) -> LossMetrics:
+        """A copy with other values, by name."""
+        replaced = self.values.clone()
+        for name, value in values.items():
+            replaced[_INDEX[name]] = value
+        return LossMetrics(replaced)
+
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> LossMetrics:
         """The sum over the ranks of `group` (None: the default group)."""
         values = self.values.clone()

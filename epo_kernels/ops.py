@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from epo_kernels.backends.rows import RowKernels, RowLoss, Rows, RowStatistics, Terms
 from epo_kernels.inputs import LogitTransform
 
-_SPENT = (
+SPENT = (
     "the gradient of this fused loss has been given away by an earlier backward: it was made once, and backward hands "
     'it on. Call the loss again, or take backend="reference", whose graph can be walked more than once '
     "(retain_graph=True)"
@@ -89,7 +89,7 @@ class FusedLoss(torch.autograd.Function):
         if factor is None:
             return (None,) * 5
         if ctx.spent:
-            raise RuntimeError(_SPENT)
+            raise RuntimeError(SPENT)
         (gradient,) = ctx.saved_tensors
         ctx.spent = True
         ctx.kernels.scale(gradient, factor if ctx.gradient_scale is None else factor / ctx.gradient_scale)
@@ -124,7 +124,7 @@ class FusedStatistics(torch.autograd.Function):
         ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         if ctx.spent:
-            raise RuntimeError(_SPENT)
+            raise RuntimeError(SPENT)
         logits, tokens, mask, temperature, *saved = ctx.saved_tensors
         logits, statistics = logits.detach(), RowStatistics(*saved)
         out = logits if ctx.inplace else torch.empty_like(logits)

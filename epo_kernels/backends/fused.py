@@ -9,10 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from epo_kernels import ops, reference
-from epo_kernels.backends.rows import COEFFICIENTS, Prepared, RowKernels, Rows, Terms, Weighing
+from epo_kernels import linear, ops, reference
+from epo_kernels.backends.rows import COEFFICIENTS, Prepared, RowKernels, RowLoss, Rows, Terms, Weighing
 from epo_kernels.config import EPOConfig
-from epo_kernels.inputs import Coefficients, LogitTransform, Scalar, TokenInputs
+from epo_kernels.inputs import Coefficients, LogitTransform, Projection, Scalar, TokenInputs
 from epo_kernels.metrics import LossMetrics
 from epo_kernels.weights import sequence_lengths, token_weights
 
@@ -73,21 +73,90 @@ class FusedBackend:
             rows, weighing_of(inputs, coefficients, cfg), coefficients_of(coefficients, cfg)
         )
         result = ops.fused_loss(self.kernels, rows, terms_of(inputs, prepared, cfg), inplace=inplace)
-        sums, extras = result.sums, prepared.extras
-        metrics = LossMetrics(torch.cat([sums[:1], extras[:1], sums[1:], extras[1:]]))
-        return reference.EPOOutput(
-            result.loss, metrics, result.log_probs.reshape(inputs.shape), result.entropy.reshape(inputs.shape)
-        )
+        return _output(result, prepared, inputs)
 
     def log_probs_and_entropy(
         self, logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         return self._statistics(Rows(logits, tokens, mask, transform), entropy=entropy, inplace=False)
 
+    def linear_epo_loss(
+        self,
+        projection: Projection,
+        transform: LogitTransform,
+        inputs: TokenInputs,
+        coefficients: Coefficients,
+        cfg: EPOConfig,
+        *,
+        num_active: int | None,
+        max_chunk_bytes: int,
+    ) -> reference.EPOOutput:
+        if cfg.band_scope == "segment" and inputs.lower is not None:
+            log_probs, entropy = self.linear_log_probs_and_entropy(
+                projection,
+                transform,
+                inputs.tokens,
+                inputs.mask,
+                entropy=True,
+                num_active=num_active,
+                max_chunk_bytes=max_chunk_bytes,
+            )
+            assert entropy is not None
+            out = reference.loss_of_statistics(log_probs, entropy, transform.vocab_size, inputs, coefficients, cfg)
+            return out._replace(metrics=out.metrics.replace(recomputed_tokens=out.metrics.tokens))
+        # Only the dtype of these rows' logits counts here: the one that their gradient is rounded to.
+        rows = Rows(
+            projection.hidden.new_empty(0, dtype=projection.product_dtype), inputs.tokens, inputs.mask, transform
+        )
+        prepared = self.kernels.prepare(
+            rows, weighing_of(inputs, coefficients, cfg), coefficients_of(coefficients, cfg)
+        )
+        result = linear.linear_loss(
+            self.kernels,
+            projection,
+            transform,
+            inputs.tokens,
+            inputs.mask,
+            terms_of(inputs, prepared, cfg),
+            num_active=num_active,
+            max_chunk_bytes=max_chunk_bytes,
+        )
+        return _output(result, prepared, inputs)
+
+    def linear_log_probs_and_entropy(
+        self,
+        projection: Projection,
+        transform: LogitTransform,
+        tokens: Tensor,
+        mask: Tensor,
+        *,
+        entropy: bool,
+        num_active: int | None,
+        max_chunk_bytes: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        return linear.linear_log_probs_and_entropy(
+            self.kernels,
+            projection,
+            transform,
+            tokens,
+            mask,
+            entropy=entropy,
+            num_active=num_active,
+            max_chunk_bytes=max_chunk_bytes,
+        )
+
     def _statistics(self, rows: Rows, *, entropy: bool, inplace: bool) -> tuple[Tensor, Tensor | None]:
         if torch.compiler.is_compiling():  # functional: a permission to overwrite goes unused
             return ops.traced_statistics(self.name, rows, entropy=entropy)
         return ops.fused_statistics(self.kernels, rows, entropy=entropy, inplace=inplace)
+
+
+def _output(result: RowLoss, prepared: Prepared, inputs: TokenInputs) -> reference.EPOOutput:
+    sums, extras = result.sums, prepared.extras
+    metrics = LossMetrics(torch.cat([sums[:1], extras[:1], sums[1:], extras[1:]]))
+    return reference.EPOOutput(
+        result.loss, metrics, result.log_probs.reshape(inputs.shape), result.entropy.reshape(inputs.shape)
+    )
 
 
 def coefficients_of(coefficients: Coefficients, cfg: EPOConfig) -> tuple[Scalar, ...]:

@@ -6,8 +6,9 @@ the caller's (`ops.py`, `fused.py`), the same for every backend.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -90,6 +91,14 @@ class Terms:
     ticket: Tensor
     kl_type: KLType
     penalty: Penalty
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Terms:
+        """The terms with function applied to every per-token argument that is there."""
+        names = ("weights", "advantages", "old_log_probs", "ref_log_probs", "is_weights", "lower", "upper")
+        changed: dict[str, Any] = {
+            name: function(value) for name in names if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)

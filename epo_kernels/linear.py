@@ -1,0 +1,404 @@
+"""From hidden states to loss without logits: chunks of tokens through products and row kernels.
+
+Masked tokens are dropped before the first product. Then, chunk by chunk of the N tokens that count:
+
+    token scope             logits → loss, and ∂logits over them → ∂hidden, ∂weight        6 N D V operations
+    log_probs_and_entropy   logits → both; in backward logits → ∂logits → both products    8 N D V
+    segment scope           the same, with the loss between the two                        8 N D V
+    without gradient        logits → loss or statistics                                    2 N D V
+
+Alive at a time: one chunk of logits, and ∂weight in float32. Every fused backend brings its own row kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from epo_kernels.backends.rows import ROW_SUMS, RowKernels, RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.inputs import LogitTransform, Projection
+from epo_kernels.ops import SPENT
+
+ROW_MULTIPLE = 128  # rows of a matrix product's tile
+_TILE_COLUMNS = 256
+_CAST_TILE_BYTES = 32 << 20  # float32 copies of narrower operands, on the CPU
+
+Needs = tuple[bool, bool, bool]  # whether hidden states, weight and bias want a gradient
+MakeHead = Callable[[Tensor, Tensor, Tensor | None], "Head"]
+RowsOf = Callable[[slice, Tensor], Rows]
+
+
+def chunk_rows(num_rows: int, row_bytes: int, max_chunk_bytes: int, hidden_size: int, num_processors: int) -> int:
+    """Tokens of one chunk.
+
+    A multiple of 128 within the budget: on a CPU the largest; on a GPU, of those in the upper half of the range, the
+    one whose ∂hidden product (chunk, V) @ (V, D), cut into tiles of 128 by 256, fills its last wave best. Fewer than
+    128 only where not even those fit.
+
+    Args:
+        num_rows: tokens in all.
+        row_bytes: live bytes of one token's logits.
+        max_chunk_bytes: the budget.
+        hidden_size: D.
+        num_processors: multiprocessors of the GPU, 1 on a CPU.
+    """
+    budget = max(max_chunk_bytes // row_bytes, 1)
+    if budget < ROW_MULTIPLE:
+        return budget
+    most = min(budget // ROW_MULTIPLE, math.ceil(max(num_rows, 1) / ROW_MULTIPLE))
+    columns = math.ceil(hidden_size / _TILE_COLUMNS)
+
+    def filling(multiple: int) -> float:
+        waves = multiple * columns / num_processors
+        return waves / math.ceil(waves)
+
+    return ROW_MULTIPLE * max(range((most + 1) // 2, most + 1), key=lambda multiple: (filling(multiple), multiple))
+
+
+@dataclass(frozen=True)
+class Active:
+    """The n tokens that count, in order: their places in (B, T), each (n,) int64."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def __getitem__(self, part: slice) -> Active:
+        return Active(self.rows[part], self.columns[part])
+
+    def take(self, values: Tensor) -> Tensor:
+        """(B, T, ...) -> (n, ...)."""
+        return values[self.rows, self.columns]
+
+    def put(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """(1, n) -> (B, T), 0 elsewhere; differentiable."""
+        return values.new_zeros(shape).index_put((self.rows, self.columns), values[0])
+
+
+def find_active(mask: Tensor, num_active: int | None) -> Active:
+    """The places where the mask (B, T) is True. Syncs once, unless their number is given."""
+    places = mask.nonzero() if num_active is None else torch.nonzero_static(mask, size=num_active, fill_value=0)
+    return Active(places[:, 0], places[:, 1])
+
+
+class Head:
+    """A head applied to the active tokens, chunk by chunk, into one buffer that every chunk reuses.
+
+    Args:
+        hidden: (B, T, D).
+        weight: (V, D).
+        bias: (V,) or None.
+        product_dtype, logits_dtype: see `Projection`.
+        active: the tokens that count.
+        max_chunk_bytes: bound on the live logits.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        product_dtype: torch.dtype,
+        logits_dtype: torch.dtype,
+        active: Active,
+        max_chunk_bytes: int,
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), bias
+        self.active = active
+        self.logits_dtype = logits_dtype
+        self.product_weight = self.weight.to(product_dtype)
+        self._product_bias = None if bias is None else bias.detach().to(logits_dtype)
+        width, hidden_size = weight.shape
+        row_bytes = width * logits_dtype.itemsize
+        if logits_dtype != product_dtype:  # ∂logits is cast for the two products
+            row_bytes += width * product_dtype.itemsize
+        self._rows = chunk_rows(len(active), row_bytes, max_chunk_bytes, hidden_size, _processors(hidden.device))
+        self._buffer = hidden.new_empty(min(self._rows, len(active)), width, dtype=logits_dtype)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each chunk's place among the active tokens, hidden (c, D), and logits (c, V), which the next overwrites."""
+        for start in range(0, len(self.active), self._rows):
+            part = slice(start, min(start + self._rows, len(self.active)))
+            hidden = self.active[part].take(self.hidden).to(self.product_weight.dtype)
+            yield part, hidden, self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits, weight = self._buffer[: hidden.shape[0]], self.product_weight.t()
+        if self.logits_dtype == hidden.dtype:
+            torch.mm(hidden, weight, out=logits)
+        elif hidden.is_cuda:
+            torch.mm(hidden, weight, out_dtype=self.logits_dtype, out=logits)
+        else:
+            wide = hidden.to(self.logits_dtype)
+            for tile in _tiles(weight.shape[1], wide.shape[1] * wide.element_size()):
+                logits[:, tile] = wide @ weight[:, tile].to(wide.dtype)
+        return logits if self._product_bias is None else logits.add_(self._product_bias)
+
+
+class HeadGradients:
+    """∂hidden, ∂weight and ∂bias, added up chunk by chunk; None where none is wanted."""
+
+    def __init__(self, head: Head, needs: Needs) -> None:
+        self._head = head
+        wide = torch.promote_types(head.product_weight.dtype, torch.float32)
+        self._hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self._weight = torch.zeros_like(head.product_weight, dtype=wide) if needs[1] else None
+        self._bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if needs[2] else None
+
+    def add(self, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
+        """Add those of a chunk with hidden (c, D) and grad_logits (c, V)."""
+        if self._bias is not None:
+            self._bias += grad_logits.sum(dim=0, dtype=self._bias.dtype)
+        grad_logits = grad_logits.to(hidden.dtype)
+        if self._hidden is not None:
+            places = self._head.active[part]
+            grad_hidden = grad_logits @ self._head.product_weight
+            self._hidden[places.rows, places.columns] = grad_hidden.to(self._hidden.dtype)
+        if self._weight is not None:
+            _add_product(self._weight, grad_logits.t(), hidden)
+
+    def finish(self, multiply: Callable[[Tensor, torch.dtype], Tensor]) -> tuple[Tensor | None, ...]:
+        """multiply(gradient, dtype of its input) of each; they are given away to it, so call this once."""
+        inputs = self._head.hidden, self._head.weight, self._head.bias
+        return tuple(
+            None if gradient is None or value is None else multiply(gradient, value.dtype)
+            for gradient, value in zip((self._hidden, self._weight, self._bias), inputs, strict=True)
+        )
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, added up in the dtype of total, which may be wider than the operands'."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    elif right.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        wide = right.to(total.dtype)
+        for tile in _tiles(total.shape[0], wide.shape[0] * wide.element_size()):
+            total[tile].addmm_(left[tile].to(total.dtype), wide)
+
+
+def row_maker(transform: LogitTransform, tokens: Tensor, active: Active) -> RowsOf:
+    """A function that names the rows of a chunk's logits (c, V) from its place among the active tokens."""
+    chosen = active.take(tokens)[None]
+    counted = torch.ones_like(chosen, dtype=torch.bool)
+    temperature = transform.temperature
+    if not isinstance(temperature, Tensor) or temperature.dim() == 0:
+        return lambda part, logits: Rows(logits[None], chosen[:, part], counted[:, part], transform)
+    temperatures = active.take(temperature)[None]
+    return lambda part, logits: Rows(
+        logits[None], chosen[:, part], counted[:, part], replace(transform, temperature=temperatures[:, part])
+    )
+
+
+def statistics_of_head(kernels: RowKernels, head: Head, rows_of: RowsOf, *, entropy: bool) -> RowStatistics:
+    """Statistics of the active tokens, each (1, n) float32, in one pass of products."""
+    chunks = [kernels.statistics(rows_of(part, logits), entropy=entropy) for part, _, logits in head.chunks()]
+    if not chunks:
+        nothing = torch.zeros(1, 0, dtype=torch.float32, device=head.hidden.device)
+        return RowStatistics(nothing, nothing if entropy else None, nothing, nothing)
+    log_probs, entropies, maximum, log_sum = zip(*chunks, strict=True)
+    return RowStatistics(
+        torch.cat(log_probs, dim=1),
+        torch.cat(entropies, dim=1) if entropy else None,
+        torch.cat(maximum, dim=1),
+        torch.cat(log_sum, dim=1),
+    )
+
+
+def gradients_of_head(
+    kernels: RowKernels,
+    head: Head,
+    rows_of: RowsOf,
+    statistics: RowStatistics,
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor | None,
+    needs: Needs,
+) -> HeadGradients:
+    """Gradients for upstream ones (1, n) of log-prob and entropy: the logits once more, and two products."""
+    gradients = HeadGradients(head, needs)
+    for part, hidden, logits in head.chunks():
+        chunk = RowStatistics(
+            statistics.log_probs[:, part],
+            None if statistics.entropy is None else statistics.entropy[:, part],
+            statistics.maximum[:, part],
+            statistics.log_sum[:, part],
+        )
+        grad_entropies = None if grad_entropy is None else grad_entropy[:, part]
+        kernels.gradient(rows_of(part, logits), chunk, grad_log_probs[:, part], grad_entropies, logits[None])
+        gradients.add(part, hidden, logits)
+    return gradients
+
+
+class LinearStatistics(torch.autograd.Function):
+    """hidden, weight, bias -> log_probs, entropy of the active tokens, (1, n). Backward computes the logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, kernels: RowKernels, make_head: MakeHead, rows_of: RowsOf, entropy: bool):
+        statistics = statistics_of_head(kernels, make_head(hidden, weight, bias), rows_of, entropy=entropy)
+        ctx.save_for_backward(hidden, weight, bias, *statistics)
+        ctx.call = kernels, make_head, rows_of
+        ctx.set_materialize_grads(False)
+        return statistics.log_probs, statistics.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_log_probs, grad_entropy):
+        hidden, weight, bias, *saved = ctx.saved_tensors
+        statistics = RowStatistics(*saved)
+        kernels, make_head, rows_of = ctx.call
+        if grad_log_probs is None:
+            grad_log_probs = torch.zeros_like(statistics.log_probs)
+        gradients = gradients_of_head(
+            kernels,
+            make_head(hidden, weight, bias),
+            rows_of,
+            statistics,
+            grad_log_probs,
+            grad_entropy,
+            ctx.needs_input_grad[:3],
+        )
+        return *gradients.finish(Tensor.to), None, None, None, None
+
+
+def linear_log_probs_and_entropy(
+    kernels: RowKernels,
+    projection: Projection,
+    transform: LogitTransform,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    entropy: bool,
+    num_active: int | None,
+    max_chunk_bytes: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob and entropy (B, T) of a head's logits, differentiable in hidden states, weight and bias."""
+    active = find_active(mask, num_active)
+    log_probs, entropies = LinearStatistics.apply(
+        projection.hidden,
+        projection.weight,
+        projection.bias,
+        kernels,
+        _head_maker(projection, active, max_chunk_bytes),
+        row_maker(transform, tokens, active),
+        entropy,
+    )
+    log_probs = active.put(log_probs, mask.shape) + _doubt(mask, num_active)
+    return log_probs, active.put(entropies, mask.shape) if entropy else None
+
+
+def linear_loss(
+    kernels: RowKernels,
+    projection: Projection,
+    transform: LogitTransform,
+    tokens: Tensor,
+    mask: Tensor,
+    terms: Terms,
+    *,
+    num_active: int | None,
+    max_chunk_bytes: int,
+) -> RowLoss:
+    """Token-scope loss of a head's logits, differentiable once in hidden states, weight and bias. terms: (B, T)."""
+    active = find_active(mask, num_active)
+    heads = projection.hidden, projection.weight, projection.bias
+    needs = tuple(torch.is_grad_enabled() and head is not None and head.requires_grad for head in heads)
+    loss, log_probs, entropy, sums = LinearLoss.apply(
+        *heads,
+        kernels,
+        _head_maker(projection, active, max_chunk_bytes),
+        row_maker(transform, tokens, active),
+        terms.map(lambda values: active.take(values)[None]),
+        needs,
+    )
+    loss = loss + _doubt(mask, num_active)
+    return RowLoss(active.put(log_probs, mask.shape), active.put(entropy, mask.shape), sums, loss)
+
+
+class LinearLoss(torch.autograd.Function):
+    """hidden, weight, bias -> loss, and of the active tokens log_probs, entropy (1, n), and the sums.
+
+    The gradients are made in forward, chunk by chunk; backward multiplies and casts them, and hands them over.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        kernels: RowKernels,
+        make_head: MakeHead,
+        rows_of: RowsOf,
+        terms: Terms,
+        needs: Needs,
+    ):
+        head = make_head(hidden, weight, bias)
+        gradients = HeadGradients(head, needs)
+        log_probs, entropy = terms.weights.new_empty((2, *terms.weights.shape))
+        sums = terms.weights.new_zeros(len(ROW_SUMS), dtype=torch.float64)
+        for part, hidden_chunk, logits in head.chunks():
+            chunk = terms.map(lambda values, part=part: values[:, part])  # type: ignore[misc]
+            result = kernels.loss(rows_of(part, logits), chunk, logits[None] if any(needs) else None)
+            log_probs[:, part], entropy[:, part] = result.log_probs, result.entropy
+            sums += result.sums
+            if any(needs):
+                gradients.add(part, hidden_chunk, logits)
+        ctx.gradients, ctx.kernels, ctx.gradient_scale = gradients, kernels, terms.gradient_scale
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(log_probs, entropy, sums)
+        return sums[ROW_SUMS.index("loss")].to(terms.weights.dtype), log_probs, entropy, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 8
+        if ctx.gradients is None:
+            raise RuntimeError(SPENT)
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = (grad_loss / ctx.gradient_scale).to(grad_loss.dtype)
+
+        def multiply(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+            if gradient.dtype == dtype:
+                ctx.kernels.scale(gradient, factor)
+                return gradient
+            # Multiplied before it is rounded, in the pass that rounds it.
+            return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+        return *gradients.finish(multiply), None, None, None, None, None
+
+
+def _head_maker(projection: Projection, active: Active, max_chunk_bytes: int) -> MakeHead:
+    return partial(
+        Head,
+        product_dtype=projection.product_dtype,
+        logits_dtype=projection.logits_dtype,
+        active=active,
+        max_chunk_bytes=max_chunk_bytes,
+    )
+
+
+def _doubt(mask: Tensor, num_active: int | None) -> Tensor | float:
+    """NaN where num_active isn't the mask's count, else 0; known without a sync."""
+    if num_active is None:
+        return 0.0
+    return torch.where(mask.sum() == num_active, 0.0, float("nan"))
+
+
+def _tiles(length: int, line_bytes: int) -> Iterator[slice]:
+    lines = max(_CAST_TILE_BYTES // max(line_bytes, 1), 1)
+    for start in range(0, length, lines):
+        yield slice(start, min(start + lines, length))
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
