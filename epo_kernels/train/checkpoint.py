@@ -14,7 +14,7 @@ _NAME = re.compile(r"global_step_(\d+)")
 
 
 def save_checkpoint(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder`/global_step_N under another name, rename it, then drop all but the last `keep` (step 0 stays)."""
+    """Write `folder`/global_step_N under another name, rename it, then drop all but the last `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"global_step_{step}"
     temporary = folder / f".writing_{final.name}"
@@ -32,8 +32,7 @@ def save_checkpoint(folder: Path, step: int, policy: Policy, state: dict[str, An
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in list_checkpoints(folder)[:-keep]:
-        if step_of(old) != 0:  # the start of the run: reference of the KL, and of any comparison
-            shutil.rmtree(old)
+        shutil.rmtree(old)
     return final
 
 

@@ -43,20 +43,20 @@ class ModelConfig:
 
 @dataclass
 class RolloutConfig:
-    engine: str = "transformers"  # transformers
+    engine: str = "transformers"  # what samples: transformers
     environments: int = 16  # live at a time (ScienceWorld: a JVM each)
     cohorts: int = 2  # groups of environments: one acts while the policy writes for another
     temperature: float = 1.0  # of sampling, and of every log-prob and entropy in training
     history: int = 4  # past actions a prompt shows
     history_results: int = 1  # of those, how many with the environment's answer
     max_prompt_tokens: int = 256  # the oldest history goes first, then the scene's end; the goal never
-    max_response_tokens: int = 16
+    max_response_tokens: int = 16  # what is longer is cut there
     response_format: str = "plain"  # plain: the first line is the action | think_action: <think>..<action>..
 
 
 @dataclass
 class AlgorithmConfig:
-    name: str = "grpo"  # grpo
+    name: str = "grpo"  # how advantages are made: grpo
     groups: int = 4  # tasks a step
     group_size: int = 8  # episodes a task
     normalize_std: bool = True  # divide by the group's standard deviation (False: Dr. GRPO)
@@ -66,37 +66,37 @@ class AlgorithmConfig:
 class LossConfig:
     """The fields of `epo_kernels.EPOConfig` (temperature is rollout.temperature), then band, history, schedule."""
 
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
-    clip_ratio_c: float | None = 3.0
-    entropy_coeff: float = 1e-3
-    kl_coeff: float = 0.0
-    kl_type: str = "k3"
-    penalty: str = "none"  # none | hinge | quadratic | indicator | gate
-    penalty_alpha: float = 0.1
-    smooth_coeff: float = 1.0
+    clip_ratio_low: float = 0.2  # the ratio is clipped to [1 - low, 1 + high]
+    clip_ratio_high: float = 0.2  # above low: DAPO's clip-higher
+    clip_ratio_c: float | None = 3.0  # dual clip of negative advantages; null: none
+    entropy_coeff: float = 1e-3  # lambda, of bonus and penalty
+    kl_coeff: float = 0.0  # KL to the policy before RL; 0: no reference model
+    kl_type: str = "k3"  # k1 | k2 | k3 | abs
+    penalty: str = "none"  # outside the entropy band: none | hinge | quadratic | indicator | gate
+    penalty_alpha: float = 0.1  # alpha, its size
+    smooth_coeff: float = 1.0  # k, its weight within the entropy term
     band_scope: str = "token"  # token | segment (a turn)
-    loss_agg_mode: str = "token-mean"
+    loss_agg_mode: str = "token-mean"  # | seq-mean-token-sum | seq-mean-token-mean | seq-mean-token-sum-norm
     band_low: float = 0.0  # kappa_l: the band's lower bound as a share of the history's entropy
     band_high: float = 2.0  # kappa_r
     history_scope: str = "turn"  # turn | global
     history_weighting: str = "token"  # token | step
     history_window: int | None = None  # steps that count; None: all
     history_includes_current: bool = True  # False: the band knows earlier steps alone (the paper's second version)
-    phase_schedule: str = "paper"  # constant | paper | official
+    phase_schedule: str = "paper"  # weight of the penalty over the steps: constant | paper | official
 
 
 @dataclass
 class OptimConfig:
-    lr: float = 1e-4  # peak
+    lr: float = 1e-4  # AdamW: the peak, after the warm-up
     min_lr_ratio: float = 0.2  # the cosine ends at lr * min_lr_ratio
     warmup_ratio: float = 0.1  # share of all updates
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0  # of AdamW
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.999  # of AdamW
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
     epochs: int = 1  # passes over a step's turns
-    minibatches: int = 1  # optimiser updates a pass
+    minibatches: int = 1  # optimiser updates a pass over them
     micro_batch_tokens: int = 8192  # padded tokens in one forward and backward
 
 
@@ -116,9 +116,9 @@ class CheckpointConfig:
 
 @dataclass
 class TrainConfig:
-    run_dir: str = "runs/default"
-    seed: int = 0
-    steps: int = 20
+    run_dir: str = "runs/default"  # the folder everything is written to
+    seed: int = 0  # of weights, task choice and every draw
+    steps: int = 20  # rollouts, each followed by its updates
     resume: str = "auto"  # auto: go on where run_dir stopped | a checkpoint's path | never: run_dir must be new
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -17,6 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from epo_kernels.train.data import Episode
 from epo_kernels.train.evaluate import Record
 
+PLAIN_WIDTH = 120  # of tables in a log
+
 Value = float | int | list[float | None]
 
 
@@ -107,6 +109,8 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = PLAIN_WIDTH
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

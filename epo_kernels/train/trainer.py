@@ -62,7 +62,8 @@ class Trainer:
     def run(self) -> list[Record]:
         """Train to the last step; returns the evaluation's records."""
         config = self.config
-        self._evaluate("before", 0)
+        if self.step == 0:
+            self._evaluate("before", 0)
         for step in range(self.step + 1, config.steps + 1):
             metrics = self._train_step(step)
             self.step = step

@@ -5,23 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 
 from epo_kernels.train.config import ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
 from epo_kernels.train.envs import Demonstration
 
-END, PAD, USER, ACT = "<|end|>", "<|pad|>", "<|user|>", "<|act|>"
+USER, ACT = "<|user|>", "<|act|>"
 TINY_VOCABULARY = 1000
 TINY_CHAT_TEMPLATE = (
     f"{{% for message in messages %}}{USER}{{{{ message['content'] }}}}{{% endfor %}}"
@@ -98,7 +97,6 @@ def build_tiny(demonstrations: Sequence[Demonstration], config: ModelConfig, see
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
         )
     )
     return Policy(_placed(model, resolve_device(config.device), getattr(torch, config.dtype)), tokenizer)
@@ -107,28 +105,24 @@ def build_tiny(demonstrations: Sequence[Demonstration], config: ModelConfig, see
 def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Ready for sampling and training: without dropout, for good, since both must see one distribution."""
     torch.nn.Module.to(model, device, dtype)
+    for parameter in model.parameters():
+        # Loaded weights lie in the mapped file at odd addresses, and matrix products round by alignment: a resumed run
+        # would differ in the last bit.
+        parameter.data = parameter.data.clone()
     return model.eval()
 
 
-def _train_tokenizer(demonstrations: Sequence[Demonstration]) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TINY_VOCABULARY,
-        special_tokens=[PAD, END, USER, ACT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # any text can be encoded
-        show_progress=False,
-    )
+def _train_tokenizer(demonstrations: Sequence[Demonstration]) -> PreTrainedTokenizerBase:
+    """Byte-level BPE: any text can be encoded. Qwen2's class, since that is what loads a saved Qwen2 again."""
     texts = (
         text
         for demonstration in demonstrations
         for seen, action in zip(demonstration.observations, demonstration.actions, strict=True)
         for text in (seen.goal, seen.text, seen.scene, f"> {action}", action)
     )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
-    tokenizer.add_special_tokens({"additional_special_tokens": [USER, ACT]})
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        texts, TINY_VOCABULARY, new_special_tokens=[USER, ACT], show_progress=False
+    )
     tokenizer.chat_template = TINY_CHAT_TEMPLATE
     return tokenizer
 

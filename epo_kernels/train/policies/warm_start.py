@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from epo_kernels.train.config import WarmStartConfig
+from epo_kernels.train.config import ConfigError, WarmStartConfig
 from epo_kernels.train.data import Draw, MiniBatch, Sample, Turn
 from epo_kernels.train.envs import Demonstration, Suite
 from epo_kernels.train.policies.policy import Policy, response_logits
@@ -15,10 +15,17 @@ from epo_kernels.train.policies.prompts import PromptBuilder
 
 
 def demonstrate(suite: Suite, count: int) -> list[Demonstration]:
-    """Gold episodes of the first `count` training tasks (of all, where there are fewer)."""
+    """Gold episodes of the first `count` training tasks (of all, where there are fewer).
+
+    Raises:
+        ConfigError: a task that the environment cannot demonstrate.
+    """
     tasks = suite.tasks("train")[:count]
-    with ThreadPoolExecutor(2) as threads:
-        demonstrations = list(threads.map(suite.demonstrate, tasks))
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            demonstrations = list(threads.map(suite.demonstrate, tasks))
+    except ValueError as error:
+        raise ConfigError(f"model.warm_start.demonstrations: {error}") from error
     suite.close()  # the simulators that played are not needed any more
     return demonstrations
 

@@ -1,0 +1,62 @@
+"""A small policy on the practice environment, made once: knows little, but its shapes are those of real runs."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+
+from epo_kernels.train.config import TrainConfig, load_config
+from epo_kernels.train.envs import Suite, make_suite
+from epo_kernels.train.policies.generate import StopRule, TransformersEngine
+from epo_kernels.train.policies.policy import Policy, build_tiny
+from epo_kernels.train.policies.prompts import PromptBuilder
+from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
+
+SMALL = [
+    "steps=2",
+    "env.practice.length=4",
+    "env.practice.spare_turns=2",
+    "env.practice.signs=3",
+    "model.warm_start.demonstrations=4",
+    "model.warm_start.epochs=30",
+    "model.warm_start.batch_size=8",
+    "rollout.environments=4",
+    "algorithm.groups=2",
+    "algorithm.group_size=4",
+    "evaluate.episodes=4",
+    "checkpoint.every=1",
+]
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    return load_config("practice", [*SMALL, f"run_dir={tmp_path_factory.mktemp('run')}"])
+
+
+@pytest.fixture(scope="session")
+def suite(config: TrainConfig) -> Suite:
+    return make_suite(config.env)
+
+
+@pytest.fixture
+def policy(cloned: Policy) -> Policy:
+    """A policy of the test's own, free to be trained."""
+    return Policy(copy.deepcopy(cloned.model), cloned.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def cloned(config: TrainConfig, suite: Suite) -> Policy:
+    demonstrations = demonstrate(suite, 4)
+    policy = build_tiny(demonstrations, config.model, seed=0)
+    longer = replace(config.model.warm_start, epochs=40, batch_size=8)
+    clone(policy, cloning_samples(demonstrations, policy, prompts_of(policy), 6), longer, 0, int)
+    return policy
+
+
+def prompts_of(policy: Policy, history: int = 2, max_tokens: int = 128) -> PromptBuilder:
+    return PromptBuilder(policy.tokenizer, history, 1, max_tokens, "plain")
+
+
+def engine_of(policy: Policy, temperature: float = 1.0, max_tokens: int = 6) -> TransformersEngine:
+    stop = StopRule(policy.tokenizer, policy.end_ids, "plain")
+    return TransformersEngine(policy.model, policy.pad_id, stop, temperature, max_tokens)

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+import epo_kernels.train.checkpoint as checkpoint_module
+from epo_kernels.train.checkpoint import list_checkpoints, load_state, save_checkpoint, step_of
+from epo_kernels.train.config import ModelConfig
+from epo_kernels.train.policies.policy import load_policy
+
+
+def test_a_policy_comes_back_to_the_last_bit(cloned, tmp_path):
+    state = {"step": 3, "nested": {"tensor": torch.arange(3.0), "none": None}, "text": "x"}
+    folder = save_checkpoint(tmp_path, 3, cloned, state, keep=2)
+    assert folder.name == "global_step_3"
+    again = load_policy(str(folder / "actor"), ModelConfig())
+    saved = cloned.model.state_dict()
+    assert again.model.state_dict().keys() == saved.keys()
+    assert all(torch.equal(saved[name], value) for name, value in again.model.state_dict().items())
+    text = (
+        "<|user|>Sign: moon, by night. Gold glints left.\n> go left\n\n12,345 tâches (déjà vu)\n<|act|>go<|endoftext|>"
+    )
+    assert again.tokenizer(text)["input_ids"] == cloned.tokenizer(text)["input_ids"]
+    assert cloned.tokenizer.decode(cloned.tokenizer(text)["input_ids"]) == text
+    messages = [{"role": "user", "content": "hello"}]
+    assert again.tokenizer.apply_chat_template(messages, tokenize=False) == "<|user|>hello"
+    loaded = load_state(folder)
+    assert loaded["step"] == 3
+    assert torch.equal(loaded["nested"]["tensor"], torch.arange(3.0))
+
+
+def test_the_last_ones_are_kept(cloned, tmp_path):
+    for step in (0, 5, 10, 15):
+        save_checkpoint(tmp_path, step, cloned, {}, keep=2)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [10, 15]
+
+
+def test_a_failed_save_leaves_the_old_ones_whole(cloned, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, cloned, {"step": 1}, keep=1)
+
+    def full_disk(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module.torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 2, cloned, {"step": 2}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["global_step_1"]
+    assert load_state(tmp_path / "global_step_1") == {"step": 1}
+
+
+def test_what_a_kill_left_behind_is_no_checkpoint(cloned, tmp_path):
+    (tmp_path / ".writing_global_step_7" / "actor").mkdir(parents=True)
+    assert list_checkpoints(tmp_path) == []
+    save_checkpoint(tmp_path, 7, cloned, {"step": 7}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["global_step_7"]
+
+
+def test_strange_pickles_are_refused(tmp_path):
+    (tmp_path / "global_step_1").mkdir()
+    torch.save({"step": print}, tmp_path / "global_step_1" / "trainer.pt")
+    with pytest.raises(Exception, match="weights_only"):
+        load_state(tmp_path / "global_step_1")
+
+
+def test_names_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="global_step_N"):
+        step_of(tmp_path / "actor")

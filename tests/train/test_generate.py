@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+
+from epo_kernels.train.policies.generate import Request, StopRule, _choose
+from tests.train.conftest import engine_of
+
+
+def requests_of(policy, count=6):
+    texts = [f"Follow the signs. Sign: {'moon ' * (i + 1)}" for i in range(count)]
+    prompts = [policy.tokenizer(text)["input_ids"] for text in texts]
+    return [Request(ids, seed=(3, 1, 1, i, 0)) for i, ids in enumerate(prompts)]
+
+
+def test_draws_do_not_depend_on_the_batch(cloned):
+    engine, requests = engine_of(cloned, temperature=2.0, max_tokens=12), requests_of(cloned)
+    together = engine.generate(requests)
+    assert len({len(c.token_ids) for c in together}) > 1  # some end early, so rows leave the batch on the way
+    for alone, others in [([0], []), ([5], [0, 1]), ([3, 2], [5, 4])]:
+        again = engine.generate([requests[i] for i in alone + others])
+        for i, completion in zip(alone, again, strict=False):
+            assert completion.token_ids == together[i].token_ids
+            assert completion.log_probs == pytest.approx(together[i].log_probs, abs=1e-5)
+
+
+def test_log_probs_are_those_of_a_plain_forward_pass(cloned):
+    for temperature in (1.0, 0.7):
+        for request, completion in zip(
+            requests_of(cloned), engine_of(cloned, temperature).generate(requests_of(cloned)), strict=True
+        ):
+            ids = torch.tensor([request.prompt_ids + completion.token_ids])
+            with torch.no_grad():
+                logits = cloned.model(ids).logits[0, len(request.prompt_ids) - 1 : -1] / temperature
+            wanted = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            assert completion.log_probs == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_seed_and_greedy_decide(cloned):
+    engine, (request, *_) = engine_of(cloned, temperature=3.0), requests_of(cloned)
+    drawn = {tuple(engine.generate([Request(request.prompt_ids, (n,))])[0].token_ids) for n in range(8)}
+    assert len(drawn) > 1
+    greedy = {tuple(engine.generate([Request(request.prompt_ids, (n,), True)])[0].token_ids) for n in range(3)}
+    assert len(greedy) == 1
+
+
+def test_choice_follows_the_distribution():
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    draws = torch.from_numpy(np.random.default_rng(0).random(20_000))
+    log_probs = probabilities.log().expand(len(draws), -1)
+    shares = torch.bincount(_choose(log_probs, draws, torch.zeros(len(draws), dtype=torch.bool)), minlength=6) / 20_000
+    assert shares.tolist() == pytest.approx(probabilities.tolist(), abs=0.015)
+    assert shares[probabilities == 0].sum() == 0
+    ends = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert _choose(log_probs[:2], ends, torch.zeros(2, dtype=torch.bool)).tolist() == [1, 4]
+
+
+def test_responses_end_where_their_format_says(cloned):
+    tokenizer = cloned.tokenizer
+    end = tokenizer.eos_token_id
+
+    def first_end(text, response_format):
+        rule = StopRule(tokenizer, {end}, response_format)
+        ids = tokenizer(text)["input_ids"]
+        return next((tokenizer.decode(ids[:n]) for n in range(1, len(ids) + 1) if rule.ends(ids[:n])), None)
+
+    assert first_end("go left\ngo right", "plain").strip() == "go left"
+    assert first_end("go left<|endoftext|>go right", "plain") == "go left<|endoftext|>"
+    assert first_end("go left", "plain") is None
+    whole = "<think>left > right\n</think><action>go left</action>"
+    assert first_end(f"{whole} and more", "think_action").startswith(whole)
+    assert first_end("<think>left > right\n</think>", "think_action") is None

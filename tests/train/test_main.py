@@ -1,0 +1,200 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from epo_kernels.train.__main__ import main
+from epo_kernels.train.config import ConfigError, load_config
+from epo_kernels.train.trainer import find_checkpoint
+from tests.train.conftest import SMALL
+
+TIMING = ("timing_s/", "perf/throughput")
+
+
+def train(*arguments):
+    return main(["practice", *SMALL, *map(str, arguments)])
+
+
+def lines_of(run_dir):
+    """metrics.jsonl without what a clock measured."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(TIMING)} for line in lines]
+
+
+def weights_of(run_dir, step):
+    from safetensors.torch import load_file
+
+    return load_file(Path(run_dir) / "checkpoints" / f"global_step_{step}" / "actor" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Four steps without a stop."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    assert train(f"run_dir={run_dir}", "steps=4", "checkpoint.keep=9", "evaluate.every=2", "loss.kl_coeff=0.01") == 0
+    return run_dir
+
+
+def test_a_run_leaves_what_it_promises(whole_run):
+    assert {path.name for path in whole_run.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "evaluation.json",
+        "episodes",
+        "checkpoints",
+        "reference",
+        "tensorboard",
+        "report.html",
+    }
+    lines = lines_of(whole_run)
+    assert [line["training/global_step"] for line in lines] == [1, 2, 3, 4]
+    for name in (
+        "actor/pg_loss",
+        "actor/pg_clipfrac",
+        "actor/ppo_kl",
+        "actor/entropy",
+        "actor/grad_norm",
+        "actor/lr",
+        "actor/kl_loss",
+        "response_length/mean",
+        "epo/phase_weight",
+        "epo/band_low_share",
+        "epo/band_high_share",
+        "epo/entropy_by_turn",
+    ):
+        assert all(name in line for line in lines), name
+    assert len(lines[0]["epo/entropy_by_turn"]) > 1
+    assert all(line["training/rollout_probs_diff_max"] < 1e-5 for line in lines)
+    records = json.loads((whole_run / "evaluation.json").read_text())
+    assert [(r["when"], r["decoding"]) for r in records] == [
+        (when, decoding) for when in ("before", "step 2", "after") for decoding in ("greedy", "sampled")
+    ]
+    assert all(r["episodes"] == 4 and r["success_low"] <= r["success"] <= r["success_high"] for r in records)
+    assert "Follow the signs" in (whole_run / "episodes" / "after_iid_greedy.txt").read_text()
+
+
+def test_the_same_seed_gives_the_same_run(whole_run, tmp_path):
+    settings = ("steps=4", "checkpoint.keep=9", "evaluate.every=2", "loss.kl_coeff=0.01")
+    assert train(f"run_dir={tmp_path}", *settings) == 0
+    assert lines_of(tmp_path) == lines_of(whole_run)
+    assert train(f"run_dir={tmp_path / 'other'}", *settings, "seed=1") == 0
+    assert lines_of(tmp_path / "other") != lines_of(whole_run)
+
+
+KILLED = """
+import os, signal, sys
+from epo_kernels.train import trainer
+from epo_kernels.train.__main__ import main
+import torch
+torch.set_num_threads(1)
+step = trainer.Trainer._train_step
+def dies(self, number):
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number)
+trainer.Trainer._train_step = dies
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_to_the_last_bit(whole_run, tmp_path):
+    settings = ["steps=4", "checkpoint.keep=9", "evaluate.every=2", "loss.kl_coeff=0.01", f"run_dir={tmp_path}"]
+    command = [sys.executable, "-c", KILLED, "practice", *SMALL, *settings, "checkpoint.every=2"]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -9
+    assert [line["training/global_step"] for line in lines_of(tmp_path)] == [1, 2]
+    assert train(*settings) == 0
+    assert lines_of(tmp_path) == lines_of(whole_run)
+    resumed, whole = weights_of(tmp_path, 4), weights_of(whole_run, 4)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    records = [json.loads((folder / "evaluation.json").read_text()) for folder in (tmp_path, whole_run)]
+    assert records[0] == records[1]
+
+
+def test_a_checkpoint_of_another_run_can_be_gone_on_with(whole_run, tmp_path):
+    checkpoint = whole_run / "checkpoints" / "global_step_3"
+    settings = ("steps=4", "evaluate.every=2", "loss.kl_coeff=0.01")
+    assert train(f"run_dir={tmp_path}", *settings, f"resume={checkpoint}") == 0
+    assert lines_of(tmp_path) == lines_of(whole_run)[3:]
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole_run, capsys):
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    settings = ("steps=4", "evaluate.every=2", "loss.kl_coeff=0.01")
+    assert train(f"run_dir={whole_run}", *settings) == 0
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+    assert "0 of 4 steps to do" in capsys.readouterr().out
+
+
+def test_resuming_with_other_settings_is_refused(whole_run, capsys):
+    assert train(f"run_dir={whole_run}", "steps=4", "evaluate.every=2", "loss.kl_coeff=0.01", "optim.lr=0.5") == 2
+    error = capsys.readouterr().err
+    assert "optim.lr=0.0002 (now 0.5)" in error
+    assert error.count("\n") == 1
+
+
+def test_where_a_run_begins(whole_run, tmp_path):
+    def found(**settings):
+        return find_checkpoint(load_config("practice", [f"{name}={value}" for name, value in settings.items()]))
+
+    assert found(run_dir=whole_run).name == "global_step_4"
+    assert found(run_dir=tmp_path) is None
+    assert found(run_dir=tmp_path, resume="never") is None
+    with pytest.raises(ConfigError, match="holds a run"):
+        found(run_dir=whole_run, resume="never")
+    with pytest.raises(ConfigError, match=r"no trainer\.pt"):
+        found(run_dir=tmp_path, resume=str(tmp_path))
+
+
+def test_a_dry_run_builds_and_plays_nothing(tmp_path, capsys):
+    threads = threading.active_count()
+    assert train(f"run_dir={tmp_path / 'new'}", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert f"would run in {tmp_path / 'new'}: steps 1 to 2" in shown
+    assert "2 groups of 4, 8 episodes in 4 environments" in shown
+    assert not (tmp_path / "new").exists()
+    assert threading.active_count() <= threads + 5  # the pool's threads end on their own
+
+
+def test_what_the_environment_refuses_is_an_error_of_settings(tmp_path, capsys):
+    assert train(f"run_dir={tmp_path}", "env.task_names=[run]") == 2
+    assert "practice has no task type 'run'" in capsys.readouterr().err
+    assert train(f"run_dir={tmp_path}", "model.name_or_path=/nowhere/at/all") == 2
+    assert "model.name_or_path='/nowhere/at/all' is not to be loaded" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_print_config(capsys):
+    assert main(["--help"]) == 0
+    assert "python -m epo_kernels.train practice" in capsys.readouterr().out
+    assert main(["practice", "seed=9", "--print-config"]) == 0
+    assert "seed: 9\n" in capsys.readouterr().out
+
+
+@pytest.mark.scienceworld
+def test_the_real_scienceworld_end_to_end(tmp_path):
+    settings = [
+        f"run_dir={tmp_path}",
+        "steps=1",
+        "env.max_turns=4",
+        "model.warm_start.demonstrations=2",
+        "model.warm_start.epochs=2",
+        "rollout.environments=2",
+        "algorithm.groups=1",
+        "algorithm.group_size=2",
+        "evaluate.episodes=2",
+        "evaluate.decoding=[sampled]",
+    ]
+    command = [sys.executable, "-m", "epo_kernels.train", "quickstart", *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert "success (95 %)" in ended.stdout
+    (line,) = lines_of(tmp_path)
+    assert line["episode/failed"] == 0
+    assert "You" in (tmp_path / "episodes" / "before_iid_sampled.txt").read_text()
+    assert [r["when"] for r in json.loads((tmp_path / "evaluation.json").read_text())] == ["before", "after"]

@@ -1,0 +1,84 @@
+import pytest
+
+from epo_kernels.train.data import Turn
+from epo_kernels.train.envs import Observation
+from epo_kernels.train.policies.prompts import PromptBuilder, PromptTooLong, parse_action
+from tests.train.conftest import prompts_of
+
+GOAL = "Follow the signs through 4 rooms to the vault."
+
+
+def state(turns=8, scene="Sign: moon, by day. " * 30):
+    past = [
+        Turn(Observation(GOAL, ""), [], [], [], f"go way{n}", result=f"answer {n}" + " very long" * 20)
+        for n in range(turns)
+    ]
+    return Observation(GOAL, past[-1].result if past else "You enter.", scene), past
+
+
+@pytest.mark.parametrize("limit", [20, 30, 40, 60, 100, 200, 400, 2000])
+def test_the_goal_is_never_cut_and_the_limit_holds(cloned, limit):
+    builder = PromptBuilder(cloned.tokenizer, 6, 3, limit, "plain")
+    goal_tokens = len(cloned.tokenizer(f"<|user|>{GOAL}<|act|>")["input_ids"])
+    if goal_tokens > limit:
+        with pytest.raises(PromptTooLong, match=r"rollout\.max_prompt_tokens is"):
+            builder.encode([state()])
+        return
+    for ids in builder.encode([state(), state(0), state(2, scene="")]):
+        assert len(ids) <= limit
+        text = cloned.tokenizer.decode(ids)
+        assert GOAL in text
+        assert text.startswith("<|user|>")
+        assert text.endswith("<|act|>")
+
+
+def test_what_a_prompt_shows(cloned):
+    (ids,) = PromptBuilder(cloned.tokenizer, 3, 2, 4000, "plain").encode([state(5, scene="the scene")])
+    lines = cloned.tokenizer.decode(ids).removeprefix("<|user|>").removesuffix("<|act|>").split("\n")
+    assert [line[:10] for line in lines] == [
+        GOAL[:10],
+        "> go way2",
+        "> go way3",
+        "answer 3 v",
+        "> go way4",
+        "answer 4 v",
+        "the scene",
+    ]
+
+
+def test_the_oldest_actions_go_first(cloned):
+    builder = PromptBuilder(cloned.tokenizer, 6, 0, 220, "plain")
+    (ids,) = builder.encode([state(6, scene="the scene" + " moon" * 60)])
+    shown = cloned.tokenizer.decode(ids)
+    kept = [n for n in range(6) if f"> go way{n}\n" in shown]
+    assert kept == list(range(6 - len(kept), 6))
+    assert "the scene" in shown
+
+
+def test_prompts_do_not_depend_on_their_company(cloned):
+    builder = prompts_of(cloned, max_tokens=50)
+    states = [state(), state(0), state(3, scene="x")]
+    assert builder.encode(states) == [builder.encode([one])[0] for one in states]
+
+
+def test_the_instruction_comes_with_its_format(cloned):
+    (ids,) = PromptBuilder(cloned.tokenizer, 0, 0, 4000, "think_action").encode([state(0)])
+    assert "<action>" in cloned.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("response", "response_format", "action"),
+    [
+        ("go left", "plain", "go left"),
+        ("  go   left \nand then right", "plain", "go left"),
+        ("", "plain", None),
+        ("\ngo left", "plain", None),
+        ("<think>hm</think><action> go\nleft </action>", "think_action", "go left"),
+        ("<action>one</action><action>two</action>", "think_action", "two"),
+        ("<action>go left", "think_action", None),
+        ("go left", "think_action", None),
+        ("<action></action>", "think_action", None),
+    ],
+)
+def test_parsing(response, response_format, action):
+    assert parse_action(response, response_format) == action

@@ -1,0 +1,90 @@
+import io
+import json
+from dataclasses import replace
+
+from rich.console import Console
+
+from epo_kernels.train.data import Episode, Turn
+from epo_kernels.train.envs import Observation, Task
+from epo_kernels.train.evaluate import Record
+from epo_kernels.train.tracking import Display, Tracker, episode_text, read_evaluation, read_metrics
+
+RECORD = Record("before", 0, "iid", "greedy", 64, 50.0, 0.5, 0.4, 0.6, 0.75, 9.5, 0)
+
+
+def test_metrics_are_lines_and_a_resumed_run_drops_what_it_makes_again(tmp_path):
+    first = Tracker(tmp_path, 0)
+    for step in (1, 2, 3):
+        first.log(step, {"actor/lr": 0.5**step, "epo/entropy_by_turn": [0.25, None]})
+    first.log_evaluation([RECORD, replace(RECORD, when="step 3", step=3)])
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"training/global_step": 4, "actor')  # a kill in the middle of a line
+    assert [entry["training/global_step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
+
+    second = Tracker(tmp_path, 2)
+    second.log(3, {"actor/lr": 9.0})
+    second.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"training/global_step": 1, "actor/lr": 0.5, "epo/entropy_by_turn": [0.25, None]},
+        {"training/global_step": 2, "actor/lr": 0.25, "epo/entropy_by_turn": [0.25, None]},
+        {"training/global_step": 3, "actor/lr": 9.0},
+    ]
+    assert second.records == [RECORD]
+
+
+def test_tensorboard_holds_the_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker(tmp_path, 0)
+    tracker.log(1, {"actor/lr": 0.5, "epo/entropy_by_turn": [0.25, None]})
+    tracker.log_evaluation([RECORD])
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "actor/lr",
+        "epo/entropy_by_turn/00",
+        "evaluation/iid/greedy/mean_score",
+        "evaluation/iid/greedy/success",
+        "evaluation/iid/greedy/official_success",
+    }
+    assert events.Scalars("actor/lr")[0].value == 0.5
+
+
+def test_evaluation_has_the_fields_that_were_promised(tmp_path):
+    tracker = Tracker(tmp_path, 0)
+    tracker.log_evaluation([RECORD])
+    tracker.close()
+    (entry,) = json.loads((tmp_path / "evaluation.json").read_text())
+    wanted = {"when", "panel", "episodes", "mean_score", "success", "success_low", "success_high", "official_success"}
+    assert wanted | {"decoding"} <= set(entry)
+    assert read_evaluation(tmp_path) == [RECORD]
+
+
+def test_an_episode_reads_like_a_story():
+    turns = [
+        Turn(Observation("Find it.", "You enter.", "a hall"), [], [], [], "go left", 0.5, True),
+        Turn(Observation("Find it.", "You walk on.", ""), [], [], [], "xyzzy", 0.0, False),
+    ]
+    episode = Episode(Task("walk", 7), 0, (0, 0, 0, 0), turns=turns, score=40.0, finish="max_turns")
+    assert episode_text(episode) == (
+        "# walk, variation 7: score 40, no success, return 0.500, max_turns\n"
+        "Find it.\n"
+        "You enter.\na hall\n[1] > go left  (+0.500)\n"
+        "You walk on.\n[2] > xyzzy  (+0.000, not understood)"
+    )
+
+
+def test_without_a_terminal_only_lines_are_shown():
+    out = io.StringIO()
+    with Display(Console(file=out)) as display, display.bar("rollout", 4) as advance:
+        advance(2)
+        display.say("step 1/2: [bold] is no markup here")
+    display.table([RECORD, replace(RECORD, when="after", step=3, success=0.75)])
+    text = out.getvalue()
+    assert text.startswith("step 1/2: [bold] is no markup here\n")
+    assert "\x1b" not in text
+    assert "50.0% (40.0% to 60.0%)" in text
+    assert text.index("before") < text.index("after")
