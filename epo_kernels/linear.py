@@ -288,11 +288,11 @@ def linear_log_probs_and_entropy(
         projection.weight,
         projection.bias,
         kernels,
-        _head_maker(projection, active, max_chunk_bytes),
+        head_maker(projection, active, max_chunk_bytes),
         row_maker(transform, tokens, active),
         entropy,
     )
-    log_probs = active.put(log_probs, mask.shape) + _doubt(mask, num_active)
+    log_probs = active.put(log_probs, mask.shape) + doubt(mask, num_active)
     return log_probs, active.put(entropies, mask.shape) if entropy else None
 
 
@@ -314,12 +314,12 @@ def linear_loss(
     loss, log_probs, entropy, sums = LinearLoss.apply(
         *heads,
         kernels,
-        _head_maker(projection, active, max_chunk_bytes),
+        head_maker(projection, active, max_chunk_bytes),
         row_maker(transform, tokens, active),
         terms.map(lambda values: active.take(values)[None]),
         needs,
     )
-    loss = loss + _doubt(mask, num_active)
+    loss = loss + doubt(mask, num_active)
     return RowLoss(active.put(log_probs, mask.shape), active.put(entropy, mask.shape), sums, loss)
 
 
@@ -377,7 +377,8 @@ class LinearLoss(torch.autograd.Function):
         return *gradients.finish(multiply), None, None, None, None, None
 
 
-def _head_maker(projection: Projection, active: Active, max_chunk_bytes: int) -> MakeHead:
+def head_maker(projection: Projection, active: Active, max_chunk_bytes: int) -> MakeHead:
+    """Everything of a head but its tensors, which autograd hands back in backward."""
     return partial(
         Head,
         product_dtype=projection.product_dtype,
@@ -387,7 +388,7 @@ def _head_maker(projection: Projection, active: Active, max_chunk_bytes: int) ->
     )
 
 
-def _doubt(mask: Tensor, num_active: int | None) -> Tensor | float:
+def doubt(mask: Tensor, num_active: int | None) -> Tensor | float:
     """NaN where num_active isn't the mask's count, else 0; known without a sync."""
     if num_active is None:
         return 0.0

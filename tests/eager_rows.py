@@ -1,4 +1,4 @@
-"""Row kernels in eager PyTorch, by autograd through the reference: in float64, the ways around kernels are exact."""
+"""Row kernels in eager PyTorch, with the closed form of the gradient: in float64, what surrounds kernels is exact."""
 
 import torch
 from torch import Tensor
@@ -25,23 +25,19 @@ class EagerRows(PlainHelpers):
         grad_entropy: Tensor | None,
         out: Tensor,
     ) -> None:
-        with torch.enable_grad():
-            leaf = rows.logits.detach().clone().requires_grad_()
-            log_probs, entropy = _statistics(rows, leaf)
-            total = (log_probs * grad_log_probs).sum()
-            if grad_entropy is not None:
-                total = total + (entropy * grad_entropy).sum()
-            out.copy_(torch.autograd.grad(total, leaf)[0])
+        if grad_entropy is None:
+            grad_entropy = torch.zeros_like(grad_log_probs)
+        out.copy_(_gradient(rows, grad_log_probs, grad_entropy))
 
     def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
+        inputs, coefficients, cfg = _arguments(rows, terms)
         with torch.enable_grad():
-            leaf = rows.logits.detach().clone().requires_grad_()
-            log_probs, entropy = _statistics(rows, leaf)
-            inputs, coefficients, cfg = _arguments(rows, terms)
+            log_probs, entropy = (value.requires_grad_() for value in _statistics(rows, rows.logits.detach()))
             losses = reference.token_losses(log_probs, entropy, inputs, coefficients, cfg)
             loss = (terms.weights * losses.total).sum()
-            if out is not None:
-                out.copy_(torch.autograd.grad(loss * terms.gradient_scale, leaf)[0])
+        if out is not None:
+            upstream = torch.autograd.grad(loss, (log_probs, entropy), materialize_grads=True)
+            out.copy_(_gradient(rows, *upstream) * terms.gradient_scale)
         sums = {
             "tokens": rows.mask,
             "loss": terms.weights * losses.total,
@@ -61,6 +57,27 @@ class EagerRows(PlainHelpers):
         }
         values = [sums[name].detach().sum(dtype=torch.float64) for name in ROW_SUMS]
         return RowLoss(log_probs.detach(), entropy.detach(), torch.stack(values), loss.detach())
+
+
+def _gradient(rows: Rows, grad_log_probs: Tensor, grad_entropy: Tensor) -> Tensor:
+    """The closed form: (∂z/∂x) (a (1[v = y] - p_v) - b p_v (log p_v + H)) for raw logits x; no autograd in it."""
+    z = reference.transform_logits(rows.logits, rows.transform)
+    log_p = torch.log_softmax(z, dim=-1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(dim=-1, keepdim=True)
+    a, b = grad_log_probs[..., None], grad_entropy[..., None]
+    grad_z = -a * p - b * p * (log_p + entropy)
+    grad_z.scatter_add_(-1, rows.tokens[..., None], a)
+    x, transform = rows.logits[..., : z.shape[-1]].to(z.dtype), rows.transform
+    slope = torch.full_like(z, 1.0 if transform.scale is None else transform.scale)
+    if transform.softcap is not None:
+        slope = slope * (1 - torch.tanh(x * slope / transform.softcap).square())
+    temperature = transform.temperature
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        temperature = temperature[..., None]
+    gradient = torch.zeros(rows.logits.shape, dtype=z.dtype)
+    gradient[..., : z.shape[-1]] = grad_z * slope / temperature
+    return gradient
 
 
 def _statistics(rows: Rows, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from epo_kernels import linear, ops, reference
+from epo_kernels import linear, linear_ops, ops, reference
 from epo_kernels.backends.rows import COEFFICIENTS, Prepared, RowKernels, RowLoss, Rows, Terms, Weighing
 from epo_kernels.config import EPOConfig
 from epo_kernels.inputs import Coefficients, LogitTransform, Projection, Scalar, TokenInputs
@@ -91,7 +91,7 @@ class FusedBackend:
         num_active: int | None,
         max_chunk_bytes: int,
     ) -> reference.EPOOutput:
-        if cfg.band_scope == "segment" and inputs.lower is not None:
+        if torch.compiler.is_compiling() or (cfg.band_scope == "segment" and inputs.lower is not None):
             log_probs, entropy = self.linear_log_probs_and_entropy(
                 projection,
                 transform,
@@ -134,8 +134,12 @@ class FusedBackend:
         num_active: int | None,
         max_chunk_bytes: int,
     ) -> tuple[Tensor, Tensor | None]:
-        return linear.linear_log_probs_and_entropy(
-            self.kernels,
+        statistics = (
+            partial(linear_ops.traced_linear_statistics, self.name)
+            if torch.compiler.is_compiling()
+            else partial(linear.linear_log_probs_and_entropy, self.kernels)
+        )
+        return statistics(
             projection,
             transform,
             tokens,
