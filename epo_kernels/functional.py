@@ -122,7 +122,9 @@ def epo_loss(
         logit_softcap=logit_softcap,
         logit_scale=logit_scale,
     )
-    return choose_backend(backend, rows.device).epo_loss(rows, transform, inputs, coefficients, cfg, inplace=inplace)
+    return choose_backend(backend, rows.device, rows.dtype).epo_loss(
+        rows, transform, inputs, coefficients, cfg, inplace=inplace
+    )
 
 
 def linear_epo_loss(
@@ -202,7 +204,7 @@ def linear_epo_loss(
         logit_softcap=logit_softcap,
         logit_scale=logit_scale,
     )
-    return choose_backend(backend, rows.device).linear_epo_loss(
+    return choose_backend(backend, rows.device, projection.logits_dtype).linear_epo_loss(
         projection, transform, inputs, coefficients, cfg, num_active=num_active, max_chunk_bytes=max_chunk_bytes
     )
 
@@ -246,7 +248,7 @@ def log_probs_and_entropy(
         logit_scale=logit_scale,
     )
     token_rows, counted = check_tokens(layout, tokens, mask, transform.vocab_size)
-    log_probs, entropies = choose_backend(backend, rows.device).log_probs_and_entropy(
+    log_probs, entropies = choose_backend(backend, rows.device, rows.dtype).log_probs_and_entropy(
         rows, transform, token_rows, counted, entropy=entropy
     )
     return _like_tokens(layout, log_probs, entropies, entropy_grad)
@@ -294,7 +296,7 @@ def linear_log_probs_and_entropy(
         logit_scale=logit_scale,
     )
     token_rows, counted = check_tokens(layout, tokens, mask, transform.vocab_size)
-    log_probs, entropies = choose_backend(backend, rows.device).linear_log_probs_and_entropy(
+    log_probs, entropies = choose_backend(backend, rows.device, projection.logits_dtype).linear_log_probs_and_entropy(
         projection,
         transform,
         token_rows,

@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from epo_kernels.backends import native
+from epo_kernels.backends.cpu import CpuRows
+from epo_kernels.backends.fused import FusedBackend
 from epo_kernels.backends.reference import ReferenceBackend
 from epo_kernels.config import EPOConfig
 from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs
@@ -17,7 +20,8 @@ class Backend(Protocol):
     """Differentiable row operations over checked arguments. Logits are (B, T, V); packed batches are (1, N, V)."""
 
     name: str
-    device_types: tuple[str, ...]  # torch device types it computes on
+    device_types: tuple[str, ...]  # torch device types it computes on; none: any
+    dtypes: tuple[torch.dtype, ...]  # dtypes of logits; none: any
 
     def why_unavailable(self) -> str | None:
         """None where it can run on this machine, else why not and what would cure it."""
@@ -66,9 +70,12 @@ class Backend(Protocol):
         """`log_probs_and_entropy` of a head's logits, differentiable in hidden states, weight and bias."""
 
 
-_BACKENDS: dict[str, Backend] = {"reference": ReferenceBackend()}
+_BACKENDS: dict[str, Backend] = {
+    "reference": ReferenceBackend(),
+    "cpu": FusedBackend("cpu", ("cpu",), CpuRows, native.why_not_built),
+}
 # By device type, the first that can run is what backend="auto" takes.
-_PREFERENCE = ("reference",)
+_PREFERENCE = ("cpu", "reference")
 
 
 def available_backends() -> dict[str, str | None]:
@@ -76,8 +83,8 @@ def available_backends() -> dict[str, str | None]:
     return {name: backend.why_unavailable() for name, backend in _BACKENDS.items()}
 
 
-def choose_backend(name: str, device: torch.device) -> Backend:
-    """The backend of that name, or for "auto" the best that runs on the device.
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
+    """The backend of that name, or for "auto" the best that runs on the device, for logits of that dtype.
 
     Raises:
         ValueError: an unknown name.
@@ -86,7 +93,8 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     if name == "auto":
         for candidate in _PREFERENCE:
             backend = _BACKENDS[candidate]
-            if device.type in backend.device_types and backend.why_unavailable() is None:
+            fits = device.type in backend.device_types and dtype in backend.dtypes
+            if fits and backend.why_unavailable() is None:
                 return backend
         name = "reference"
     if name not in _BACKENDS:
@@ -99,5 +107,10 @@ def choose_backend(name: str, device: torch.device) -> Backend:
         raise RuntimeError(
             f"backend={name!r} computes on {' or '.join(backend.device_types)}, the logits are on {device}; "
             'move them, or take backend="auto"'
+        )
+    if backend.dtypes and dtype not in backend.dtypes:
+        names = ", ".join(str(known) for known in backend.dtypes)
+        raise RuntimeError(
+            f'backend={name!r} computes on logits of {names}, got {dtype}; cast them, or take backend="auto"'
         )
     return backend

@@ -14,6 +14,7 @@ from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenIn
 class ReferenceBackend:
     name = "reference"
     device_types: tuple[str, ...] = ()  # any
+    dtypes: tuple[torch.dtype, ...] = ()  # any
 
     def why_unavailable(self) -> str | None:
         return None

@@ -1,0 +1,30 @@
+// The row kernels on the CPU: what RowKernels in epo_kernels/backends/rows.py asks for.
+//
+// Arguments have been checked. Results don't depend on the number of threads.
+#pragma once
+
+#include "cpu_sweeps.h"
+#include "rows.h"
+
+namespace epo {
+
+// How a call computes, beside what it computes.
+struct Machine {
+    int threads;
+    const SweepTable* sweeps;
+};
+
+void cpu_statistics(const Rows& rows, const Statistics& out, const Machine& machine);
+
+// Writes every element of `out` (width of rows.width): 0 in masked rows and past vocab_size.
+void cpu_gradient(const Rows& rows, const Statistics& statistics, const Upstream& upstream, const Matrix& out,
+                  const Machine& machine);
+
+// log_probs, entropy: (B, T), contiguous. sums: kNumSums, in the order of ROW_SUMS. out.data null: no gradient.
+void cpu_loss(const Rows& rows, const Terms& terms, const Matrix& out, float* log_probs, float* entropy, double* sums,
+              const Machine& machine);
+
+// x[0..count) *= factor, contiguous.
+void cpu_scale(void* x, DType dtype, std::int64_t count, float factor, const Machine& machine);
+
+}  // namespace epo

@@ -1,0 +1,43 @@
+// The two sweeps of a contiguous row, in as many versions as there are instruction sets to choose from at run time.
+//
+// cpu_sweeps.cpp is compiled once for each of them, with its own compiler flags. Nothing else may be: an inline function
+// shared with such an object could be linked from it, and then fail on an older processor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "rows.h"
+
+namespace epo {
+
+struct Sweeps {
+    const char* name;
+    // Moments of x[0..n), double sums in an order that depends on n alone.
+    Moments<double> (*moments)(const void* x, std::int64_t n, const Transform& transform, bool softcap);
+    // out[0..n) = gradient line over x[0..n); out may be x. stream: write past the caches.
+    void (*gradient)(const void* x, void* out, std::int64_t n, const Transform& transform, bool softcap, float maximum,
+                     const GradientLine& line, bool stream);
+    // One float32 rounded to the dtype.
+    void (*round)(const float* x, void* out);
+    // x[0..n) *= factor.
+    void (*scale)(void* x, std::int64_t n, float factor);
+};
+
+// One table for each DType.
+struct SweepTable {
+    Sweeps of[3];
+};
+
+const SweepTable& sweeps_plain();
+#if defined(EPO_HAS_X86_SWEEPS)
+const SweepTable& sweeps_avx2();
+const SweepTable& sweeps_avx512();
+#endif
+
+// What this processor runs best.
+const SweepTable& best_sweeps();
+// The table of that name ("plain", "avx2", "avx512"); null where this build or processor hasn't got it.
+const SweepTable* sweeps_named(const char* name);
+
+}  // namespace epo

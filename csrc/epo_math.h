@@ -1,0 +1,238 @@
+// The maths of epo_kernels/reference.py, once, for every native kernel: CPU and CUDA kernels are loops and data movement
+// around the functions of this file. Names and conventions (ties, clamps, NaN, skipped terms) are reference.py's.
+//
+//   z      = outer * y,  y = x or tanh(inner * x)                        (x raw logit, Transform below)
+//   (m, s, u) = (max z, Σ e^(z-m), Σ (z-m) e^(z-m))
+//   logp   = z_y - m - log s         H = log s - u / s
+//   ∂ℓ/∂x_v = dz/dx * [ a (1[v=y] - p_v) - b p_v (log p_v + H) ],        a = ∂ℓ/∂logp, b = ∂ℓ/∂H
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define EPO_FN __host__ __device__ __forceinline__
+#else
+#define EPO_FN inline __attribute__((always_inline))  // and so never a symbol of its own: see cpu_sweeps.h
+#endif
+
+namespace epo {
+
+// e^-200 is 0 in float32. Exponents are kept above it, so that e^x x is 0 and not NaN where p_v = 0.
+constexpr float kLowestExponent = -200.0f;
+constexpr float kLogRatioLimit = 20.0f;
+constexpr float kK3Limit = 10.0f;
+
+enum class KlType : int { k1, k2, k3, abs };
+enum class Penalty : int { none, hinge, quadratic, indicator, gate };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Logits
+
+// z = outer * x without softcap; z = outer * tanh(inner * x) with it.
+struct Transform {
+    float inner;    // scale / softcap; unused without softcap
+    float outer;    // scale / temperature, with softcap softcap / temperature
+    float slope;    // dz/dx at y = 0: scale / temperature
+};
+
+EPO_FN Transform make_transform(float scale, float softcap, float temperature) {
+    const float slope = scale / temperature;
+    return softcap > 0.0f ? Transform{scale / softcap, softcap / temperature, slope} : Transform{1.0f, slope, slope};
+}
+
+EPO_FN bool is_finite(float x) { return x - x == 0.0f; }
+EPO_FN float above_lowest(float x) { return x < kLowestExponent ? kLowestExponent : x; }  // NaN stays NaN
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Statistics
+
+// Part of a row: maximum, Σ e^(z-m), Σ (z-m) e^(z-m). Nothing yet: (-inf, 0, 0).
+template <class Real>
+struct Moments {
+    float m;
+    Real s, u;
+};
+
+template <class Real>
+EPO_FN Moments<Real> no_moments() {
+    return {-INFINITY, Real(0), Real(0)};
+}
+
+// The same sums about another maximum. A part wholly -inf adds 0 to any other; NaN is kept in s.
+template <class Real>
+EPO_FN Moments<Real> about(const Moments<Real>& part, float m) {
+    if (part.m == m) return part;
+    const float shift = above_lowest(part.m - m);
+    const Real decay = exp(Real(shift));
+    return {m, part.s * decay, (part.u + Real(shift) * part.s) * decay};
+}
+
+template <class Real>
+EPO_FN Moments<Real> merge(const Moments<Real>& a, const Moments<Real>& b) {
+    const float m = fmaxf(a.m, b.m);
+    const Moments<Real> left = about(a, m), right = about(b, m);
+    return {m, left.s + right.s, left.u + right.u};
+}
+
+// Statistics of a whole row. No part of a row wholly -inf, or with NaN or +inf, has a number for a log-prob or entropy.
+struct RowStats {
+    float log_prob, entropy, m, log_s, inverse_s;
+};
+
+template <class Real>
+EPO_FN RowStats finish(const Moments<Real>& row, float z_token) {
+    const Real log_s = log(row.s);
+    return {float(Real(z_token - row.m) - log_s), float(log_s - row.u / row.s), row.m, float(log_s), float(Real(1) / row.s)};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Gradient of a row's logits
+
+// ∂ℓ/∂x_v = e^(z_v - m) * (constant + linear * (z_v - m)) * (1 - y²: with softcap), plus `at_token` at v = y.
+struct GradientLine {
+    float constant, linear;
+};
+
+// a, b: ∂ℓ/∂logp and ∂ℓ/∂H, with every factor folded in. b = 0 makes no use of the entropy.
+EPO_FN GradientLine gradient_line(float a, float b, const RowStats& row, const Transform& transform) {
+    const float scale = -transform.slope * row.inverse_s;
+    const float about_entropy = b == 0.0f ? 0.0f : b * (row.entropy - row.log_s);
+    return {scale * (a + about_entropy), scale * b};
+}
+
+EPO_FN float logit_gradient(float shifted, float weight, const GradientLine& line) {
+    return weight * (line.constant + line.linear * shifted);
+}
+
+// The gradient of the sampled token's own logit, whole: -expm1 keeps 1 - p exact where p is near 1.
+EPO_FN float token_gradient(float a, float b, const RowStats& row, const Transform& transform) {
+    const float bonus = b == 0.0f ? 0.0f : b * expf(row.log_prob) * (above_lowest(row.log_prob) + row.entropy);
+    return transform.slope * (-a * expm1f(row.log_prob) - bonus);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The loss of a token
+
+struct Coefficients {
+    float clip_ratio_low, clip_ratio_high, clip_ratio_c, entropy, penalty, penalty_alpha, kl;
+};
+
+// What a token brings along. Absent: on_policy, has_ref, has_band say so; is_weight is 1.
+struct TokenTerms {
+    float weight, advantage, old_log_prob, ref_log_prob, is_weight, lower, upper;
+    bool on_policy, has_ref, has_band;
+};
+
+struct TokenLoss {
+    float total, pg, kl, penalty, ratio, log_ratio;
+    float d_log_prob, d_entropy;  // of total, before the token's weight
+    bool clipped, dual_clipped, below, above;
+};
+
+EPO_FN float clamp_keeping_nan(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
+
+struct KlValue {
+    float value, derivative;
+};
+
+EPO_FN KlValue kl_penalty(float log_prob, float ref_log_prob, KlType type) {
+    const float difference = log_prob - ref_log_prob;
+    if (type == KlType::k1) return {difference, 1.0f};
+    if (type == KlType::k2) return {0.5f * difference * difference, difference};
+    if (type == KlType::abs) {
+        const float sign = difference > 0.0f ? 1.0f : (difference < 0.0f ? -1.0f : 0.0f * difference);
+        return {fabsf(difference), sign};
+    }
+    const float exponent = clamp_keeping_nan(-difference, -kLogRatioLimit, kLogRatioLimit);
+    const float growth = expm1f(exponent);
+    const float value = growth - exponent;
+    const bool flat = exponent != -difference || value > kK3Limit;  // clamped; NaN isn't flat
+    return {clamp_keeping_nan(value, -kK3Limit, kK3Limit), flat && value == value ? 0.0f : -growth};
+}
+
+struct BandValue {
+    float penalty, derivative, gate;
+    bool below, above;
+};
+
+EPO_FN BandValue hold_against_band(float entropy, float lower, float upper, Penalty penalty, float alpha) {
+    BandValue band{0.0f, 0.0f, 1.0f, entropy < lower, entropy > upper};
+    const bool outside = !(lower < entropy && entropy < upper);  // at the very bounds too
+    if (penalty == Penalty::gate) band.gate = outside ? alpha : 1.0f;
+    if (penalty == Penalty::indicator) band.penalty = outside ? alpha : 0.0f;
+    const float distance = band.below ? lower - entropy : (band.above ? entropy - upper : 0.0f);
+    const float direction = band.below ? -alpha : (band.above ? alpha : 0.0f);
+    if (penalty == Penalty::hinge) {
+        band.penalty = alpha * distance;
+        band.derivative = direction;
+    } else if (penalty == Penalty::quadratic) {
+        band.penalty = alpha * distance * distance;
+        band.derivative = 2.0f * direction * distance;
+    }
+    return band;
+}
+
+// ℓ = is_weight pg - λ (gate H - βk P) + kl_coeff KL, and its derivatives.
+EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& token, const Coefficients& c,
+                            KlType kl_type, Penalty penalty) {
+    TokenLoss loss{};
+    const float difference = log_prob - (token.on_policy ? log_prob : token.old_log_prob);
+    loss.log_ratio = clamp_keeping_nan(difference, -kLogRatioLimit, kLogRatioLimit);
+    loss.ratio = expf(loss.log_ratio);
+    const float unclipped = -token.advantage * loss.ratio;
+    const float bounded =
+        -token.advantage * clamp_keeping_nan(loss.ratio, 1.0f - c.clip_ratio_low, 1.0f + c.clip_ratio_high);
+    // Strict comparisons: at a tie the whole gradient is the unclipped ratio's.
+    loss.clipped = bounded > unclipped;
+    loss.pg = loss.clipped ? bounded : unclipped;
+    const float ceiling = -token.advantage * c.clip_ratio_c;
+    loss.dual_clipped = token.advantage < 0.0f && ceiling < loss.pg;
+    if (loss.dual_clipped) loss.pg = ceiling;
+    const bool constant = loss.clipped || loss.dual_clipped || difference < -kLogRatioLimit || difference > kLogRatioLimit;
+    loss.pg *= token.is_weight;
+    loss.d_log_prob = constant ? 0.0f : token.is_weight * unclipped;
+    loss.total = loss.pg;
+
+    BandValue band{0.0f, 0.0f, 1.0f, false, false};
+    if (token.has_band) band = hold_against_band(entropy, token.lower, token.upper, penalty, c.penalty_alpha);
+    loss.penalty = band.penalty;
+    loss.below = band.below;
+    loss.above = band.above;
+    if (c.entropy != 0.0f) {
+        float bonus = band.gate * entropy;
+        loss.d_entropy = -c.entropy * band.gate;
+        if (c.penalty != 0.0f) {
+            bonus -= c.penalty * band.penalty;
+            loss.d_entropy += c.entropy * c.penalty * band.derivative;
+        }
+        loss.total -= c.entropy * bonus;
+    }
+    if (token.has_ref) {
+        const KlValue kl = kl_penalty(log_prob, token.ref_log_prob, kl_type);
+        loss.kl = kl.value;
+        if (c.kl != 0.0f) {
+            loss.total += c.kl * kl.value;
+            loss.d_log_prob += c.kl * kl.derivative;
+        }
+    }
+    if (log_prob != log_prob) loss.d_log_prob = log_prob;  // NaN: the whole row's gradient is
+    return loss;
+}
+
+// The sums that leave a loss launch, in the order of ROW_SUMS (epo_kernels/backends/rows.py).
+constexpr int kNumSums = 15;
+
+template <class Sum>
+EPO_FN void add_sums(Sum* sums, const TokenLoss& loss, float log_prob, float entropy, float weight, bool invalid) {
+    const bool finite = is_finite(loss.total) && is_finite(entropy);
+    const Sum terms[kNumSums] = {
+        Sum(1),           Sum(weight * loss.total), Sum(weight * loss.pg),  Sum(weight * loss.penalty),
+        Sum(weight * loss.kl), Sum(entropy),        Sum(log_prob),          Sum(loss.ratio),
+        Sum(-loss.log_ratio), Sum(loss.clipped),    Sum(loss.dual_clipped), Sum(loss.below),
+        Sum(loss.above),  Sum(!finite && !invalid), Sum(invalid),
+    };
+    for (int i = 0; i < kNumSums; ++i) sums[i] += terms[i];
+}
+
+}  // namespace epo

@@ -1,0 +1,79 @@
+// The arguments of a call: numbers and strided arrays of somebody else's memory, mirrors of Rows, Terms, RowStatistics
+// and RowLoss in epo_kernels/backends/rows.py. Strides count elements. Whoever fills these has checked them.
+#pragma once
+
+#include "epo_math.h"
+
+namespace epo {
+
+enum class DType : int { float32, float16, bfloat16 };
+
+constexpr int size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// One value a token, (B, T); null: not given.
+template <class T>
+struct PerToken {
+    T* data = nullptr;
+    std::int64_t batch_stride = 0, time_stride = 0;
+
+    EPO_FN explicit operator bool() const { return data != nullptr; }
+    EPO_FN T& at(std::int64_t b, std::int64_t t) const { return data[b * batch_stride + t * time_stride]; }
+};
+
+// Logits or their gradient, (B, T, V).
+struct Matrix {
+    void* data = nullptr;
+    std::int64_t batch_stride = 0, time_stride = 0, vocab_stride = 1;
+
+    EPO_FN std::int64_t offset(std::int64_t b, std::int64_t t) const { return b * batch_stride + t * time_stride; }
+};
+
+struct Rows {
+    Matrix logits;
+    DType dtype;
+    std::int64_t batch, time, width, vocab_size;
+    PerToken<const std::int64_t> tokens;
+    PerToken<const bool> mask;
+    PerToken<const float> temperature;  // strides 0 for one temperature
+    float scale, softcap;               // softcap 0: none
+};
+
+struct Terms {
+    PerToken<const float> weights, advantages, old_log_probs, ref_log_probs, is_weights, lower, upper;
+    const float* coefficients;    // in the order of epo::Coefficients
+    const float* gradient_scale;  // one number
+    KlType kl_type;
+    Penalty penalty;
+};
+
+// (B, T) float32, contiguous; entropy may be null.
+struct Statistics {
+    float *log_probs, *entropy, *maximum, *log_sum;
+};
+
+// Upstream gradients (B, T); entropy may be null.
+struct Upstream {
+    PerToken<const float> log_probs, entropy;
+};
+
+EPO_FN TokenTerms terms_at(const Terms& terms, std::int64_t b, std::int64_t t) {
+    TokenTerms token{};
+    token.weight = terms.weights.at(b, t);
+    token.advantage = terms.advantages.at(b, t);
+    token.on_policy = !terms.old_log_probs;
+    token.has_ref = bool(terms.ref_log_probs);
+    token.has_band = terms.lower && terms.upper;
+    token.old_log_prob = token.on_policy ? 0.0f : terms.old_log_probs.at(b, t);
+    token.ref_log_prob = token.has_ref ? terms.ref_log_probs.at(b, t) : 0.0f;
+    token.is_weight = terms.is_weights ? terms.is_weights.at(b, t) : 1.0f;
+    token.lower = token.has_band ? terms.lower.at(b, t) : 0.0f;
+    token.upper = token.has_band ? terms.upper.at(b, t) : 0.0f;
+    return token;
+}
+
+EPO_FN Coefficients coefficients_of(const Terms& terms) {
+    const float* c = terms.coefficients;
+    return {c[0], c[1], c[2], c[3], c[4], c[5], c[6]};
+}
+
+}  // namespace epo

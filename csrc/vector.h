@@ -1,0 +1,159 @@
+// Vectors of float32 for cpu_sweeps.cpp, in the compiler's own vector types (GCC, Clang): one text for every width.
+// Everything has internal linkage, because it is compiled with different instruction sets into one library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "rows.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef std::int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef std::uint32_t Words __attribute__((vector_size(4 * kWidth)));
+typedef std::uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+
+inline Floats splat(float x) { return Floats{} + x; }
+
+template <class To, class From>
+inline To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "as many bits");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }  // b where either is NaN
+
+// e^x to about 1 ulp; 0 below -87.3, where float32 has no normal number left; NaN stays NaN. x <= 88.
+inline Floats exp(Floats x) {
+    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+    const Floats shifted = x * 1.44269504f + kMagic;
+    const Floats n = shifted - kMagic;
+    Floats r = x - n * 0.693145752f;  // ln 2 in two parts, the first exact in products with |n| < 2^10
+    r = r - n * 1.42860677e-6f;
+    // e^r = 1 + r + r² q(r), q fitted to |r| <= ln 2 / 2 with a relative error of 3e-9 in e^r.
+    Floats q = r * 0.00138145395f + 0.00836874545f;
+    q = q * r + 0.0416683890f;
+    q = q * r + 0.166665211f;
+    q = q * r + 0.499999940f;
+    const Floats power = (q * r) * r + r + 1.0f;
+    const Floats result = bits<Floats>(bits<Ints>(power) + (bits<Ints>(shifted) << 23));
+    return x < -87.3f ? splat(0.0f) : result;
+}
+
+// tanh to about 2 ulp, odd; NaN stays NaN.
+inline Floats tanh(Floats x) {
+    const Floats magnitude = x < 0.0f ? -x : x;
+    const Floats square = x * x;
+    // Near 0: x + x³ q(x²), fitted to |x| <= 0.63 with a relative error of 5e-9.
+    Floats q = square * -0.00566690043f + 0.0206061099f;
+    q = q * square - 0.0537299886f;
+    q = q * square + 0.133313313f;
+    q = q * square - 0.333332777f;
+    const Floats small = x + x * square * q;
+    const Floats capped = magnitude > 10.0f ? splat(10.0f) : magnitude;  // there tanh is 1
+    const Floats large = 1.0f - 2.0f / (exp(2.0f * capped) + 1.0f);
+    const Floats signed_large = x < 0.0f ? -large : large;
+    return magnitude < 0.625f ? small : signed_large;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Elements in memory: load() and store() of kWidth of them, and stream() of kWidth past the caches.
+
+template <class T>
+inline T read(const void* address) {
+    T value;
+    std::memcpy(&value, address, sizeof value);
+    return value;
+}
+
+template <class T>
+inline void write(void* address, T value) {
+    std::memcpy(address, &value, sizeof value);
+}
+
+// Past the caches; the address is aligned to the vector.
+template <class T>
+inline void write_past(void* address, T value) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 64) return _mm512_stream_si512(static_cast<__m512i*>(address), bits<__m512i>(value));
+#endif
+#if defined(__AVX512F__) || defined(__AVX2__)
+    if constexpr (sizeof(T) == 32) return _mm256_stream_si256(static_cast<__m256i*>(address), bits<__m256i>(value));
+    if constexpr (sizeof(T) == 16) return _mm_stream_si128(static_cast<__m128i*>(address), bits<__m128i>(value));
+#endif
+    write(address, value);
+}
+
+struct Float32 {
+    static constexpr int size = 4;
+    static Floats load(const void* x) { return read<Floats>(x); }
+    static Floats round(Floats x) { return x; }
+};
+
+struct BFloat16 {
+    static constexpr int size = 2;
+    static Floats load(const void* x) {
+        return bits<Floats>(__builtin_convertvector(read<Halves>(x), Words) << 16);
+    }
+    static Halves round(Floats x) {  // to nearest, ties to even; NaN quiet
+        const Words raw = bits<Words>(x);
+        const Words rounded = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
+        return __builtin_convertvector(x == x ? rounded : (raw >> 16) | 0x40u, Halves);
+    }
+};
+
+struct Float16 {
+    static constexpr int size = 2;
+#if defined(__AVX512F__)
+    // The masked forms, with every lane on: GCC 12 warns of its own header in the plain ones.
+    static Floats load(const void* x) {
+        return bits<Floats>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(read<Halves>(x))));
+    }
+    static Halves round(Floats x) {
+        constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        return bits<Halves>(_mm512_maskz_cvtps_ph(0xffff, bits<__m512>(x), kNearest));
+    }
+#elif defined(__AVX2__)  // compiled with F16C
+    static Floats load(const void* x) { return bits<Floats>(_mm256_cvtph_ps(bits<__m128i>(read<Halves>(x)))); }
+    static Halves round(Floats x) {
+        return bits<Halves>(_mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+#else
+    static Floats load(const void* x) {
+        const Words half = __builtin_convertvector(read<Halves>(x), Words);
+        const Words sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+        // Exponent and mantissa in float32's places are the number over 2^112: one product makes it exact, for
+        // subnormal numbers too.
+        const Floats finite = bits<Floats>(magnitude << 13) * 5.192296858534828e33f;
+        const Words infinite = (magnitude << 13) | 0x7f800000u;
+        return bits<Floats>((magnitude >= 0x7c00u ? infinite : bits<Words>(finite)) | sign);
+    }
+    static Halves round(Floats x) {
+        const Words raw = bits<Words>(x), sign = (raw >> 16) & 0x8000u, magnitude = raw & 0x7fffffffu;
+        const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+        // Below 2^-14 float32's own addition does the rounding, to multiples of 2^-24 = the last bit of 0.5.
+        const Words subnormal = bits<Words>(bits<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+        Words result = magnitude < 0x38800000u ? subnormal : normal;
+        result = magnitude >= 0x477ff000u ? Words{} + 0x7c00u : result;
+        result = magnitude > 0x7f800000u ? Words{} + 0x7e00u : result;
+        return __builtin_convertvector(result | sign, Halves);
+    }
+#endif
+};
+
+}  // namespace

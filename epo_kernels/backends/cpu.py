@@ -1,0 +1,88 @@
+"""Rows on the CPU, in C++ (csrc/): vectorised for the processor at hand, on as many threads as PyTorch takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from epo_kernels.backends.fused import PlainHelpers
+from epo_kernels.backends.native import array, maybe_array, native, native_rows, native_terms, temperature_of
+from epo_kernels.backends.rows import ROW_SUMS, RowLoss, Rows, RowStatistics, Terms
+
+
+class CpuRows(PlainHelpers):
+    """`RowKernels` on CPU tensors.
+
+    Args:
+        instructions: the instruction set, one of `cpu_instructions()` of the native module; None: the best.
+    """
+
+    def __init__(self, instructions: str | None = None) -> None:
+        self._native = native()
+        self._instructions = instructions
+
+    def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
+        log_probs, entropies, maximum, log_sum = (_results(rows) for _ in range(4))
+        temperature = temperature_of(rows)
+        self._native.cpu_statistics(
+            native_rows(rows, temperature),
+            array(log_probs),
+            array(entropies) if entropy else None,
+            array(maximum),
+            array(log_sum),
+            torch.get_num_threads(),
+            self._instructions,
+        )
+        return RowStatistics(log_probs, entropies if entropy else None, maximum, log_sum)
+
+    def gradient(
+        self,
+        rows: Rows,
+        statistics: RowStatistics,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        temperature = temperature_of(rows)
+        self._native.cpu_gradient(
+            native_rows(rows, temperature),
+            array(statistics.log_probs),
+            maybe_array(statistics.entropy),
+            array(statistics.maximum),
+            array(statistics.log_sum),
+            array(grad_log_probs),
+            maybe_array(grad_entropy),
+            array(out),
+            torch.get_num_threads(),
+            self._instructions,
+        )
+
+    def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
+        log_probs, entropy = _results(rows), _results(rows)
+        sums = torch.empty(len(ROW_SUMS), dtype=torch.float64, device="cpu")
+        temperature = temperature_of(rows)
+        checked = native_rows(rows, temperature)
+        self._native.cpu_loss(
+            checked,
+            native_terms(checked, terms),
+            maybe_array(out),
+            array(log_probs),
+            array(entropy),
+            array(sums),
+            torch.get_num_threads(),
+            self._instructions,
+        )
+        return RowLoss(log_probs, entropy, sums, sums[ROW_SUMS.index("loss")].to(torch.float32))
+
+    def scale(self, gradient: Tensor, factor: Tensor) -> None:
+        value = float(factor)
+        if value == 1.0:
+            return
+        if gradient.is_contiguous():
+            self._native.cpu_scale(array(gradient), value, torch.get_num_threads(), self._instructions)
+        else:
+            gradient.mul_(value)
+
+
+def _results(rows: Rows) -> Tensor:
+    return torch.empty(rows.tokens.shape, dtype=torch.float32, device="cpu")

@@ -1,0 +1,101 @@
+"""What the two native backends share: the compiled module, and tensors as it takes them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from epo_kernels.backends.rows import Rows, Terms
+
+try:
+    from epo_kernels import _native
+except ImportError as error:
+    _native = None  # type: ignore[assignment]
+    _IMPORT_ERROR = str(error)
+
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float64: "float64",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.bool: "bool",
+}
+
+
+def native() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it isn't built.
+    """
+    if _native is None:
+        raise RuntimeError(why_not_built())
+    return _native
+
+
+def why_not_built() -> str | None:
+    """None where the compiled module is there, else why not and the cure."""
+    if _native is not None:
+        return None
+    return (
+        f"the native module isn't built ({_IMPORT_ERROR}); install a C++17 compiler (g++ 9 or later) and run "
+        "`pip install -v -e .` again, whose output shows what the build said"
+    )
+
+
+def array(tensor: Tensor) -> _native.Array:
+    """A view of the tensor's memory; the tensor must outlive it."""
+    storage = tensor.untyped_storage()
+    return _native.Array(
+        tensor.data_ptr(),
+        _DTYPE_NAMES[tensor.dtype],
+        tensor.shape,
+        tensor.stride(),
+        storage.data_ptr(),
+        storage.nbytes(),
+    )
+
+
+def maybe_array(tensor: Tensor | None) -> _native.Array | None:
+    return None if tensor is None else array(tensor)
+
+
+def native_rows(rows: Rows, temperature: Tensor) -> _native.Rows:
+    """temperature: of `temperature_of`, kept alive by the caller."""
+    transform = rows.transform
+    return _native.Rows(
+        array(rows.logits),
+        array(rows.tokens),
+        array(rows.mask),
+        array(temperature),
+        transform.vocab_size,
+        transform.scale,
+        transform.softcap,
+    )
+
+
+def temperature_of(rows: Rows) -> Tensor:
+    """The temperature as (B, T) float32 on the device of the logits, expanded where it is one number."""
+    temperature = torch.as_tensor(rows.transform.temperature, dtype=torch.float32, device=rows.logits.device)
+    return temperature.expand(rows.tokens.shape)
+
+
+def native_terms(rows: _native.Rows, terms: Terms) -> _native.Terms:
+    return _native.Terms(
+        rows,
+        array(terms.weights),
+        array(terms.advantages),
+        maybe_array(terms.old_log_probs),
+        maybe_array(terms.ref_log_probs),
+        maybe_array(terms.is_weights),
+        maybe_array(terms.lower),
+        maybe_array(terms.upper),
+        array(terms.coefficients),
+        array(terms.gradient_scale),
+        terms.kl_type,
+        terms.penalty,
+    )

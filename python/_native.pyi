@@ -1,0 +1,95 @@
+"""The binding of csrc/ (python/module.cpp). Arguments that don't fit raise ValueError; nothing is read before that."""
+
+from collections.abc import Sequence
+
+class Array:
+    """A strided array in somebody else's memory, checked to lie inside `capacity` bytes from `storage` on.
+
+    Strides count elements. Whoever makes it keeps the memory alive while it is used.
+    """
+
+    def __init__(
+        self,
+        pointer: int,
+        dtype: str,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        storage: int,
+        capacity: int,
+    ) -> None: ...
+
+class Rows:
+    """`epo_kernels.backends.rows.Rows`; the temperature is an array (B, T), of strides 0 where it is one number."""
+
+    def __init__(
+        self,
+        logits: Array,
+        tokens: Array,
+        mask: Array,
+        temperature: Array,
+        vocab_size: int,
+        scale: float | None,
+        softcap: float | None,
+    ) -> None: ...
+
+class Terms:
+    """`epo_kernels.backends.rows.Terms`, for the tokens of `rows`."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        weights: Array,
+        advantages: Array,
+        old_log_probs: Array | None,
+        ref_log_probs: Array | None,
+        is_weights: Array | None,
+        lower: Array | None,
+        upper: Array | None,
+        coefficients: Array,
+        gradient_scale: Array,
+        kl_type: str,
+        penalty: str,
+    ) -> None: ...
+
+def cpu_instructions() -> list[str]:
+    """Instruction sets that this build and this processor have, the best first: "avx512", "avx2", "plain"."""
+
+def cpu_statistics(
+    rows: Rows,
+    log_probs: Array,
+    entropy: Array | None,
+    maximum: Array,
+    log_sum: Array,
+    threads: int,
+    instructions: str | None = None,
+) -> None:
+    """Writes the statistics of the rows. instructions: None takes the best."""
+
+def cpu_gradient(
+    rows: Rows,
+    log_probs: Array,
+    entropy: Array | None,
+    maximum: Array,
+    log_sum: Array,
+    grad_log_probs: Array,
+    grad_entropy: Array | None,
+    out: Array,
+    threads: int,
+    instructions: str | None = None,
+) -> None:
+    """Writes the gradient of the logits for given upstream gradients to out."""
+
+def cpu_loss(
+    rows: Rows,
+    terms: Terms,
+    out: Array | None,
+    log_probs: Array,
+    entropy: Array,
+    sums: Array,
+    threads: int,
+    instructions: str | None = None,
+) -> None:
+    """Writes the loss's sums, its log-probs and entropies, and, to out, its gradient."""
+
+def cpu_scale(values: Array, factor: float, threads: int, instructions: str | None = None) -> None:
+    """values *= factor in float32; values are contiguous."""

@@ -1,0 +1,336 @@
+// The pybind11 binding of csrc/. The boundary where bad input is refused: an Array can only be made of memory that is
+// there, aligned and large enough, and a call only takes Arrays of the dtype and shape that it needs. Errors are
+// ValueErrors that say what was wrong and what was expected. Nothing below this file checks anything.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu_rows.h"
+#if defined(EPO_WITH_CUDA)
+#include "cuda_rows.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Shape = std::vector<std::int64_t>;
+
+std::string text(const Shape& shape) {
+    std::ostringstream out;
+    out << '(';
+    for (std::size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
+    out << (shape.size() == 1 ? ",)" : ")");
+    return out.str();
+}
+
+[[noreturn]] void refuse(const std::string& what) { throw py::value_error(what); }
+
+int item_size(const std::string& dtype) {
+    if (dtype == "float64" || dtype == "int64") return 8;
+    if (dtype == "float32" || dtype == "int32") return 4;
+    if (dtype == "float16" || dtype == "bfloat16") return 2;
+    if (dtype == "bool") return 1;
+    refuse("dtype must be float32, float16, bfloat16, float64, int64, int32 or bool, got " + dtype);
+}
+
+// A strided array in somebody else's memory: `capacity` bytes from `begin` are the storage it must lie in.
+struct Array {
+    std::uintptr_t pointer;
+    std::string dtype;
+    Shape shape, strides;
+    std::int64_t first, last;  // bytes from `pointer` on, -1 in `last` where the array is empty
+
+    Array(std::uintptr_t pointer_, std::string dtype_, Shape shape_, Shape strides_, std::uintptr_t begin,
+          std::int64_t capacity)
+        : pointer(pointer_), dtype(std::move(dtype_)), shape(std::move(shape_)), strides(std::move(strides_)) {
+        const std::int64_t size = item_size(dtype);
+        if (strides.size() != shape.size())
+            refuse("strides " + text(strides) + " must be as many as sizes " + text(shape));
+        first = last = 0;
+        bool empty = false;
+        for (std::size_t i = 0; i < shape.size(); ++i) {
+            if (shape[i] < 0) refuse("sizes must not be negative, got " + text(shape));
+            if (strides[i] < 0) refuse("strides must not be negative, got " + text(strides));
+            std::int64_t reach = 0;
+            if (shape[i] == 0) empty = true;
+            else if (__builtin_mul_overflow(shape[i] - 1, strides[i], &reach) || __builtin_mul_overflow(reach, size, &reach) ||
+                     __builtin_add_overflow(last, reach, &last))
+                refuse("sizes " + text(shape) + " with strides " + text(strides) + " reach past any memory");
+        }
+        if (empty) {
+            last = -1;
+            return;
+        }
+        if (pointer == 0) refuse("the data pointer of an array of sizes " + text(shape) + " is null");
+        if (pointer % static_cast<std::uintptr_t>(size))
+            refuse("the data pointer must be aligned to " + std::to_string(size) + " bytes for " + dtype);
+        last += size - 1;
+        if (capacity < 0) refuse("the storage's size must not be negative, got " + std::to_string(capacity));
+        const bool inside = pointer >= begin && pointer - begin <= static_cast<std::uintptr_t>(capacity) &&
+                            last < capacity - static_cast<std::int64_t>(pointer - begin);
+        if (!inside)
+            refuse("sizes " + text(shape) + " with strides " + text(strides) + " reach past the end of the storage of " +
+                   std::to_string(capacity) + " bytes");
+    }
+
+    bool empty() const { return last < 0; }
+    bool contiguous() const {
+        std::int64_t expected = 1;
+        for (std::size_t i = shape.size(); i-- > 0;) {
+            if (shape[i] != 1 && strides[i] != expected) return false;
+            expected *= shape[i];
+        }
+        return true;
+    }
+    bool overlaps(const Array& other) const {
+        return !empty() && !other.empty() && pointer <= other.pointer + static_cast<std::uintptr_t>(other.last) &&
+               other.pointer <= pointer + static_cast<std::uintptr_t>(last);
+    }
+    void* data() const { return reinterpret_cast<void*>(pointer); }
+};
+
+void expect(const Array& array, const char* name, const char* dtype, const Shape& shape) {
+    if (array.dtype != dtype) refuse(std::string(name) + " must be " + dtype + ", got " + array.dtype);
+    if (array.shape != shape)
+        refuse(std::string(name) + " must have sizes " + text(shape) + ", got " + text(array.shape));
+}
+
+void expect_contiguous(const Array& array, const char* name, const char* dtype, const Shape& shape) {
+    expect(array, name, dtype, shape);
+    if (!array.contiguous()) refuse(std::string(name) + " must be contiguous, got strides " + text(array.strides));
+}
+
+using MaybeArray = std::optional<Array>;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// From Arrays to the structs of rows.h
+
+epo::DType dtype_of(const std::string& dtype) {
+    if (dtype == "float32") return epo::DType::float32;
+    if (dtype == "float16") return epo::DType::float16;
+    if (dtype == "bfloat16") return epo::DType::bfloat16;
+    refuse("logits must be float32, float16 or bfloat16, got " + dtype);
+}
+
+Shape tokens_shape(const epo::Rows& rows) { return {rows.batch, rows.time}; }
+
+template <class T>
+epo::PerToken<T> per_token(const Array& array, const char* name, const char* dtype, const epo::Rows& rows) {
+    expect(array, name, dtype, tokens_shape(rows));
+    return {static_cast<T*>(array.data()), array.strides[0], array.strides[1]};
+}
+
+epo::PerToken<const float> floats(const MaybeArray& array, const char* name, const epo::Rows& rows) {
+    if (!array) return {};
+    return per_token<const float>(*array, name, "float32", rows);
+}
+
+float* results(const Array& array, const char* name, const epo::Rows& rows) {
+    expect_contiguous(array, name, "float32", tokens_shape(rows));
+    return static_cast<float*>(array.data());
+}
+
+struct RowsArguments {
+    epo::Rows rows;
+    Array logits;
+};
+
+RowsArguments make_rows(const Array& logits, const Array& tokens, const Array& mask, const Array& temperature,
+                        std::int64_t vocab_size, std::optional<double> scale, std::optional<double> softcap) {
+    if (logits.shape.size() != 3) refuse("logits must have three sizes (batch, time, vocabulary), got " + text(logits.shape));
+    epo::Rows rows{};
+    rows.dtype = dtype_of(logits.dtype);
+    rows.logits = {logits.data(), logits.strides[0], logits.strides[1], logits.strides[2]};
+    rows.batch = logits.shape[0];
+    rows.time = logits.shape[1];
+    rows.width = logits.shape[2];
+    rows.vocab_size = vocab_size;
+    if (rows.width < 1) refuse("logits must have a vocabulary of 1 or more, got sizes " + text(logits.shape));
+    std::int64_t elements = 0;
+    if (__builtin_mul_overflow(rows.batch, rows.time, &elements) || __builtin_mul_overflow(elements, rows.width, &elements) ||
+        elements > std::numeric_limits<std::int64_t>::max() / 8)
+        refuse("logits of sizes " + text(logits.shape) + " are more than any memory holds");
+    if (vocab_size < 1 || vocab_size > rows.width)
+        refuse("vocab_size must be in [1, " + std::to_string(rows.width) + "], got " + std::to_string(vocab_size));
+    rows.tokens = per_token<const std::int64_t>(tokens, "tokens", "int64", rows);
+    rows.mask = per_token<const bool>(mask, "mask", "bool", rows);
+    rows.temperature = per_token<const float>(temperature, "temperature", "float32", rows);
+    rows.scale = static_cast<float>(scale.value_or(1.0));
+    rows.softcap = static_cast<float>(softcap.value_or(0.0));
+    if (softcap && !(rows.softcap > 0.0f)) refuse("softcap must be > 0, got " + std::to_string(*softcap));
+    return {rows, logits};
+}
+
+epo::KlType kl_type_of(const std::string& name) {
+    if (name == "k1") return epo::KlType::k1;
+    if (name == "k2") return epo::KlType::k2;
+    if (name == "k3") return epo::KlType::k3;
+    if (name == "abs") return epo::KlType::abs;
+    refuse("kl_type must be k1, k2, k3 or abs, got " + name);
+}
+
+epo::Penalty penalty_of(const std::string& name) {
+    if (name == "none") return epo::Penalty::none;
+    if (name == "hinge") return epo::Penalty::hinge;
+    if (name == "quadratic") return epo::Penalty::quadratic;
+    if (name == "indicator") return epo::Penalty::indicator;
+    if (name == "gate") return epo::Penalty::gate;
+    refuse("penalty must be none, hinge, quadratic, indicator or gate, got " + name);
+}
+
+struct TermsArguments {
+    epo::Terms terms;
+    Shape shape;
+};
+
+TermsArguments make_terms(const RowsArguments& rows_, const Array& weights, const Array& advantages,
+                      const MaybeArray& old_log_probs, const MaybeArray& ref_log_probs, const MaybeArray& is_weights,
+                      const MaybeArray& lower, const MaybeArray& upper, const Array& coefficients,
+                      const Array& gradient_scale, const std::string& kl_type, const std::string& penalty) {
+    const epo::Rows& rows = rows_.rows;
+    if (bool(lower) != bool(upper)) refuse("lower and upper must be given together");
+    expect_contiguous(coefficients, "coefficients", "float32", {7});
+    expect(gradient_scale, "gradient_scale", "float32", {});
+    const epo::Terms terms{floats(weights, "weights", rows),
+                           floats(advantages, "advantages", rows),
+                           floats(old_log_probs, "old_log_probs", rows),
+                           floats(ref_log_probs, "ref_log_probs", rows),
+                           floats(is_weights, "is_weights", rows),
+                           floats(lower, "lower", rows),
+                           floats(upper, "upper", rows),
+                           static_cast<const float*>(coefficients.data()),
+                           static_cast<const float*>(gradient_scale.data()),
+                           kl_type_of(kl_type),
+                           penalty_of(penalty)};
+    return {terms, tokens_shape(rows)};
+}
+
+const epo::Terms& terms_of(const TermsArguments& terms, const epo::Rows& rows) {
+    if (terms.shape != tokens_shape(rows))
+        refuse("terms must be of " + text(tokens_shape(rows)) + " tokens like the rows, got " + text(terms.shape));
+    return terms.terms;
+}
+
+// A gradient like the logits: their own memory, or memory that they don't touch.
+epo::Matrix make_output(const RowsArguments& rows, const MaybeArray& out) {
+    if (!out) return {};
+    expect(*out, "out", rows.logits.dtype.c_str(), rows.logits.shape);
+    const bool same = out->pointer == rows.logits.pointer && out->strides == rows.logits.strides;
+    if (!same && out->overlaps(rows.logits)) refuse("out must be the logits themselves or share no memory with them");
+    for (std::size_t i = 0; i < 3; ++i)
+        if (out->shape[i] > 1 && out->strides[i] == 0)
+            refuse("out must have a place of its own for each element, got strides " + text(out->strides));
+    return {out->data(), out->strides[0], out->strides[1], out->strides[2]};
+}
+
+epo::Statistics make_statistics(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy,
+                                const Array& maximum, const Array& log_sum) {
+    return {results(log_probs, "log_probs", rows.rows),
+            entropy ? results(*entropy, "entropy", rows.rows) : nullptr,
+            results(maximum, "maximum", rows.rows), results(log_sum, "log_sum", rows.rows)};
+}
+
+epo::Upstream make_upstream(const RowsArguments& rows, const epo::Statistics& statistics, const Array& grad_log_probs,
+                            const MaybeArray& grad_entropy) {
+    if (grad_entropy && !statistics.entropy && rows.rows.batch * rows.rows.time > 0)
+        refuse("entropy must be given where grad_entropy is");
+    return {floats(grad_log_probs, "grad_log_probs", rows.rows), floats(grad_entropy, "grad_entropy", rows.rows)};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The CPU
+
+epo::Machine machine(int threads, const std::optional<std::string>& instructions) {
+    if (threads < 1) refuse("threads must be 1 or more, got " + std::to_string(threads));
+    if (!instructions) return {threads, &epo::best_sweeps()};
+    const epo::SweepTable* const sweeps = epo::sweeps_named(instructions->c_str());
+    if (!sweeps) refuse("instructions must be one of cpu_instructions(), got " + *instructions);
+    return {threads, sweeps};
+}
+
+std::vector<std::string> cpu_instructions() {
+    std::vector<std::string> names;
+    for (const char* name : {"avx512", "avx2", "plain"})
+        if (epo::sweeps_named(name)) names.emplace_back(name);
+    return names;
+}
+
+void cpu_statistics(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy, const Array& maximum,
+                    const Array& log_sum, int threads, const std::optional<std::string>& instructions) {
+    const epo::Statistics out = make_statistics(rows, log_probs, entropy, maximum, log_sum);
+    const epo::Machine on = machine(threads, instructions);
+    const py::gil_scoped_release release;
+    epo::cpu_statistics(rows.rows, out, on);
+}
+
+void cpu_gradient(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy, const Array& maximum,
+                  const Array& log_sum, const Array& grad_log_probs, const MaybeArray& grad_entropy, const Array& out,
+                  int threads, const std::optional<std::string>& instructions) {
+    const epo::Statistics statistics = make_statistics(rows, log_probs, entropy, maximum, log_sum);
+    const epo::Upstream upstream = make_upstream(rows, statistics, grad_log_probs, grad_entropy);
+    const epo::Matrix target = make_output(rows, out);
+    const epo::Machine on = machine(threads, instructions);
+    const py::gil_scoped_release release;
+    epo::cpu_gradient(rows.rows, statistics, upstream, target, on);
+}
+
+void cpu_loss(const RowsArguments& rows, const TermsArguments& terms, const MaybeArray& out, const Array& log_probs,
+              const Array& entropy, const Array& sums, int threads, const std::optional<std::string>& instructions) {
+    const epo::Matrix target = make_output(rows, out);
+    float* const log_prob_results = results(log_probs, "log_probs", rows.rows);
+    float* const entropy_results = results(entropy, "entropy", rows.rows);
+    expect_contiguous(sums, "sums", "float64", {epo::kNumSums});
+    const epo::Terms& checked = terms_of(terms, rows.rows);
+    const epo::Machine on = machine(threads, instructions);
+    const py::gil_scoped_release release;
+    epo::cpu_loss(rows.rows, checked, target, log_prob_results, entropy_results, static_cast<double*>(sums.data()), on);
+}
+
+void cpu_scale(const Array& values, float factor, int threads, const std::optional<std::string>& instructions) {
+    const epo::DType dtype = dtype_of(values.dtype);
+    if (!values.contiguous()) refuse("values must be contiguous, got strides " + text(values.strides));
+    const epo::Machine on = machine(threads, instructions);
+    const std::int64_t count = values.empty() ? 0 : (values.last + 1) / epo::size_of(dtype);
+    const py::gil_scoped_release release;
+    epo::cpu_scale(values.data(), dtype, count, factor, on);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "Row kernels in C++ and CUDA; see epo_kernels/backends/rows.py for what they compute.";
+    py::class_<Array>(module, "Array")
+        .def(py::init<std::uintptr_t, std::string, Shape, Shape, std::uintptr_t, std::int64_t>(), py::arg("pointer"),
+             py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("storage"), py::arg("capacity"));
+    py::class_<RowsArguments>(module, "Rows")
+        .def(py::init(&make_rows), py::arg("logits"), py::arg("tokens"), py::arg("mask"), py::arg("temperature"),
+             py::arg("vocab_size"), py::arg("scale"), py::arg("softcap"));
+    py::class_<TermsArguments>(module, "Terms")
+        .def(py::init(&make_terms), py::arg("rows"), py::arg("weights"), py::arg("advantages"),
+             py::arg("old_log_probs"), py::arg("ref_log_probs"), py::arg("is_weights"), py::arg("lower"),
+             py::arg("upper"), py::arg("coefficients"), py::arg("gradient_scale"), py::arg("kl_type"),
+             py::arg("penalty"));
+#if defined(EPO_WITH_CUDA)
+    bind_cuda(module);
+#else
+    module.attr("cuda_missing") = EPO_CUDA_MISSING;
+#endif
+    module.def("cpu_instructions", &cpu_instructions);
+    module.def("cpu_statistics", &cpu_statistics, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
+               py::arg("maximum"), py::arg("log_sum"), py::arg("threads"), py::arg("instructions") = py::none());
+    module.def("cpu_gradient", &cpu_gradient, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
+               py::arg("maximum"), py::arg("log_sum"), py::arg("grad_log_probs"), py::arg("grad_entropy"),
+               py::arg("out"), py::arg("threads"), py::arg("instructions") = py::none());
+    module.def("cpu_loss", &cpu_loss, py::arg("rows"), py::arg("terms"), py::arg("out"), py::arg("log_probs"),
+               py::arg("entropy"), py::arg("sums"), py::arg("threads"), py::arg("instructions") = py::none());
+    module.def("cpu_scale", &cpu_scale, py::arg("values"), py::arg("factor"), py::arg("threads"),
+               py::arg("instructions") = py::none());
+}
