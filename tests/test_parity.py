@@ -19,17 +19,13 @@ def matrices(case):
     """(log-prob, entropy) lists by sequence, from the logits."""
     log_p = (case["logits"] / case["cfg"].temperature).log_softmax(-1)
     taken = log_p.gather(-1, case["tokens"][..., None]).squeeze(-1)
-    return taken.tolist(), -(log_p.exp() * log_p).sum(-1).tolist() if False else (
-        -(log_p.exp() * log_p).sum(-1)
-    ).tolist()
+    return taken.tolist(), (-(log_p.exp() * log_p).sum(-1)).tolist()
 
 
 def aggregated(matrix, mask, mode, horizon):
     """verl's agg_loss: sums over sequences first; sequences without a token count nowhere."""
-    sums = [
-        math.fsum(value for value, m in zip(row, kept, strict=True) if m)
-        for row, kept in zip(matrix, mask, strict=True)
-    ]
+    kept = [[v for v, m in zip(row, counted, strict=True) if m] for row, counted in zip(matrix, mask, strict=True)]
+    sums = [math.fsum(row) for row in kept]
     counts = [sum(row) for row in mask]
     if mode == "token-mean":
         return math.fsum(sums) / sum(counts)
