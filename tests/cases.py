@@ -43,6 +43,20 @@ def random_case(cfg=None, seed=0, batch=3, time=5, vocab=7, dtype=torch.float64,
     return {**case, **arguments}
 
 
+def to_packed(case, lengths):
+    """The first lengths[s] tokens of each row s, end to end."""
+    keep = torch.arange(case["tokens"].shape[1]) < torch.tensor(lengths)[:, None]
+
+    def pack(value):
+        if isinstance(value, (tuple, list)):
+            return tuple(map(pack, value))
+        per_token = isinstance(value, torch.Tensor) and value.shape[:2] == keep.shape
+        return value[keep] if per_token else value
+
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    return {name: pack(value) for name, value in case.items()} | {"cu_seqlens": borders, "max_length": 5}, keep
+
+
 def run(case, backend="reference", upstream=1.0):
     """(out, gradient of the logits) of one call and its backward."""
     logits = case["logits"].detach().requires_grad_()

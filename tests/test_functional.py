@@ -8,23 +8,9 @@ from torch.testing import assert_close
 
 import epo_kernels as ek
 from tests import plain
-from tests.cases import MODES, PENALTIES, assert_equals_plain, assert_identical, random_case, run
+from tests.cases import MODES, PENALTIES, assert_equals_plain, assert_identical, random_case, run, to_packed
 
 F64 = {"dtype": torch.float64}
-
-
-def to_packed(case, lengths):
-    """The first lengths[s] tokens of each row s, end to end."""
-    keep = torch.arange(case["tokens"].shape[1]) < torch.tensor(lengths)[:, None]
-
-    def pack(value):
-        if isinstance(value, (tuple, list)):
-            return tuple(map(pack, value))
-        per_token = isinstance(value, torch.Tensor) and value.shape[:2] == keep.shape
-        return value[keep] if per_token else value
-
-    borders = torch.tensor([0, *lengths]).cumsum(0)
-    return {name: pack(value) for name, value in case.items()} | {"cu_seqlens": borders, "max_length": 5}, keep
 
 
 @pytest.mark.parametrize("band_scope", ["token", "segment"])
