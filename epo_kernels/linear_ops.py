@@ -129,8 +129,9 @@ def linear_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         None if grad_entropy is None else call.take(grad_entropy),
         tuple(needs),
     )
-    nothing = call.head.hidden.new_empty(0)
-    hidden, weight, bias = (nothing if value is None else value for value in gradients.finish(Tensor.to))
+    hidden, weight, bias = (  # an empty tensor of its own for each: outputs of an operator may not alias
+        call.head.hidden.new_empty(0) if value is None else value for value in gradients.finish(Tensor.to)
+    )
     return hidden, weight, bias
 
 

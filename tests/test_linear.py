@@ -5,6 +5,8 @@ computes whole logits.
 """
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,10 @@ from tests.eager_rows import EagerRows
 B, T, D, V = 3, 50, 6, 11
 SMALL = 128 * V * 8  # bytes of a chunk of 128 float64 rows: two chunks of the 150 tokens
 HINGE: dict = {"penalty": "hinge", "penalty_alpha": 2.0, "entropy_coeff": 0.1}
+
+
+_no_cpu = ek.available_backends()["cpu"]
+NEEDS_CPU = pytest.mark.skipif(_no_cpu is not None, reason=f"the cpu backend can't run: {_no_cpu}")
 
 
 @pytest.fixture(autouse=True)
@@ -235,17 +241,20 @@ def test_accumulation_and_checkpointing() -> None:
     assert_alike([hidden.grad, weight.grad, bias.grad], whole[3:])
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpu", marks=NEEDS_CPU)])
 @pytest.mark.parametrize("scope", ["token", "segment"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32])
-def test_error_is_that_of_eager_or_less(scope: str, dtype: torch.dtype, logits_dtype: torch.dtype | None) -> None:
+def test_error_is_that_of_eager_or_less(
+    backend: str, scope: str, dtype: torch.dtype, logits_dtype: torch.dtype | None
+) -> None:
     """The three-way rule, against float64 of the same inputs: loss, ∂hidden, ∂weight, ∂bias."""
     case, cfg = Case(dtype), ek.EPOConfig(band_scope=scope, **HINGE)
     exact = Case(dtype)
     exact.hidden, exact.weight, exact.bias = (v.double() for v in (case.hidden, case.weight, case.bias))
     truth = exact.run("reference", cfg)
     eager = case.run("reference", cfg, logits_dtype=logits_dtype)
-    ours = case.run("eager", cfg, logits_dtype=logits_dtype)
+    ours = case.run(backend, cfg, logits_dtype=logits_dtype)
     for index in (0, 3, 4, 5):
         rounded = 1.0 if index == 0 else truth[index].norm()  # the loss is a sum of terms of either sign, near 1
         allowed = (eager[index].double() - truth[index]).norm() + torch.finfo(dtype).eps * rounded
@@ -309,6 +318,43 @@ def test_compiles_whole(scope: str, num_active: str | None) -> None:
 
     torch._dynamo.reset()
     assert_alike(run(compiled), run(case.loss), 2e-6)
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False)])
+def test_operators_keep_their_promises(needs: tuple[bool, ...]) -> None:
+    case = Case(torch.float32)
+    heads = [
+        value.requires_grad_(need) for value, need in zip((case.hidden, case.weight, case.bias), needs, strict=True)
+    ]
+    rest = case.tokens, case.mask, torch.ones(()), V, None, None, torch.float32, torch.float32, None, SMALL, "cpu"
+    for entropy in (True, False):
+        torch.library.opcheck(torch.ops.epo_kernels.linear_statistics.default, (*heads, *rest, entropy))
+
+
+PEAK = """
+import resource, sys, torch
+import epo_kernels as ek
+hidden = torch.randn(1, 4096, 64).requires_grad_()
+weight = torch.randn(151_936, 64).div(8).requires_grad_()
+tokens = torch.randint(151_936, (1, 4096))
+batch = tokens, torch.full((1, 4096), -12.0), torch.randn(1, 4096), torch.ones(1, 4096, dtype=torch.bool)
+cfg = ek.EPOConfig(penalty="hinge", band_scope=sys.argv[1])
+bounds = torch.ones(1), torch.full((1,), 2.0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out = ek.linear_epo_loss(hidden, weight, *batch, cfg, entropy_bounds=bounds, max_chunk_bytes=512 << 20)
+out.loss.backward()
+assert weight.grad.isfinite().all() and hidden.grad.isfinite().all()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize("scope", ["token", "segment"])
+def test_peak_memory_is_a_chunk_and_the_weight_gradient(scope: str) -> None:
+    """4,096 x 64 x 151,936: the logits alone are 2,374 MiB; a chunk is 512, hidden and weight gradient 40."""
+    done = subprocess.run([sys.executable, "-c", PEAK, scope], capture_output=True, text=True, check=True, timeout=300)
+    assert float(done.stdout) <= 700
 
 
 def test_chunks_are_multiples_of_tiles_within_the_budget() -> None:
