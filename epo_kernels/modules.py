@@ -11,18 +11,23 @@ from epo_kernels.functional import epo_loss, linear_epo_loss
 from epo_kernels.reference import EPOOutput
 
 
-class EPOLoss(nn.Module):
+class _Loss(nn.Module):
+    def __init__(self, cfg: EPOConfig, **defaults: Any) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.defaults = defaults
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.cfg), *(f"{name}={value!r}" for name, value in self.defaults.items())])
+
+
+class EPOLoss(_Loss):
     """`epo_loss` with its config kept.
 
     Args:
         cfg: see `EPOConfig`.
         defaults: keyword arguments of `epo_loss` that every call shares; a call may override them.
     """
-
-    def __init__(self, cfg: EPOConfig, **defaults: Any) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.defaults = defaults
 
     def forward(
         self,
@@ -36,22 +41,14 @@ class EPOLoss(nn.Module):
         """See `epo_loss`."""
         return epo_loss(logits, tokens, old_log_probs, advantages, mask, self.cfg, **{**self.defaults, **kwargs})
 
-    def extra_repr(self) -> str:
-        return repr(self.cfg)
 
-
-class LinearEPOLoss(nn.Module):
+class LinearEPOLoss(_Loss):
     """`linear_epo_loss` with its config kept; the head's weight stays the model's and is given to every call.
 
     Args:
         cfg: see `EPOConfig`.
         defaults: keyword arguments of `linear_epo_loss` that every call shares; a call may override them.
     """
-
-    def __init__(self, cfg: EPOConfig, **defaults: Any) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.defaults = defaults
 
     def forward(
         self,
@@ -66,6 +63,3 @@ class LinearEPOLoss(nn.Module):
         """See `linear_epo_loss`."""
         kwargs = {**self.defaults, **kwargs}
         return linear_epo_loss(hidden, weight, tokens, old_log_probs, advantages, mask, self.cfg, **kwargs)
-
-    def extra_repr(self) -> str:
-        return repr(self.cfg)
