@@ -289,9 +289,9 @@ def check_tokens(layout: Layout, tokens: Tensor, mask: Tensor | None, vocab_size
             odd = counted & (mask != 1)
             tokens = _reject(tokens, odd, mask, "mask must be bool, or hold only 0 and 1")
     outside = counted & ((tokens < 0) | (tokens >= vocab_size))
-    advice = f"tokens must be in [0, {vocab_size}) where the mask is 1 (mask out padding and -100 labels)"
+    advice = "tokens must be in [0, {limit}) where the mask is 1 (mask out padding and -100 labels)"
     if checks_values(layout.device):
-        _reject(tokens, outside, tokens, advice)
+        _reject(tokens, outside, tokens, advice, limit=vocab_size)
     return tokens, counted
 
 
@@ -533,18 +533,22 @@ def _segments(
         raise TypeError(f"segment_ids must be int64, got {ids.dtype}")
     outside = counted & ((ids < 0) | (ids >= num_segments))
     advice = (
-        f"segment_ids must be in [0, {num_segments}) where the mask is 1: below the number of segments that "
+        "segment_ids must be in [0, {limit}) where the mask is 1: below the number of segments that "
         "entropy_bounds tells, or of tokens where it doesn't"
     )
-    tokens = _reject(tokens, outside, ids, advice)
+    tokens = _reject(tokens, outside, ids, advice, limit=num_segments)
     return tokens, torch.where(counted & ~outside, ids, 0).to(torch.int64), num_segments
 
 
-def _reject(tokens: Tensor, bad: Tensor, values: Tensor, message: str) -> Tensor:
-    """Raise where values may be read; elsewhere mark the tokens invalid: the loss becomes NaN and counts them."""
+def _reject(tokens: Tensor, bad: Tensor, values: Tensor, message: str, limit: int | None = None) -> Tensor:
+    """Raise where values may be read; elsewhere mark the tokens invalid: the loss becomes NaN and counts them.
+
+    message holds {limit} unformatted: a size in a string would become a constant of the compiled graph.
+    """
     if not checks_values(tokens.device):
         return torch.where(bad, INVALID_TOKEN, tokens)
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
-        raise ValueError(f"{message}, got {values[tuple(where)].item()} at row {where[0]}, position {where[1]}")
+        value = values[tuple(where)].item()
+        raise ValueError(f"{message.format(limit=limit)}, got {value} at row {where[0]}, position {where[1]}")
     return tokens
