@@ -99,18 +99,25 @@ def test_twenty_steps_of_a_schedule_compile_once(kind, band_scope):
     assert counter.frame_count == (2 if kind == "numbers" else 1)
 
 
-def test_batches_of_changing_length_compile_twice_at_most():
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("with_segment_ids", [False, True])
+def test_batches_of_changing_shape_compile_once_more_at_most(with_segment_ids, packed, dynamic):
     counter = CompileCounter()
 
-    def loss(logits, tokens, old, advantages, mask):
-        return ek.epo_loss(logits, tokens, old, advantages, mask, ek.EPOConfig(), backend="reference").loss
+    def loss(arguments):
+        return ek.epo_loss(**arguments, vocab_size=6, backend="reference").loss
 
-    compiled = torch.compile(loss, fullgraph=True, backend=counter)
-    for time in (5, 6, 9, 13):
-        case = random_case(dtype=torch.float32, time=time)
-        arguments = [case[name] for name in ("logits", "tokens", "old_log_probs", "advantages", "mask")]
-        assert_close(compiled(*arguments), loss(*arguments))
-    assert counter.frame_count <= 2
+    compiled = torch.compile(loss, fullgraph=True, backend=counter, dynamic=dynamic)
+    for batch, time in ((3, 5), (4, 6), (5, 9), (2, 3)):
+        case = case_of("segment", batch=batch, time=time)
+        case["tokens"].clamp_(max=5)
+        if with_segment_ids:
+            case["segment_ids"] = torch.arange(batch * time).reshape(batch, time) // 4
+        if packed:
+            case, _ = to_packed(case, [time] * batch)
+        assert_close(compiled(case), loss(case))
+    assert counter.frame_count == (1 if dynamic else 2)
 
 
 def test_log_probs_and_entropy_compile():

@@ -201,9 +201,9 @@ GRADCHECK = {
         penalty=penalty, penalty_alpha=0.7, band_scope=scope, loss_agg_mode=mode, kl_type=kl_type, kl_coeff=0.2,
         entropy_coeff=0.5, clip_ratio_c=1.5, temperature=0.7,
     )
-    for i, penalty in enumerate(PENALTIES)
+    for penalty in PENALTIES
     for scope in ("token", "segment")
-    for mode, kl_type in [(MODES[i % 4], ("k1", "k2", "k3", "abs")[i % 4])]
+    for mode, kl_type in zip(MODES, ("k1", "k2", "k3", "abs"), strict=True)
 }  # fmt: skip
 
 
@@ -224,6 +224,15 @@ def test_gradcheck(name, transform):
 def test_gradcheck_inside_a_piece_of_the_gate_and_the_indicator(name):
     # Both are constant but for jumps, which the differences of this case don't cross.
     test_gradcheck(name, {})
+
+
+def test_the_reference_is_differentiable_twice():
+    case = random_case(ek.EPOConfig(penalty="quadratic", entropy_coeff=0.5), batch=1, time=2, vocab=4)
+
+    def loss(logits):
+        return ek.epo_loss(**{**case, "logits": logits}, backend="reference").loss
+
+    assert torch.autograd.gradgradcheck(loss, (case["logits"].requires_grad_(),))
 
 
 def test_log_probs_and_entropy_gradcheck():

@@ -295,6 +295,7 @@ def test_log_ratios_of_200_stay_finite_in_float32():
         ("k3", 11.5, 10.0, 0.0),  # clamped to 10: no gradient
         ("k3", 200.0, 10.0, 0.0),
         ("k3", -200.0, 10.0, 0.0),
+        ("k3", -1000.0, 10.0, 0.0),  # e^1000 is infinite: only its exponent's clamp keeps 0 * inf out of the gradient
     ],
 )
 def test_kl_estimators_by_hand(kl_type, difference, value, derivative):
@@ -341,6 +342,13 @@ def test_penalties_by_hand(penalty, entropy, value, derivative):
     lower, upper = torch.tensor(1.0, **F64), torch.tensor(2.0, **F64)
     got = slope(lambda h: reference.band_penalty(h, lower, upper, penalty, 0.1), entropy)
     assert_close(got, (value, derivative), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize(("penalty", "value"), [("hinge", 0.1), ("quadratic", 0.05), ("indicator", 0.1)])
+def test_a_band_upside_down_is_left_on_both_sides(penalty, value):
+    lower, upper = torch.tensor(2.0, **F64), torch.tensor(1.0, **F64)  # H = 1.5: d_lo = d_hi = 1/2
+    got = slope(lambda h: reference.band_penalty(h, lower, upper, penalty, 0.1), 1.5)
+    assert_close(got, (value, 0.0), rtol=1e-13, atol=1e-15)
 
 
 def one_token_slope(penalty, lower, upper, **arguments):
