@@ -38,6 +38,8 @@ struct Rows {
     float scale, softcap;               // softcap 0: none
 };
 
+constexpr int kNumCoefficients = 7;
+
 struct Terms {
     PerToken<const float> weights, advantages, old_log_probs, ref_log_probs, is_weights, lower, upper;
     const float* coefficients;    // in the order of epo::Coefficients

@@ -93,3 +93,74 @@ def cpu_loss(
 
 def cpu_scale(values: Array, factor: float, threads: int, instructions: str | None = None) -> None:
     """values *= factor in float32; values are contiguous."""
+
+# Where CUDA kernels were built, cuda_missing is None, and what follows it is there; else it says why they weren't. Calls
+# launch on the stream (an address) of the device (its ordinal), without a sync; RuntimeError tells what CUDA said.
+cuda_missing: str | None
+cuda_archs: str
+
+def cuda_unsupported(device: int) -> str | None:
+    """None where there is machine code for the device, else what CUDA said."""
+
+def cuda_workspace_size(device: int) -> int:
+    """Length of the float64 workspace of `cuda_loss`."""
+
+def cuda_statistics(
+    rows: Rows,
+    log_probs: Array,
+    entropy: Array | None,
+    maximum: Array,
+    log_sum: Array,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_gradient(
+    rows: Rows,
+    log_probs: Array,
+    entropy: Array | None,
+    maximum: Array,
+    log_sum: Array,
+    grad_log_probs: Array,
+    grad_entropy: Array | None,
+    out: Array,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_loss(
+    rows: Rows,
+    terms: Terms,
+    out: Array | None,
+    log_probs: Array,
+    entropy: Array,
+    sums: Array,
+    loss: Array,
+    workspace: Array,
+    ticket: Array,
+    device: int,
+    stream: int,
+    family: str = "chosen",
+) -> None:
+    """family: "chosen", or "ring" or "sweeps" to insist on one; a ring that can't run is a RuntimeError."""
+
+def cuda_prepare(
+    mask: Array,
+    lengths: Array,
+    sequence_ids: Array | None,
+    loss_agg_mode: str,
+    normalizer: float | Array | None,
+    loss_scale: float | Array,
+    max_length: float,
+    coefficients: Sequence[float | Array],
+    weight_bits: int | None,
+    weights: Array,
+    coefficients_out: Array,
+    gradient_scale: Array,
+    ticket: Array,
+    extras: Array,
+    device: int,
+    stream: int,
+) -> None:
+    """Token weights and coefficients; weight_bits None: the gradient needs no scale."""
+
+def cuda_scale(values: Array, factor: Array, device: int, stream: int) -> None:
+    """values *= factor in float32; touches no values where the factor is 1."""

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "cpu_rows.h"
@@ -197,7 +198,7 @@ TermsArguments make_terms(const RowsArguments& rows_, const Array& weights, cons
                       const Array& gradient_scale, const std::string& kl_type, const std::string& penalty) {
     const epo::Rows& rows = rows_.rows;
     if (bool(lower) != bool(upper)) refuse("lower and upper must be given together");
-    expect_contiguous(coefficients, "coefficients", "float32", {7});
+    expect_contiguous(coefficients, "coefficients", "float32", {epo::kNumCoefficients});
     expect(gradient_scale, "gradient_scale", "float32", {});
     const epo::Terms terms{floats(weights, "weights", rows),
                            floats(advantages, "advantages", rows),
@@ -302,6 +303,165 @@ void cpu_scale(const Array& values, float factor, int threads, const std::option
     const py::gil_scoped_release release;
     epo::cpu_scale(values.data(), dtype, count, factor, on);
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA
+
+#if defined(EPO_WITH_CUDA)
+
+void raise_if(const char* error) {
+    if (error) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+// Device and stream of a call; what a loss needs beside its arguments.
+epo::CudaPlace place_of(int device, std::uintptr_t stream) {
+    if (device < 0) refuse("device must be 0 or more, got " + std::to_string(device));
+    return {device, reinterpret_cast<void*>(stream)};
+}
+
+std::int64_t cuda_workspace_size(int device) {
+    int blocks = 0;
+    raise_if(epo::cuda_most_blocks(device, &blocks));
+    return std::int64_t(blocks) * epo::kNumSums;
+}
+
+void cuda_statistics(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy, const Array& maximum,
+                     const Array& log_sum, int device, std::uintptr_t stream) {
+    const epo::Statistics out = make_statistics(rows, log_probs, entropy, maximum, log_sum);
+    raise_if(epo::cuda_statistics(rows.rows, out, place_of(device, stream)));
+}
+
+void cuda_gradient(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy, const Array& maximum,
+                   const Array& log_sum, const Array& grad_log_probs, const MaybeArray& grad_entropy, const Array& out,
+                   int device, std::uintptr_t stream) {
+    const epo::Statistics statistics = make_statistics(rows, log_probs, entropy, maximum, log_sum);
+    const epo::Upstream upstream = make_upstream(rows, statistics, grad_log_probs, grad_entropy);
+    const epo::Matrix target = make_output(rows, out);
+    raise_if(epo::cuda_gradient(rows.rows, statistics, upstream, target, place_of(device, stream)));
+}
+
+epo::Family family_of(const std::string& name) {
+    if (name == "chosen") return epo::Family::chosen;
+    if (name == "sweeps") return epo::Family::sweeps;
+    if (name == "ring") return epo::Family::ring;
+    refuse("family must be chosen, sweeps or ring, got " + name);
+}
+
+void cuda_loss(const RowsArguments& rows, const TermsArguments& terms, const MaybeArray& out, const Array& log_probs,
+               const Array& entropy, const Array& sums, const Array& loss, const Array& workspace, const Array& ticket,
+               int device, std::uintptr_t stream, const std::string& family) {
+    const epo::Matrix target = make_output(rows, out);
+    expect_contiguous(sums, "sums", "float64", {epo::kNumSums});
+    expect(loss, "loss", "float32", {});
+    expect_contiguous(workspace, "workspace", "float64", {cuda_workspace_size(device)});
+    expect_contiguous(ticket, "ticket", "int32", {1});
+    const epo::LossResults into{results(log_probs, "log_probs", rows.rows),
+                                results(entropy, "entropy", rows.rows),
+                                static_cast<double*>(sums.data()),
+                                static_cast<float*>(loss.data()),
+                                static_cast<double*>(workspace.data()),
+                                static_cast<int*>(ticket.data())};
+    raise_if(epo::cuda_loss(rows.rows, terms_of(terms, rows.rows), target, into, family_of(family),
+                            place_of(device, stream)));
+}
+
+using Number = std::variant<double, Array>;
+
+epo::Scalar scalar(const Number& number, const char* name) {
+    if (const double* const value = std::get_if<double>(&number)) return {static_cast<float>(*value), nullptr};
+    const Array& array = std::get<Array>(number);
+    expect(array, name, "float32", {});
+    return {0.0f, static_cast<const float*>(array.data())};
+}
+
+epo::AggMode mode_of(const std::string& name) {
+    if (name == "token-mean") return epo::AggMode::token_mean;
+    if (name == "seq-mean-token-sum") return epo::AggMode::seq_mean_token_sum;
+    if (name == "seq-mean-token-mean") return epo::AggMode::seq_mean_token_mean;
+    if (name == "seq-mean-token-sum-norm") return epo::AggMode::seq_mean_token_sum_norm;
+    refuse("loss_agg_mode must be token-mean, seq-mean-token-sum, seq-mean-token-mean or seq-mean-token-sum-norm, got " +
+           name);
+}
+
+// weight_bits: None where the gradient needs no scale.
+void cuda_prepare(const Array& mask, const Array& lengths, const MaybeArray& sequence_ids, const std::string& mode,
+                  const std::optional<Number>& normalizer, const Number& loss_scale, double max_length,
+                  const std::vector<Number>& coefficients, std::optional<int> weight_bits, const Array& weights,
+                  const Array& coefficients_out, const Array& gradient_scale, const Array& ticket, const Array& extras,
+                  int device, std::uintptr_t stream) {
+    if (mask.shape.size() != 2) refuse("mask must have two sizes (batch, time), got " + text(mask.shape));
+    epo::Rows like{};  // the sizes that per_token looks at
+    like.batch = mask.shape[0];
+    like.time = mask.shape[1];
+    epo::Weighing weighing{};
+    weighing.batch = like.batch;
+    weighing.time = like.time;
+    weighing.mask = per_token<const bool>(mask, "mask", "bool", like);
+    if (sequence_ids)
+        weighing.sequence_ids = per_token<const std::int64_t>(*sequence_ids, "sequence_ids", "int64", like);
+    else if (lengths.shape != Shape{like.batch})
+        refuse("lengths must be one a batch row where there are no sequence_ids, got sizes " + text(lengths.shape));
+    if (lengths.shape.size() != 1) refuse("lengths must have one size, got " + text(lengths.shape));
+    expect_contiguous(lengths, "lengths", "int64", lengths.shape);
+    weighing.sequences = lengths.shape[0];
+    weighing.lengths = static_cast<const std::int64_t*>(lengths.data());
+    weighing.mode = mode_of(mode);
+    weighing.normalized = normalizer.has_value();
+    if (normalizer) weighing.normalizer = scalar(*normalizer, "normalizer");
+    weighing.loss_scale = scalar(loss_scale, "loss_scale");
+    weighing.max_length = static_cast<float>(max_length);
+    weighing.scale_gradient = weight_bits.has_value();
+    weighing.weight_bits = weight_bits.value_or(0);
+    if (coefficients.size() != epo::kNumCoefficients)
+        refuse("coefficients must be " + std::to_string(epo::kNumCoefficients) + ", got " +
+               std::to_string(coefficients.size()));
+    for (std::size_t i = 0; i < coefficients.size(); ++i)
+        weighing.coefficients[i] = scalar(coefficients[i], "a coefficient");
+    expect_contiguous(coefficients_out, "coefficients_out", "float32", {epo::kNumCoefficients});
+    expect(gradient_scale, "gradient_scale", "float32", {});
+    expect_contiguous(ticket, "ticket", "int32", {1});
+    expect_contiguous(extras, "extras", "float64", {2});
+    const epo::Prepared out{results(weights, "weights", like), static_cast<float*>(coefficients_out.data()),
+                            static_cast<float*>(gradient_scale.data()), static_cast<int*>(ticket.data()),
+                            static_cast<double*>(extras.data())};
+    raise_if(epo::cuda_prepare(weighing, out, place_of(device, stream)));
+}
+
+void cuda_scale(const Array& values, const Array& factor, int device, std::uintptr_t stream) {
+    const epo::DType dtype = dtype_of(values.dtype);
+    if (!values.contiguous()) refuse("values must be contiguous, got strides " + text(values.strides));
+    expect(factor, "factor", "float32", {});
+    const std::int64_t count = values.empty() ? 0 : (values.last + 1) / epo::size_of(dtype);
+    raise_if(epo::cuda_scale(values.data(), dtype, count, static_cast<const float*>(factor.data()),
+                             place_of(device, stream)));
+}
+
+std::optional<std::string> cuda_unsupported(int device) {
+    const char* const error = epo::cuda_supports(device);
+    return error ? std::optional<std::string>(error) : std::nullopt;
+}
+
+void bind_cuda(py::module_& module) {
+    module.attr("cuda_missing") = py::none();
+    module.attr("cuda_archs") = EPO_CUDA_ARCHS;
+    module.def("cuda_unsupported", &cuda_unsupported, py::arg("device"));
+    module.def("cuda_workspace_size", &cuda_workspace_size, py::arg("device"));
+    module.def("cuda_statistics", &cuda_statistics, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
+               py::arg("maximum"), py::arg("log_sum"), py::arg("device"), py::arg("stream"));
+    module.def("cuda_gradient", &cuda_gradient, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
+               py::arg("maximum"), py::arg("log_sum"), py::arg("grad_log_probs"), py::arg("grad_entropy"),
+               py::arg("out"), py::arg("device"), py::arg("stream"));
+    module.def("cuda_loss", &cuda_loss, py::arg("rows"), py::arg("terms"), py::arg("out"), py::arg("log_probs"),
+               py::arg("entropy"), py::arg("sums"), py::arg("loss"), py::arg("workspace"), py::arg("ticket"),
+               py::arg("device"), py::arg("stream"), py::arg("family") = "chosen");
+    module.def("cuda_prepare", &cuda_prepare, py::arg("mask"), py::arg("lengths"), py::arg("sequence_ids"),
+               py::arg("loss_agg_mode"), py::arg("normalizer"), py::arg("loss_scale"), py::arg("max_length"),
+               py::arg("coefficients"), py::arg("weight_bits"), py::arg("weights"), py::arg("coefficients_out"),
+               py::arg("gradient_scale"), py::arg("ticket"), py::arg("extras"), py::arg("device"), py::arg("stream"));
+    module.def("cuda_scale", &cuda_scale, py::arg("values"), py::arg("factor"), py::arg("device"), py::arg("stream"));
+}
+
+#endif  // EPO_WITH_CUDA
 
 }  // namespace
 

@@ -7,8 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from epo_kernels.backends import native
+from epo_kernels.backends import cuda, native
 from epo_kernels.backends.cpu import CpuRows
+from epo_kernels.backends.cuda import CudaRows
 from epo_kernels.backends.fused import FusedBackend
 from epo_kernels.backends.reference import ReferenceBackend
 from epo_kernels.config import EPOConfig
@@ -20,8 +21,11 @@ class Backend(Protocol):
     """Differentiable row operations over checked arguments. Logits are (B, T, V); packed batches are (1, N, V)."""
 
     name: str
-    device_types: tuple[str, ...]  # torch device types it computes on; none: any
     dtypes: tuple[torch.dtype, ...]  # dtypes of logits; none: any
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        """torch device types it computes on; none: any."""
 
     def why_unavailable(self) -> str | None:
         """None where it can run on this machine, else why not and what would cure it."""
@@ -73,9 +77,10 @@ class Backend(Protocol):
 _BACKENDS: dict[str, Backend] = {
     "reference": ReferenceBackend(),
     "cpu": FusedBackend("cpu", ("cpu",), CpuRows, native.why_not_built),
+    "cuda": FusedBackend("cuda", ("cuda",), CudaRows, cuda.why_unavailable),
 }
 # By device type, the first that can run is what backend="auto" takes.
-_PREFERENCE = ("cpu", "reference")
+_PREFERENCE = ("cuda", "cpu", "reference")
 
 
 def available_backends() -> dict[str, str | None]:

@@ -1,0 +1,462 @@
+// The family for chips with clusters (compute capability 9.0 on): a row stays on chip, one HBM read and one write.
+//
+// A cluster of 1, 2, 4 or 8 blocks takes a row at a time, round and round (persistent). Each *warp* owns a ring of 2 KB
+// tiles in shared memory and works by itself: bulk copies bring its tiles of the row, it takes their statistics as they
+// land, exchanges moments once a row with every warp of the cluster, overwrites its tiles with the gradient, and bulk
+// stores take them out. A tile's slot is refilled with a tile of the next row once its store has been read. So there is
+// no barrier a tile and none a block: what orders a warp's tiles is the warp itself, and what orders a row is one
+// mbarrier that all warps of the cluster send to.
+//
+// Exchange: each warp sends its 16 bytes (m, s, u, y_token) to each block of the cluster by st.async, which counts them
+// off on that block's mbarrier. Two sets of places take turns: a warp sends for row r+2 only after row r+1 has come in
+// whole, to which each warp sent only after it had read row r.
+//
+// Budget on an H200 (132 multiprocessors, 4.3 TB/s measured copy), 8192 x 151,936 bf16, clusters of 2. Counted, not
+// timed: no part of this has run yet.
+//   shared memory    8 warps x 13 slots x 2 KB, and 3.5 KB for exchange and mbarriers; 9 or 10 slots of a warp hold the
+//                    row, 3 or 4 fetch ahead
+//   bytes in flight  48 KB or more a multiprocessor while a row waits for its exchange, 6.3 MB on the chip; 4.3 TB/s
+//                    with 1 us of latency want 4.3 MB
+//   exponentials     2 an element: 1.18 M cycles of the special function units (16 a cycle and multiprocessor), 0.67 ms
+//                    at 1.755 GHz
+//   instructions     in the SASS of sm_90a, a full tile of 32 elements a lane: 310 for its statistics, 348 for its
+//                    gradient and its traffic, so 20.6 an element; 4 schedulers at 1.755 GHz issue them in 0.85 ms
+//   a row besides    about 700 instructions a warp: exchange, merging, the maths of the token; 3 % of the above
+//   barriers a row   one wait for the exchange, none of a block
+//   floor            1.16 ms: one read, one write
+// Smaller tiles balance the warps better and cost more: 26 instructions an element at 16 warps and 1 KB.
+#pragma once
+
+#include <cuda/std/cstdint>
+
+#include "cuda_common.cuh"
+
+namespace epo {
+namespace ring {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kLanes;
+constexpr int kTileBytes = 2048;
+constexpr int kMostRanks = 8;
+constexpr int kMostSlots = 16;
+using Tiles = RowTiles<kWarps, kTileBytes>;
+
+struct Arguments {
+    Rows rows;
+    Terms terms;
+    LossResults results;
+    Matrix out;
+    int ranks, slots;
+};
+
+// What a warp tells the others of its part of a row.
+struct alignas(16) Message {
+    float m, s, u, y_token;
+};
+
+// The tiles that a warp fetches next, those of one row; only its lane 0 looks.
+struct Fetching {
+    std::int64_t row;
+    const char* from;
+    int left, stride;  // as in Part
+};
+
+// A warp's tiles of a row: bytes from the row's start to the first, to the end of the last, and from one to the next.
+struct Part {
+    int offset, left, stride;
+
+    __device__ Part(const Tiles& tiles, int rank, int warp, int ranks) {
+        const int before = Tiles::first(rank, warp) * kTileBytes;
+        offset = static_cast<int>(tiles.head_bytes) + before;
+        left = static_cast<int>(tiles.body_bytes) - before;
+        stride = Tiles::stride(ranks) * kTileBytes;
+    }
+    __device__ int bytes() const { return left < kTileBytes ? left : kTileBytes; }  // of the tile it stands at
+    __device__ bool holds(int byte) const { return unsigned(byte - offset) < unsigned(bytes()); }
+    __device__ void advance() {
+        offset += stride;
+        left -= stride;
+    }
+};
+
+struct alignas(128) Shared {
+    Message messages[2][kMostRanks * kWarps];
+    double sums[kNumSums];
+    Fetching fetching[kWarps];
+    std::uint64_t exchanged[2];            // mbarriers
+    std::uint64_t landed[kWarps][kMostSlots];  // mbarriers
+};
+
+constexpr int shared_bytes(int slots) { return int(sizeof(Shared)) + kWarps * slots * kTileBytes; }
+
+// Parts of PTX that CUDA C++ has no name for. Only chips with clusters have them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ unsigned shared_address(const void* at) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(at));
+}
+
+__device__ __forceinline__ unsigned cluster_rank() {
+    unsigned rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ unsigned address_in(unsigned address, unsigned rank) {
+    unsigned remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void init_barrier(std::uint64_t* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void expect_bytes(std::uint64_t* barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void wait_for(std::uint64_t* barrier, unsigned parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+__device__ __forceinline__ void send(const Message& message, unsigned to, unsigned barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "r"(__float_as_uint(message.m)), "r"(__float_as_uint(message.s)), "r"(__float_as_uint(message.u)),
+                 "r"(__float_as_uint(message.y_token)), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_tile(void* tile, const char* from, unsigned bytes, std::uint64_t* barrier) {
+    expect_bytes(barrier, bytes);
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(tile)),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_tile(char* to, const void* tile, unsigned bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
+                     __cvta_generic_to_global(to)),
+                 "r"(shared_address(tile)), "r"(bytes)
+                 : "memory");
+}
+
+// All stores of this thread but the newest `Pending` have been read out of shared memory.
+template <int Pending>
+__device__ __forceinline__ void wait_for_stores_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+__device__ __forceinline__ void show_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Where a warp is in its ring: slot and the parity of its mbarrier's phase.
+struct Cursor {
+    int slot = 0;
+    unsigned parity = 0;
+    __device__ void advance(int slots) {
+        if (++slot == slots) {
+            slot = 0;
+            parity ^= 1u;
+        }
+    }
+};
+
+// One warp of the cluster, with its tiles of every row that the cluster takes.
+template <class Element>
+struct Warp {
+    using Stored = typename Element::Stored;
+    static constexpr int kVectors = Tiles::kVectorsPerLane;
+    static constexpr int kPerVector = Element::kPerVector;
+    static constexpr std::int64_t kSize = sizeof(Stored);
+
+    const Arguments& args;
+    std::uint64_t* landed;
+    char* ring;
+    int rank, warp, lane;
+    std::int64_t cluster, clusters, count;
+    Cursor reading;
+    Fetching& next;
+    int next_slot = 0;
+
+    __device__ Warp(const Arguments& args_, Shared& shared, char* rings)
+        : args(args_),
+          rank(static_cast<int>(cluster_rank())),
+          warp(threadIdx.x / kLanes),
+          lane(threadIdx.x % kLanes),
+          next(shared.fetching[threadIdx.x / kLanes]) {
+        landed = shared.landed[warp];
+        ring = rings + warp * args.slots * kTileBytes;
+        cluster = blockIdx.x / args.ranks;
+        clusters = gridDim.x / args.ranks;
+        count = args.rows.batch * args.rows.time;
+    }
+
+    __device__ const char* source(std::int64_t row) const {
+        return reinterpret_cast<const char*>(row_of<Element>(args.rows.logits, place_of(args.rows, row)));
+    }
+    __device__ char* target(std::int64_t row) const {
+        return reinterpret_cast<char*>(row_of<Element>(args.out, place_of(args.rows, row)));
+    }
+    __device__ Tiles tiles_of(std::int64_t row) const {
+        return Tiles(reinterpret_cast<std::uint64_t>(source(row)), args.rows.vocab_size * kSize);
+    }
+    __device__ bool counted(std::int64_t row) const {
+        const TokenPlace at = place_of(args.rows, row);
+        return args.rows.mask.at(at.b, at.t);
+    }
+    __device__ char* slot(const Cursor& cursor) const { return ring + cursor.slot * kTileBytes; }
+
+    // Turns to the first row from `row` on that this warp has tiles of. Lane 0.
+    __device__ void turn_to(std::int64_t row) {
+        for (; row < count; row += clusters) {
+            if (!counted(row)) continue;
+            const Tiles tiles = tiles_of(row);
+            const Part part(tiles, rank, warp, args.ranks);
+            if (part.left <= 0) continue;
+            next = {row, source(row) + part.offset, part.left, part.stride};
+            return;
+        }
+        next.left = 0;
+    }
+
+    // Fetches the next tile into the next slot, which is free. Lane 0.
+    __device__ void fetch() {
+        const int left = next.left;
+        if (left <= 0) return;  // no row is left
+        const unsigned bytes = left < kTileBytes ? left : kTileBytes;
+        load_tile(ring + next_slot * kTileBytes, next.from, bytes, &landed[next_slot]);
+        if (++next_slot == args.slots) next_slot = 0;
+        next.from += next.stride;
+        next.left = left - next.stride;
+        if (next.left <= 0) turn_to(next.row + clusters);
+    }
+
+    // This lane's moments of one tile.
+    __device__ void add_tile(Moments2& run, const char* tile, int bytes, float outer2) const {
+        if (bytes == kTileBytes) {
+            float y[kVectors * kPerVector];
+#pragma unroll
+            for (int k = 0; k < kVectors; ++k) {
+                float part[kPerVector];
+                Element::unpack(reinterpret_cast<const uint4*>(tile)[k * kLanes + lane], part);
+#pragma unroll
+                for (int i = 0; i < kPerVector; ++i) y[k * kPerVector + i] = part[i];
+            }
+            add_group(run, y, outer2);
+            return;
+        }
+        for (int v = lane; v * kVectorBytes < bytes; v += kLanes) {
+            float y[kPerVector];
+            Element::unpack(reinterpret_cast<const uint4*>(tile)[v], y);
+            add_group(run, y, outer2);
+        }
+    }
+
+    // The gradient over one tile, in place.
+    __device__ void overwrite_tile(char* tile, int bytes, float outer2, float m2, const GradientLine& line) const {
+        if (bytes == kTileBytes) {
+#pragma unroll
+            for (int k = 0; k < kVectors; ++k) overwrite_vector(tile, k * kLanes + lane, outer2, m2, line);
+            return;
+        }
+        for (int v = lane; v * kVectorBytes < bytes; v += kLanes) overwrite_vector(tile, v, outer2, m2, line);
+    }
+
+    __device__ void overwrite_vector(char* tile, int v, float outer2, float m2, const GradientLine& line) const {
+        uint4& raw = reinterpret_cast<uint4*>(tile)[v];
+        float y[kPerVector];
+        Element::unpack(raw, y);
+#pragma unroll
+        for (int i = 0; i < kPerVector; ++i) y[i] = logit_gradient2(y[i], outer2, m2, line);
+        raw = Element::pack(y);
+    }
+
+    // The element at the row's edge that is this lane's, -1 for none.
+    __device__ std::int64_t edge(const Tiles& tiles) const {
+        if (rank != 0 || warp != 0) return -1;
+        const std::int64_t byte = tiles.edge_of(lane, kSize);
+        return byte < 0 ? -1 : byte / kSize;
+    }
+
+    // This warp's moments of its part of the row, and the token's logit where the warp has it (0 elsewhere).
+    __device__ Message take_statistics(std::int64_t row, const Tiles& tiles, float outer2, std::int64_t token) {
+        const Stored* const x = reinterpret_cast<const Stored*>(source(row));
+        Moments2 run = no_moments<float>();
+        float y_token = 0.0f, y_edge = 0.0f;
+        const std::int64_t at_edge = edge(tiles);
+        if (at_edge >= 0) y_edge = Element::load(x + at_edge);  // used last
+        const int token_byte = static_cast<int>(token * kSize);
+        Cursor cursor = reading;
+        for (Part part(tiles, rank, warp, args.ranks); part.left > 0; part.advance()) {
+            wait_for(&landed[cursor.slot], cursor.parity);
+            add_tile(run, slot(cursor), part.bytes(), outer2);
+            if (part.holds(token_byte))
+                y_token = Element::load(reinterpret_cast<const Stored*>(slot(cursor) + (token_byte - part.offset)));
+            cursor.advance(args.slots);
+        }
+        if (at_edge >= 0) {
+            const float one[1] = {y_edge};
+            add_group(run, one, outer2);
+            if (at_edge == token) y_token = y_edge;
+        }
+        // In an edge one lane has the token's logit, in a tile all have it.
+        const unsigned holders = __ballot_sync(kAllLanes, at_edge >= 0 && at_edge == token);
+        if (holders) y_token = __shfl_sync(kAllLanes, y_token, __ffs(holders) - 1);
+        const Moments2 part = warp_merge(run);
+        return {part.m, part.s, part.u, y_token};
+    }
+
+    // The gradient of this warp's part of the row, on its way out; the slots fetch the next rows' tiles.
+    __device__ void put_gradient(std::int64_t row, const Tiles& tiles, float outer2, float m2, const GradientLine& line,
+                                 std::int64_t token, float at_token) {
+        char* const out = target(row);
+        const int token_byte = static_cast<int>(token * kSize);
+        const std::int64_t at_edge = edge(tiles);
+        if (at_edge >= 0) {
+            const float y = Element::load(reinterpret_cast<const Stored*>(source(row)) + at_edge);
+            const float gradient = at_edge == token ? at_token : logit_gradient2(y, outer2, m2, line);
+            Element::store(reinterpret_cast<Stored*>(out) + at_edge, gradient);
+        }
+        bool stored = false;
+        for (Part part(tiles, rank, warp, args.ranks); part.left > 0; part.advance()) {
+            char* const tile = slot(reading);
+            const int bytes = part.bytes();
+            overwrite_tile(tile, bytes, outer2, m2, line);
+            __syncwarp();
+            if (lane == 0 && part.holds(token_byte))
+                Element::store(reinterpret_cast<Stored*>(tile + (token_byte - part.offset)), at_token);
+            show_to_copies();
+            __syncwarp();
+            if (lane == 0) {
+                store_tile(out + part.offset, tile, bytes);
+                if (stored) {  // the slot before this one is free, or will be in a moment
+                    wait_for_stores_read<1>();
+                    fetch();
+                }
+            }
+            stored = true;
+            reading.advance(args.slots);
+        }
+        if (lane == 0 && stored) {
+            wait_for_stores_read<0>();
+            fetch();
+        }
+        __syncwarp();
+    }
+};
+
+// Sends this warp's message to every block of the cluster, and merges those of all warps: statistics of the row.
+__device__ inline Message exchange(Shared& shared, const Message& own, int rank, int ranks, int warp, int lane,
+                                   unsigned turn) {
+    const unsigned set = turn & 1u, parity = (turn >> 1) & 1u;
+    const int senders = ranks * kWarps;
+    if (warp == 0 && lane == 0) expect_bytes(&shared.exchanged[set], senders * unsigned(sizeof(Message)));
+    if (lane < ranks) {
+        const unsigned place = shared_address(&shared.messages[set][rank * kWarps + warp]);
+        const unsigned barrier = shared_address(&shared.exchanged[set]);
+        send(own, address_in(place, lane), address_in(barrier, lane));
+    }
+    wait_for(&shared.exchanged[set], parity);
+    Moments2 run = no_moments<float>();
+    float y_token = 0.0f;
+    for (int i = lane; i < senders; i += kLanes) {
+        const Message message = shared.messages[set][i];
+        run = merge2(run, {message.m, message.s, message.u});
+        y_token += message.y_token;  // 0 but for one
+    }
+    const Moments2 row = warp_merge(run);
+    return {row.m, row.s, row.u, warp_sum(y_token)};
+}
+
+#endif  // chips with clusters
+
+template <class Element>
+__global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant__ Arguments args) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    extern __shared__ char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    Warp<Element> warp(args, shared, memory + sizeof(Shared));
+    const Rows& rows = args.rows;
+    const bool leader = warp.rank == 0 && threadIdx.x == 0;
+    if (threadIdx.x < kNumSums) shared.sums[threadIdx.x] = 0.0;
+    if (warp.lane == 0) {
+#pragma unroll 1
+        for (int i = 0; i < args.slots; ++i) init_barrier(&warp.landed[i]);
+        if (warp.warp == 0) init_barrier(&shared.exchanged[0]), init_barrier(&shared.exchanged[1]);
+        publish_barriers();
+    }
+    __syncthreads();
+    cluster_barrier();  // every block's mbarriers are there before anybody sends
+    if (warp.lane == 0) {
+        warp.turn_to(warp.cluster);
+        for (int i = 0; i < args.slots; ++i) warp.fetch();
+    }
+    __syncwarp();
+
+    const Coefficients coefficients = coefficients_of(args.terms);
+    const float gradient_scale = *args.terms.gradient_scale;
+    const int worker = warp.rank * kThreads + static_cast<int>(threadIdx.x), workers = args.ranks * kThreads;
+    unsigned turn = 0;
+    for (std::int64_t i = warp.cluster; i < warp.count; i += warp.clusters) {
+        const TokenPlace at = place_of(rows, i);
+        auto* const target = row_of<Element>(args.out, at);
+        const bool counted = rows.mask.at(at.b, at.t);
+        clear_row<Element>(target, counted ? rows.vocab_size : 0, rows.width, worker, workers);
+        if (!counted) {
+            if (leader) args.results.log_probs[i] = args.results.entropy[i] = 0.0f;
+            continue;
+        }
+        const Transform transform = make_transform(rows.scale, 0.0f, rows.temperature.at(at.b, at.t));
+        const float outer2 = transform.outer * kLog2E;
+        const std::int64_t given = rows.tokens.at(at.b, at.t);
+        const std::int64_t token = given >= 0 && given < rows.vocab_size ? given : -1;
+        const TokenTerms terms = terms_at(args.terms, at.b, at.t);
+        const Tiles tiles = warp.tiles_of(i);
+
+        const Message own = warp.take_statistics(i, tiles, outer2, token);
+        const Message row = exchange(shared, own, warp.rank, args.ranks, warp.warp, warp.lane, turn++);
+        const RowStats stats = finish2({row.m, row.s, row.u}, token < 0 ? NAN : row.y_token, outer2);
+        const TokenLoss loss =
+            token_loss(stats.log_prob, stats.entropy, terms, coefficients, args.terms.kl_type, args.terms.penalty);
+        const float weight = terms.weight * gradient_scale;
+        const float a = weight * loss.d_log_prob, b = weight * loss.d_entropy;
+        warp.put_gradient(i, tiles, outer2, stats.m, gradient_line2(a, b, stats, transform), token,
+                          token_gradient(a, b, stats, transform));
+        if (leader) {
+            args.results.log_probs[i] = stats.log_prob;
+            args.results.entropy[i] = stats.entropy;
+            add_sums(shared.sums, loss, stats.log_prob, stats.entropy, terms.weight, token < 0);
+        }
+    }
+    if (warp.lane == 0) wait_for_stores();
+    cluster_barrier();  // nobody leaves while others may still send to it
+    if (warp.rank == 0)
+        publish_sums(shared.sums, args.results.workspace, args.results.ticket, static_cast<int>(warp.cluster),
+                     static_cast<int>(warp.clusters), args.results.sums, args.results.loss);
+#endif
+}
+
+}  // namespace ring
+}  // namespace epo

@@ -1,0 +1,242 @@
+#include "cuda_rows.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "cuda_prepare.cuh"
+#include "cuda_ring.cuh"
+#include "cuda_sweeps.cuh"
+
+namespace epo {
+namespace {
+
+constexpr int kMostBlocksPerProcessor = 2;
+
+const char* said(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+#define EPO_RETURN_IF_FAILED(call)                                                 \
+    do {                                                                           \
+        if (const cudaError_t failure = (call); failure != cudaSuccess) return failure; \
+    } while (0)
+
+// What decides how to launch; read from the driver's tables, without a sync.
+struct Chip {
+    int processors = 0, l2_bytes = 0, shared_bytes = 0, major = 0;
+};
+
+cudaError_t read_chip(int device, Chip& chip) {
+    EPO_RETURN_IF_FAILED(cudaDeviceGetAttribute(&chip.processors, cudaDevAttrMultiProcessorCount, device));
+    EPO_RETURN_IF_FAILED(cudaDeviceGetAttribute(&chip.l2_bytes, cudaDevAttrL2CacheSize, device));
+    EPO_RETURN_IF_FAILED(cudaDeviceGetAttribute(&chip.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return cudaDeviceGetAttribute(&chip.major, cudaDevAttrComputeCapabilityMajor, device);
+}
+
+// Makes the device current for one call.
+class OnDevice {
+public:
+    explicit OnDevice(int device) {
+        error_ = cudaGetDevice(&before_);
+        if (error_ == cudaSuccess && device != before_) error_ = cudaSetDevice(device);
+    }
+    ~OnDevice() {
+        int now = before_;
+        if (cudaGetDevice(&now) == cudaSuccess && now != before_) (void)cudaSetDevice(before_);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+    cudaError_t error() const { return error_; }
+
+private:
+    int before_ = 0;
+    cudaError_t error_ = cudaSuccess;
+};
+
+std::int64_t row_bytes(const Rows& rows) { return rows.vocab_size * size_of(rows.dtype); }
+
+// Calls launch with a value of the element type, so that its type says which kernel.
+template <class Launch>
+cudaError_t with_element(DType dtype, const Launch& launch) {
+    if (dtype == DType::float32) return launch(Float32Element{});
+    if (dtype == DType::float16) return launch(Float16Element{});
+    return launch(BFloat16Element{});
+}
+
+// Blocks, and threads of each: see the head of cuda_sweeps.cuh.
+struct Grid {
+    int blocks, threads;
+};
+
+Grid sweeps_grid(const Rows& rows, const Chip& chip) {
+    const std::int64_t in_l2 = std::int64_t(chip.l2_bytes) / 4 * 3 / (row_bytes(rows) * chip.processors);
+    const bool two = in_l2 >= kMostBlocksPerProcessor;
+    const std::int64_t most = std::int64_t(chip.processors) * (two ? kMostBlocksPerProcessor : 1);
+    return {static_cast<int>(std::max<std::int64_t>(1, std::min(rows.batch * rows.time, most))),
+            two ? sweeps::kFewThreads : sweeps::kMostThreads};
+}
+
+using SweepsKernel = void (*)(sweeps::Arguments);
+
+template <SweepsKernel Kernel>
+cudaError_t launch_sweeps(const sweeps::Arguments& args, const Chip& chip, void* stream) {
+    const Grid grid = sweeps_grid(args.rows, chip);
+    Kernel<<<grid.blocks, grid.threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    return cudaGetLastError();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The ring
+
+struct RingPlan {
+    int ranks = 0, slots = 0;  // ranks 0: the ring can't take these rows here
+};
+
+RingPlan plan_ring(const Rows& rows, const Matrix& out, const Chip& chip) {
+    const std::int64_t size = size_of(rows.dtype);
+    const auto difference = reinterpret_cast<std::uintptr_t>(out.data) - reinterpret_cast<std::uintptr_t>(rows.logits.data);
+    const auto congruent = [&](std::int64_t a, std::int64_t b) { return (a - b) * size % kVectorBytes == 0; };
+    const bool dense = rows.logits.vocab_stride == 1 && out.vocab_stride == 1;
+    const bool aligned_alike = difference % kVectorBytes == 0 &&
+                               (rows.batch <= 1 || congruent(rows.logits.batch_stride, out.batch_stride)) &&
+                               (rows.time <= 1 || congruent(rows.logits.time_stride, out.time_stride));
+    if (chip.major < 9 || !dense || !aligned_alike || rows.softcap > 0.0f) return {};
+    const int room = chip.shared_bytes - ring::shared_bytes(0) - 1024;  // the system keeps some of its own
+    const int slots = std::min(ring::kMostSlots, room / (ring::kWarps * ring::kTileBytes));
+    return {ranks_for<ring::Tiles>(row_bytes(rows), slots), slots};
+}
+
+// Shorter rows leave most warps of a block without a tile.
+bool worth_a_ring(const Rows& rows) { return row_bytes(rows) >= ring::kWarps * ring::kTileBytes; }
+
+template <class Element>
+cudaError_t launch_ring(const ring::Arguments& args, const Chip& chip, void* stream) {
+    const auto kernel = ring::loss_kernel<Element>;
+    const int bytes = ring::shared_bytes(args.slots);
+    EPO_RETURN_IF_FAILED(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = args.ranks;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(chip.processors / args.ranks * args.ranks);
+    config.blockDim = dim3(ring::kThreads);
+    config.dynamicSmemBytes = bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int clusters = 0;  // as many as run at a time: not every processor has neighbours left to make up a cluster
+    EPO_RETURN_IF_FAILED(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    if (clusters < 1) return cudaErrorInvalidConfiguration;
+    const std::int64_t count = args.rows.batch * args.rows.time;
+    config.gridDim = dim3(static_cast<unsigned>(std::max<std::int64_t>(1, std::min<std::int64_t>(clusters, count))) *
+                          args.ranks);
+    return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+template <class Work>
+const char* on_chip(const CudaPlace& place, const Work& work) {
+    const OnDevice on(place.device);
+    if (on.error() != cudaSuccess) return said(on.error());
+    Chip chip;
+    const cudaError_t error = read_chip(place.device, chip);
+    return said(error == cudaSuccess ? work(chip) : error);
+}
+
+template <class Element>
+cudaError_t launch_loss(const sweeps::Arguments& args, const Chip& chip, Family family, void* stream) {
+    if (family != Family::sweeps && args.out.data) {
+        const RingPlan plan = plan_ring(args.rows, args.out, chip);
+        if (plan.ranks > 0 && (family == Family::ring || worth_a_ring(args.rows)))
+            return launch_ring<Element>({args.rows, args.terms, args.results, args.out, plan.ranks, plan.slots}, chip,
+                                        stream);
+    }
+    if (family == Family::ring) return cudaErrorNotSupported;
+    if (args.rows.softcap > 0.0f) return launch_sweeps<sweeps::loss_kernel<Element, true>>(args, chip, stream);
+    return launch_sweeps<sweeps::loss_kernel<Element, false>>(args, chip, stream);
+}
+
+}  // namespace
+
+const char* cuda_statistics(const Rows& rows, const Statistics& out, const CudaPlace& place) {
+    return on_chip(place, [&](const Chip& chip) {
+        sweeps::Arguments args{};
+        args.rows = rows;
+        args.statistics = out;
+        return with_element(rows.dtype, [&](auto element) {
+            using Element = decltype(element);
+            if (rows.softcap > 0.0f)
+                return launch_sweeps<sweeps::statistics_kernel<Element, true>>(args, chip, place.stream);
+            return launch_sweeps<sweeps::statistics_kernel<Element, false>>(args, chip, place.stream);
+        });
+    });
+}
+
+const char* cuda_gradient(const Rows& rows, const Statistics& statistics, const Upstream& upstream, const Matrix& out,
+                          const CudaPlace& place) {
+    return on_chip(place, [&](const Chip& chip) {
+        sweeps::Arguments args{};
+        args.rows = rows;
+        args.statistics = statistics;
+        args.upstream = upstream;
+        args.out = out;
+        return with_element(rows.dtype, [&](auto element) {
+            using Element = decltype(element);
+            if (rows.softcap > 0.0f)
+                return launch_sweeps<sweeps::gradient_kernel<Element, true>>(args, chip, place.stream);
+            return launch_sweeps<sweeps::gradient_kernel<Element, false>>(args, chip, place.stream);
+        });
+    });
+}
+
+const char* cuda_loss(const Rows& rows, const Terms& terms, const Matrix& out, const LossResults& results,
+                      Family family, const CudaPlace& place) {
+    return on_chip(place, [&](const Chip& chip) {
+        sweeps::Arguments args{};
+        args.rows = rows;
+        args.terms = terms;
+        args.results = results;
+        args.out = out;
+        return with_element(rows.dtype, [&](auto element) {
+            return launch_loss<decltype(element)>(args, chip, family, place.stream);
+        });
+    });
+}
+
+const char* cuda_prepare(const Weighing& weighing, const Prepared& out, const CudaPlace& place) {
+    return on_chip(place, [&](const Chip&) {
+        const std::int64_t count = weighing.batch * weighing.time;
+        const auto blocks = static_cast<unsigned>(
+            std::max<std::int64_t>(1, (count + prepare::kTokensPerBlock - 1) / prepare::kTokensPerBlock));
+        prepare::kernel<<<blocks, prepare::kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(weighing, out);
+        return cudaGetLastError();
+    });
+}
+
+const char* cuda_scale(void* values, DType dtype, std::int64_t count, const float* factor, const CudaPlace& place) {
+    return on_chip(place, [&](const Chip& chip) {
+        return with_element(dtype, [&](auto element) {
+            using Element = decltype(element);
+            const int blocks = chip.processors * 4;
+            sweeps::scale_kernel<Element>
+                <<<blocks, sweeps::kFewThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(values, count, factor);
+            return cudaGetLastError();
+        });
+    });
+}
+
+const char* cuda_most_blocks(int device, int* blocks) {
+    Chip chip;
+    const cudaError_t error = read_chip(device, chip);
+    *blocks = chip.processors * kMostBlocksPerProcessor;
+    return said(error);
+}
+
+const char* cuda_supports(int device) {
+    return on_chip({device, nullptr}, [&](const Chip&) {
+        cudaFuncAttributes attributes;
+        return cudaFuncGetAttributes(&attributes, sweeps::scale_kernel<Float32Element>);
+    });
+}
+
+}  // namespace epo

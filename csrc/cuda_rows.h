@@ -1,0 +1,80 @@
+// The row kernels on CUDA: what RowKernels in epo_kernels/backends/rows.py asks for. Launches on the caller's stream,
+// never a sync, no memory of their own: they may be captured in a graph. Arguments have been checked; every function
+// returns null, or what CUDA said.
+#pragma once
+
+#include "rows.h"
+
+namespace epo {
+
+constexpr int kLossSum = 1;  // the place of "loss" among the sums
+
+struct CudaPlace {
+    int device;
+    void* stream;  // cudaStream_t
+};
+
+// What a loss leaves behind, and what it needs to add it up: `ticket` holds 0 and is left at 0, `workspace` has room for
+// kNumSums doubles of each of cuda_most_blocks(device) blocks.
+struct LossResults {
+    float *log_probs, *entropy;
+    double* sums;
+    float* loss;
+    double* workspace;
+    int* ticket;
+};
+
+const char* cuda_statistics(const Rows& rows, const Statistics& out, const CudaPlace& place);
+
+const char* cuda_gradient(const Rows& rows, const Statistics& statistics, const Upstream& upstream, const Matrix& out,
+                          const CudaPlace& place);
+
+// How a loss is computed; `chosen` takes the ring wherever it can run.
+enum class Family : int { chosen, sweeps, ring };
+
+// out.data null: no gradient. Asking for a ring that can't run here is an error.
+const char* cuda_loss(const Rows& rows, const Terms& terms, const Matrix& out, const LossResults& results,
+                      Family family, const CudaPlace& place);
+
+// A number known here, or one on the device.
+struct Scalar {
+    float value = 0.0f;
+    const float* device = nullptr;
+    EPO_FN float get() const { return device ? *device : value; }
+};
+
+enum class AggMode : int { token_mean, seq_mean_token_sum, seq_mean_token_mean, seq_mean_token_sum_norm };
+
+// What token weights are made of; epo_kernels/weights.py says how.
+struct Weighing {
+    std::int64_t batch, time, sequences;
+    PerToken<const bool> mask;
+    PerToken<const std::int64_t> sequence_ids;  // null: a batch row is a sequence
+    const std::int64_t* lengths;                // counted tokens of each sequence
+    AggMode mode;
+    bool normalized, scale_gradient;
+    Scalar normalizer, loss_scale;
+    float max_length;
+    int weight_bits;
+    Scalar coefficients[kNumCoefficients];
+};
+
+// weights: (B, T), contiguous. extras: the sequences that have tokens, and 0.
+struct Prepared {
+    float *weights, *coefficients, *gradient_scale;
+    int* ticket;
+    double* extras;
+};
+
+const char* cuda_prepare(const Weighing& weighing, const Prepared& out, const CudaPlace& place);
+
+// values[0..count) *= *factor, contiguous; touches no values where the factor is 1.
+const char* cuda_scale(void* values, DType dtype, std::int64_t count, const float* factor, const CudaPlace& place);
+
+// An upper bound of the blocks that a loss launches, for its workspace.
+const char* cuda_most_blocks(int device, int* blocks);
+
+// Whether this build has machine code for the device; null where it has.
+const char* cuda_supports(int device);
+
+}  // namespace epo

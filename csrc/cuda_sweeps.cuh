@@ -1,0 +1,314 @@
+// The family that runs anywhere: a block a row, swept once for its statistics and once more for its gradient.
+//
+// Any strides, any width, any dtype, softcap. What HBM sees is two reads and one write of the row where the L2 doesn't
+// keep it. To make it keep it, no more blocks run than have rows that fit 3/4 of the L2, the second sweep walks
+// backwards (the end of the row is the freshest), and the gradient is stored evict-first. Grids are persistent: block i
+// takes rows i, i + blocks, ..., and adds up its sums in that order.
+//
+// Barriers a row: 2 (statistics 2, gradient 2, loss 3).
+#pragma once
+
+#include "cuda_common.cuh"
+
+namespace epo {
+namespace sweeps {
+
+constexpr int kMostThreads = 768;  // 80 registers each; 64 make some of the kernels spill
+constexpr int kFewThreads = 384;   // 2 blocks a multiprocessor, for rows that are short
+
+struct Arguments {
+    Rows rows;
+    Terms terms;            // loss
+    Statistics statistics;  // statistics: results; gradient: arguments
+    Upstream upstream;      // gradient
+    LossResults results;    // loss
+    Matrix out;             // loss, gradient; data null: none
+};
+
+// One row as a thread sees it: vectors of the aligned body, edges, or single elements at a stride.
+template <class Element, bool Softcap>
+struct RowView {
+    using Stored = typename Element::Stored;
+    static constexpr int kPerVector = Element::kPerVector;
+    static constexpr int kInFlight = Softcap ? 2 : 4;                                  // vectors; tanh takes registers
+    static constexpr int kGroup = kInFlight * kPerVector > 16 ? 16 / kPerVector : kInFlight;  // vectors, 16 values at most
+
+    const Stored* x;
+    std::int64_t size, stride;
+    Transform transform;
+    RowTiles<1, kVectorBytes * kLanes> parts;
+
+    __device__ RowView(const Rows& rows, const TokenPlace& at, const Transform& transform_)
+        : x(row_of<Element>(rows.logits, at)),
+          size(rows.vocab_size),
+          stride(rows.logits.vocab_stride),
+          transform(transform_),
+          parts(reinterpret_cast<std::uint64_t>(x), rows.vocab_size * std::int64_t(sizeof(Stored))) {}
+
+    __device__ float argument(float raw) const { return Softcap ? tanhf(raw * transform.inner) : raw; }
+    __device__ float at(std::int64_t v) const { return argument(Element::load(x + v * stride)); }
+    __device__ const char* body() const { return reinterpret_cast<const char*>(x) + parts.head_bytes; }
+    __device__ uint4 vector(std::int64_t i) const { return reinterpret_cast<const uint4*>(body())[i]; }
+    __device__ std::int64_t vectors() const { return parts.body_bytes / kVectorBytes; }
+    // The element of this thread among the row's edges, -1 for none.
+    __device__ std::int64_t edge() const {
+        const std::int64_t byte = threadIdx.x < kLanes ? parts.edge_of(threadIdx.x, sizeof(Stored)) : -1;
+        return byte < 0 ? -1 : byte / std::int64_t(sizeof(Stored));
+    }
+
+    template <int Vectors>
+    __device__ void unpack(const uint4* raw, float (&y)[Vectors * kPerVector]) const {
+#pragma unroll
+        for (int k = 0; k < Vectors; ++k) {
+            float part[kPerVector];
+            Element::unpack(raw[k], part);
+#pragma unroll
+            for (int i = 0; i < kPerVector; ++i) y[k * kPerVector + i] = argument(part[i]);
+        }
+    }
+
+    __device__ Moments2 moments(float outer2) const {
+        Moments2 run = no_moments<float>();
+        if (stride != 1) {
+            for (std::int64_t v = threadIdx.x; v < size; v += blockDim.x) {
+                const float one[1] = {at(v)};
+                add_group(run, one, outer2);
+            }
+            return run;
+        }
+        const std::int64_t count = vectors(), step = blockDim.x;
+        std::int64_t i = threadIdx.x;
+        for (; i + (kInFlight - 1) * step < count; i += kInFlight * step) {
+            uint4 raw[kInFlight];
+#pragma unroll
+            for (int k = 0; k < kInFlight; ++k) raw[k] = vector(i + k * step);
+#pragma unroll
+            for (int k = 0; k < kInFlight; k += kGroup) {
+                float y[kGroup * kPerVector];
+                unpack<kGroup>(raw + k, y);
+                add_group(run, y, outer2);
+            }
+        }
+        for (; i < count; i += step) {
+            const uint4 raw = vector(i);
+            float y[kPerVector];
+            unpack<1>(&raw, y);
+            add_group(run, y, outer2);
+        }
+        if (const std::int64_t v = edge(); v >= 0) {
+            const float one[1] = {at(v)};
+            add_group(run, one, outer2);
+        }
+        return run;
+    }
+};
+
+template <class Element, bool Softcap>
+struct GradientWriter {
+    using Stored = typename Element::Stored;
+    static constexpr int kPerVector = Element::kPerVector;
+    static constexpr int kInFlight = RowView<Element, Softcap>::kInFlight;
+
+    RowView<Element, Softcap> row;
+    Stored* out;
+    std::int64_t out_stride;
+    float outer2, m2;
+    GradientLine line;
+
+    __device__ float of(float y) const {
+        const float gradient = logit_gradient2(y, outer2, m2, line);
+        return Softcap ? gradient * (1.0f - y * y) : gradient;
+    }
+    __device__ void write(std::int64_t v) const { Element::store(out + v * out_stride, of(row.at(v))); }
+
+    __device__ void write_vector(std::int64_t i, const uint4& raw, bool aligned) const {
+        float y[kPerVector];
+        row.template unpack<1>(&raw, y);
+#pragma unroll
+        for (int k = 0; k < kPerVector; ++k) y[k] = of(y[k]);
+        char* const target = reinterpret_cast<char*>(out) + row.parts.head_bytes + i * kVectorBytes;
+        if (aligned) {
+            __stcs(reinterpret_cast<uint4*>(target), Element::pack(y));
+        } else {
+#pragma unroll
+            for (int k = 0; k < kPerVector; ++k) Element::store(reinterpret_cast<Stored*>(target) + k, y[k]);
+        }
+    }
+
+    __device__ void write_all() const {
+        if (row.stride != 1 || out_stride != 1) {
+            for (std::int64_t v = threadIdx.x; v < row.size; v += blockDim.x) write(v);
+            return;
+        }
+        const std::int64_t count = row.vectors(), step = blockDim.x, group = kInFlight * step;
+        const bool aligned = (reinterpret_cast<std::uint64_t>(out) - reinterpret_cast<std::uint64_t>(row.x)) %
+                                 kVectorBytes == 0;
+        const std::int64_t whole = count / group * group;
+        for (std::int64_t i = whole + threadIdx.x; i < count; i += step) write_vector(i, row.vector(i), aligned);
+        for (std::int64_t start = whole - group; start >= 0; start -= group) {
+            uint4 raw[kInFlight];
+#pragma unroll
+            for (int k = 0; k < kInFlight; ++k) raw[k] = row.vector(start + threadIdx.x + k * step);
+#pragma unroll
+            for (int k = 0; k < kInFlight; ++k)
+                write_vector(start + threadIdx.x + k * step, raw[k], aligned);
+        }
+        if (const std::int64_t v = row.edge(); v >= 0) write(v);
+    }
+};
+
+template <class Element>
+__device__ void clear(const Rows& rows, const Matrix& out, const TokenPlace& at, std::int64_t from) {
+    typename Element::Stored* const row = row_of<Element>(out, at);
+    if (out.vocab_stride == 1) return clear_row<Element>(row, from, rows.width, threadIdx.x, blockDim.x);
+    for (std::int64_t v = from + threadIdx.x; v < rows.width; v += blockDim.x)
+        Element::store(row + v * out.vocab_stride, 0.0f);
+}
+
+// Everything about a row's gradient but its statistics. y_token: read before the logits may be overwritten.
+template <class Element, bool Softcap>
+__device__ void write_gradient(const Rows& rows, const Matrix& out, const TokenPlace& at,
+                               const RowView<Element, Softcap>& view, const RowStats& stats, float a, float b,
+                               float outer2, std::int64_t token, float y_token) {
+    const GradientLine line = gradient_line2(a, b, stats, view.transform);
+    typename Element::Stored* const target = row_of<Element>(out, at);
+    GradientWriter<Element, Softcap>{view, target, out.vocab_stride, outer2, stats.m, line}.write_all();
+    clear<Element>(rows, out, at, rows.vocab_size);
+    __syncthreads();
+    if (threadIdx.x == 0 && token >= 0) {
+        const float slope = Softcap ? 1.0f - y_token * y_token : 1.0f;
+        Element::store(target + token * out.vocab_stride, slope * token_gradient(a, b, stats, view.transform));
+    }
+}
+
+// The token of a row, -1 where it is invalid.
+__device__ inline std::int64_t token_of(const Rows& rows, const TokenPlace& at) {
+    const std::int64_t token = rows.tokens.at(at.b, at.t);
+    return token >= 0 && token < rows.vocab_size ? token : -1;
+}
+
+__device__ inline Moments2 block_merge(const Moments2& thread) {
+    __shared__ Moments2 parts[kMostThreads / kLanes];
+    const Moments2 warp = warp_merge(thread);
+    const int lane = threadIdx.x % kLanes;
+    if (lane == 0) parts[threadIdx.x / kLanes] = warp;
+    __syncthreads();
+    const Moments2 part = lane < blockDim.x / kLanes ? parts[lane] : no_moments<float>();
+    return warp_merge(part);
+}
+
+template <class Element, bool Softcap>
+__global__ void __launch_bounds__(kMostThreads) statistics_kernel(const __grid_constant__ Arguments args) {
+    const Rows& rows = args.rows;
+    for (std::int64_t i = blockIdx.x; i < rows.batch * rows.time; i += gridDim.x) {
+        const TokenPlace at = place_of(rows, i);
+        RowStats stats{};
+        if (rows.mask.at(at.b, at.t)) {
+            const Transform transform = make_transform(rows.scale, rows.softcap, rows.temperature.at(at.b, at.t));
+            const RowView<Element, Softcap> view(rows, at, transform);
+            const float outer2 = transform.outer * kLog2E;
+            const std::int64_t token = token_of(rows, at);
+            const float y_token = token < 0 ? NAN : view.at(token);
+            stats = finish2(block_merge(view.moments(outer2)), y_token, outer2);
+        }
+        if (threadIdx.x == 0) {
+            args.statistics.log_probs[i] = stats.log_prob;
+            if (args.statistics.entropy) args.statistics.entropy[i] = stats.entropy;
+            args.statistics.maximum[i] = stats.m;  // in base 2, as the gradient wants it
+            args.statistics.log_sum[i] = stats.log_s;
+        }
+        __syncthreads();
+    }
+}
+
+template <class Element, bool Softcap>
+__global__ void __launch_bounds__(kMostThreads) gradient_kernel(const __grid_constant__ Arguments args) {
+    const Rows& rows = args.rows;
+    for (std::int64_t i = blockIdx.x; i < rows.batch * rows.time; i += gridDim.x) {
+        const TokenPlace at = place_of(rows, i);
+        if (!rows.mask.at(at.b, at.t)) {
+            clear<Element>(rows, args.out, at, 0);
+            continue;
+        }
+        const Transform transform = make_transform(rows.scale, rows.softcap, rows.temperature.at(at.b, at.t));
+        const RowView<Element, Softcap> view(rows, at, transform);
+        const std::int64_t token = token_of(rows, at);
+        const float y_token = token < 0 ? NAN : view.at(token);
+        const Statistics& saved = args.statistics;
+        const RowStats stats{saved.log_probs[i], saved.entropy ? saved.entropy[i] : 0.0f, saved.maximum[i],
+                             saved.log_sum[i], expf(-saved.log_sum[i])};
+        const float a = token < 0 ? NAN : args.upstream.log_probs.at(at.b, at.t);
+        const float b = args.upstream.entropy ? args.upstream.entropy.at(at.b, at.t) : 0.0f;
+        __syncthreads();  // every thread has read its token's logit
+        write_gradient<Element, Softcap>(rows, args.out, at, view, stats, a, b, transform.outer * kLog2E, token,
+                                         y_token);
+    }
+}
+
+template <class Element, bool Softcap>
+__global__ void __launch_bounds__(kMostThreads) loss_kernel(const __grid_constant__ Arguments args) {
+    const Rows& rows = args.rows;
+    const Coefficients coefficients = coefficients_of(args.terms);
+    __shared__ double sums[kNumSums];
+    if (threadIdx.x < kNumSums) sums[threadIdx.x] = 0.0;
+    __syncthreads();
+    for (std::int64_t i = blockIdx.x; i < rows.batch * rows.time; i += gridDim.x) {
+        const TokenPlace at = place_of(rows, i);
+        if (!rows.mask.at(at.b, at.t)) {
+            if (args.out.data) clear<Element>(rows, args.out, at, 0);
+            if (threadIdx.x == 0) args.results.log_probs[i] = args.results.entropy[i] = 0.0f;
+            continue;
+        }
+        const Transform transform = make_transform(rows.scale, rows.softcap, rows.temperature.at(at.b, at.t));
+        const RowView<Element, Softcap> view(rows, at, transform);
+        const float outer2 = transform.outer * kLog2E;
+        const std::int64_t token = token_of(rows, at);
+        const float y_token = token < 0 ? NAN : view.at(token);
+        const RowStats stats = finish2(block_merge(view.moments(outer2)), y_token, outer2);
+        const TokenTerms terms = terms_at(args.terms, at.b, at.t);
+        const TokenLoss loss =
+            token_loss(stats.log_prob, stats.entropy, terms, coefficients, args.terms.kl_type, args.terms.penalty);
+        if (threadIdx.x == 0) {
+            args.results.log_probs[i] = stats.log_prob;
+            args.results.entropy[i] = stats.entropy;
+            add_sums(sums, loss, stats.log_prob, stats.entropy, terms.weight, token < 0);
+        }
+        if (args.out.data) {
+            const float weight = terms.weight * *args.terms.gradient_scale;
+            write_gradient<Element, Softcap>(rows, args.out, at, view, stats, weight * loss.d_log_prob,
+                                             weight * loss.d_entropy, outer2, token, y_token);
+        }
+        __syncthreads();  // the block's shared parts are free for the next row
+    }
+    publish_sums(sums, args.results.workspace, args.results.ticket, blockIdx.x, gridDim.x, args.results.sums,
+                 args.results.loss);
+}
+
+template <class Element>
+__global__ void __launch_bounds__(kFewThreads) scale_kernel(void* values, std::int64_t count, const float* factor) {
+    const float by = *factor;
+    if (by == 1.0f) return;
+    typename Element::Stored* const data = static_cast<typename Element::Stored*>(values);
+    constexpr int kPerVector = Element::kPerVector;
+    const RowTiles<1, kVectorBytes * kLanes> parts(reinterpret_cast<std::uint64_t>(values),
+                                                   count * std::int64_t(sizeof(typename Element::Stored)));
+    uint4* const body = reinterpret_cast<uint4*>(static_cast<char*>(values) + parts.head_bytes);
+    const std::int64_t worker = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (std::int64_t i = worker; i < parts.body_bytes / kVectorBytes; i += std::int64_t(gridDim.x) * blockDim.x) {
+        float y[kPerVector];
+        Element::unpack(body[i], y);
+#pragma unroll
+        for (int k = 0; k < kPerVector; ++k) y[k] *= by;
+        body[i] = Element::pack(y);
+    }
+    if (worker < kLanes) {
+        const std::int64_t byte = parts.edge_of(static_cast<int>(worker), sizeof(typename Element::Stored));
+        if (byte >= 0) {
+            auto* const edge = data + byte / std::int64_t(sizeof(typename Element::Stored));
+            Element::store(edge, Element::load(edge) * by);
+        }
+    }
+}
+
+}  // namespace sweeps
+}  // namespace epo

@@ -1,0 +1,129 @@
+// What the CUDA kernels do with the numbers of a row, and how they share them out: host code too, so that a test can
+// walk the same tree of groups, lanes, warps and blocks without a GPU.
+//
+// In base 2, because a GPU's exponential is: with outer2 = outer * log2(e), t2 = outer2 * y - m2 is one fused
+// multiply-add on the raw logit, and 2^t2 one instruction. The product isn't rounded on its own, so that an offset of
+// the logits costs no accuracy, and the rounding of m2 is common to every term and cancels.
+#pragma once
+
+#include "epo_math.h"
+#include "rows.h"
+
+namespace epo {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLowestExponent2 = -300.0f;  // 2^-300 is 0 in float32
+constexpr int kLanes = 32;
+
+EPO_FN float fast_exp2(float x) {
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return exp2f(x);
+#endif
+}
+
+// Moments with everything in base 2: m = max z2, s = Σ 2^(z2-m), u = Σ (z2-m) 2^(z2-m).
+using Moments2 = Moments<float>;
+
+// Σ about another maximum. -inf against -inf keeps its zeros, and NaN in s stays.
+EPO_FN Moments2 about2(const Moments2& part, float m) {
+    const float shift = part.m == m ? 0.0f : fmaxf(part.m - m, kLowestExponent2);
+    const float decay = fast_exp2(shift);
+    return {m, part.s * decay, (part.u + shift * part.s) * decay};
+}
+
+EPO_FN Moments2 merge2(const Moments2& a, const Moments2& b) {
+    const float m = fmaxf(a.m, b.m);
+    const Moments2 left = about2(a, m), right = about2(b, m);
+    return {m, left.s + right.s, left.u + right.u};
+}
+
+// Adds N values to a thread's moments: their maximum first, then their exponentials, one rescaling for all of them.
+// Values wholly -inf add 0. NaN, which no maximum sees, ends up in s.
+template <int N>
+EPO_FN void add_group(Moments2& run, const float (&y)[N], float outer2) {
+    float m = run.m;
+#pragma unroll
+    for (int i = 0; i < N; ++i) m = fmaxf(m, y[i] * outer2);
+    run = about2(run, m);
+    const float base = m == -INFINITY ? 0.0f : m;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const float t = fmaf(y[i], outer2, -base);
+        const float e = fast_exp2(t);
+        run.s += e;
+        run.u = fmaf(fmaxf(t, kLowestExponent2), e, run.u);
+    }
+}
+
+EPO_FN RowStats finish2(const Moments2& row, float y_token, float outer2) {
+    const float log2_s = log2f(row.s);
+    const float log_prob = (fmaf(y_token, outer2, -row.m) - log2_s) * kLn2;
+    return {log_prob, (log2_s - row.u / row.s) * kLn2, row.m, log2_s * kLn2, 1.0f / row.s};
+}
+
+// ∂ℓ/∂x = 2^t2 * (constant + linear * t2), t2 = outer2 * y - m2; see gradient_line.
+EPO_FN GradientLine gradient_line2(float a, float b, const RowStats& row, const Transform& transform) {
+    const GradientLine line = gradient_line(a, b, row, transform);
+    return {line.constant, line.linear * kLn2};
+}
+
+EPO_FN float logit_gradient2(float y, float outer2, float m2, const GradientLine& line) {
+    const float t = fmaf(y, outer2, -m2);
+    return fast_exp2(t) * fmaf(line.linear, fmaxf(t, kLowestExponent2), line.constant);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A row in tiles, for the ring kernel: [head | tiles of whole 16-byte vectors | tail]. Head and tail are the fewer than
+// 16 bytes on either side that no bulk copy may touch. Tiles go round the warps of all blocks of a cluster.
+
+constexpr int kVectorBytes = 16;
+
+template <int Warps, int TileBytes>
+struct RowTiles {
+    static constexpr int kVectorsPerLane = TileBytes / kVectorBytes / kLanes;
+    static_assert(TileBytes == kVectorsPerLane * kVectorBytes * kLanes, "a tile gives each lane whole vectors");
+
+    std::int64_t head_bytes, body_bytes, tail_bytes;
+
+    // address: where the row starts; only its alignment counts.
+    EPO_FN RowTiles(std::uint64_t address, std::int64_t row_bytes) {
+        const std::int64_t off = static_cast<std::int64_t>((kVectorBytes - address % kVectorBytes) % kVectorBytes);
+        head_bytes = off < row_bytes ? off : row_bytes;
+        body_bytes = (row_bytes - head_bytes) / kVectorBytes * kVectorBytes;
+        tail_bytes = row_bytes - head_bytes - body_bytes;
+    }
+
+    EPO_FN int count() const { return static_cast<int>((body_bytes + TileBytes - 1) / TileBytes); }
+    // Tiles of one warp: first, first + stride, ...
+    EPO_FN static int first(int rank, int warp) { return rank * Warps + warp; }
+    EPO_FN static int stride(int ranks) { return ranks * Warps; }
+    // Edges belong to the first warp of the first block: the head to lanes 0 to 7, the tail to lanes 8 to 15. The byte of
+    // the row where the lane's element starts, -1 where it has none.
+    EPO_FN std::int64_t edge_of(int lane, int element_bytes) const {
+        const std::int64_t in_head = std::int64_t(lane) * element_bytes;
+        if (lane < 8) return in_head < head_bytes ? in_head : -1;
+        const std::int64_t in_tail = std::int64_t(lane - 8) * element_bytes;
+        return lane < 16 && in_tail < tail_bytes ? head_bytes + body_bytes + in_tail : -1;
+    }
+};
+
+// The fewest blocks of a cluster whose warps hold a row in their slots and keep kSpareSlots for the next row's first
+// tiles; 0 where no cluster does.
+constexpr int kSpareSlots = 3;
+template <class Tiles>
+inline int ranks_for(std::int64_t row_bytes, int slots) {
+    const Tiles tiles(0, row_bytes);
+    for (int ranks = 1; ranks <= 8; ranks *= 2) {
+        // One more, because an unaligned row may start a tile's piece earlier.
+        const int most = (tiles.count() + 1 + Tiles::stride(ranks) - 1) / Tiles::stride(ranks);
+        if (most + kSpareSlots <= slots) return ranks;
+    }
+    return 0;
+}
+
+}  // namespace epo

@@ -1,0 +1,174 @@
+"""Rows on NVIDIA GPUs, in CUDA C++ (csrc/): on chips with clusters one read and one write of the logits."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from epo_kernels.backends.fused import FP16_WEIGHT_BITS
+from epo_kernels.backends.native import (
+    array,
+    maybe_array,
+    native,
+    native_rows,
+    native_terms,
+    temperature_of,
+    why_not_built,
+)
+from epo_kernels.backends.rows import ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
+from epo_kernels.inputs import Scalar
+from epo_kernels.weights import sequence_lengths
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # traced graphs ask once
+def why_unavailable() -> str | None:
+    """None where the kernels are built and have code for the current device, else why not and the cure."""
+    reason = why_not_built()
+    if reason is not None:
+        return reason
+    module = native()
+    if module.cuda_missing is not None:
+        return (
+            f"the native module has no CUDA kernels: {module.cuda_missing}; put nvcc (CUDA 12.8 or newer) on PATH and "
+            "run `pip install -v -e .` again"
+        )
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch; run on a machine with one and a CUDA build of torch"
+    return _why_unsupported(torch.cuda.current_device())
+
+
+@cache
+def _why_unsupported(device: int) -> str | None:
+    module = native()
+    said = module.cuda_unsupported(device)
+    if said is None:
+        return None
+    return (
+        f"the kernels were compiled for {module.cuda_archs}, and on this device CUDA says: {said}; set "
+        "EPO_KERNELS_CUDA_ARCHS to its compute capability and run `pip install -v -e .` again"
+    )
+
+
+class CudaRows:
+    """`RowKernels` on CUDA tensors: launches on the current stream, without a sync.
+
+    Args:
+        family: which kernels a loss with gradient takes. "chosen": the ring, one read and one write, where chip, width
+            and alignment allow it; "ring" or "sweeps" insist on one, for tests and measurements.
+    """
+
+    def __init__(self, family: str = "chosen") -> None:
+        self._native = native()
+        self._family = family
+
+    def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
+        log_probs, entropies, maximum, log_sum = (_results(rows) for _ in range(4))
+        temperature = temperature_of(rows)
+        self._native.cuda_statistics(
+            native_rows(rows, temperature),
+            array(log_probs),
+            array(entropies) if entropy else None,
+            array(maximum),
+            array(log_sum),
+            *_place(rows.logits),
+        )
+        return RowStatistics(log_probs, entropies if entropy else None, maximum, log_sum)
+
+    def gradient(
+        self,
+        rows: Rows,
+        statistics: RowStatistics,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        temperature = temperature_of(rows)
+        self._native.cuda_gradient(
+            native_rows(rows, temperature),
+            array(statistics.log_probs),
+            maybe_array(statistics.entropy),
+            array(statistics.maximum),
+            array(statistics.log_sum),
+            array(grad_log_probs),
+            maybe_array(grad_entropy),
+            array(out),
+            *_place(rows.logits),
+        )
+
+    def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
+        log_probs, entropy = _results(rows), _results(rows)
+        device, stream = _place(rows.logits)
+        sums = torch.empty(len(ROW_SUMS), dtype=torch.float64, device=rows.logits.device)
+        loss = torch.empty((), dtype=torch.float32, device=rows.logits.device)
+        workspace = torch.empty(self._native.cuda_workspace_size(device), dtype=torch.float64, device=sums.device)
+        temperature = temperature_of(rows)
+        checked = native_rows(rows, temperature)
+        self._native.cuda_loss(
+            checked,
+            native_terms(checked, terms),
+            maybe_array(out),
+            array(log_probs),
+            array(entropy),
+            array(sums),
+            array(loss),
+            array(workspace),
+            array(terms.ticket),
+            device,
+            stream,
+            self._family,
+        )
+        return RowLoss(log_probs, entropy, sums, loss)
+
+    def prepare(self, rows: Rows, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
+        mask, device = rows.mask, rows.mask.device
+        lengths = sequence_lengths(mask, weighing.sequence_ids, weighing.num_sequences)
+        prepared = Prepared(
+            weights=_results(rows),
+            coefficients=torch.empty(len(coefficients), dtype=torch.float32, device=device),
+            gradient_scale=torch.empty((), dtype=torch.float32, device=device),
+            ticket=torch.empty(1, dtype=torch.int32, device=device),
+            extras=torch.empty(2, dtype=torch.float64, device=device),
+        )
+        numbers = [_on_device(value, device) for value in (weighing.loss_scale, *coefficients)]
+        normalizer = None if weighing.normalizer is None else _on_device(weighing.normalizer, device)
+        scale, *values = (array(value) if isinstance(value, Tensor) else value for value in numbers)
+        self._native.cuda_prepare(
+            array(mask),
+            array(lengths),
+            maybe_array(weighing.sequence_ids),
+            weighing.loss_agg_mode,
+            array(normalizer) if isinstance(normalizer, Tensor) else normalizer,
+            scale,
+            float(weighing.max_length or 1),
+            values,
+            FP16_WEIGHT_BITS if rows.logits.dtype == torch.float16 else None,
+            *(array(result) for result in prepared),
+            *_place(mask),
+        )
+        return prepared
+
+    def scale(self, gradient: Tensor, factor: Tensor) -> None:
+        if gradient.is_contiguous():
+            factor = factor.to(torch.float32)
+            self._native.cuda_scale(array(gradient), array(factor), *_place(gradient))
+        else:
+            gradient.mul_(factor)
+
+
+def _results(rows: Rows) -> Tensor:
+    return torch.empty(rows.tokens.shape, dtype=torch.float32, device=rows.logits.device)
+
+
+def _on_device(value: Scalar, device: torch.device) -> float | Tensor:
+    """A number, or a 0-d float32 tensor on the device; one on the CPU is read, which there costs no sync."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.to(torch.float32) if value.device == device else float(value)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Ordinal and current stream of the tensor's device."""
+    device = tensor.device
+    return tensor.get_device(), torch.cuda.current_stream(device).cuda_stream
