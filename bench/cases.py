@@ -1,0 +1,166 @@
+"""What is measured: tasks at the shapes of real models. Each suite is in order of importance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+Task = Literal["loss", "linear-loss", "score", "linear-score"]
+
+SEQUENCE_LENGTH = 1024
+TURN_LENGTH = 128  # tokens of an observation and the response to it
+
+
+class Model(NamedTuple):
+    hidden_size: int
+    vocab_size: int
+
+
+MODELS = {
+    "llama-2-7b": Model(4096, 32_000),
+    "llama-3-8b": Model(4096, 128_256),
+    "qwen2.5-0.5b": Model(896, 151_936),
+    "qwen2.5-3b": Model(2048, 151_936),
+    "qwen2.5-7b": Model(3584, 152_064),
+    "qwen3.5": Model(4096, 248_320),
+    "gemma-3-4b": Model(2560, 262_208),
+    # No model's, but what others report, or what a machine can hold:
+    "d4096-v131072": Model(4096, 131_072),
+    "d1024-v151936": Model(1024, 151_936),
+    "d512-v32000": Model(512, 32_000),
+    "d64-v151936": Model(64, 151_936),
+    "tiny": Model(64, 1_000),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the report.
+
+    Attributes:
+        task: "loss" and "linear-loss" are forward and backward, "score" and "linear-score" log-prob and entropy without
+            gradient; the linear ones start from hidden states and head.
+        model: a key of `MODELS`.
+        tokens: N, in sequences of at most 1,024.
+        dtype: a key of `DTYPES`, of logits or of hidden states and head.
+        unmasked: share of the tokens that count, the last of each turn.
+        band_scope: as in EPOConfig.
+        chunk_mb: `max_chunk_bytes` of the linear tasks.
+        peers: whether other libraries are measured too.
+        compiled: whether eager PyTorch under torch.compile is measured too (compiling takes long).
+    """
+
+    task: Task
+    model: str
+    tokens: int
+    dtype: str
+    unmasked: float = 1.0
+    band_scope: Literal["token", "segment"] = "token"
+    chunk_mb: int = 1024
+    peers: bool = False
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [self.task, self.model, f"{self.tokens}", self.dtype, f"{self.unmasked:.0%}"]
+        if self.band_scope == "segment":
+            parts.append("segment")
+        if self.chunk_mb != 1024:
+            parts.append(f"{self.chunk_mb}MB")
+        return "/".join(parts)
+
+    @property
+    def linear(self) -> bool:
+        return self.task.startswith("linear-")
+
+    @property
+    def gradient(self) -> bool:
+        return self.task in ("loss", "linear-loss")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def hidden_size(self) -> int:
+        return MODELS[self.model].hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return MODELS[self.model].vocab_size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T) of the tokens."""
+        length = min(self.tokens, SEQUENCE_LENGTH)
+        return self.tokens // length, length
+
+    @property
+    def turn_length(self) -> int:
+        return min(TURN_LENGTH, self.shape[1])
+
+    @property
+    def counted(self) -> int:
+        """Tokens whose mask is 1."""
+        return self.tokens // self.turn_length * self.counted_a_turn
+
+    @property
+    def counted_a_turn(self) -> int:
+        return max(round(self.unmasked * self.turn_length), 1)
+
+
+GPU = (
+    Case("loss", "qwen2.5-3b", 8192, "bf16", peers=True, compiled=True),
+    Case("loss", "llama-2-7b", 8192, "bf16", peers=True, compiled=True),
+    Case("loss", "llama-3-8b", 8192, "bf16", peers=True, compiled=True),
+    Case("loss", "qwen3.5", 8192, "bf16", peers=True, compiled=True),
+    Case("linear-loss", "d4096-v131072", 8192, "bf16", peers=True),
+    Case("linear-loss", "qwen2.5-7b", 8192, "bf16", peers=True, compiled=True),
+    Case("linear-score", "d4096-v131072", 8192, "bf16", peers=True),
+    Case("linear-loss", "d4096-v131072", 8192, "bf16", unmasked=0.15),
+    Case("linear-loss", "qwen2.5-7b", 8192, "bf16", unmasked=0.15, peers=True),
+    Case("linear-loss", "d4096-v131072", 8192, "bf16", chunk_mb=512),
+    Case("linear-loss", "qwen2.5-7b", 8192, "bf16", chunk_mb=512),
+    Case("linear-loss", "d1024-v151936", 131_072, "bf16"),
+    Case("linear-score", "qwen2.5-7b", 8192, "bf16"),
+    Case("score", "qwen2.5-3b", 8192, "bf16", peers=True),
+    Case("loss", "qwen2.5-3b", 8192, "bf16", unmasked=0.15, peers=True),
+    Case("loss", "qwen2.5-3b", 8192, "bf16", band_scope="segment"),
+    Case("loss", "gemma-3-4b", 8192, "bf16", peers=True),
+    Case("loss", "qwen2.5-7b", 2048, "bf16"),
+    Case("loss", "qwen2.5-7b", 32_768, "bf16"),
+    Case("loss", "qwen2.5-3b", 4096, "fp32"),
+    Case("linear-loss", "qwen2.5-0.5b", 32_768, "bf16"),
+    Case("linear-loss", "qwen2.5-3b", 16_384, "bf16"),
+    Case("linear-loss", "llama-3-8b", 8192, "bf16"),
+    Case("linear-loss", "gemma-3-4b", 8192, "bf16"),
+    Case("linear-loss", "qwen2.5-7b", 8192, "bf16", band_scope="segment"),
+)
+CPU = (
+    Case("loss", "qwen2.5-3b", 128, "fp32", peers=True, compiled=True),
+    Case("linear-loss", "d512-v32000", 1024, "fp32", peers=True, compiled=True),
+    Case("loss", "qwen2.5-3b", 128, "bf16", peers=True),
+    Case("linear-loss", "d512-v32000", 1024, "fp32", unmasked=0.15),
+    Case("linear-loss", "d64-v151936", 4096, "fp32", chunk_mb=512),
+    Case("score", "qwen2.5-3b", 128, "fp32"),
+    Case("linear-score", "d512-v32000", 1024, "fp32", peers=True),
+    Case("loss", "qwen2.5-3b", 128, "fp32", unmasked=0.15),
+    Case("loss", "qwen2.5-3b", 128, "fp32", band_scope="segment"),
+    Case("loss", "llama-2-7b", 512, "fp32"),
+    Case("loss", "llama-3-8b", 128, "fp32"),
+    Case("loss", "qwen3.5", 128, "fp32"),
+    Case("loss", "gemma-3-4b", 128, "fp32"),
+    Case("linear-loss", "qwen2.5-0.5b", 256, "bf16"),
+)
+TINY = (
+    Case("loss", "tiny", 64, "fp32", peers=True),
+    Case("loss", "tiny", 64, "bf16", unmasked=0.15),
+    Case("loss", "tiny", 64, "fp32", band_scope="segment"),
+    Case("linear-loss", "tiny", 64, "fp32", peers=True),
+    Case("score", "tiny", 64, "fp32"),
+    Case("linear-score", "tiny", 64, "fp32", peers=True),
+)
+SUITES = {"gpu": GPU, "cpu": CPU, "tiny": TINY}

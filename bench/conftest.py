@@ -1,0 +1,112 @@
+"""Options of the suite, and the session that measures a case once for all of its implementations."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import peers, records
+from bench.cases import SUITES, Case
+from bench.implementations import implementations
+from bench.measure import Lap, stopwatch
+from bench.records import Machine, Record
+from bench.runner import LOST, Budget, DeviceLost, measure_case
+
+DEVICE_LOST_EXIT = 3
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("bench")
+    group.addoption("--bench-suite", choices=sorted(SUITES), help="which cases (default: those of the device)")
+    group.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    group.addoption("--bench-out", type=Path, help="folder for results.json (default: bench/results/<machine>)")
+    group.addoption("--bench-seconds", type=float, default=10.0, help="for a case's timed rounds (at least 5 rounds)")
+    group.addoption("--bench-budget", type=float, help="seconds for all cases; what doesn't fit is skipped")
+    group.addoption("--bench-threads", type=int, default=os.cpu_count(), help="of PyTorch on a CPU (default: all)")
+    group.addoption("--bench-resume", action="store_true", help="leave out what the results already hold")
+
+
+def _device(config) -> torch.device:
+    return torch.device(config.option.bench_device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def pytest_generate_tests(metafunc):
+    if "implementation" in metafunc.fixturenames:
+        device = _device(metafunc.config)
+        suite = SUITES[metafunc.config.option.bench_suite or ("gpu" if device.type == "cuda" else "cpu")]
+        pairs = [(case, implementation) for case in suite for implementation in implementations(case, device)]
+        ids = [f"{case.name} {implementation.name}".replace(" ", "_") for case, implementation in pairs]
+        metafunc.parametrize(("case", "implementation"), pairs, ids=ids)
+
+
+class Session:
+    """Measures each case when its first test asks, with the implementations that are selected, and writes the file."""
+
+    def __init__(self, config, selected: dict[Case, list]) -> None:
+        self.device = _device(config)
+        torch.set_num_threads(config.option.bench_threads)
+        self.machine: Machine = records.this_machine(self.device, peers.installed())
+        folder = config.option.bench_out
+        self.path = (folder or records.RESULTS / self.machine.folder) / "results.json"
+        if folder is None and self.device.type == "cpu":
+            _refuse_busy_machine()
+        self._selected = selected
+        self._seconds = config.option.bench_seconds
+        self._budget = Budget(config.option.bench_budget)
+        self._watch = stopwatch(self.device)
+        self._found: dict[Case, tuple[dict[str, Record], dict[str, list[Lap]]]] = {}
+        before = records.merged(self.path, self.machine, []) if config.option.bench_resume else []
+        self._done = {record.case for record in before if record.median_ms is not None}
+        self._banned = {record.key for record in before if record.gate.startswith(LOST)}
+
+    def measured(self, case: Case, name: str) -> tuple[Record, list[Lap]]:
+        """The record of one implementation, and its rounds, none where it wasn't timed."""
+        if case not in self._found:
+            if case.name in self._done:
+                pytest.skip("the results hold this case already")
+            if not self._budget.allows():
+                pytest.skip("over the time budget")
+            self._found[case] = self._measure(case)
+        found, laps = self._found[case]
+        if name not in found:
+            pytest.skip(f"{LOST} in an earlier run")
+        return found[name], laps.get(name, [])
+
+    def add(self, found: dict[str, Record]) -> None:
+        records.write(self.path, self.machine, records.merged(self.path, self.machine, list(found.values())))
+
+    def _measure(self, case: Case) -> tuple[dict[str, Record], dict[str, list[Lap]]]:
+        began = time.monotonic()
+        chosen = [entry for entry in self._selected[case] if (case.name, entry.name) not in self._banned]
+        try:
+            found, laps = measure_case(case, chosen, self._watch, self.device, self._seconds)
+        except DeviceLost as lost:
+            self.add({record.impl: record for record in lost.records})
+            pytest.exit(f"{case.name}: {lost}; run again with --bench-resume to go on", DEVICE_LOST_EXIT)
+        self._budget.spent(time.monotonic() - began)
+        self.add(found)
+        return found, laps
+
+
+def _refuse_busy_machine() -> None:
+    load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    if load > 0.3 * processors:
+        pytest.exit(
+            f"load {load:.1f} on {processors} processors: figures of a busy machine aren't worth keeping. Wait until "
+            "it is quiet, or give --bench-out FOLDER to look at them without keeping them",
+            returncode=2,
+        )
+
+
+@pytest.fixture(scope="session")
+def session(request) -> Session:
+    selected: dict[Case, list] = {}
+    for item in request.session.items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "implementation" in params:
+            selected.setdefault(params["case"], []).append(params["implementation"])
+    return Session(request.config, selected)

@@ -1,0 +1,109 @@
+"""The denominator: the least bytes and operations of a case, over rates that the same run measured.
+
+Every input is read once and every output written once; the rows of masked tokens are not read, but their gradient is
+written. Matrix products count two operations a multiplication with addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from bench.cases import Case
+from bench.inputs import Inputs
+
+
+class Work(NamedTuple):
+    bytes: int
+    flops: int  # of matrix products alone
+
+
+class Ceilings(NamedTuple):
+    """Measured rates: bytes per second of a copy, counting read and write; FLOP per second of the bare products."""
+
+    bytes_per_second: float
+    flops_per_second: float | None
+
+
+class Ceiling(NamedTuple):
+    """Something bare that is timed beside the implementations."""
+
+    name: str
+    computes: str
+    run: Callable[[], object]
+    work: Work
+
+
+def least_work(case: Case) -> Work:
+    """What any implementation of the case must do, for n of N tokens counted:
+
+    - loss: (n + N) rows of logits; score: n rows
+    - linear-loss: three products, 6nDV; linear-score: one, 2nDV; hidden states and head, and their gradients
+    """
+    size, counted, wide = case.torch_dtype.itemsize, case.counted, case.vocab_size
+    if not case.linear:
+        rows = counted + case.tokens if case.gradient else counted
+        return Work(size * rows * wide, 0)
+    deep = case.hidden_size
+    read = counted * deep + wide * deep
+    written = case.tokens * deep + wide * deep if case.gradient else 0
+    return Work(size * (read + written), (6 if case.gradient else 2) * counted * deep * wide)
+
+
+def floor_seconds(work: Work, ceilings: Ceilings) -> float:
+    """The larger of the two times: moving the bytes, doing the operations."""
+    seconds = work.bytes / ceilings.bytes_per_second
+    if work.flops and ceilings.flops_per_second:
+        seconds = max(seconds, work.flops / ceilings.flops_per_second)
+    return seconds
+
+
+def make_ceilings(case: Case, inputs: Inputs) -> list[Ceiling]:
+    """A copy of the case's largest input and, in linear tasks, its one or three bare products over all N tokens.
+
+    Where the logits of all tokens are larger than 4 GiB (1 GiB on a CPU), the products are those of fewer tokens.
+    """
+    source = (inputs.weight if case.linear else inputs.logits).detach()
+    target = torch.empty_like(source)
+    copied = "head" if case.linear else "logits"
+    copy = Ceiling(
+        "ceiling: copy",
+        f"a copy of the {copied}: one read, one write",
+        lambda: target.copy_(source),
+        Work(2 * source.numel() * source.element_size(), 0),
+    )
+    if not case.linear:
+        return [copy]
+    return [copy, _products(case, inputs)]
+
+
+def _products(case: Case, inputs: Inputs) -> Ceiling:
+    limit = (4 if inputs.device.type == "cuda" else 1) << 30
+    rows = min(case.tokens, max(limit // (case.vocab_size * case.torch_dtype.itemsize), 1))
+    hidden, weight = inputs.hidden.detach().flatten(0, 1)[:rows], inputs.weight.detach()
+    logits = torch.empty(rows, case.vocab_size, dtype=hidden.dtype, device=hidden.device)
+    number = 3 if case.gradient else 1
+    grad_hidden = torch.empty_like(hidden) if case.gradient else None
+    grad_weight = torch.empty_like(weight) if case.gradient else None
+
+    def run() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        if case.gradient:
+            torch.mm(logits, weight, out=grad_hidden)
+            torch.mm(logits.t(), hidden, out=grad_weight)
+
+    return Ceiling(
+        "ceiling: three products" if case.gradient else "ceiling: one product",
+        f"the bare products of {rows} tokens, nothing else",
+        run,
+        Work(0, 2 * number * rows * case.hidden_size * case.vocab_size),
+    )
+
+
+def ceilings_of(medians: list[tuple[Work, float]]) -> Ceilings:
+    """Rates from the timed ceilings, in the order of `make_ceilings`: (work, median seconds) each."""
+    copy, *products = medians
+    flops = products[0][0].flops / products[0][1] if products else None
+    return Ceilings(copy[0].bytes / copy[1], flops)

@@ -1,0 +1,109 @@
+"""Who is measured: this library by backend, eager PyTorch, torch.compile of it; other libraries are in peers.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import epo_kernels as ek
+from bench.cases import Case
+from bench.inputs import Inputs
+from bench.truth import CONTRACTS, config_of, loss_arguments
+
+Run = Callable[[Inputs], dict[str, Tensor]]
+
+OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+EAGER = "eager"
+COMPILED = "torch.compile"
+# Float32 copies of the logits that eager PyTorch holds at its peak, at least: logits, exponentials, gradients of both.
+_EAGER_COPIES = 6
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a case.
+
+    Attributes:
+        name: in the report.
+        contract: a key of `CONTRACTS`: what it must yield.
+        build: imports what it needs, and returns the function to measure.
+        note: added to what the contract says it computes.
+        ours: whether it is this library's.
+        eager_memory: whether it holds several copies of the logits.
+    """
+
+    name: str
+    contract: str
+    build: Callable[[], Run]
+    note: str = ""
+    ours: bool = False
+    eager_memory: bool = False
+
+    @property
+    def computes(self) -> str:
+        return CONTRACTS[self.contract].computes + (f" ({self.note})" if self.note else "")
+
+
+def implementations(case: Case, device: torch.device) -> list[Implementation]:
+    """Everything that a case is measured with on this kind of device, ours first."""
+    from bench.peers import peers
+
+    contract = "loss" if case.gradient else "scores"
+    found = [
+        Implementation(f"ours:{backend}", contract, lambda backend=backend: ours(case, backend), ours=True)
+        for backend in OURS[device.type]
+    ]
+    found.append(Implementation(EAGER, contract, lambda: ours(case, "reference"), eager_memory=True))
+    if case.compiled:
+        found.append(Implementation(COMPILED, contract, lambda: compiled(case), "of eager", eager_memory=True))
+    return found + (peers(case, device) if case.peers else [])
+
+
+def missing_memory(case: Case, implementation: Implementation, free: int) -> str | None:
+    """Why it isn't tried: a machine that runs out of memory takes the other measurements with it."""
+    needed = _EAGER_COPIES * 4 * case.tokens * case.vocab_size
+    if not implementation.eager_memory or needed <= free:
+        return None
+    return f"needs about {needed / 1e9:.0f} GB for its copies of the logits, {free / 1e9:.0f} GB are free"
+
+
+def with_gradients(outputs: dict[str, Tensor], objective: Tensor, inputs: Inputs, upstream=None) -> dict[str, Tensor]:
+    """The outputs and the gradients of every leaf, which are made now."""
+    leaves = inputs.leaves
+    gradients = torch.autograd.grad(objective, list(leaves.values()), upstream)
+    return {**outputs, **dict(zip(leaves, gradients, strict=True))}
+
+
+def ours(case: Case, backend: str, function: Callable | None = None) -> Run:
+    """A call of this library, and its backward where the case has one. function: takes the place of the library's."""
+    cfg, chunks = config_of(case), {"max_chunk_bytes": case.chunk_mb << 20} if case.linear else {}
+    if not case.gradient:
+        score = function or (ek.linear_log_probs_and_entropy if case.linear else ek.log_probs_and_entropy)
+
+        def run_score(inputs: Inputs) -> dict[str, Tensor]:
+            rows = (inputs.hidden, inputs.weight) if case.linear else (inputs.logits,)
+            with torch.no_grad():
+                log_probs, entropy = score(*rows, inputs.tokens, mask=inputs.mask, backend=backend, **chunks)
+            return {"log_probs": log_probs, "entropy": entropy}
+
+        return run_score
+    loss = function or (ek.linear_epo_loss if case.linear else ek.epo_loss)
+
+    def run_loss(inputs: Inputs) -> dict[str, Tensor]:
+        rows = (inputs.hidden, inputs.weight) if case.linear else (inputs.logits,)
+        per_token = (inputs.tokens, inputs.old_log_probs, inputs.advantages, inputs.mask)
+        out = loss(*rows, *per_token, cfg, backend=backend, **chunks, **loss_arguments(case, inputs))
+        outputs = {"loss": out.loss, "log_probs": out.log_probs, "entropy": out.entropy}
+        return with_gradients(outputs, out.loss, inputs)
+
+    return run_loss
+
+
+def compiled(case: Case) -> Run:
+    """Eager PyTorch as torch.compile makes it: what a user gets who writes the loss down and compiles it."""
+    torch.compiler.reset()  # one code object is compiled for every case, and the number of versions is limited
+    function = ek.linear_epo_loss if case.linear else ek.epo_loss
+    return ours(case, "reference", torch.compile(function, dynamic=False))

@@ -1,0 +1,177 @@
+"""Stopwatches: device events on a GPU, wall clock on a CPU; cold caches, peak memory, launches."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+Call = Callable[[], object]
+
+_MB = 1e6
+_CPU_FLUSH_BYTES = 128 << 20
+# Long enough for the host to queue a whole forward and backward before the device starts it.
+_HEAD_START_CYCLES = 4_000_000
+
+
+class Lap(NamedTuple):
+    """Seconds of one call: on the device, and until the host had queued it (on a CPU the same)."""
+
+    seconds: float
+    host_seconds: float
+
+
+class Stopwatch(Protocol):
+    def time(self, call: Call) -> Lap:
+        """One call, with cold caches."""
+
+    def peak_mb(self, call: Call) -> float | None:
+        """Megabytes (1e6) alive at the worst moment of a call beyond what was alive before; None: not to be known."""
+
+    def launches(self, call: Call) -> int | None:
+        """Kernels, copies and fills that a call starts on the device; None: not to be known."""
+
+    def free_bytes(self) -> int:
+        """Memory that a call may take."""
+
+    def close(self) -> None:
+        """Give buffers back."""
+
+
+class CudaStopwatch:
+    """Times by device events around a call that waits on the device until the host has queued all of it.
+
+    So gaps between launches, which a training step hides, don't count, and what syncs on the way does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Twice the L2 cache, written before each call.
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(2 * cache, dtype=torch.uint8, device=device)
+
+    def time(self, call: Call) -> Lap:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(_HEAD_START_CYCLES)
+        self._flush.fill_(1)
+        start.record()
+        began = time.perf_counter()
+        result = call()
+        host = time.perf_counter() - began
+        end.record()
+        torch.cuda.synchronize()
+        del result
+        return Lap(start.elapsed_time(end) / 1e3, host)
+
+    def peak_mb(self, call: Call) -> float | None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return (torch.cuda.max_memory_allocated() - before) / _MB
+
+    def launches(self, call: Call) -> int | None:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize()
+        events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return len(events) or None  # none at all: the profiler sees nothing on this machine
+
+    def free_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+    def close(self) -> None:
+        torch.cuda.empty_cache()
+
+
+class CpuStopwatch:
+    """Times by the wall clock. Memory is the process's resident memory, whose high-water mark Linux can reset."""
+
+    def __init__(self) -> None:
+        self._flush = torch.empty(_CPU_FLUSH_BYTES, dtype=torch.uint8)
+
+    def time(self, call: Call) -> Lap:
+        self._flush.fill_(1)
+        began = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - began
+        del result
+        return Lap(seconds, seconds)
+
+    def peak_mb(self, call: Call) -> float | None:
+        gc.collect()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _resident("VmRSS")
+            result = call()
+            peak = _resident("VmHWM")
+        except (OSError, LookupError):
+            return None
+        del result
+        return max(peak - before, 0) / _MB
+
+    def launches(self, call: Call) -> int | None:
+        return None
+
+    def free_bytes(self) -> int:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024 if found else 0
+
+    def close(self) -> None:
+        gc.collect()
+
+
+def _resident(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise LookupError(name)
+    return int(found[1]) * 1024
+
+
+def stopwatch(device: torch.device) -> Stopwatch:
+    return CudaStopwatch(device) if device.type == "cuda" else CpuStopwatch()
+
+
+def interleaved(
+    calls: dict[str, Callable[[int], object]], watch: Stopwatch, seconds: float, least: int = 5, most: int = 50
+) -> dict[str, list[Lap]]:
+    """Rounds in which each call is timed once, each round starting with another one: a drift of clocks meets all alike.
+
+    Args:
+        calls: {name: function of the round's number}, which takes another input set each round.
+        seconds: how long the rounds may take in all, beyond the least and below the most number of them.
+    """
+    laps: dict[str, list[Lap]] = {name: [] for name in calls}
+    names = list(calls)
+    began = time.perf_counter()
+    with _no_garbage_collection():
+        for number in range(most):
+            if number >= least and time.perf_counter() - began > seconds:
+                break
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                laps[name].append(watch.time(partial(calls[name], number)))
+    return laps
+
+
+@contextmanager
+def _no_garbage_collection():
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

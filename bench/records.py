@@ -1,0 +1,189 @@
+"""results.json: a list whose first element is the machine and whose others are one record a case and implementation."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "triton", "numpy", "transformers")
+
+
+@dataclass
+class Record:
+    """What was measured of one implementation in one case. None: not measured, and `gate` says why.
+
+    Attributes:
+        case, impl: names.
+        median_ms: of the rounds.
+        floor_ms: the least time, from the case's bytes and operations and the ceilings of the same run.
+        ratio_to_floor: median_ms / floor_ms.
+        ratio_to_ours: median_ms / that of this library's fastest backend in the case.
+        peak_mb: memory at the worst moment beyond the inputs, in 1e6 bytes; gradients count.
+        gate: "pass", "fails: ..." or "not run: ...".
+        computes: what it yields.
+        spread_ms: first and third quartile of the rounds.
+        rounds: how many.
+        host_ms: median time until the host had queued the call.
+        launches: on the device.
+        bytes, flops: the least of the case; of a ceiling its own.
+        moved_bytes: what this implementation moves by its own byte model, where it has one.
+        phases_ms: parts of a whole step.
+        date, commit: when it was measured, and of what.
+    """
+
+    case: str
+    impl: str
+    median_ms: float | None
+    floor_ms: float | None
+    ratio_to_floor: float | None
+    ratio_to_ours: float | None
+    peak_mb: float | None
+    gate: str
+    computes: str
+    spread_ms: list[float] | None = None
+    rounds: int = 0
+    host_ms: float | None = None
+    launches: int | None = None
+    bytes: int | None = None
+    flops: int | None = None
+    moved_bytes: int | None = None
+    phases_ms: dict[str, float] | None = None
+    date: str = ""
+    commit: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.case, self.impl
+
+    @property
+    def ceiling(self) -> bool:
+        return self.impl.startswith("ceiling: ")
+
+    @property
+    def ours(self) -> bool:
+        return self.impl.startswith("ours")
+
+
+@dataclass
+class Machine:
+    """The machine and versions, the same for every record of a file."""
+
+    machine: str  # what computes: the GPU's or the processor's name
+    device_type: str
+    system: str
+    processors: int
+    threads: int
+    driver: str | None
+    versions: dict[str, str]
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder in bench/results: "NVIDIA H200" -> "h200"."""
+        name = self.machine if self.device_type == "cuda" else f"cpu {self.machine}"
+        return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\b(nvidia|geforce)\b", "", name.lower())).strip("-")
+
+
+def this_machine(device: torch.device, peers: dict[str, str]) -> Machine:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    on_gpu = device.type == "cuda"
+    return Machine(
+        machine=torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        device_type=device.type,
+        system=f"{platform.system()} {platform.machine()}",
+        processors=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        versions={**versions, **peers},
+    )
+
+
+def _processor() -> str:
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc") else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, "+" where the code differs; EPO_COMMIT where there is no repository."""
+    root = str(Path(__file__).parent.parent)
+    head = _output("git", "-C", root, "rev-parse", "--short", "HEAD")
+    if head is None:
+        return os.environ.get("EPO_COMMIT", "unknown")
+    changed = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no", "--", "epo_kernels", "csrc")
+    return f"{head}+" if changed else head
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def write(path: Path, machine: Machine, records: list[Record]) -> None:
+    """Whole or not at all: a run may be killed at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = [asdict(machine), *({k: _rounded(v) for k, v in asdict(record).items()} for record in records)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in content) + "\n]\n")
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> tuple[Machine, list[Record]]:
+    """The machine and the records of a file that `write` wrote.
+
+    Raises:
+        ValueError: the file holds something else; the message says what.
+    """
+    try:
+        first, *others = json.loads(path.read_text())
+        known = {field.name for field in fields(Record)}
+        for entry in others:
+            if unknown := set(entry) - known:
+                raise ValueError(f"a record has unknown fields {sorted(unknown)}")
+        return Machine(**first), [Record(**entry) for entry in others]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no list of a machine and its records ({error}); measure again") from error
+
+
+def merged(path: Path, machine: Machine, records: list[Record]) -> list[Record]:
+    """The file's records with the new ones in their places; none of the file's where it is of another machine."""
+    if not path.exists():
+        return records
+    before, old = read(path)
+    if before != machine:
+        return records
+    fresh = {record.key: record for record in records}
+    kept = [fresh.pop(record.key, record) for record in old]
+    return kept + list(fresh.values())
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to five significant digits; nothing here is known better."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    return value

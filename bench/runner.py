@@ -1,0 +1,172 @@
+"""How one case is measured: inputs, truth, gate, memory, launches, interleaved rounds, records."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bench import gate, records
+from bench.cases import Case
+from bench.floors import Ceiling, Ceilings, Work, ceilings_of, floor_seconds, least_work, make_ceilings
+from bench.implementations import Implementation, Run, missing_memory
+from bench.inputs import Inputs, make_inputs
+from bench.measure import Lap, Stopwatch, interleaved
+from bench.records import Record
+from bench.truth import Truth
+
+INPUT_SETS = 3
+SEED = 20
+# A device that an illegal access has made useless answers nothing any more, whoever asks.
+LOST = "not run: lost the device"
+
+
+class DeviceLost(RuntimeError):
+    """An implementation has crashed the device; `records` says which. Only a new process can go on."""
+
+    def __init__(self, records: list[Record]) -> None:
+        super().__init__(records[0].gate)
+        self.records = records
+
+
+@dataclass
+class Ready:
+    """An implementation that passed its gate."""
+
+    run: Run
+    peak_mb: float | None
+    launches: int | None
+
+
+def measure_case(
+    case: Case,
+    implementations: Sequence[Implementation],
+    watch: Stopwatch,
+    device: torch.device,
+    seconds: float,
+    input_sets: int = INPUT_SETS,
+) -> tuple[dict[str, Record], dict[str, list[Lap]]]:
+    """Records of all the implementations and of the case's ceilings, by name, and the rounds of those that were timed.
+
+    Args:
+        seconds: how long the timed rounds may take (five are always done).
+
+    Raises:
+        DeviceLost: an implementation left the device in a state where nothing runs.
+    """
+    first = make_inputs(case, device, SEED)
+    sets = [first, *(make_inputs(case, device, SEED + n, first.weight) for n in range(1, input_sets))]
+    found: dict[str, Record] = {}
+    ready: dict[str, Ready] = {}
+    truth = Truth(case, first)
+    for implementation in implementations:
+        verdict, passed = _admit(case, implementation, first, truth, watch)
+        found[implementation.name] = _record(case, implementation.name, implementation.computes, verdict)
+        if passed is not None:
+            ready[implementation.name] = passed
+    del truth
+    watch.close()
+
+    ceilings = make_ceilings(case, first)
+    for ceiling in ceilings:
+        ceiling.run()
+        found[ceiling.name] = _record(case, ceiling.name, ceiling.computes, gate.PASS, ceiling.work)
+    calls: dict[str, Callable[[int], object]] = {
+        name: lambda number, run=entry.run: run(sets[number % len(sets)]) for name, entry in ready.items()
+    }
+    calls |= {ceiling.name: lambda number, run=ceiling.run: run() for ceiling in ceilings}
+    laps = interleaved(calls, watch, seconds)
+    _fill(case, found, ready, ceilings, laps)
+    watch.close()
+    return found, laps
+
+
+def _admit(
+    case: Case, implementation: Implementation, inputs: Inputs, truth: Truth, watch: Stopwatch
+) -> tuple[str, Ready | None]:
+    """The gate's verdict and, where it passed, what the rounds need."""
+    if reason := missing_memory(case, implementation, watch.free_bytes()):
+        return f"not run: {reason}", None
+    try:
+        true = truth.outputs(implementation.contract)
+        run = implementation.build()
+        gate.poison(inputs.device, max(leaf.numel() for leaf in (inputs.logits, inputs.hidden) if leaf is not None))
+        verdict = gate.check(case, run(inputs), true)
+        if verdict != gate.PASS:
+            return verdict, None
+        return verdict, Ready(run, watch.peak_mb(lambda: run(inputs)), watch.launches(lambda: run(inputs)))
+    except Exception as error:  # another library's, of any kind: it is what the report says of it
+        message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if inputs.device.type == "cuda" and not _answers():
+            record = _record(case, implementation.name, implementation.computes, f"{LOST} ({message[:200]})")
+            raise DeviceLost([record]) from error
+        watch.close()
+        return f"not run: {message[:200]}", None
+
+
+def _answers() -> bool:
+    try:
+        torch.cuda.synchronize()
+        return bool(torch.ones(1, device="cuda").item() == 1)
+    except RuntimeError:
+        return False
+
+
+def _record(case: Case, name: str, computes: str, verdict: str, work: Work | None = None) -> Record:
+    work = work or least_work(case)
+    return Record(
+        case.name,
+        name,
+        *(None,) * 5,
+        verdict,
+        computes,
+        bytes=work.bytes,
+        flops=work.flops,
+        date=records.now(),
+        commit=records.commit(),
+    )
+
+
+def _fill(
+    case: Case,
+    found: dict[str, Record],
+    ready: dict[str, Ready],
+    ceilings: list[Ceiling],
+    laps: dict[str, list[Lap]],
+) -> None:
+    """Write what was timed into the records."""
+    medians = {name: statistics.median(lap.seconds for lap in own) for name, own in laps.items()}
+    rates: Ceilings = ceilings_of([(ceiling.work, medians[ceiling.name]) for ceiling in ceilings])
+    floor = floor_seconds(least_work(case), rates)
+    own = [medians[name] for name in medians if found[name].ours]
+    for name, median in medians.items():
+        record, times = found[name], [lap.seconds for lap in laps[name]]
+        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+        record.median_ms, record.spread_ms = 1e3 * median, [1e3 * low, 1e3 * high]
+        record.floor_ms, record.ratio_to_floor = 1e3 * floor, median / floor
+        record.ratio_to_ours = median / min(own) if own else None
+        record.rounds = len(times)
+        record.host_ms = 1e3 * statistics.median(lap.host_seconds for lap in laps[name])
+        if name in ready:
+            record.peak_mb, record.launches = ready[name].peak_mb, ready[name].launches
+    # Those that aren't timed have a floor too: it is the case's.
+    for record in found.values():
+        record.floor_ms = 1e3 * floor
+
+
+class Budget:
+    """Wall time left for whole cases; None: no limit."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._longest = 0.0
+
+    def allows(self) -> bool:
+        """Whether a case as long as the longest so far still fits."""
+        return self._end is None or time.monotonic() + self._longest < self._end
+
+    def spent(self, seconds: float) -> None:
+        self._longest = max(self._longest, seconds)

@@ -1,0 +1,195 @@
+"""What an implementation must compute, in float64 by the library's reference: the contracts and their true outputs.
+
+Rows are taken in chunks and only where the mask is 1, so that real sizes fit: statistics first, then the objective's
+derivatives per token, then the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import epo_kernels as ek
+from bench.cases import Case
+from bench.inputs import Inputs
+from epo_kernels import reference
+from epo_kernels.inputs import check_loss, check_rows
+
+CONFIG = ek.EPOConfig(entropy_coeff=1e-2, kl_coeff=1e-2, penalty="hinge", penalty_alpha=2.0)
+# What group-relative losses without entropy compute: no bonus, no band, no dual clip.
+POLICY_CONFIG = ek.EPOConfig(entropy_coeff=0.0, kl_coeff=1e-2, clip_ratio_c=None)
+
+Objective = Callable[[Case, Inputs, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a kind of implementation yields.
+
+    Attributes:
+        computes: in words, for the report.
+        outputs: names of what it must return, without gradients.
+        objective: (case, inputs, log_probs, entropy) -> scalar whose gradient it must return; None: no gradient.
+    """
+
+    computes: str
+    outputs: tuple[str, ...]
+    objective: Objective | None
+
+
+def config_of(case: Case) -> ek.EPOConfig:
+    return ek.EPOConfig(**{**vars(CONFIG), "band_scope": case.band_scope})
+
+
+def loss_arguments(case: Case, inputs: Inputs) -> dict[str, object]:
+    """Arguments of `ek.epo_loss` beside rows, tokens, old log-probs, advantages, mask and config."""
+    segments = {"segment_ids": inputs.turns} if case.band_scope == "segment" else {}
+    return {"entropy_bounds": (inputs.lower, inputs.upper), "ref_log_probs": inputs.ref_log_probs, **segments}
+
+
+def without_last(mask: Tensor) -> Tensor:
+    """The mask (B, T) less its last column, which implementations that shift the tokens themselves never count."""
+    counted = mask.clone()
+    counted[:, -1] = False
+    return counted
+
+
+def _whole_loss(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:
+    arguments = loss_arguments(case, inputs)
+    return _loss_of_statistics(inputs, inputs.mask, config_of(case), arguments, log_probs, entropy)
+
+
+def _policy_loss(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:
+    arguments = {"ref_log_probs": inputs.ref_log_probs}
+    return _loss_of_statistics(inputs, inputs.mask, POLICY_CONFIG, arguments, log_probs, entropy)
+
+
+def _shifted_policy_loss(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:
+    arguments = {"ref_log_probs": inputs.ref_log_probs}
+    mask = without_last(inputs.mask)
+    return _loss_of_statistics(inputs, mask, POLICY_CONFIG, arguments, log_probs, entropy)
+
+
+def _loss_of_statistics(inputs: Inputs, mask: Tensor, cfg, arguments, log_probs: Tensor, entropy: Tensor) -> Tensor:
+    rows = log_probs.new_zeros(()).expand(*log_probs.shape, case_width(inputs))  # for its shape and dtype alone
+    _, layout = check_rows(rows, inputs.tokens, None)
+    optional = dict.fromkeys(
+        ("temperature", "vocab_size", "logit_softcap", "logit_scale", "entropy_coeff", "kl_coeff", "normalizer")
+    )
+    optional |= dict.fromkeys(("entropy_bounds", "segment_ids", "max_length", "ref_log_probs", "is_weights"))
+    _, token_inputs, coefficients = check_loss(
+        layout,
+        cfg,
+        inputs.tokens,
+        inputs.old_log_probs,
+        inputs.advantages,
+        mask,
+        width=rows.shape[-1],
+        **{**optional, "penalty_weight": 1.0, "loss_scale": 1.0, **arguments},
+    )
+    return reference.loss_of_statistics(log_probs, entropy, rows.shape[-1], token_inputs, coefficients, cfg).loss
+
+
+def case_width(inputs: Inputs) -> int:
+    return inputs.logits.shape[-1] if inputs.logits is not None else inputs.weight.shape[0]
+
+
+def _statistics(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:
+    return (inputs.upstream[0] * log_probs + inputs.upstream[1] * entropy)[inputs.mask].sum()
+
+
+def _log_probs(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:
+    return (inputs.upstream[0] * log_probs)[inputs.mask].sum()
+
+
+def _cross_entropy(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:
+    return -log_probs[inputs.mask].mean()
+
+
+CONTRACTS = {
+    "loss": Contract(
+        "the whole loss (clip, dual clip, entropy bonus, band, KL), its gradient, log-prob and entropy",
+        ("loss", "log_probs", "entropy"),
+        _whole_loss,
+    ),
+    "policy loss": Contract("clipped loss with KL and its gradient; no entropy, no band", ("loss",), _policy_loss),
+    "shifted policy loss": Contract(
+        "clipped loss with KL and its gradient; no entropy, no band", ("loss",), _shifted_policy_loss
+    ),
+    "statistics": Contract("log-prob and entropy, both with gradient; no loss", ("log_probs", "entropy"), _statistics),
+    "log-probs": Contract("log-prob with gradient; no entropy, no loss", ("log_probs",), _log_probs),
+    "cross-entropy": Contract(
+        "cross-entropy with gradient; no entropy, no ratio, no loss of ours", ("loss",), _cross_entropy
+    ),
+    "scores": Contract("log-prob and entropy, no gradient", ("log_probs", "entropy"), None),
+    "log-prob scores": Contract("log-prob, no gradient; no entropy", ("log_probs",), None),
+}
+
+
+class Truth:
+    """True outputs of one input set, float32 gradients and float64 statistics, made once for each contract."""
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        self._case, self._inputs = case, inputs
+        self._rows = inputs.mask.flatten().nonzero()[:, 0]
+        budget = (2 << 30) if inputs.device.type == "cuda" else (256 << 20)
+        self._chunk = max(budget // (case_width(inputs) * 8), 1)
+        self._weight = None if inputs.weight is None else inputs.weight.detach().double()
+        self.log_probs, self.entropy = self._forward()
+        self._outputs: dict[str, dict[str, Tensor]] = {}
+
+    def outputs(self, name: str) -> dict[str, Tensor]:
+        """{output: truth} of a contract, gradients included."""
+        if name not in self._outputs:
+            self._outputs[name] = self._make(CONTRACTS[name])
+        return self._outputs[name]
+
+    def _make(self, contract: Contract) -> dict[str, Tensor]:
+        known = {"log_probs": self.log_probs, "entropy": self.entropy}
+        gradients = {}
+        if contract.objective is not None:
+            leaves = [value.clone().requires_grad_() for value in (self.log_probs, self.entropy)]
+            known["loss"] = contract.objective(self._case, self._inputs, *leaves)
+            upstream = torch.autograd.grad(known["loss"], leaves, allow_unused=True, materialize_grads=True)
+            gradients = self._backward(*upstream)
+        return {**{name: known[name].detach() for name in contract.outputs}, **gradients}
+
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Places among the flat tokens, logits (c, V) in float64, tokens."""
+        inputs = self._inputs
+        for rows in self._rows.split(self._chunk):
+            if inputs.logits is not None:
+                logits = inputs.logits.detach().flatten(0, 1)[rows].double()
+            else:
+                logits = inputs.hidden.detach().flatten(0, 1)[rows].double() @ self._weight.t()
+            yield rows, logits, inputs.tokens.flatten()[rows]
+
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        shape = self._inputs.tokens.shape
+        log_probs, entropy = (torch.zeros(shape, dtype=torch.float64, device=self._inputs.device) for _ in range(2))
+        for rows, logits, tokens in self._chunks():
+            log_probs.view(-1)[rows], entropy.view(-1)[rows] = reference.log_probs_and_entropy(logits, tokens)
+        return log_probs, entropy
+
+    def _backward(self, grad_log_probs: Tensor, grad_entropy: Tensor) -> dict[str, Tensor]:
+        inputs = self._inputs
+        gradients = {
+            name: torch.zeros(leaf.shape, dtype=torch.float32, device=leaf.device)
+            for name, leaf in inputs.leaves.items()
+            if name != "grad_weight"
+        }
+        total = None if self._weight is None else torch.zeros_like(self._weight)
+        for rows, logits, tokens in self._chunks():
+            logits.requires_grad_()
+            statistics = reference.log_probs_and_entropy(logits, tokens)
+            upstream = [grad.flatten()[rows] for grad in (grad_log_probs, grad_entropy)]
+            (grad_logits,) = torch.autograd.grad(statistics, logits, upstream)
+            if total is None:
+                gradients["grad_logits"].flatten(0, 1)[rows] = grad_logits.float()
+            else:
+                gradients["grad_hidden"].flatten(0, 1)[rows] = (grad_logits @ self._weight).float()
+                total += grad_logits.t() @ inputs.hidden.detach().flatten(0, 1)[rows].double()
+        return gradients if total is None else {**gradients, "grad_weight": total.float()}
