@@ -34,12 +34,12 @@
 namespace epo {
 namespace ring {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = kRingWarps;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kTileBytes = 2048;
-constexpr int kMostRanks = 8;
+constexpr int kTileBytes = kRingTileBytes;
 constexpr int kMostSlots = 16;
-using Tiles = RowTiles<kWarps, kTileBytes>;
+using Tiles = RingTiles;
+using Part = TilePart<Tiles>;
 
 struct Arguments {
     Rows rows;
@@ -59,24 +59,6 @@ struct Fetching {
     std::int64_t row;
     const char* from;
     int left, stride;  // as in Part
-};
-
-// A warp's tiles of a row: bytes from the row's start to the first, to the end of the last, and from one to the next.
-struct Part {
-    int offset, left, stride;
-
-    __device__ Part(const Tiles& tiles, int rank, int warp, int ranks) {
-        const int before = Tiles::first(rank, warp) * kTileBytes;
-        offset = static_cast<int>(tiles.head_bytes) + before;
-        left = static_cast<int>(tiles.body_bytes) - before;
-        stride = Tiles::stride(ranks) * kTileBytes;
-    }
-    __device__ int bytes() const { return left < kTileBytes ? left : kTileBytes; }  // of the tile it stands at
-    __device__ bool holds(int byte) const { return unsigned(byte - offset) < unsigned(bytes()); }
-    __device__ void advance() {
-        offset += stride;
-        left -= stride;
-    }
 };
 
 struct alignas(128) Shared {

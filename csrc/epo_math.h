@@ -12,8 +12,10 @@
 
 #if defined(__CUDACC__)
 #define EPO_FN __host__ __device__ __forceinline__
+#define EPO_UNROLL _Pragma("unroll")
 #else
 #define EPO_FN inline __attribute__((always_inline))  // and so never a symbol of its own: see cpu_sweeps.h
+#define EPO_UNROLL
 #endif
 
 namespace epo {

@@ -47,11 +47,11 @@ EPO_FN Moments2 merge2(const Moments2& a, const Moments2& b) {
 template <int N>
 EPO_FN void add_group(Moments2& run, const float (&y)[N], float outer2) {
     float m = run.m;
-#pragma unroll
+    EPO_UNROLL
     for (int i = 0; i < N; ++i) m = fmaxf(m, y[i] * outer2);
     run = about2(run, m);
     const float base = m == -INFINITY ? 0.0f : m;
-#pragma unroll
+    EPO_UNROLL
     for (int i = 0; i < N; ++i) {
         const float t = fmaf(y[i], outer2, -base);
         const float e = fast_exp2(t);
@@ -85,6 +85,7 @@ constexpr int kVectorBytes = 16;
 
 template <int Warps, int TileBytes>
 struct RowTiles {
+    static constexpr int kTileBytes = TileBytes;
     static constexpr int kVectorsPerLane = TileBytes / kVectorBytes / kLanes;
     static_assert(TileBytes == kVectorsPerLane * kVectorBytes * kLanes, "a tile gives each lane whole vectors");
 
@@ -99,7 +100,7 @@ struct RowTiles {
     }
 
     EPO_FN int count() const { return static_cast<int>((body_bytes + TileBytes - 1) / TileBytes); }
-    // Tiles of one warp: first, first + stride, ...
+    // Tiles go to the warps in turn: a warp's first one, and how many further on its next is.
     EPO_FN static int first(int rank, int warp) { return rank * Warps + warp; }
     EPO_FN static int stride(int ranks) { return ranks * Warps; }
     // Edges belong to the first warp of the first block: the head to lanes 0 to 7, the tail to lanes 8 to 15. The byte of
@@ -112,13 +113,39 @@ struct RowTiles {
     }
 };
 
+// A walk over one warp's tiles of a row: bytes from the row's start to the tile it stands at, from there to the end of
+// the body, and to the warp's next tile. At the end `left` is 0 or less.
+template <class Tiles>
+struct TilePart {
+    int offset, left, stride;
+
+    EPO_FN TilePart(const Tiles& tiles, int rank, int warp, int ranks) {
+        const int before = Tiles::first(rank, warp) * Tiles::kTileBytes;
+        offset = static_cast<int>(tiles.head_bytes) + before;
+        left = static_cast<int>(tiles.body_bytes) - before;
+        stride = Tiles::stride(ranks) * Tiles::kTileBytes;
+    }
+    EPO_FN int bytes() const { return left < Tiles::kTileBytes ? left : Tiles::kTileBytes; }
+    EPO_FN bool holds(int byte) const { return unsigned(byte - offset) < unsigned(bytes()); }
+    EPO_FN void advance() {
+        offset += stride;
+        left -= stride;
+    }
+};
+
+// The ring's own sizes; cuda_ring.cuh says what speaks for them.
+constexpr int kRingWarps = 8;
+constexpr int kRingTileBytes = 2048;
+constexpr int kMostRanks = 8;
+using RingTiles = RowTiles<kRingWarps, kRingTileBytes>;
+
 // The fewest blocks of a cluster whose warps hold a row in their slots and keep kSpareSlots for the next row's first
 // tiles; 0 where no cluster does.
 constexpr int kSpareSlots = 3;
 template <class Tiles>
 inline int ranks_for(std::int64_t row_bytes, int slots) {
     const Tiles tiles(0, row_bytes);
-    for (int ranks = 1; ranks <= 8; ranks *= 2) {
+    for (int ranks = 1; ranks <= kMostRanks; ranks *= 2) {
         // One more, because an unaligned row may start a tile's piece earlier.
         const int most = (tiles.count() + 1 + Tiles::stride(ranks) - 1) / Tiles::stride(ranks);
         if (most + kSpareSlots <= slots) return ranks;

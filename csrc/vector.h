@@ -22,7 +22,6 @@ constexpr int kWidth = 4;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
-typedef std::int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef std::uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef std::uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 
@@ -51,7 +50,7 @@ inline Floats exp(Floats x) {
     q = q * r + 0.166665211f;
     q = q * r + 0.499999940f;
     const Floats power = (q * r) * r + r + 1.0f;
-    const Floats result = bits<Floats>(bits<Ints>(power) + (bits<Ints>(shifted) << 23));
+    const Floats result = bits<Floats>(bits<Words>(power) + (bits<Words>(shifted) << 23));
     return x < -87.3f ? splat(0.0f) : result;
 }
 
