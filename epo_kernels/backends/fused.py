@@ -40,7 +40,7 @@ class FusedBackend:
         why_unavailable: Callable[[], str | None],
     ) -> None:
         self.name = name
-        self.device_types = device_types
+        self._device_types = device_types
         self._load = load
         self._why_unavailable = why_unavailable
         ops.KERNELS[name] = lambda: self.kernels
@@ -48,6 +48,10 @@ class FusedBackend:
     @cached_property
     def kernels(self) -> RowKernels:
         return self._load()
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        return self._device_types
 
     def why_unavailable(self) -> str | None:
         return self._why_unavailable()

@@ -1,0 +1,382 @@
+"""The "triton" backend: how the kernels of `triton_kernels.py` are launched, and what they move.
+
+Nothing is tuned at run time: `launch_plan` is a rule over row length, dtype and chip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from epo_kernels.backends.fused import FP16_WEIGHT_BITS, FusedBackend
+from epo_kernels.backends.rows import COEFFICIENTS, ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
+from epo_kernels.inputs import Scalar
+from epo_kernels.weights import sequence_lengths
+
+Mode = Literal["statistics", "gradient", "loss"]
+
+VECTOR_BYTES = 16  # what a thread loads at once
+ALIGNMENT = 16  # elements: what Triton looks for in pointers and strides before it loads that much at once
+REGISTERS = 128  # a thread's at most; no variant spills (tests/backends/test_triton_ahead_of_time.py)
+THREADS_PER_PROCESSOR = 65536 // REGISTERS
+ONE_TILE_BYTES = 64  # a thread's, of a row that stays in registers
+ONE_TILE_WARPS = 8
+SWEEP_BYTES = {"statistics": 64, "gradient": 32, "loss": 32}  # a thread's, of a tile, per stage of the pipeline
+STAGES = 4
+L2_SHARE = 0.7  # of the cache, for rows between their two sweeps
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the plan must know of a GPU: its multiprocessors, and the bytes of its L2 cache."""
+
+    processors: int
+    l2_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel takes its rows.
+
+    Attributes:
+        depth, lanes, vector: a tile's shape in elements; a lane is a thread, vector what it loads at once.
+        warps: of a program.
+        stages: loads of a sweep run this many tiles ahead, less one.
+        one_tile: the row stays in registers between statistics and gradient.
+        programs: at most, in a launch.
+        rereads_hit_l2: the rows in flight fit the L2 cache together, so that the second sweep reads from it.
+    """
+
+    depth: int
+    lanes: int
+    vector: int
+    warps: int
+    stages: int
+    one_tile: bool
+    programs: int
+    rereads_hit_l2: bool
+
+
+def launch_plan(mode: Mode, width: int, itemsize: int, aligned: bool, chip: Chip) -> Plan:
+    """The plan for rows of `width` logits of `itemsize` bytes. aligned: threads may load 16 bytes at once.
+
+    - A program has 8 warps, or the fewest that take a row in one tile; two of 8 warps share a multiprocessor.
+    - A loss whose row has at most 64 bytes a thread of 8 warps (8,192 bf16, 4,096 fp32; half where not aligned) keeps
+      it in registers.
+    - Longer rows are read twice, the second time from the L2 cache if the rows in flight fit it: two a multiprocessor,
+      or else one, in a program of 16 warps.
+    """
+    one_tile_bytes = ONE_TILE_BYTES if aligned else ONE_TILE_BYTES // 2  # single elements need more addresses
+    one_tile = mode == "loss" and width * itemsize <= ONE_TILE_WARPS * 32 * one_tile_bytes
+    elements = (one_tile_bytes if one_tile else SWEEP_BYTES[mode]) // itemsize
+    warps = min(_power_of_two(-(-width // (32 * elements))), ONE_TILE_WARPS)
+    per_processor = min(THREADS_PER_PROCESSOR // (32 * warps), 16)
+    fits = False
+    if mode == "loss" and not one_tile:
+        in_cache = int(L2_SHARE * chip.l2_bytes) // (chip.processors * width * itemsize)
+        fits = in_cache > 0
+        if in_cache < per_processor:
+            per_processor, warps = 1, 2 * ONE_TILE_WARPS
+    vector = VECTOR_BYTES // itemsize if aligned else 1
+    if one_tile:
+        elements = max(_power_of_two(-(-width // (32 * warps))), vector)
+    stages = STAGES if aligned else 1
+    return Plan(elements // vector, 32 * warps, vector, warps, stages, one_tile, chip.processors * per_processor, fits)
+
+
+@dataclass(frozen=True)
+class RowTraffic:
+    """Bytes of logits and gradient that one row moves; its token's arguments, some 40 bytes, are left out.
+
+    Attributes:
+        needed: every logit of the vocabulary read once, every gradient written once.
+        loaded, stored: what the kernel's instructions do.
+        from_l2: of the loaded, what the L2 cache still holds.
+    """
+
+    needed: int
+    loaded: int
+    stored: int
+    from_l2: int
+
+    @property
+    def device_memory(self) -> int:
+        """Bytes that pass through device memory."""
+        return self.loaded - self.from_l2 + self.stored
+
+
+def row_traffic(
+    mode: Mode, plan: Plan, *, width: int, vocab_size: int, itemsize: int, counted: bool = True, writes: bool = True
+) -> RowTraffic:
+    """The byte model of a kernel.
+
+    Args:
+        mode: of the kernel.
+        plan: from `launch_plan`.
+        width, vocab_size: entries of a row, and those that are vocabulary.
+        itemsize: bytes of a logit.
+        counted: whether the row's mask is 1.
+        writes: whether "loss" makes the gradient.
+    """
+    writes = mode == "gradient" or (mode == "loss" and writes)
+    stored = width * itemsize if writes else 0
+    if not counted:
+        return RowTraffic(needed=stored, loaded=0, stored=stored, from_l2=0)
+    tile = plan.depth * plan.lanes * plan.vector
+    statistics = min(-(-vocab_size // tile) * tile, width) * itemsize  # whole tiles, as far as the vocabulary goes
+    sampled = itemsize  # the sampled token's logit is loaded by itself too
+    if mode == "gradient":
+        loaded, from_l2 = width * itemsize, 0
+    elif mode == "loss" and writes and not plan.one_tile:
+        loaded = statistics + width * itemsize + sampled
+        from_l2 = (statistics if plan.rereads_hit_l2 else 0) + sampled
+    else:
+        loaded, from_l2 = statistics + sampled, sampled
+    return RowTraffic(vocab_size * itemsize + stored, loaded, stored, from_l2)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@lru_cache
+def chip_of(device: torch.device) -> Chip:
+    """The chip of a CUDA device; for the interpreter, on the CPU, a small one with several programs."""
+    if device.type != "cuda":
+        return Chip(processors=1, l2_bytes=1 << 20)
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(properties.multi_processor_count, properties.L2_cache_size)
+
+
+class TritonRows:
+    """`RowKernels` by Triton.
+
+    Args:
+        plan: chooses how rows are taken.
+    """
+
+    def __init__(self, plan: Callable[[Mode, int, int, bool, Chip], Plan] = launch_plan) -> None:
+        from epo_kernels.backends import triton_kernels  # imports Triton, which decides there whether to interpret
+
+        self._kernels = triton_kernels
+        self._plan = plan
+
+    def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
+        log_probs, maximum, log_sum = (_per_token(rows) for _ in range(3))
+        entropies = _per_token(rows) if entropy else None
+        if rows.tokens.numel() > 0:
+            plan = self._plan_of("statistics", rows, None)
+            self._launch("statistics", plan, rows, None, log_probs, entropies, maximum, log_sum)
+        return RowStatistics(log_probs, entropies, maximum, log_sum)
+
+    def gradient(
+        self,
+        rows: Rows,
+        statistics: RowStatistics,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        if rows.tokens.numel() == 0:
+            return
+        self._launch(
+            "gradient",
+            self._plan_of("gradient", rows, out),
+            rows,
+            out,
+            *(statistics.entropy, statistics.maximum, statistics.log_sum, grad_log_probs, grad_entropy),
+            *(out, *out.stride()),
+        )
+
+    def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
+        log_probs, entropies = _per_token(rows), _per_token(rows)
+        sums = log_probs.new_empty(len(ROW_SUMS), dtype=torch.float64)
+        loss = log_probs.new_empty(())
+        if rows.tokens.numel() == 0:
+            return RowLoss(log_probs, entropies, sums.zero_(), loss.zero_())
+        plan = self._plan_of("loss", rows, out)
+        partials = sums.new_empty(_programs(plan, rows), self._kernels.SUM_SLOTS.value)
+        self._launch(
+            "loss",
+            plan,
+            rows,
+            out,
+            terms.weights,
+            *_strided(terms.advantages),
+            *_strided(terms.old_log_probs),
+            *_strided(terms.ref_log_probs),
+            *_strided(terms.is_weights),
+            *_strided(terms.lower),
+            *_strided(terms.upper),
+            *(terms.coefficients, terms.gradient_scale),
+            *(log_probs, entropies, partials, terms.ticket, sums, loss),
+            *((None, 0, 0, 1) if out is None else (out, *out.stride())),
+            KL_TYPE=terms.kl_type,
+            PENALTY=terms.penalty,
+            ONE_TILE=plan.one_tile,
+        )
+        return RowLoss(log_probs, entropies, sums, loss)
+
+    def prepare(self, rows: Rows, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
+        mask, device = rows.mask, rows.mask.device
+        batch, length = mask.shape
+        prepared = Prepared(
+            weights=torch.empty(batch, length, dtype=torch.float32, device=device),
+            coefficients=torch.empty(len(coefficients), dtype=torch.float32, device=device),
+            gradient_scale=torch.empty((), dtype=torch.float32, device=device),
+            ticket=torch.empty(1, dtype=torch.int32, device=device),
+            extras=torch.empty(2, dtype=torch.float64, device=device),
+        )
+        lengths = ids = None
+        if weighing.sequence_ids is not None:
+            ids = weighing.sequence_ids
+            lengths = sequence_lengths(mask, ids, weighing.num_sequences)
+        tokens = min(max(_power_of_two(max(length, 1)), 64), 4096)
+        sequences = 4096 // tokens
+        given = dict(zip(COEFFICIENTS, coefficients, strict=True))
+        with _on(device):
+            self._kernels.token_weights_kernel[(max(-(-batch // sequences), 1),)](
+                *_strided(mask.view(torch.uint8)),
+                *(batch, length),
+                *(lengths, ids, 0 if ids is None else ids.stride(1)),
+                batch if lengths is None else weighing.num_sequences,
+                *_number(1.0 if weighing.normalizer is None else weighing.normalizer, device),
+                *_number(weighing.loss_scale, device),
+                *(n for name in ("entropy_coeff", "penalty_coeff", "kl_coeff") for n in _number(given[name], device)),
+                float(weighing.max_length or 1),
+                *(
+                    float(given[name])
+                    for name in ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "penalty_alpha")
+                ),
+                *prepared,
+                MODE=weighing.loss_agg_mode,
+                NORMALIZED=weighing.normalizer is not None,
+                HALF=rows.logits.dtype == torch.float16,
+                WEIGHT_BITS=FP16_WEIGHT_BITS,
+                SEQUENCES=sequences,
+                TOKENS=tokens,
+                num_warps=4,
+            )
+        return prepared
+
+    def scale(self, gradient: Tensor, factor: Tensor) -> None:
+        if gradient.numel() == 0:
+            return
+        batch, length, width = gradient.shape
+        with _on(gradient.device):
+            self._kernels.scale_kernel[(8 * chip_of(gradient.device).processors,)](
+                *(gradient, *gradient.stride()),
+                factor,
+                *(batch * length, length, width),
+                BLOCK=4096,
+                UNIT_STRIDE=gradient.stride(2) == 1,
+                num_warps=8,
+            )
+
+    def _plan_of(self, mode: Mode, rows: Rows, out: Tensor | None) -> Plan:
+        logits = rows.logits
+        aligned = _is_aligned(logits) and (out is None or _is_aligned(out))
+        return self._plan(mode, logits.shape[2], logits.element_size(), aligned, chip_of(logits.device))
+
+    def _launch(
+        self, mode: Mode, plan: Plan, rows: Rows, out: Tensor | None, *arguments: Any, **constants: Any
+    ) -> None:
+        logits = rows.logits
+        kernel = getattr(self._kernels, f"row_{mode}_kernel")
+        with _on(logits.device):
+            kernel[(_programs(plan, rows),)](
+                *_row_arguments(rows),
+                *arguments,
+                **constants,
+                DEPTH=plan.depth,
+                LANES=plan.lanes,
+                VECTOR=plan.vector,
+                STAGES=plan.stages,
+                UNIT_STRIDE=logits.stride(2) == 1 and (out is None or out.stride(2) == 1),
+                PADDED=rows.transform.vocab_size < logits.shape[2],
+                num_warps=plan.warps,
+                maxnreg=REGISTERS,
+            )
+
+
+def _is_aligned(logits: Tensor) -> bool:
+    """Whether every vector of 16 bytes of a row lies at an address that is a multiple of 16, as Triton sees it."""
+    batch_stride, time_stride, stride = logits.stride()
+    strides = (batch_stride, time_stride, logits.shape[2])
+    return stride == 1 and logits.data_ptr() % 16 == 0 and all(length % ALIGNMENT == 0 for length in strides)
+
+
+def _programs(plan: Plan, rows: Rows) -> int:
+    return min(plan.programs, rows.tokens.numel())
+
+
+def _per_token(rows: Rows) -> Tensor:
+    return torch.empty(rows.tokens.shape, dtype=torch.float32, device=rows.logits.device)
+
+
+def _strided(values: Tensor | None) -> tuple[Any, ...]:
+    """A (B, T) tensor and its strides, as kernel arguments."""
+    return (None, 0, 0) if values is None else (values, *values.stride())
+
+
+def _row_arguments(rows: Rows) -> tuple[Any, ...]:
+    """The kernels' arguments from `logits` to `vocab_size`."""
+    transform = rows.transform
+    temperature = transform.temperature
+    value, pointer = _number(temperature, rows.logits.device)
+    strides = (0, 0) if pointer is None or pointer.dim() == 0 else pointer.stride()
+    return (
+        *(rows.logits, *rows.logits.stride()),
+        *_strided(rows.tokens),
+        *_strided(rows.mask.view(torch.uint8)),
+        *(value, pointer, *strides),
+        None if transform.scale is None else float(transform.scale),
+        None if transform.softcap is None else float(transform.softcap),
+        *(rows.tokens.numel(), rows.tokens.shape[1], rows.logits.shape[2], transform.vocab_size),
+    )
+
+
+def _number(value: Scalar, device: torch.device) -> tuple[float, Tensor | None]:
+    """A scalar as kernels take it: a number, and the tensor on the device that takes its place, or None."""
+    if not isinstance(value, Tensor):
+        return float(value), None
+    return (1.0, value) if value.device == device else (value.item(), None)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is switched on, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_unavailable() -> str | None:
+    if find_spec("triton") is None:
+        return 'Triton isn\'t installed; pip install "triton>=3.6" (Linux; a CUDA build of torch brings it)'
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return (
+            "no CUDA device is visible to torch; run on a machine with one and a CUDA build of torch (for tests on CPU "
+            "tensors, Triton's slow interpreter is switched on by the environment variable TRITON_INTERPRET=1)"
+        )
+    if torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"the kernels need a GPU of compute capability 8.0 (Ampere) or newer, this one has {major}.{minor}"
+    return None
+
+
+class TritonBackend(FusedBackend):
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        return ("cuda", "cpu") if interpreted() else ("cuda",)

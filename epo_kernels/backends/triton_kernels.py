@@ -1,0 +1,689 @@
+"""The Triton kernels. Host side, launch plan and byte model: `triton.py`. The maths in plain words: `reference.py`.
+
+A program takes rows pid, pid + programs, ... of the logits, one after the other. A row is cut into tiles of
+[DEPTH, LANES, VECTOR] elements:
+
+- *First sweep*: every lane (a thread) keeps a running maximum m and, relative to it, s = Σ e^(z-m) and
+  u = Σ (z-m) e^(z-m) of its own elements; lanes only meet at the end of the row. An element costs one exponential, a
+  tile one more, which moves s and u to the new maximum.
+- *Per token*: log-prob, entropy, the loss and its derivatives a = ∂loss/∂log_prob and b = ∂loss/∂H, in scalars.
+- *Second sweep*: ∂loss/∂z_v = a (1[v = y] - p_v) - b p_v (log p_v + H), from the row's last tile to its first: what was
+  read last is still in the L2 cache. A row of one tile (`ONE_TILE`) stays in registers, and isn't read again.
+
+Everything is relative to the maximum of y = softcap(scale x), before the division by the temperature: (y - m) is exact
+where it matters, so an offset that the dtype represents exactly changes nothing. Exponentials and logarithms are those
+of base 2, which the hardware has: rate = log2(e) / temperature takes y - m to log2 of a weight.
+
+A row that is masked out has its zeros written and nothing read. -inf is a logit like others: a lane that has seen
+nothing else keeps m = -inf, s = 0. NaN, +inf or a row of -inf make s NaN or 0, so log s, log-prob and gradient NaN.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Stands for log2(0) where it is multiplied by a weight that is 0: -inf * 0 would be NaN.
+LOWEST = tl.constexpr(-1e4)
+LOG_RATIO_LIMIT = tl.constexpr(20.0)
+K3_LIMIT = tl.constexpr(10.0)
+SUM_SLOTS = tl.constexpr(16)  # ROW_SUMS, padded to a power of two
+LOSS_SLOT = tl.constexpr(1)  # place of "loss" among them
+PARTIALS_AT_ONCE = tl.constexpr(32)
+
+
+# Rows: tiles, statistics, gradient ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanh(x):
+    """tanh to 1e-7 of its value: 1 - 2 / (e^2x + 1) for large |x|, where nothing cancels, else a fitted polynomial."""
+    magnitude = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
+    square = x * x
+    series = 0.02080537 - 0.00590585 * square
+    series = -0.05378668 + series * square
+    series = 0.13331958 + series * square
+    series = -0.33333299 + series * square
+    small = x + x * square * series
+    return tl.where(magnitude < 0.6, small, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def transformed(x, scale, softcap):
+    """y of raw logits x, in float32: scaled and softcapped (each None: not), not yet divided by the temperature."""
+    y = x.to(tl.float32)
+    if scale is not None:
+        y = y * scale
+    if softcap is not None:
+        y = softcap * tanh(y / softcap)
+    return y
+
+
+@triton.jit
+def tile_columns(start, DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns of a tile, [DEPTH, LANES, VECTOR]: neighbours lie in one lane's vector, then in the next lane."""
+    step, lane, place = tl.arange(0, DEPTH), tl.arange(0, LANES), tl.arange(0, VECTOR)
+    return start + (step[:, None, None] * LANES + lane[None, :, None]) * VECTOR + place[None, None, :]
+
+
+@triton.jit
+def offsets_of(columns, stride, UNIT_STRIDE: tl.constexpr):
+    """Element offsets within a row; 64-bit where the stride may take them past 2^31."""
+    return columns if UNIT_STRIDE else columns.to(tl.int64) * stride
+
+
+@triton.jit
+def load_tile(
+    row, columns, stride, width, vocab_size, scale, softcap,
+    UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """y of a tile; -inf past the vocabulary.
+
+    Loads end at the row, not at the vocabulary: a row's end is aligned more often, and aligned loads are wide.
+    """
+    offsets = offsets_of(columns, stride, UNIT_STRIDE)
+    x = tl.load(row + offsets, mask=columns < width, other=float("-inf"), eviction_policy=POLICY)
+    y = transformed(x, scale, softcap)
+    if PADDED or scale is not None or softcap is not None:  # which may turn the filling into anything
+        y = tl.where(columns < vocab_size, y, float("-inf"))
+    return y
+
+
+@triton.jit
+def no_weights(LANES: tl.constexpr):
+    """(m, s, u) of lanes that have seen nothing."""
+    return tl.full([LANES], float("-inf"), tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+
+
+@triton.jit
+def lane_sums(values):
+    """[DEPTH, LANES, VECTOR] -> [LANES], within a thread each."""
+    return tl.sum(tl.sum(values, axis=2), axis=0)
+
+
+@triton.jit
+def add_tile(m, s, u, y, inverse, ENTROPY: tl.constexpr):
+    """(m, s, u) of lanes after a tile. u counts in bits: Σ log2(e^(z-m)) e^(z-m). inverse: 1 / temperature."""
+    rate = inverse * LOG2E
+    new_m = tl.maximum(m, tl.max(tl.max(y, axis=2), axis=0))
+    base = tl.where(new_m == float("-inf"), 0.0, new_m)
+    move = (m - base) * rate
+    shrink = tl.exp2(move)
+    bits = (y - base[None, :, None]) * rate
+    weights = tl.exp2(bits)
+    if ENTROPY:
+        u = shrink * (u + tl.maximum(move, LOWEST) * s) + lane_sums(tl.maximum(bits, LOWEST) * weights)
+    return new_m, shrink * s + lane_sums(weights), u
+
+
+@triton.jit
+def merge_lanes(m, s, u, inverse, ENTROPY: tl.constexpr):
+    """Scalars (m, s, u) of the row."""
+    row_m = tl.max(m, axis=0)
+    base = tl.where(row_m == float("-inf"), 0.0, row_m)
+    move = (m - base) * (inverse * LOG2E)
+    shrink = tl.exp2(move)
+    row_u = 0.0
+    if ENTROPY:
+        row_u = tl.sum(shrink * (u + tl.maximum(move, LOWEST) * s), axis=0)
+    return row_m, tl.sum(shrink * s, axis=0), row_u
+
+
+@triton.jit
+def sweep_statistics(
+    row, stride, width, vocab_size, scale, softcap, inverse, ENTROPY: tl.constexpr,
+    DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Scalars (m, s, u) of a row of any length."""
+    m, s, u = no_weights(LANES)
+    for start in tl.range(0, vocab_size, DEPTH * LANES * VECTOR, num_stages=STAGES):
+        columns = tile_columns(start, DEPTH, LANES, VECTOR)
+        y = load_tile(row, columns, stride, width, vocab_size, scale, softcap, UNIT_STRIDE, PADDED, POLICY)
+        m, s, u = add_tile(m, s, u, y, inverse, ENTROPY)
+    return merge_lanes(m, s, u, inverse, ENTROPY)
+
+
+@triton.jit
+def log_prob_and_entropy(sampled, m, s, u, inverse, ENTROPY: tl.constexpr):
+    """(log-prob of the sampled token, entropy in nats, log2 s) from the token's y and the row's scalars."""
+    log2_s = tl.log2(s)
+    entropy = 0.0
+    if ENTROPY:
+        entropy = (log2_s - u / s) * LN2
+    return (sampled - m) * inverse - log2_s * LN2, entropy, log2_s
+
+
+@triton.jit
+def store_gradient(
+    row, columns, stride, width, vocab_size, y, token, m, log2_s, inverse, scale, softcap,
+    entropy, grad_log_prob, grad_entropy,
+    ENTROPY: tl.constexpr, UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Write ∂loss/∂x of one tile; 0 past the vocabulary."""
+    log2_p = (y - m) * (inverse * LOG2E) - log2_s
+    pull = grad_log_prob
+    if ENTROPY:
+        pull = grad_log_prob + grad_entropy * (entropy + tl.maximum(log2_p, LOWEST) * LN2)
+    gradient = tl.where(columns == token, grad_log_prob, 0.0) - tl.exp2(log2_p) * pull
+    slope = inverse  # ∂z/∂x
+    if scale is not None:
+        slope = slope * scale
+    gradient = gradient * slope
+    if softcap is not None:
+        capped = y / softcap
+        gradient = gradient * (1.0 - capped * capped)
+    if PADDED:
+        gradient = tl.where(columns < vocab_size, gradient, 0.0)
+    offsets = offsets_of(columns, stride, UNIT_STRIDE)
+    tl.store(row + offsets, gradient.to(row.dtype.element_ty), mask=columns < width, eviction_policy="evict_first")
+
+
+@triton.jit
+def sweep_gradient(
+    row, stride, out_row, out_stride, width, vocab_size, token, m, log2_s, inverse, scale, softcap,
+    entropy, grad_log_prob, grad_entropy, ENTROPY: tl.constexpr,
+    DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr, BACKWARDS: tl.constexpr,
+):  # fmt: skip
+    """Read a row, write its gradient; backwards where the row has just been read."""
+    tiles = tl.cdiv(width, DEPTH * LANES * VECTOR)
+    for i in tl.range(0, tiles, num_stages=STAGES):
+        tile = tiles - 1 - i if BACKWARDS else i
+        columns = tile_columns(tile * (DEPTH * LANES * VECTOR), DEPTH, LANES, VECTOR)
+        y = load_tile(row, columns, stride, width, vocab_size, scale, softcap, UNIT_STRIDE, PADDED, "evict_first")
+        store_gradient(
+            out_row, columns, out_stride, width, vocab_size, y, token, m, log2_s, inverse, scale, softcap,
+            entropy, grad_log_prob, grad_entropy, ENTROPY, UNIT_STRIDE, PADDED,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_zeros(
+    row, stride, width, DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, UNIT_STRIDE: tl.constexpr
+):
+    """The gradient of a row that is masked out."""
+    zeros = tl.zeros([DEPTH, LANES, VECTOR], row.dtype.element_ty)
+    for start in range(0, width, DEPTH * LANES * VECTOR):
+        columns = tile_columns(start, DEPTH, LANES, VECTOR)
+        offsets = offsets_of(columns, stride, UNIT_STRIDE)
+        tl.store(row + offsets, zeros, mask=columns < width, eviction_policy="evict_first")
+
+
+@triton.jit
+def at(pointer, batch, time, batch_stride, time_stride):
+    """Address of the token (batch, time)."""
+    return pointer + batch.to(tl.int64) * batch_stride + time.to(tl.int64) * time_stride
+
+
+@triton.jit
+def inverse_of(temperature, temperatures, batch, time, batch_stride, time_stride):
+    """1 / temperature: of the token where each has its own, else of all."""
+    if temperatures is not None:
+        temperature = tl.load(at(temperatures, batch, time, batch_stride, time_stride)).to(tl.float32)
+    return 1.0 / temperature
+
+
+@triton.jit
+def load_sampled(row, stride, token_address, vocab_size):
+    """(the sampled token, whether it is in the vocabulary, its raw logit: NaN where it isn't)."""
+    token = tl.load(token_address)
+    valid = (token >= 0) & (token < vocab_size)
+    sampled = tl.load(row + token * stride, mask=valid, other=float("nan"))
+    return token.to(tl.int32), valid, sampled
+
+
+# The loss of a token --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def clamped(x, limit):
+    """x within [-limit, limit]; NaN stays NaN, which tl.clamp doesn't promise."""
+    return tl.where(x < -limit, -limit, tl.where(x > limit, limit, x))
+
+
+@triton.jit
+def policy_loss(log_prob, old_log_prob, advantage, clip_low, clip_high, clip_c):
+    """(pg, ∂pg/∂log_prob, log_ratio, ratio, clipped, dual_clipped); old_log_prob None: on-policy."""
+    difference = log_prob - (log_prob if old_log_prob is None else old_log_prob)
+    log_ratio = clamped(difference, LOG_RATIO_LIMIT)
+    ratio = tl.exp(log_ratio)
+    unclipped = -advantage * ratio
+    low, high = 1.0 - clip_low, 1.0 + clip_high
+    bounded = -advantage * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    clipped = bounded > unclipped
+    pg = tl.where(clipped, bounded, unclipped)
+    ceiling = -advantage * clip_c
+    dual_clipped = (advantage < 0.0) & (ceiling < pg)
+    pg = tl.where(dual_clipped, ceiling, pg)
+    flows = (tl.abs(difference) <= LOG_RATIO_LIMIT) & (clipped == 0) & (dual_clipped == 0)
+    return pg, tl.where(flows, unclipped, 0.0), log_ratio, ratio, clipped, dual_clipped
+
+
+@triton.jit
+def kl_penalty(log_prob, ref_log_prob, KL_TYPE: tl.constexpr):
+    """(KL, ∂KL/∂log_prob)."""
+    difference = log_prob - ref_log_prob
+    if KL_TYPE == "k1":
+        return difference, 1.0
+    elif KL_TYPE == "abs":
+        sign = tl.where(difference > 0.0, 1.0, 0.0) - tl.where(difference < 0.0, 1.0, 0.0)
+        return tl.abs(difference), sign
+    elif KL_TYPE == "k2":
+        return 0.5 * difference * difference, difference
+    else:
+        exponent = clamped(-difference, LOG_RATIO_LIMIT)
+        ratio = tl.exp(exponent)
+        value = ratio - exponent - 1.0
+        flows = (tl.abs(difference) <= LOG_RATIO_LIMIT) & (tl.abs(value) <= K3_LIMIT)
+        return clamped(value, K3_LIMIT), tl.where(flows, 1.0 - ratio, 0.0)
+
+
+@triton.jit
+def band_penalty(entropy, lower, upper, alpha, PENALTY: tl.constexpr):
+    """(P, ∂P/∂H, factor of the bonus)."""
+    inside = (lower < entropy) & (entropy < upper)
+    below = tl.where(entropy < lower, lower - entropy, 0.0)
+    above = tl.where(entropy > upper, entropy - upper, 0.0)
+    if PENALTY == "hinge":
+        side = tl.where(entropy > upper, 1.0, 0.0) - tl.where(entropy < lower, 1.0, 0.0)
+        return alpha * (below + above), alpha * side, 1.0
+    elif PENALTY == "quadratic":
+        return alpha * (below * below + above * above), 2.0 * alpha * (above - below), 1.0
+    elif PENALTY == "indicator":
+        return tl.where(inside, 0.0, alpha), 0.0, 1.0
+    elif PENALTY == "gate":
+        return 0.0, 0.0, tl.where(inside, 1.0, alpha)
+    else:
+        return 0.0, 0.0, 1.0
+
+
+@triton.jit
+def slot(values, i: tl.constexpr, value):
+    """values [SUM_SLOTS] with value added at place i."""
+    return values + tl.where(tl.arange(0, SUM_SLOTS) == i, value, 0.0).to(tl.float64)
+
+
+@triton.jit
+def token_loss(
+    sums, log_prob, entropy, valid, weight, advantage, old_log_prob, ref_log_prob, is_weight, lower, upper,
+    clip_low, clip_high, clip_c, entropy_coeff, penalty_coeff, penalty_alpha, kl_coeff,
+    KL_TYPE: tl.constexpr, PENALTY: tl.constexpr,
+):  # fmt: skip
+    """The loss of one token: (sums with its own added, ∂loss/∂log_prob, ∂loss/∂H). Arguments not given are None."""
+    pg, grad_log_prob, log_ratio, ratio, clipped, dual_clipped = policy_loss(
+        log_prob, old_log_prob, advantage, clip_low, clip_high, clip_c
+    )
+    if is_weight is not None:
+        pg, grad_log_prob = is_weight * pg, is_weight * grad_log_prob
+
+    penalty, penalty_slope, gate = 0.0, 0.0, 1.0
+    if lower is not None:
+        penalty, penalty_slope, gate = band_penalty(entropy, lower, upper, penalty_alpha, PENALTY)
+        sums = slot(sums, 11, (entropy < lower).to(tl.float32))
+        sums = slot(sums, 12, (entropy > upper).to(tl.float32))
+    # A term whose coefficient is 0 is skipped, not multiplied: what it would multiply may be infinite.
+    punished = penalty_coeff != 0.0
+    bonus = gate * entropy - tl.where(punished, penalty_coeff * penalty, 0.0)
+    bonus_slope = gate - tl.where(punished, penalty_coeff * penalty_slope, 0.0)
+    rewarded = entropy_coeff != 0.0
+    loss = pg - tl.where(rewarded, entropy_coeff * bonus, 0.0)
+    grad_entropy = tl.where(rewarded, -entropy_coeff * bonus_slope, 0.0)
+    if ref_log_prob is not None:
+        kl, kl_slope = kl_penalty(log_prob, ref_log_prob, KL_TYPE)
+        loss = loss + tl.where(kl_coeff != 0.0, kl_coeff * kl, 0.0)
+        grad_log_prob = grad_log_prob + tl.where(kl_coeff != 0.0, kl_coeff * kl_slope, 0.0)
+        sums = slot(sums, 4, weight * kl)
+    # Clamps stop the gradient of a NaN as they stop others; here it must reach the row.
+    grad_log_prob = tl.where(log_prob == log_prob, grad_log_prob, float("nan"))
+
+    finite = (tl.abs(loss) < float("inf")) & (tl.abs(entropy) < float("inf"))
+    sums = slot(sums, 0, 1.0)
+    sums = slot(sums, 1, weight * loss)
+    sums = slot(sums, 2, weight * pg)
+    sums = slot(sums, 3, weight * penalty)
+    sums = slot(sums, 5, entropy)
+    sums = slot(sums, 6, log_prob)
+    sums = slot(sums, 7, ratio)
+    sums = slot(sums, 8, -log_ratio)
+    sums = slot(sums, 9, clipped.to(tl.float32))
+    sums = slot(sums, 10, dual_clipped.to(tl.float32))
+    sums = slot(sums, 13, (valid & (finite == 0)).to(tl.float32))
+    sums = slot(sums, 14, (valid == 0).to(tl.float32))
+    return sums, weight * grad_log_prob, weight * grad_entropy
+
+
+@triton.jit
+def sum_partials(sums, partials_ptr, ticket_ptr, sums_ptr, loss_ptr):
+    """Add up the sums of all programs: the last to be done does it, always in the order of their numbers."""
+    slots = tl.arange(0, SUM_SLOTS)
+    programs = tl.num_programs(0)
+    tl.store(partials_ptr + tl.program_id(0) * SUM_SLOTS + slots, sums)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    done = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+    if done == programs - 1:
+        total = tl.zeros([SUM_SLOTS], tl.float64)
+        for first in range(0, programs, PARTIALS_AT_ONCE):
+            program = first + tl.arange(0, PARTIALS_AT_ONCE)[:, None]
+            partials = tl.load(
+                partials_ptr + program * SUM_SLOTS + slots[None, :],
+                mask=program < programs,
+                other=0.0,
+                cache_modifier=".cg",  # past the L1 cache, which may not know what other SMs have stored
+            )
+            total += tl.sum(partials, axis=0)
+        tl.store(sums_ptr + slots, total, mask=slots < 15)
+        tl.store(loss_ptr, tl.sum(tl.where(slots == LOSS_SLOT, total, 0.0), axis=0).to(tl.float32))
+        tl.store(ticket_ptr, 0)
+
+
+# The three modes ------------------------------------------------------------------------------------------------------
+
+# Shapes change from batch to batch; what only addresses tokens must not make a kernel of its own for each.
+_TOKEN_ARGUMENTS = [
+    "rows", "length", "tokens_b", "tokens_t", "mask_b", "mask_t", "temperature_b", "temperature_t",
+]  # fmt: skip
+_LOSS_ARGUMENTS = [
+    "advantages_b", "advantages_t", "old_b", "old_t", "ref_b", "ref_t", "is_b", "is_t", "lower_b", "lower_t",
+    "upper_b", "upper_t",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_TOKEN_ARGUMENTS)
+def row_statistics_kernel(
+    logits, logits_b, logits_t, logits_v,  # (B, T, V)
+    tokens, tokens_b, tokens_t,  # (B, T) int64
+    mask, mask_b, mask_t,  # (B, T) uint8
+    temperature, temperatures, temperature_b, temperature_t,  # a number; in its place (B, T) floats, or None
+    scale, softcap,  # numbers or None
+    rows, length, width, vocab_size,  # B * T, T, V
+    log_probs, entropies, maximums, log_sums,  # (B, T) float32, contiguous; entropies may be None
+    DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr,  # V strides are 1; the vocabulary is narrower than a row
+):  # fmt: skip
+    """Statistics of every row: one read of the logits."""
+    ENTROPY: tl.constexpr = entropies is not None
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        batch, time = i // length, i % length
+        log_prob, entropy, m, log_sum = 0.0, 0.0, 0.0, 0.0
+        if tl.load(at(mask, batch, time, mask_b, mask_t)) != 0:
+            row = at(logits, batch, time, logits_b, logits_t)
+            _, _, sampled = load_sampled(row, logits_v, at(tokens, batch, time, tokens_b, tokens_t), vocab_size)
+            inverse = inverse_of(temperature, temperatures, batch, time, temperature_b, temperature_t)
+            m, s, u = sweep_statistics(
+                row, logits_v, width, vocab_size, scale, softcap, inverse, ENTROPY,
+                DEPTH, LANES, VECTOR, STAGES, UNIT_STRIDE, PADDED, "evict_first",
+            )  # fmt: skip
+            sampled = transformed(sampled, scale, softcap)
+            log_prob, entropy, log2_s = log_prob_and_entropy(sampled, m, s, u, inverse, ENTROPY)
+            log_sum = log2_s * LN2
+        tl.store(log_probs + i, log_prob)
+        tl.store(maximums + i, m)
+        tl.store(log_sums + i, log_sum)
+        if ENTROPY:
+            tl.store(entropies + i, entropy)
+
+
+@triton.jit(do_not_specialize=_TOKEN_ARGUMENTS)
+def row_gradient_kernel(
+    logits, logits_b, logits_t, logits_v,  # (B, T, V)
+    tokens, tokens_b, tokens_t,  # (B, T) int64
+    mask, mask_b, mask_t,  # (B, T) uint8
+    temperature, temperatures, temperature_b, temperature_t,  # a number; in its place (B, T) floats, or None
+    scale, softcap,  # numbers or None
+    rows, length, width, vocab_size,  # B * T, T, V
+    entropies, maximums, log_sums,  # (B, T) float32, contiguous, from the statistics; entropies may be None
+    grad_log_probs, grad_entropies,  # (B, T) float32, contiguous; None: none flows to the entropy
+    out, out_b, out_t, out_v,  # (B, T, V)
+    DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr,  # V strides are 1; the vocabulary is narrower than a row
+):  # fmt: skip
+    """Gradient of the logits for given ones of log-prob and entropy: one read, one write."""
+    ENTROPY: tl.constexpr = grad_entropies is not None
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        batch, time = i // length, i % length
+        out_row = at(out, batch, time, out_b, out_t)
+        if tl.load(at(mask, batch, time, mask_b, mask_t)) != 0:
+            token = tl.load(at(tokens, batch, time, tokens_b, tokens_t))
+            valid = (token >= 0) & (token < vocab_size)
+            grad_log_prob = tl.where(valid, tl.load(grad_log_probs + i), float("nan"))
+            grad_entropy, entropy = 0.0, 0.0
+            if ENTROPY:
+                grad_entropy, entropy = tl.load(grad_entropies + i), tl.load(entropies + i)
+            inverse = inverse_of(temperature, temperatures, batch, time, temperature_b, temperature_t)
+            sweep_gradient(
+                at(logits, batch, time, logits_b, logits_t), logits_v, out_row, out_v, width, vocab_size,
+                token.to(tl.int32), tl.load(maximums + i), tl.load(log_sums + i) * LOG2E, inverse, scale, softcap,
+                entropy, grad_log_prob, grad_entropy, ENTROPY,
+                DEPTH, LANES, VECTOR, STAGES, UNIT_STRIDE, PADDED, False,
+            )  # fmt: skip
+        else:
+            store_zeros(out_row, out_v, width, DEPTH, LANES, VECTOR, UNIT_STRIDE)
+
+
+@triton.jit(do_not_specialize=_TOKEN_ARGUMENTS + _LOSS_ARGUMENTS)
+def row_loss_kernel(
+    logits, logits_b, logits_t, logits_v,  # (B, T, V)
+    tokens, tokens_b, tokens_t,  # (B, T) int64
+    mask, mask_b, mask_t,  # (B, T) uint8
+    temperature, temperatures, temperature_b, temperature_t,  # a number; in its place (B, T) floats, or None
+    scale, softcap,  # numbers or None
+    rows, length, width, vocab_size,  # B * T, T, V
+    weights,  # (B, T) float32, contiguous
+    advantages, advantages_b, advantages_t,  # (B, T) float32; the next five are the same, or None
+    old_log_probs, old_b, old_t,
+    ref_log_probs, ref_b, ref_t,
+    is_weights, is_b, is_t,
+    lowers, lower_b, lower_t,
+    uppers, upper_b, upper_t,
+    coefficients,  # (7,) float32, in the order of COEFFICIENTS
+    gradient_scale,  # 0-d float32
+    log_probs, entropies,  # (B, T) float32, contiguous
+    partials, ticket, sums_out, loss_out,  # (programs, 16) float64, (1,) int32, (15,) float64, 0-d float32
+    out, out_b, out_t, out_v,  # (B, T, V), or None: no gradient
+    KL_TYPE: tl.constexpr, PENALTY: tl.constexpr, ONE_TILE: tl.constexpr,
+    DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr,  # V strides are 1; the vocabulary is narrower than a row
+):  # fmt: skip
+    """The whole loss with its gradient: the logits are read once (ONE_TILE) or twice, the gradient is written once."""
+    clip_low, clip_high, clip_c = tl.load(coefficients), tl.load(coefficients + 1), tl.load(coefficients + 2)
+    entropy_coeff, penalty_coeff = tl.load(coefficients + 3), tl.load(coefficients + 4)
+    penalty_alpha, kl_coeff = tl.load(coefficients + 5), tl.load(coefficients + 6)
+    sums = tl.zeros([SUM_SLOTS], tl.float64)
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        batch, time = i // length, i % length
+        log_prob, entropy = 0.0, 0.0
+        if tl.load(at(mask, batch, time, mask_b, mask_t)) != 0:
+            # What the token needs is asked for before the sweep, and there when it ends.
+            row = at(logits, batch, time, logits_b, logits_t)
+            token, valid, sampled = load_sampled(row, logits_v, at(tokens, batch, time, tokens_b, tokens_t), vocab_size)
+            inverse = inverse_of(temperature, temperatures, batch, time, temperature_b, temperature_t)
+            weight = tl.load(weights + i)
+            advantage = tl.load(at(advantages, batch, time, advantages_b, advantages_t))
+            old = None if old_log_probs is None else tl.load(at(old_log_probs, batch, time, old_b, old_t))
+            ref = None if ref_log_probs is None else tl.load(at(ref_log_probs, batch, time, ref_b, ref_t))
+            is_weight = None if is_weights is None else tl.load(at(is_weights, batch, time, is_b, is_t))
+            lower = None if lowers is None else tl.load(at(lowers, batch, time, lower_b, lower_t))
+            upper = None if uppers is None else tl.load(at(uppers, batch, time, upper_b, upper_t))
+
+            if ONE_TILE:
+                columns = tile_columns(0, DEPTH, LANES, VECTOR)
+                y = load_tile(
+                    row, columns, logits_v, width, vocab_size, scale, softcap, UNIT_STRIDE, PADDED, "evict_first"
+                )
+                m, s, u = no_weights(LANES)
+                m, s, u = add_tile(m, s, u, y, inverse, True)
+                m, s, u = merge_lanes(m, s, u, inverse, True)
+            else:
+                m, s, u = sweep_statistics(
+                    row, logits_v, width, vocab_size, scale, softcap, inverse, True,
+                    DEPTH, LANES, VECTOR, STAGES, UNIT_STRIDE, PADDED, "evict_first" if out is None else "evict_last",
+                )  # fmt: skip
+            sampled = transformed(sampled, scale, softcap)
+            log_prob, entropy, log2_s = log_prob_and_entropy(sampled, m, s, u, inverse, True)
+            sums, grad_log_prob, grad_entropy = token_loss(
+                sums, log_prob, entropy, valid, weight, advantage, old, ref, is_weight, lower, upper,
+                clip_low, clip_high, clip_c, entropy_coeff, penalty_coeff, penalty_alpha, kl_coeff, KL_TYPE, PENALTY,
+            )  # fmt: skip
+
+            if out is not None:
+                out_row = at(out, batch, time, out_b, out_t)
+                amplifier = tl.load(gradient_scale)
+                grad_log_prob, grad_entropy = grad_log_prob * amplifier, grad_entropy * amplifier
+                if ONE_TILE:
+                    store_gradient(
+                        out_row, columns, out_v, width, vocab_size, y, token, m, log2_s, inverse, scale, softcap,
+                        entropy, grad_log_prob, grad_entropy, True, UNIT_STRIDE, PADDED,
+                    )  # fmt: skip
+                else:
+                    sweep_gradient(
+                        row, logits_v, out_row, out_v, width, vocab_size, token, m, log2_s, inverse, scale, softcap,
+                        entropy, grad_log_prob, grad_entropy, True,
+                        DEPTH, LANES, VECTOR, STAGES, UNIT_STRIDE, PADDED, True,
+                    )  # fmt: skip
+        elif out is not None:
+            store_zeros(at(out, batch, time, out_b, out_t), out_v, width, DEPTH, LANES, VECTOR, UNIT_STRIDE)
+        tl.store(log_probs + i, log_prob)
+        tl.store(entropies + i, entropy)
+    sum_partials(sums, partials, ticket, sums_out, loss_out)
+
+
+# Beside the rows ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def number(value, pointer):
+    """A float32 scalar: what the pointer points to, or the value where it is None."""
+    if pointer is not None:
+        value = tl.load(pointer).to(tl.float32)
+    return value
+
+
+@triton.jit(do_not_specialize=["batch", "length", "mask_b", "mask_t", "ids_t", "num_sequences", "max_length"])
+def token_weights_kernel(
+    mask, mask_b, mask_t, batch, length,  # (B, T) uint8
+    lengths, sequence_ids, ids_t, num_sequences,  # packed: (num_sequences,) int64, (1, T) int64; padded: None
+    # Numbers, each followed by the 0-d tensor that takes its place, or None.
+    normalizer, normalizer_ptr, loss_scale, loss_scale_ptr, entropy_coeff, entropy_coeff_ptr,
+    penalty_coeff, penalty_coeff_ptr, kl_coeff, kl_coeff_ptr,
+    max_length, clip_low, clip_high, clip_c, penalty_alpha,  # numbers
+    weights,  # (B, T) float32, contiguous
+    coefficients, gradient_scale,  # (7,) and 0-d float32
+    ticket, extras,  # (1,) int32, (2,) float64
+    MODE: tl.constexpr, NORMALIZED: tl.constexpr, HALF: tl.constexpr, WEIGHT_BITS: tl.constexpr,
+    SEQUENCES: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Token weights, and every number that the loss launch reads. A program counts all tokens, then weighs its own."""
+    total, sequences, shortest = count_tokens(
+        mask, mask_b, mask_t, batch, length, lengths, num_sequences, SEQUENCES, TOKENS
+    )
+    if NORMALIZED:
+        denominator = number(normalizer, normalizer_ptr)
+    elif MODE == "token-mean":
+        denominator = tl.maximum(total, 1).to(tl.float32)
+    else:
+        denominator = tl.maximum(sequences, 1).to(tl.float32)
+    if MODE == "seq-mean-token-sum-norm":
+        denominator = denominator * max_length
+    numerator = number(loss_scale, loss_scale_ptr)
+
+    sequence = tl.program_id(0) * SEQUENCES + tl.arange(0, SEQUENCES)
+    own_lengths = tl.zeros([SEQUENCES], tl.int64)
+    if MODE == "seq-mean-token-mean" and lengths is None:
+        own_lengths = lengths_of(mask, mask_b, mask_t, sequence, batch, length, SEQUENCES, TOKENS)
+    for start in range(0, length, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        inside = (sequence < batch)[:, None] & (token < length)[None, :]
+        counted = load_mask(mask, mask_b, mask_t, sequence, token, inside)
+        share = denominator
+        if MODE == "seq-mean-token-mean":
+            if lengths is None:
+                share = denominator * tl.maximum(own_lengths, 1).to(tl.float32)[:, None]
+            else:
+                ids = tl.load(sequence_ids + token.to(tl.int64) * ids_t, mask=token < length, other=0)
+                share = denominator * tl.maximum(tl.load(lengths + ids), 1).to(tl.float32)[None, :]
+        weight = tl.where(counted != 0, tl.math.div_rn(numerator, share), 0.0)
+        tl.store(weights + sequence.to(tl.int64)[:, None] * length + token[None, :], weight, mask=inside)
+
+    if tl.program_id(0) == 0:
+        tl.store(coefficients, clip_low)
+        tl.store(coefficients + 1, clip_high)
+        tl.store(coefficients + 2, clip_c)
+        tl.store(coefficients + 3, number(entropy_coeff, entropy_coeff_ptr))
+        tl.store(coefficients + 4, number(penalty_coeff, penalty_coeff_ptr))
+        tl.store(coefficients + 5, penalty_alpha)
+        tl.store(coefficients + 6, number(kl_coeff, kl_coeff_ptr))
+        amplifier = 1.0
+        if HALF:
+            if MODE == "seq-mean-token-mean":
+                denominator = denominator * tl.maximum(shortest, 1).to(tl.float32)
+            amplifier = power_of_two_over(tl.abs(tl.math.div_rn(numerator, denominator)), WEIGHT_BITS)
+        tl.store(gradient_scale, amplifier)
+        tl.store(ticket, 0)
+        tl.store(extras, sequences.to(tl.float64))
+        tl.store(extras + 1, 0.0)
+
+
+@triton.jit
+def load_mask(mask, mask_b, mask_t, sequence, token, inside):
+    offsets = sequence.to(tl.int64)[:, None] * mask_b + token.to(tl.int64)[None, :] * mask_t
+    return tl.load(mask + offsets, mask=inside, other=0)
+
+
+@triton.jit
+def lengths_of(mask, mask_b, mask_t, sequence, batch, length, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr):
+    """Counted tokens of some rows of a padded batch, [SEQUENCES] int64."""
+    counts = tl.zeros([SEQUENCES, TOKENS], tl.int32)
+    for start in range(0, length, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        inside = (sequence < batch)[:, None] & (token < length)[None, :]
+        counts += (load_mask(mask, mask_b, mask_t, sequence, token, inside) != 0).to(tl.int32)
+    return tl.sum(counts, axis=1).to(tl.int64)
+
+
+@triton.jit
+def count_tokens(
+    mask, mask_b, mask_t, batch, length, lengths, num_sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr
+):
+    """(counted tokens, sequences that have some, tokens of the shortest of those), int64."""
+    total = tl.zeros([SEQUENCES], tl.int64)
+    sequences = tl.zeros([SEQUENCES], tl.int64)
+    shortest = tl.full([SEQUENCES], 1 << 62, tl.int64)
+    for first in range(0, num_sequences, SEQUENCES):
+        sequence = first + tl.arange(0, SEQUENCES)
+        if lengths is None:
+            counts = lengths_of(mask, mask_b, mask_t, sequence, batch, length, SEQUENCES, TOKENS)
+        else:
+            counts = tl.load(lengths + sequence, mask=sequence < num_sequences, other=0)
+        total += counts
+        sequences += (counts > 0).to(tl.int64)
+        shortest = tl.where(counts > 0, tl.minimum(shortest, counts), shortest)
+    return tl.sum(total, axis=0), tl.sum(sequences, axis=0), tl.min(shortest, axis=0)
+
+
+@triton.jit
+def power_of_two_over(weight, BITS: tl.constexpr):
+    """The power of two that brings a positive float32 into [2^(BITS - 1), 2^BITS), by the bits of its exponent."""
+    exponent = (weight.to(tl.int32, bitcast=True) >> 23) - 126  # weight lies in [2^(exponent - 1), 2^exponent)
+    wanted = tl.minimum(tl.maximum(BITS - exponent, -100), 100)
+    return ((wanted + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["rows", "length"])
+def scale_kernel(
+    gradient, gradient_b, gradient_t, gradient_v,  # (B, T, V)
+    factor,  # 0-d
+    rows, length, width,
+    BLOCK: tl.constexpr, UNIT_STRIDE: tl.constexpr,
+):  # fmt: skip
+    """gradient *= factor; a factor of 1 ends every program before it touches the gradient."""
+    value = tl.load(factor).to(tl.float32)
+    if value != 1.0:
+        per_row = tl.cdiv(width, BLOCK)
+        for block in range(tl.program_id(0).to(tl.int64), per_row.to(tl.int64) * rows, tl.num_programs(0)):
+            row, columns = block // per_row, (block % per_row).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+            pointers = at(gradient, row // length, row % length, gradient_b, gradient_t)
+            pointers += offsets_of(columns, gradient_v, UNIT_STRIDE)
+            scaled = tl.load(pointers, mask=columns < width).to(tl.float32) * value
+            tl.store(pointers, scaled.to(gradient.dtype.element_ty), mask=columns < width)

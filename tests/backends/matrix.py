@@ -1,0 +1,363 @@
+"""What every fused backend is held to: subclass `BackendMatrix` in a test module and name the backend.
+
+Three-way rule: against the reference in float64, a backend's error is at most that of the reference in the logits' own
+dtype, plus a rounding. Ratios and KL are exponentials of log-probs, so a rounding of a log-prob is one of the loss and,
+relative to it, of the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import epo_kernels as ek
+from epo_kernels.config import KLType, LossAggMode, Penalty
+from tests.cases import assert_identical, metrics_of, random_case, run, to_packed
+
+INF = math.inf
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COUNTS = ("tokens", "sequences", *(name for name in ek.metrics.METRIC_NAMES if name.endswith("_tokens")))
+BUSY = ek.EPOConfig(penalty="hinge", penalty_alpha=0.7, entropy_coeff=0.3, kl_coeff=0.2, clip_ratio_c=2.0)
+
+
+def busy_case(cfg=BUSY, **arguments):
+    """A case with every term in it, and tokens on both sides of their band."""
+    case = random_case(cfg, **{"dtype": torch.float32, **arguments})
+    shape = case["tokens"].shape
+    if cfg.penalty != "none" and "entropy_bounds" not in arguments:
+        _, entropy = ek.log_probs_and_entropy(case["logits"].double(), case["tokens"], backend="reference")
+        middle = entropy * (0.8 + 0.4 * torch.rand(shape, generator=torch.Generator().manual_seed(1)))
+        case["entropy_bounds"] = ((middle * 0.95).float(), (middle * 1.05).float())
+    return case
+
+
+def moved(case, device, dtype=None):
+    """The arguments on a device; with dtype, floats in it."""
+
+    def move(value):
+        if isinstance(value, tuple) and not hasattr(value, "_fields"):
+            return tuple(map(move, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(device, dtype if dtype is not None and value.is_floating_point() else None)
+
+    return {name: move(value) for name, value in case.items()}
+
+
+def assert_no_worse(name, fused, eager, truth, rounding):
+    """max |fused - truth| <= max |eager - truth| + rounding, in absolute terms."""
+    fused, eager, truth = (values.detach().double().cpu() for values in (fused, eager, truth))
+    own, others = ((values - truth).abs().max().item() for values in (fused, eager))
+    assert own <= others + rounding, f"{name}: error {own:.3g}, eager's {others:.3g}, a rounding {rounding:.3g}"
+
+
+def check_three_ways(case, backend, device):
+    """Loss, log-probs, entropy, gradient and metrics of one case; returns (out, gradient) of the backend."""
+    dtype = case["logits"].dtype
+    truth, true_gradient = run(moved(case, "cpu", torch.float64))
+    eager, eager_gradient = run(moved(case, device))
+    fused, gradient = run(moved(case, device), backend)
+    single = torch.finfo(torch.float32).eps * max(truth.log_probs.abs().max().item(), 1.0)
+    for name in ("loss", "log_probs", "entropy"):
+        assert_no_worse(name, getattr(fused, name), getattr(eager, name), getattr(truth, name), single)
+    assert gradient.dtype == dtype
+    rounding = max(torch.finfo(dtype).eps, single) * true_gradient.abs().max().item()
+    assert_no_worse("gradient", gradient, eager_gradient, true_gradient, rounding)
+    expected = metrics_of(truth)
+    for name, value in metrics_of(fused).items():
+        if name in COUNTS:
+            assert value == expected[name], name
+        else:
+            assert_close(value, expected[name], rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
+    return fused, gradient
+
+
+def as_strided(logits, kind):
+    """The same logits in other places of memory."""
+    if kind == "rows":  # a slice of longer rows and sequences, an odd offset before them
+        wide = logits.new_full((logits.shape[0] + 1, logits.shape[1] + 2, logits.shape[2] + 3), math.nan)
+        view = wide[1:, 1:-1, 1:-2]
+        return view.copy_(logits)
+    if kind == "vocab":
+        return logits.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    return logits.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+class BackendMatrix:
+    """Subclass as `class TestX(BackendMatrix)` with these two."""
+
+    backend = ""
+    device = "cpu"
+
+    def check(self, case):
+        return check_three_ways(case, self.backend, self.device)
+
+    def run(self, case, **kwargs):
+        return run(moved(case, self.device), self.backend, **kwargs)
+
+    # ---- the maths ---------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("vocab", [1, 2, 1000, 4097])
+    def test_every_vocabulary_and_dtype(self, vocab, dtype):
+        self.check(busy_case(vocab=vocab, dtype=dtype, batch=2, time=4))
+
+    def test_a_large_vocabulary(self):
+        self.check(busy_case(vocab=151_936, dtype=torch.bfloat16, batch=1, time=2))
+
+    @pytest.mark.parametrize("scope", ["token", "segment"])
+    @pytest.mark.parametrize("penalty", get_args(Penalty))
+    def test_every_penalty(self, penalty, scope):
+        cfg = ek.EPOConfig(penalty=penalty, penalty_alpha=0.7, entropy_coeff=0.5, band_scope=scope)
+        turns = torch.arange(5).expand(3, 5) // 2 + 3 * torch.arange(3)[:, None]
+        self.check(busy_case(cfg, vocab=50, segment_ids=turns, penalty_weight=1.5))
+
+    @pytest.mark.parametrize("kl_type", get_args(KLType))
+    def test_every_kl(self, kl_type):
+        cfg = ek.EPOConfig(kl_type=kl_type, kl_coeff=0.4)
+        case = busy_case(cfg, vocab=50)
+        case["ref_log_probs"][0, :3] += torch.tensor([-30.0, 30.0, -2.5])  # past the clamps of k3
+        self.check(case)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("mode", get_args(LossAggMode))
+    def test_every_aggregation(self, mode, packed):
+        case = busy_case(ek.EPOConfig(loss_agg_mode=mode), vocab=20, loss_scale=0.5)
+        self.check(to_packed(case, [5, 3, 4])[0] if packed else case)
+        self.check({**case, "normalizer": 6.0})
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"old_log_probs": None},
+            {"advantages": torch.tensor([1.5, -2.0, 0.5])},
+            {"is_weights": torch.linspace(0.0, 3.0, 15).view(3, 5)},
+            {"temperature": 0.7},
+            {"temperature": torch.tensor(1.3)},
+            {"temperature": torch.linspace(0.5, 2.0, 15).view(3, 5)},
+            {"logit_softcap": 3.0},
+            {"logit_scale": 0.25},
+            {"logit_scale": -1.5, "logit_softcap": 4.0, "temperature": 1.7},
+            {"vocab_size": 40},
+            {"vocab_size": 40, "logit_softcap": 3.0},
+            {"entropy_coeff": torch.tensor(0.0), "kl_coeff": torch.tensor(0.0), "penalty_weight": torch.tensor(0.0)},
+            {"normalizer": torch.tensor(3.0), "loss_scale": torch.tensor(2.0), "kl_coeff": torch.tensor(0.3)},
+        ],
+        ids=lambda arguments: "-".join(arguments),
+    )
+    def test_every_argument(self, arguments):
+        case = busy_case(vocab=50)
+        case["tokens"] %= 40
+        self.check({**case, **arguments})
+
+    def test_no_dual_clip(self):
+        case = busy_case(ek.EPOConfig(clip_ratio_c=None), vocab=20)
+        case["old_log_probs"][0, :4] -= torch.tensor([25.0, 3.0, -25.0, -3.0])  # past the clamp of the ratio's exponent
+        self.check(case)
+
+    def test_bounds_of_infinity(self):
+        case = busy_case(vocab=20)
+        unknown = torch.full((3, 5), INF)
+        self.check({**case, "entropy_bounds": (-unknown, unknown)})
+
+    # ---- ties --------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("advantage", [1.0, -1.0])
+    @pytest.mark.parametrize("ratio", [0.5, 1.5, 2.0])
+    def test_ties_have_the_gradient_of_the_unclipped_ratio(self, ratio, advantage):
+        cfg = ek.EPOConfig(clip_ratio_low=0.5, clip_ratio_high=0.5, clip_ratio_c=2.0, entropy_coeff=0.0)
+        case = {
+            "logits": torch.zeros(1, 1, 4),  # log-prob -2 log 2 in every arithmetic
+            "tokens": torch.zeros(1, 1, dtype=torch.int64),
+            "old_log_probs": None,
+            "advantages": torch.full((1, 1), advantage),
+            "mask": torch.ones(1, 1),
+            "cfg": cfg,
+        }
+        log_prob = self.run(case)[0].log_probs.cpu()
+        case["old_log_probs"] = log_prob - torch.tensor(ratio).log()
+        if ratio != 1.0:  # the exponential may miss the tie by a rounding: find the old log-prob that hits it
+            steps = torch.arange(-8, 9) * torch.finfo(torch.float32).eps
+            candidates = case["old_log_probs"] + steps
+            hits = (log_prob - candidates).exp() == ratio
+            case["old_log_probs"] = candidates[hits][:1].view(1, 1)
+        out, gradient = self.run(case)
+        expected, expected_gradient = run(case)
+        assert metrics_of(out)["clipped_tokens"] == metrics_of(expected)["clipped_tokens"]
+        assert metrics_of(out)["dual_clipped_tokens"] == metrics_of(expected)["dual_clipped_tokens"]
+        assert_close(gradient.cpu(), expected_gradient)
+
+    # ---- edges -------------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_impossible_tokens(self, dtype):
+        case = busy_case(vocab=3000, dtype=dtype)
+        logits = case["logits"]
+        logits[0, :, :2500] = -INF  # whole blocks, at either end of the row, and all but the sampled token
+        logits[1, :, 300:] = -INF
+        logits[2, 0] = -INF
+        case["mask"][2, 0] = True
+        for b, t in ((0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0)):
+            token = 2600 + t if b == 0 else 100 + t
+            case["tokens"][b, t] = token
+            logits[b, t, token] = 0.5
+        case["old_log_probs"] = torch.full((3, 5), -5.0)
+        case["ref_log_probs"] = torch.full((3, 5), -5.5)
+        _, gradient = self.check(case)
+        assert not gradient[logits.to(gradient.device) == -INF].any()
+
+    @pytest.mark.parametrize("bad", ["nan", "+inf", "all -inf"])
+    def test_rows_that_are_not_finite(self, bad):
+        case = busy_case(vocab=700)
+        case["mask"][0, 1] = True
+        if bad == "all -inf":
+            case["logits"][0, 1] = -INF
+        else:
+            case["logits"][0, 1, 650] = float(bad)
+        out, gradient = self.run({**case, "vocab_size": 690, "tokens": case["tokens"] % 690})
+        assert out.loss.isnan()
+        assert out.log_probs[0, 1].isnan()
+        assert out.entropy[0, 1].isnan()
+        assert metrics_of(out)["nonfinite_tokens"] == 1
+        assert gradient[0, 1, :690].isnan().all()
+        assert not gradient[..., 690:].any()
+        gradient[0, 1] = 0
+        assert gradient.isfinite().all()
+
+    def test_invalid_tokens_are_counted_and_make_the_loss_nan(self, monkeypatch):
+        monkeypatch.setattr("epo_kernels.inputs.checks_values", lambda device: False)
+        case = busy_case(vocab=30)
+        case["mask"][0, :4] = True
+        case["tokens"][0, :4] = torch.tensor([30, -1, 2**40, -(2**62)])
+        out, gradient = self.run(case)
+        expected, expected_gradient = run(case)
+        assert metrics_of(out)["invalid_tokens"] == metrics_of(expected)["invalid_tokens"] == 4
+        assert metrics_of(out)["nonfinite_tokens"] == 0
+        assert out.loss.isnan()
+        assert_close(out.entropy.cpu(), expected.entropy)
+        assert_close(gradient.cpu(), expected_gradient, equal_nan=True)
+
+    @pytest.mark.parametrize("scope", ["token", "segment"])
+    def test_masked_tokens_are_never_read(self, scope):
+        cfg = ek.EPOConfig(penalty="hinge", band_scope=scope, entropy_coeff=0.5, kl_coeff=0.2)
+        clean = busy_case(cfg, vocab=40, is_weights=torch.rand(3, 5), temperature=1 + torch.rand(3, 5))
+        masked = ~clean["mask"]
+        expected = self.run(clean)
+        assert not expected[1][masked].any()
+        assert not expected[0].log_probs[masked].any()
+        assert not expected[0].entropy[masked].any()
+
+        def poisoned(value, poison):
+            return value.clone().index_put((masked,), torch.tensor(poison, dtype=value.dtype))
+
+        for poison, token in ((math.nan, -100), (INF, 2**40)):
+            case = {**clean, "tokens": poisoned(clean["tokens"], token)}
+            for name in ("logits", "old_log_probs", "advantages", "ref_log_probs", "is_weights", "temperature"):
+                case[name] = poisoned(clean[name], poison)
+            case["entropy_bounds"] = tuple(poisoned(bound, poison) for bound in clean["entropy_bounds"])
+            assert_identical(self.run(case), expected)
+
+    def test_no_tokens(self):
+        for batch, time in ((0, 4), (2, 0)):
+            case = busy_case(vocab=5, batch=2, time=4)
+            case = {k: v[:batch, :time] if isinstance(v, torch.Tensor) else v for k, v in case.items()}
+            case["entropy_bounds"] = tuple(bound[:batch, :time] for bound in case["entropy_bounds"])
+            out, gradient = self.run(case)
+            assert out.loss == 0
+            assert gradient.shape == (batch, time, 5)
+            assert not out.metrics.values.any()
+
+    def test_no_token_that_counts(self):
+        for dtype in (torch.float32, torch.float16):
+            case = busy_case(vocab=50, dtype=dtype, mask=torch.zeros(3, 5))
+            case["logits"] = case["logits"] * math.nan
+            out, gradient = self.run(case)
+            assert out.loss == 0
+            assert not gradient.any()
+            assert not out.metrics.values.any()
+
+    def test_one_token(self):
+        self.check(busy_case(vocab=100, batch=1, time=1))
+
+    @pytest.mark.parametrize("kind", ["rows", "vocab", "time first"])
+    def test_strides_change_nothing(self, kind):
+        case = busy_case(vocab=333, dtype=torch.bfloat16)
+        expected = self.run(case)
+        logits = as_strided(case["logits"].to(self.device), kind)
+        assert not logits.is_contiguous()
+        arguments = moved(case, self.device)
+        for name in ("tokens", "mask", "old_log_probs", "advantages", "ref_log_probs"):
+            arguments[name] = arguments[name].t().contiguous().t()
+        leaf = logits.detach().requires_grad_()
+        out = ek.epo_loss(**{**arguments, "logits": leaf}, backend=self.backend)
+        (gradient,) = torch.autograd.grad(out.loss, leaf)
+        # Another alignment may add a row up in another order.
+        assert_close(out.loss, expected[0].loss, rtol=1e-6, atol=1e-6)
+        assert_close(gradient, expected[1], rtol=2**-7, atol=1e-9)
+
+    def test_an_exact_offset_changes_nothing(self):
+        case = busy_case(vocab=999)
+        case["logits"] = (case["logits"] * 64).round() / 64
+        shifted = {**case, "logits": case["logits"] + 4096.0}
+        assert_identical(self.run(case), self.run(shifted))
+
+    def test_the_same_input_gives_the_same_bits(self):
+        case = busy_case(vocab=5000, dtype=torch.bfloat16)
+        assert_identical(self.run(case), self.run(case))
+
+    # ---- float16 -----------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("mode", get_args(LossAggMode))
+    def test_float16_gradients_do_not_underflow(self, mode):
+        cfg = ek.EPOConfig(loss_agg_mode=mode, entropy_coeff=0.0)
+        case = busy_case(cfg, vocab=64, dtype=torch.float16)
+        tiny = {**case, "loss_scale": 2.0**-24}
+        _, gradient = self.run(tiny, upstream=2.0**24)
+        _, expected = self.run(case)
+        assert_close(gradient, expected, rtol=2e-3, atol=2e-7)
+
+    # ---- log-probs and entropy ---------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("entropy", [True, False])
+    def test_log_probs_and_entropy(self, entropy, dtype):
+        case = busy_case(vocab=2500, dtype=dtype)
+        weights = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        arguments = {"mask": case["mask"], "temperature": 0.8, "entropy": entropy}
+
+        def both(logits, backend):
+            leaf = logits.detach().requires_grad_()
+            tokens, scale = case["tokens"].to(leaf.device), weights.to(leaf.device)
+            values = ek.log_probs_and_entropy(leaf, tokens, **moved(arguments, leaf.device), backend=backend)
+            total = sum((value * w).sum() for value, w in zip(values, scale, strict=True) if value is not None)
+            return values, torch.autograd.grad(total, leaf)[0]
+
+        truth, eager, fused = (
+            both(case["logits"].double(), "reference"),
+            both(case["logits"].to(self.device), "reference"),
+            both(case["logits"].to(self.device), self.backend),
+        )
+        for a, b, c in zip(fused[0], eager[0], truth[0], strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert_no_worse("statistics", a, b, c, torch.finfo(torch.float32).eps * c.abs().max().item())
+        rounding = torch.finfo(dtype).eps * truth[1].abs().max().item()
+        assert_no_worse("gradient", fused[1], eager[1], truth[1], rounding)
+
+    def test_scoring_equals_training(self):
+        case = moved(busy_case(vocab=600), self.device)
+        with torch.no_grad():
+            scored = ek.epo_loss(**case, backend=self.backend)
+            log_probs, entropy = ek.log_probs_and_entropy(
+                case["logits"], case["tokens"], mask=case["mask"], backend=self.backend
+            )
+        out, _ = self.run(case)
+        assert not scored.loss.requires_grad
+        assert_close(scored.loss, out.loss.detach(), rtol=0, atol=0)
+        assert_close(scored.metrics.values, out.metrics.values, rtol=0, atol=0)
+        assert_close(log_probs, out.log_probs, rtol=1e-6, atol=1e-6)
+        assert_close(entropy, out.entropy, rtol=1e-6, atol=1e-6)
