@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from epo_kernels.backends import cuda, native
+from epo_kernels.backends import cuda, native, triton
 from epo_kernels.backends.cpu import CpuRows
 from epo_kernels.backends.cuda import CudaRows
 from epo_kernels.backends.fused import FusedBackend
@@ -78,9 +78,11 @@ _BACKENDS: dict[str, Backend] = {
     "reference": ReferenceBackend(),
     "cpu": FusedBackend("cpu", ("cpu",), CpuRows, native.why_not_built),
     "cuda": FusedBackend("cuda", ("cuda",), CudaRows, cuda.why_unavailable),
+    "triton": triton.TritonBackend("triton", ("cuda",), triton.TritonRows, triton.why_unavailable),
 }
-# By device type, the first that can run is what backend="auto" takes.
-_PREFERENCE = ("cuda", "cpu", "reference")
+# What backend="auto" takes: of a device type's, the first that can run, else the reference. (Triton's interpreter takes
+# CPU tensors too, but only when asked by name: it is slow.)
+_PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 
 def available_backends() -> dict[str, str | None]:
@@ -96,7 +98,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype = torch.f
         RuntimeError: a backend asked for by name that can't run here, with the reason and the cure.
     """
     if name == "auto":
-        for candidate in _PREFERENCE:
+        for candidate in _PREFERENCE.get(device.type, ()):
             backend = _BACKENDS[candidate]
             fits = device.type in backend.device_types and dtype in backend.dtypes
             if fits and backend.why_unavailable() is None:
