@@ -66,13 +66,16 @@ def epo_loss(
         cfg: see `EPOConfig`.
         entropy_bounds: (lower, upper) of the entropy band in nats, like tokens, one a sequence, or, with segment_ids,
             one a segment: (num_segments,). (-inf, +inf) where nothing is known. In segment scope the tightest bounds
-            among a segment's tokens hold.
+            among a segment's tokens hold. In a packed batch of N tokens, (N,) is always read as like tokens: where
+            there could be N segments too, give bounds[segment_ids].
         segment_ids: like tokens, int64 in [0, num_segments): tokens of one id make one segment, wherever they stand.
             For turns told apart by sequence, give `turns + num_turns * torch.arange(B)[:, None]`. Without bounds a
-            segment, ids are below the number of tokens. None: a sequence is a segment.
+            segment, ids are below the number of tokens. None: a sequence is a segment. Micro-batches add up exactly
+            when none of them cuts a segment.
         cu_seqlens: (num_sequences + 1,) int32 or int64, borders of the sequences of a packed batch, from 0 to N.
         max_length: constant length of "seq-mean-token-sum-norm"; None: T of a padded batch.
         penalty_weight: phase weight β of the band penalty (`phase_weight`); number or 0-d tensor, as are the next two.
+            Under `torch.compile` give tensors: a number is first compiled in as a constant.
         entropy_coeff: in place of the config's.
         kl_coeff: in place of the config's.
         ref_log_probs: like tokens, float, log-probs under the reference policy; needed where kl_coeff isn't 0.
@@ -247,7 +250,7 @@ def log_probs_and_entropy(
         logit_softcap=logit_softcap,
         logit_scale=logit_scale,
     )
-    token_rows, counted = check_tokens(layout, tokens, mask, transform.vocab_size)
+    token_rows, counted = check_tokens(layout, tokens, mask, transform)
     log_probs, entropies = choose_backend(backend, rows.device, rows.dtype).log_probs_and_entropy(
         rows, transform, token_rows, counted, entropy=entropy
     )
@@ -295,7 +298,7 @@ def linear_log_probs_and_entropy(
         logit_softcap=logit_softcap,
         logit_scale=logit_scale,
     )
-    token_rows, counted = check_tokens(layout, tokens, mask, transform.vocab_size)
+    token_rows, counted = check_tokens(layout, tokens, mask, transform)
     log_probs, entropies = choose_backend(backend, rows.device, projection.logits_dtype).linear_log_probs_and_entropy(
         projection,
         transform,

@@ -67,7 +67,9 @@ class EntropyHistory:
 
         Raises:
             ValueError: shapes differ. Turns out of range raise at `commit`, where their number is known for free.
+            TypeError: turns aren't integers.
         """
+        _check_integers(turns)
         if turns.shape != entropy.shape or mask.shape != entropy.shape:
             raise ValueError(
                 "turns, entropy and mask must have one shape, got "
@@ -84,7 +86,7 @@ class EntropyHistory:
         self._open = step if self._open is None else self._open.to(step.device) + step
 
     def commit(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """Close the open step; from here on `bounds` knows it. Syncs once.
+        """Close the open step; from here on `bounds` knows it. Syncs once. A step without tokens counts in the window.
 
         Args:
             group: the ranks whose tokens make the step together (their sums are all-reduced); None: this process alone.
@@ -96,6 +98,8 @@ class EntropyHistory:
         step = self._open if self._open is not None else torch.zeros(2, self.num_turns + 1, dtype=torch.float64)
         self._open = None
         if group is not None:
+            # A rank without tokens holds zeros on the CPU, where NCCL doesn't reach.
+            step = step.to("cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu")
             torch.distributed.all_reduce(step, group=group)
         step = step.cpu()
         if step[1, -1] > 0:
@@ -133,7 +137,9 @@ class EntropyHistory:
 
         Raises:
             ValueError: low and high out of order.
+            TypeError: turns aren't integers.
         """
+        _check_integers(turns)
         if not 0.0 <= low <= high or low == float("inf"):
             raise ValueError(f"low and high must satisfy 0 <= low <= high with low finite, got {low} and {high}")
         mean = self.means()
@@ -177,6 +183,11 @@ class EntropyHistory:
         self._total = state["total"].clone()
         self._steps = [step.clone() for step in state["steps"]]
         self._open = None if state["open"] is None else state["open"].clone()
+
+
+def _check_integers(turns: Tensor) -> None:
+    if turns.is_floating_point() or turns.dtype == torch.bool:
+        raise TypeError(f"turns must be integers, got {turns.dtype}")
 
 
 def _quotient(sums: Tensor, unknown: float) -> Tensor:

@@ -12,6 +12,7 @@ loss NaN and is counted in `metrics.invalid_tokens`.
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -104,6 +105,7 @@ class Layout:
         shape: the caller's shape of tokens: (B, T), or (N,) packed.
         device, dtype: where the rows are, and the dtype of their statistics.
         sequence_ids, num_sequences: as in `TokenInputs`.
+        in_order: 0-d bool, whether cu_seqlens makes sense, where that can't be read; else None.
     """
 
     shape: torch.Size
@@ -111,6 +113,7 @@ class Layout:
     dtype: torch.dtype
     sequence_ids: Tensor | None
     num_sequences: int
+    in_order: Tensor | None
 
     @property
     def packed(self) -> bool:
@@ -179,7 +182,7 @@ def check_scalar(name: str, value: Scalar, low: float = -math.inf, open_low: boo
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
         return value.detach()
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r} ({type(value).__name__})")
     if torch.compiler.is_compiling():  # a guard on the value would recompile at every step of a schedule
         return value
@@ -205,10 +208,9 @@ def check_rows(rows: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, name: st
             f"{name} must be (batch, time, width) or packed (tokens, width) with width > 0, got {tuple(rows.shape)}"
         )
     if tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"tokens must be int64, got {tokens.dtype}")
+        raise TypeError(f"tokens must be int64 (or int32), got {tokens.dtype}")
     check_tensor("tokens", tokens, rows.shape[:-1], rows.device)
-    sequence_ids, num_sequences = _sequences(tokens, cu_seqlens)
-    layout = Layout(tokens.shape, rows.device, compute_dtype(rows.dtype), sequence_ids, num_sequences)
+    layout = Layout(tokens.shape, rows.device, compute_dtype(rows.dtype), *_sequences(tokens, cu_seqlens))
     return rows if rows.dim() == 3 else rows[None], layout
 
 
@@ -273,7 +275,9 @@ def check_transform(
     return LogitTransform(vocab_size, temperature, logit_softcap, logit_scale)
 
 
-def check_tokens(layout: Layout, tokens: Tensor, mask: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor]:
+def check_tokens(
+    layout: Layout, tokens: Tensor, mask: Tensor | None, transform: LogitTransform
+) -> tuple[Tensor, Tensor]:
     """(tokens, mask) as (B, T) int64 and bool; mask None counts every token.
 
     Raises:
@@ -288,10 +292,16 @@ def check_tokens(layout: Layout, tokens: Tensor, mask: Tensor | None, vocab_size
         if mask.dtype != torch.bool:
             odd = counted & (mask != 1)
             tokens = _reject(tokens, odd, mask, "mask must be bool, or hold only 0 and 1")
-    outside = counted & ((tokens < 0) | (tokens >= vocab_size))
-    advice = "tokens must be in [0, {limit}) where the mask is 1 (mask out padding and -100 labels)"
-    if checks_values(layout.device):
-        _reject(tokens, outside, tokens, advice, limit=vocab_size)
+    temperature = transform.temperature
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        cold = counted & ~(temperature > 0)
+        tokens = _reject(tokens, cold, temperature, "temperature must be > 0 where the mask is 1")
+    if layout.in_order is not None:
+        tokens = torch.where(layout.in_order, tokens, INVALID_TOKEN)
+    if checks_values(layout.device):  # elsewhere the kernels see for themselves
+        outside = counted & ((tokens < 0) | (tokens >= transform.vocab_size))
+        advice = "tokens must be in [0, {limit}) where the mask is 1 (mask out padding and -100 labels)"
+        _reject(tokens, outside, tokens, advice, limit=transform.vocab_size)
     return tokens, counted
 
 
@@ -365,7 +375,7 @@ def check_loss(
         old_log_probs,
         advantages,
         mask,
-        vocab_size=transform.vocab_size,
+        transform=transform,
         kl_coeff=coefficients.kl,
         **per_token,
     )
@@ -388,7 +398,7 @@ def check_loss_inputs(
     advantages: Tensor,
     mask: Tensor,
     *,
-    vocab_size: int,
+    transform: LogitTransform,
     kl_coeff: Scalar,
     entropy_bounds: tuple[Tensor, Tensor] | None,
     segment_ids: Tensor | None,
@@ -416,7 +426,7 @@ def check_loss_inputs(
         )
     if mask is None:
         raise TypeError("mask must be a tensor, 1 at tokens that the policy produced, got None")
-    token_rows, counted = check_tokens(layout, tokens, mask, vocab_size)
+    token_rows, counted = check_tokens(layout, tokens, mask, transform)
     token_rows, segment_rows, num_segments, lower, upper = _check_bands(
         layout, cfg.band_scope, token_rows, counted, entropy_bounds, segment_ids
     )
@@ -450,10 +460,10 @@ def _check_max_length(layout: Layout, cfg: EPOConfig, max_length: int | None) ->
     return max_length
 
 
-def _sequences(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int]:
-    """(sequence_ids (1, N), number of sequences) of a packed batch, (None, B) of a padded one."""
+def _sequences(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int, Tensor | None]:
+    """sequence_ids (1, N), number of sequences, in_order of a packed batch; None, B, None of a padded one."""
     if cu_seqlens is None:
-        return None, tokens.shape[0] if tokens.dim() == 2 else 1
+        return None, tokens.shape[0] if tokens.dim() == 2 else 1, None
     if tokens.dim() != 1:
         raise ValueError("cu_seqlens goes with packed logits (tokens, vocab); these are padded (batch, time, vocab)")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -464,15 +474,19 @@ def _sequences(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None
             f"cu_seqlens must be (num_sequences + 1,) on {tokens.device}, got {tuple(cu_seqlens.shape)} on "
             f"{cu_seqlens.device}"
         )
-    if checks_values(tokens.device):
+    in_order: Tensor | None = None
+    if not checks_values(tokens.device):
+        rising = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+        in_order = rising & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens.shape[0])
+    else:
         borders = cu_seqlens.tolist()
         if borders[0] != 0 or borders[-1] != tokens.shape[0] or borders != sorted(borders):
             raise ValueError(f"cu_seqlens must rise from 0 to the {tokens.shape[0]} tokens, got {borders}")
     num_sequences = cu_seqlens.shape[0] - 1
     positions = torch.arange(tokens.shape[0], device=tokens.device, dtype=cu_seqlens.dtype)
-    # Tokens past the last border can only be seen where values aren't read; they go to the last sequence.
+    # Tokens past the last border can only be there where values aren't read.
     ids = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True).clamp(max=num_sequences - 1)
-    return ids[None], num_sequences
+    return ids[None], num_sequences, in_order
 
 
 def _check_bands(
@@ -530,7 +544,7 @@ def _segments(
         return tokens, layout.sequence_ids, layout.num_sequences
     ids = layout.check("segment_ids", segment_ids)
     if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"segment_ids must be int64, got {ids.dtype}")
+        raise TypeError(f"segment_ids must be int64 (or int32), got {ids.dtype}")
     outside = counted & ((ids < 0) | (ids >= num_segments))
     advice = (
         "segment_ids must be in [0, {limit}) where the mask is 1: below the number of segments that "

@@ -41,7 +41,7 @@ _TOKEN_MEANS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class LossMetrics:
     """Sums and counts of one loss call; add them over micro-batches, `all_reduce` them over ranks.
 
@@ -62,6 +62,10 @@ class LossMetrics:
 
     def __add__(self, other: LossMetrics) -> LossMetrics:
         return LossMetrics(self.values + other.values)
+
+    def __radd__(self, other: int) -> LossMetrics:
+        """For `sum(metrics)`, which begins with 0."""
+        return self if other == 0 else NotImplemented
 
     def replace(self, **values: Tensor) -> LossMetrics:
         """A copy with other values, by name."""

@@ -11,7 +11,9 @@ Conventions at the edges, which every backend keeps:
 
 - A token whose mask is 0 is never read, in any argument; its results are 0 and its gradient exactly 0.
 - p_v = 0 (z_v = -inf) adds exactly 0 to H and to the gradient. A row that is wholly -inf, or holds NaN or +inf, has
-  log-prob and entropy NaN, and so have the loss and that row's gradient.
+  log-prob and entropy NaN, and so have the loss and that row's gradient. (Of z, that is: a softcap makes ±inf finite.)
+- A sampled token with p = 0 has log-prob -inf: against old_log_probs its ratio is e^-20 without gradient; on-policy its
+  ratio, and with it the loss, is NaN, and counted.
 - Ties: at r = 1 ± ε and at r = c the gradient is that of the unclipped ratio, in full. The exponent of the ratio, and
   that of k3, passes its gradient on [-20, 20], both ends included, and none outside; so does k3 on values up to 10.
 - At the very bound of the band the penalty and its derivative are 0 (hinge, quadratic); the indicator and the gate

@@ -7,7 +7,8 @@ loss = Σ_i w_i ℓ_i, so kernels need nothing but w:
     seq-mean-token-mean       m / (B n_s)           n_s  = number of counted tokens of the sequence
     seq-mean-token-sum-norm   m / (B max_length)
 
-`normalizer` takes the place of N or B. (Names and meaning: verl 0.9, `agg_loss`.)
+`normalizer` takes the place of N or B; verl's "token-sum" is token-mean with normalizer 1. (Names and meaning: verl
+0.9, `agg_loss`.)
 """
 
 from __future__ import annotations

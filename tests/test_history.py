@@ -248,3 +248,12 @@ def test_two_processes_share_one_history(tmp_path):
         assert math.isnan(means[2])
         assert metrics == [2.0 * i + 1 for i in range(len(METRIC_NAMES))]
         assert failed
+
+
+def test_turns_must_be_integers():
+    history = ek.EntropyHistory(3)
+    turns = torch.tensor([0.5, 1.0])
+    with pytest.raises(TypeError, match=r"turns must be integers, got torch\.float32"):
+        history.update(turns, torch.ones(2), torch.ones(2))
+    with pytest.raises(TypeError, match=r"turns must be integers, got torch\.float32"):
+        history.bounds(turns, 0, 2)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +32,7 @@ WRONG = {
     "logits 1-d": ({"logits": ones(7)}, ValueError, r"logits must be \(batch, time, width\) or packed.*got \(7,\)"),
     "logits 4-d": ({"logits": ones(1, 3, 5, 7)}, ValueError, r"logits must be .*got \(1, 3, 5, 7\)"),
     "logits empty": ({"logits": ones(3, 5, 0)}, ValueError, r"logits must be .*width > 0, got \(3, 5, 0\)"),
-    "tokens float": ({"tokens": ones(3, 5)}, TypeError, r"tokens must be int64, got torch.float32"),
+    "tokens float": ({"tokens": ones(3, 5)}, TypeError, r"tokens must be int64 \(or int32\), got torch.float32"),
     "tokens shape": ({"tokens": ones(3, 4).long()}, ValueError, r"tokens must have shape \(3, 5\), got \(3, 4\)"),
     "tokens none": ({"tokens": None}, TypeError, r"tokens must be a tensor, got NoneType"),
     "token high": ({"tokens": tokens_with(7)}, ValueError, r"tokens must be in \[0, 7\).*got 7 at row 1, position 2"),
@@ -236,7 +237,7 @@ def test_other_dtypes_that_mean_the_same():
 def test_canonical_arguments_are_viewed_never_copied():
     case = random_case(dtype=F32)
     rows, layout = inputs.check_rows(case["logits"], case["tokens"], None)
-    tokens, mask = inputs.check_tokens(layout, case["tokens"], case["mask"], 7)
+    tokens, mask = inputs.check_tokens(layout, case["tokens"], case["mask"], inputs.LogitTransform(7, 1.0, None, None))
     old = layout.floats("old_log_probs", case["old_log_probs"])
     for view, name in ((rows, "logits"), (tokens, "tokens"), (mask, "mask"), (old, "old_log_probs")):
         assert view.data_ptr() == case[name].data_ptr()
@@ -333,3 +334,37 @@ def test_meta_tensors_pass_by_shape_alone():
     case = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in padded_case().items()}
     out = ek.epo_loss(**case, backend="reference")
     assert (out.loss.shape, out.log_probs.shape, out.entropy.dtype) == ((), (3, 5), torch.float32)
+
+
+def test_bad_values_that_cannot_be_read_make_the_loss_nan(monkeypatch):
+    """Where values aren't read, as on CUDA: a temperature of 0, and borders that don't rise to the number of tokens."""
+    monkeypatch.setattr(inputs, "checks_values", lambda device: False)
+    logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
+    cfg = ek.EPOConfig()
+    good = {"temperature": ones, "cu_seqlens": torch.tensor([0, 2, 6])}
+    assert ek.epo_loss(logits, tokens, None, ones, ones, cfg, **good).loss.isfinite()
+    for bad, count in [
+        ({"temperature": torch.tensor([1.0, 0.0, 1.0, -1.0, 1.0, 1.0])}, 2),
+        ({"cu_seqlens": torch.tensor([2, 1, 6])}, 6),
+        ({"cu_seqlens": torch.tensor([0, 2, 5])}, 6),
+    ]:
+        out = ek.epo_loss(logits, tokens, None, ones, ones, cfg, **{**good, **bad})
+        assert out.loss.isnan()
+        assert out.metrics.invalid_tokens == count
+
+
+def test_a_temperature_that_is_not_positive_is_named():
+    logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
+    cold = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match=r"temperature must be > 0 where the mask is 1, got 0\.0"):
+        ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig(), temperature=cold)
+    mask = cold > 0
+    assert ek.epo_loss(logits, tokens, None, ones, mask, ek.EPOConfig(), temperature=cold).loss.isfinite()
+
+
+def test_numpy_scalars_are_numbers():
+    logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
+    numbers = {"normalizer": np.int64(3), "entropy_coeff": np.float32(0.5)}
+    plain = {"normalizer": 3, "entropy_coeff": 0.5}
+    ours, theirs = (ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig(), **n).loss for n in (numbers, plain))
+    assert torch.equal(ours, theirs)

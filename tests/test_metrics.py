@@ -103,3 +103,8 @@ def test_every_nonfinite_token_is_counted_once():
     out, _ = run(case)
     assert out.loss.isnan()
     assert (out.metrics.nonfinite_tokens, out.metrics.invalid_tokens, out.metrics.tokens) == (4, 0, 15)
+
+
+def test_sum_adds_metrics_up():
+    first, second = (ek.LossMetrics(torch.arange(len(ek.metrics.METRIC_NAMES)).double() + i) for i in range(2))
+    assert torch.equal(sum([first, second]).values, (first + second).values)
