@@ -99,17 +99,17 @@ float to_float(const void* x, DType dtype) {
     return half & 0x8000u ? -magnitude : magnitude;
 }
 
-// y of the token's z = outer * y. NaN for an invalid token: its log-prob is, and so all that follows from it.
+// y of the token. NaN for an invalid token: its log-prob is, and so all that follows from it.
 float argument_of_token(const Rows& rows, const Row& row, const void* x, const Transform& transform) {
     if (!row.valid()) return NAN;
     const float raw = to_float(static_cast<const char*>(x) + row.token() * size_of(rows.dtype), rows.dtype);
-    return rows.softcap > 0.0f ? std::tanh(raw * transform.inner) : raw;
+    return rows.softcap > 0.0f ? std::tanh(raw * transform.inner) : raw * transform.inner;
 }
 
 RowStats statistics_of(const Rows& rows, const Row& row, const void* x, const Transform& transform,
                        const Sweeps& sweeps) {
     const auto moments = sweeps.moments(x, rows.vocab_size, transform, rows.softcap > 0.0f);
-    return finish(moments, transform.outer * argument_of_token(rows, row, x, transform));
+    return finish(moments, argument_of_token(rows, row, x, transform), transform.outer);
 }
 
 // One row's gradient, from its statistics and a = ∂loss/∂logp, b = ∂loss/∂H.
@@ -173,7 +173,7 @@ void cpu_statistics(const Rows& rows, const Statistics& out, const Machine& mach
             out.log_probs[i] = stats.log_prob;
             if (out.entropy) out.entropy[i] = stats.entropy;
             out.maximum[i] = stats.m;
-            out.log_sum[i] = stats.log_s;
+            out.sum[i] = stats.s;
         }
     });
 }
@@ -191,7 +191,7 @@ void cpu_gradient(const Rows& rows, const Statistics& statistics, const Upstream
                 continue;
             }
             const RowStats stats{statistics.log_probs[i], statistics.entropy ? statistics.entropy[i] : 0.0f,
-                                 statistics.maximum[i], statistics.log_sum[i], std::exp(-statistics.log_sum[i])};
+                                 statistics.maximum[i], statistics.sum[i]};
             const float a = upstream.log_probs.at(row.b(), row.t());
             const float b = upstream.entropy ? upstream.entropy.at(row.b(), row.t()) : 0.0f;
             const float spread = row.valid() ? a : NAN;

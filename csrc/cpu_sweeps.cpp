@@ -29,7 +29,7 @@ static_assert(kBlock % kGroup == 0, "blocks are whole groups");
 
 inline Floats above_lowest(Floats x) { return x < epo::kLowestExponent ? splat(epo::kLowestExponent) : x; }
 
-// A row seen as vectors: the argument y of z = outer * y.
+// A row seen as vectors: y of z = outer * y.
 template <class Element, bool Softcap>
 struct Source {
     const char* x;
@@ -37,19 +37,19 @@ struct Source {
 
     Floats argument(std::int64_t i) const { return of(Element::load(x + i * Element::size)); }
 
-    // The last, partial vector: `count` elements, the rest `filler`.
-    Floats partial(std::int64_t i, int count, float filler) const {
+    // The last, partial vector: `count` elements, the rest -inf, which adds 0.
+    Floats partial(std::int64_t i, int count) const {
         alignas(64) char raw[Element::size * kWidth] = {};
         std::memcpy(raw, x + i * Element::size, static_cast<std::size_t>(Element::size * count));
         const Floats y = of(Element::load(raw));
-        Floats result = splat(filler);
+        Floats result = splat(-INFINITY);
         for (int k = 0; k < count; ++k) result[k] = y[k];
         return result;
     }
 
     Floats of(Floats raw) const {
         if constexpr (Softcap) return tanh(raw * transform.inner);
-        return raw;
+        return raw * transform.inner;
     }
 };
 
@@ -67,22 +67,22 @@ inline double total(const Floats (&parts)[kUnroll]) {
 }
 
 template <class Part>
-inline float block_maximum(std::int64_t n, float outer, const Part& part) {
+inline float block_maximum(std::int64_t n, const Part& part) {
     Floats best[kUnroll];
     for (Floats& one : best) one = splat(-INFINITY);
     std::int64_t i = 0;
     for (; i + kGroup <= n; i += kGroup)
-        for (int k = 0; k < kUnroll; ++k) best[k] = larger(part(i + k * kWidth) * outer, best[k]);
-    for (; i < n; i += kWidth) best[0] = larger(part(i) * outer, best[0]);
+        for (int k = 0; k < kUnroll; ++k) best[k] = larger(part(i + k * kWidth), best[k]);
+    for (; i < n; i += kWidth) best[0] = larger(part(i), best[0]);
     return largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
-// Σ e^t and Σ t e^t, t = z - m.
+// Σ e^t and Σ t e^t.
 template <class Part>
 inline Moments<double> block_moments(std::int64_t n, float outer, float m, const Part& part) {
     Floats s[kUnroll] = {}, u[kUnroll] = {};
     const auto add = [&](std::int64_t i, int k) {
-        const Floats t = above_lowest(part(i) * outer - m);
+        const Floats t = above_lowest((part(i) - m) * outer);
         const Floats e = exp(t);
         s[k] += e;
         u[k] += t * e;
@@ -107,12 +107,12 @@ inline bool holds_nan(std::int64_t n, const Part& part) {
 
 template <class Part>
 inline void add_block(Moments<double>& row, std::int64_t n, float outer, const Part& part) {
-    const float m = block_maximum(n, outer, part);
+    const float m = block_maximum(n, part);
     if (m == -INFINITY) {
         if (holds_nan(n, part)) row.s = NAN;
         return;
     }
-    if (m > row.m) row = epo::about(row, m);
+    if (m > row.m) row = epo::about(row, m, outer);
     const Moments<double> block = block_moments(n, outer, row.m, part);
     row.s += block.s;
     row.u += block.u;
@@ -128,9 +128,7 @@ Moments<double> moments(const void* x, std::int64_t n, const Transform& transfor
         add_block(row, size, transform.outer, [&](std::int64_t i) { return source.argument(start + i); });
     }
     if (whole < n) {
-        // Filled up with what becomes z = -inf, which adds 0.
-        const float filler = transform.outer < 0.0f ? INFINITY : -INFINITY;
-        const Floats last = source.partial(whole, static_cast<int>(n - whole), filler);
+        const Floats last = source.partial(whole, static_cast<int>(n - whole));
         add_block(row, kWidth, transform.outer, [&](std::int64_t) { return last; });
     }
     return row;
@@ -143,7 +141,7 @@ struct Gradient {
     GradientLine line;
 
     Floats of(Floats y) const {
-        const Floats t = above_lowest(y * source.transform.outer - m);
+        const Floats t = above_lowest((y - m) * source.transform.outer);
         const Floats g = exp(t) * (line.linear * t + line.constant);
         if constexpr (Softcap) return g * (1.0f - y * y);
         return g;
@@ -155,7 +153,7 @@ struct Gradient {
         write_past(out + i * Element::size, Element::round(of(source.argument(i))));
     }
     void store_partial(char* out, std::int64_t i, int count) const {
-        const auto rounded = Element::round(of(source.partial(i, count, 0.0f)));
+        const auto rounded = Element::round(of(source.partial(i, count)));
         std::memcpy(out + i * Element::size, &rounded, static_cast<std::size_t>(Element::size * count));
     }
 };

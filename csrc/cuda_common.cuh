@@ -92,8 +92,8 @@ __device__ __forceinline__ Real warp_sum(Real x) {
 }
 
 // The moments of all lanes together, in every lane.
-__device__ __forceinline__ Moments2 warp_merge(const Moments2& lane) {
-    const Moments2 part = about2(lane, warp_maximum(lane.m));
+__device__ __forceinline__ Moments2 warp_merge(const Moments2& lane, float outer2) {
+    const Moments2 part = about2(lane, warp_maximum(lane.m), outer2);
     return {part.m, warp_sum(part.s), warp_sum(part.u)};
 }
 

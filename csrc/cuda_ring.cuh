@@ -19,12 +19,12 @@
 //                    with 1 us of latency want 4.3 MB
 //   exponentials     2 an element: 1.18 M cycles of the special function units (16 a cycle and multiprocessor), 0.67 ms
 //                    at 1.755 GHz
-//   instructions     in the SASS of sm_90a, a full tile of 32 elements a lane: 310 for its statistics, 348 for its
-//                    gradient and its traffic, so 20.6 an element; 4 schedulers at 1.755 GHz issue them in 0.85 ms
+//   instructions     in the SASS of sm_90a, a full tile of 32 elements a lane: 323 for its statistics, 381 for its
+//                    gradient and its traffic, so 22 an element; 4 schedulers at 1.755 GHz issue them in 0.92 ms
 //   a row besides    about 700 instructions a warp: exchange, merging, the maths of the token; 3 % of the above
 //   barriers a row   one wait for the exchange, none of a block
 //   floor            1.16 ms: one read, one write
-// Smaller tiles balance the warps better and cost more: 26 instructions an element at 16 warps and 1 KB.
+// Smaller tiles balance the warps better and cost more: about 28 instructions an element at 16 warps and 1 KB.
 #pragma once
 
 #include <cuda/std/cstdint>
@@ -257,21 +257,21 @@ struct Warp {
     }
 
     // The gradient over one tile, in place.
-    __device__ void overwrite_tile(char* tile, int bytes, float outer2, float m2, const GradientLine& line) const {
+    __device__ void overwrite_tile(char* tile, int bytes, float outer2, float m, const GradientLine& line) const {
         if (bytes == kTileBytes) {
 #pragma unroll
-            for (int k = 0; k < kVectors; ++k) overwrite_vector(tile, k * kLanes + lane, outer2, m2, line);
+            for (int k = 0; k < kVectors; ++k) overwrite_vector(tile, k * kLanes + lane, outer2, m, line);
             return;
         }
-        for (int v = lane; v * kVectorBytes < bytes; v += kLanes) overwrite_vector(tile, v, outer2, m2, line);
+        for (int v = lane; v * kVectorBytes < bytes; v += kLanes) overwrite_vector(tile, v, outer2, m, line);
     }
 
-    __device__ void overwrite_vector(char* tile, int v, float outer2, float m2, const GradientLine& line) const {
+    __device__ void overwrite_vector(char* tile, int v, float outer2, float m, const GradientLine& line) const {
         uint4& raw = reinterpret_cast<uint4*>(tile)[v];
         float y[kPerVector];
         Element::unpack(raw, y);
 #pragma unroll
-        for (int i = 0; i < kPerVector; ++i) y[i] = logit_gradient2(y[i], outer2, m2, line);
+        for (int i = 0; i < kPerVector; ++i) y[i] = logit_gradient2(y[i], outer2, m, line);
         raw = Element::pack(y);
     }
 
@@ -306,26 +306,26 @@ struct Warp {
         // In an edge one lane has the token's logit, in a tile all have it.
         const unsigned holders = __ballot_sync(kAllLanes, at_edge >= 0 && at_edge == token);
         if (holders) y_token = __shfl_sync(kAllLanes, y_token, __ffs(holders) - 1);
-        const Moments2 part = warp_merge(run);
+        const Moments2 part = warp_merge(run, outer2);
         return {part.m, part.s, part.u, y_token};
     }
 
     // The gradient of this warp's part of the row, on its way out; the slots fetch the next rows' tiles.
-    __device__ void put_gradient(std::int64_t row, const Tiles& tiles, float outer2, float m2, const GradientLine& line,
+    __device__ void put_gradient(std::int64_t row, const Tiles& tiles, float outer2, float m, const GradientLine& line,
                                  std::int64_t token, float at_token) {
         char* const out = target(row);
         const int token_byte = static_cast<int>(token * kSize);
         const std::int64_t at_edge = edge(tiles);
         if (at_edge >= 0) {
             const float y = Element::load(reinterpret_cast<const Stored*>(source(row)) + at_edge);
-            const float gradient = at_edge == token ? at_token : logit_gradient2(y, outer2, m2, line);
+            const float gradient = at_edge == token ? at_token : logit_gradient2(y, outer2, m, line);
             Element::store(reinterpret_cast<Stored*>(out) + at_edge, gradient);
         }
         bool stored = false;
         for (Part part(tiles, rank, warp, args.ranks); part.left > 0; part.advance()) {
             char* const tile = slot(reading);
             const int bytes = part.bytes();
-            overwrite_tile(tile, bytes, outer2, m2, line);
+            overwrite_tile(tile, bytes, outer2, m, line);
             __syncwarp();
             if (lane == 0 && part.holds(token_byte))
                 Element::store(reinterpret_cast<Stored*>(tile + (token_byte - part.offset)), at_token);
@@ -351,7 +351,7 @@ struct Warp {
 
 // Sends this warp's message to every block of the cluster, and merges those of all warps: statistics of the row.
 __device__ inline Message exchange(Shared& shared, const Message& own, int rank, int ranks, int warp, int lane,
-                                   unsigned turn) {
+                                   unsigned turn, float outer2) {
     const unsigned set = turn & 1u, parity = (turn >> 1) & 1u;
     const int senders = ranks * kWarps;
     if (warp == 0 && lane == 0) expect_bytes(&shared.exchanged[set], senders * unsigned(sizeof(Message)));
@@ -365,10 +365,10 @@ __device__ inline Message exchange(Shared& shared, const Message& own, int rank,
     float y_token = 0.0f;
     for (int i = lane; i < senders; i += kLanes) {
         const Message message = shared.messages[set][i];
-        run = merge2(run, {message.m, message.s, message.u});
+        run = merge2(run, {message.m, message.s, message.u}, outer2);
         y_token += message.y_token;  // 0 but for one
     }
-    const Moments2 row = warp_merge(run);
+    const Moments2 row = warp_merge(run, outer2);
     return {row.m, row.s, row.u, warp_sum(y_token)};
 }
 
@@ -410,6 +410,7 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
             if (leader) args.results.log_probs[i] = args.results.entropy[i] = 0.0f;
             continue;
         }
+        // The scale is positive and there is no softcap, so y is the raw logit.
         const Transform transform = make_transform(rows.scale, 0.0f, rows.temperature.at(at.b, at.t));
         const float outer2 = transform.outer * kLog2E;
         const std::int64_t given = rows.tokens.at(at.b, at.t);
@@ -418,8 +419,8 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
         const Tiles tiles = warp.tiles_of(i);
 
         const Message own = warp.take_statistics(i, tiles, outer2, token);
-        const Message row = exchange(shared, own, warp.rank, args.ranks, warp.warp, warp.lane, turn++);
-        const RowStats stats = finish2({row.m, row.s, row.u}, token < 0 ? NAN : row.y_token, outer2);
+        const Message row = exchange(shared, own, warp.rank, args.ranks, warp.warp, warp.lane, turn++, outer2);
+        const RowStats stats = finish2({row.m, row.s, row.u}, token < 0 ? NAN : row.y_token, transform.outer);
         const TokenLoss loss =
             token_loss(stats.log_prob, stats.entropy, terms, coefficients, args.terms.kl_type, args.terms.penalty);
         const float weight = terms.weight * gradient_scale;

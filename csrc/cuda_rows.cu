@@ -100,7 +100,7 @@ RingPlan plan_ring(const Rows& rows, const Matrix& out, const Chip& chip) {
     const bool aligned_alike = difference % kVectorBytes == 0 &&
                                (rows.batch <= 1 || congruent(rows.logits.batch_stride, out.batch_stride)) &&
                                (rows.time <= 1 || congruent(rows.logits.time_stride, out.time_stride));
-    if (chip.major < 9 || !dense || !aligned_alike || rows.softcap > 0.0f) return {};
+    if (chip.major < 9 || !dense || !aligned_alike || rows.softcap > 0.0f || !(rows.scale > 0.0f)) return {};
     const int room = chip.shared_bytes - ring::shared_bytes(0) - 1024;  // the system keeps some of its own
     const int slots = std::min(ring::kMostSlots, room / (ring::kWarps * ring::kTileBytes));
     return {ranks_for<ring::Tiles>(row_bytes(rows), slots), slots};

@@ -13,8 +13,8 @@
 namespace epo {
 namespace sweeps {
 
-constexpr int kMostThreads = 768;  // 80 registers each; 64 make some of the kernels spill
-constexpr int kFewThreads = 384;   // 2 blocks a multiprocessor, for rows that are short
+constexpr int kMostThreads = 640;  // 96 registers each; with 80 one of the kernels spills
+constexpr int kFewThreads = 320;   // 2 blocks a multiprocessor, for rows that are short
 
 struct Arguments {
     Rows rows;
@@ -31,11 +31,12 @@ struct RowView {
     using Stored = typename Element::Stored;
     static constexpr int kPerVector = Element::kPerVector;
     static constexpr int kInFlight = Softcap ? 2 : 4;                                  // vectors; tanh takes registers
-    static constexpr int kGroup = kInFlight * kPerVector > 16 ? 16 / kPerVector : kInFlight;  // vectors, 16 values at most
+    static constexpr int kGroup = Softcap ? 1 : 16 / kPerVector;  // vectors
 
     const Stored* x;
     std::int64_t size, stride;
     Transform transform;
+    float outer2;
     RowTiles<1, kVectorBytes * kLanes> parts;
 
     __device__ RowView(const Rows& rows, const TokenPlace& at, const Transform& transform_)
@@ -43,9 +44,10 @@ struct RowView {
           size(rows.vocab_size),
           stride(rows.logits.vocab_stride),
           transform(transform_),
+          outer2(transform_.outer * kLog2E),
           parts(reinterpret_cast<std::uint64_t>(x), rows.vocab_size * std::int64_t(sizeof(Stored))) {}
 
-    __device__ float argument(float raw) const { return Softcap ? tanhf(raw * transform.inner) : raw; }
+    __device__ float argument(float raw) const { return Softcap ? tanhf(raw * transform.inner) : raw * transform.inner; }
     __device__ float at(std::int64_t v) const { return argument(Element::load(x + v * stride)); }
     __device__ const char* body() const { return reinterpret_cast<const char*>(x) + parts.head_bytes; }
     __device__ uint4 vector(std::int64_t i) const { return reinterpret_cast<const uint4*>(body())[i]; }
@@ -67,7 +69,7 @@ struct RowView {
         }
     }
 
-    __device__ Moments2 moments(float outer2) const {
+    __device__ Moments2 moments() const {
         Moments2 run = no_moments<float>();
         if (stride != 1) {
             for (std::int64_t v = threadIdx.x; v < size; v += blockDim.x) {
@@ -112,11 +114,11 @@ struct GradientWriter {
     RowView<Element, Softcap> row;
     Stored* out;
     std::int64_t out_stride;
-    float outer2, m2;
+    float m;
     GradientLine line;
 
     __device__ float of(float y) const {
-        const float gradient = logit_gradient2(y, outer2, m2, line);
+        const float gradient = logit_gradient2(y, row.outer2, m, line);
         return Softcap ? gradient * (1.0f - y * y) : gradient;
     }
     __device__ void write(std::int64_t v) const { Element::store(out + v * out_stride, of(row.at(v))); }
@@ -169,10 +171,10 @@ __device__ void clear(const Rows& rows, const Matrix& out, const TokenPlace& at,
 template <class Element, bool Softcap>
 __device__ void write_gradient(const Rows& rows, const Matrix& out, const TokenPlace& at,
                                const RowView<Element, Softcap>& view, const RowStats& stats, float a, float b,
-                               float outer2, std::int64_t token, float y_token) {
+                               std::int64_t token, float y_token) {
     const GradientLine line = gradient_line2(a, b, stats, view.transform);
     typename Element::Stored* const target = row_of<Element>(out, at);
-    GradientWriter<Element, Softcap>{view, target, out.vocab_stride, outer2, stats.m, line}.write_all();
+    GradientWriter<Element, Softcap>{view, target, out.vocab_stride, stats.m, line}.write_all();
     clear<Element>(rows, out, at, rows.vocab_size);
     __syncthreads();
     if (threadIdx.x == 0 && token >= 0) {
@@ -187,14 +189,14 @@ __device__ inline std::int64_t token_of(const Rows& rows, const TokenPlace& at) 
     return token >= 0 && token < rows.vocab_size ? token : -1;
 }
 
-__device__ inline Moments2 block_merge(const Moments2& thread) {
+__device__ inline Moments2 block_merge(const Moments2& thread, float outer2) {
     __shared__ Moments2 parts[kMostThreads / kLanes];
-    const Moments2 warp = warp_merge(thread);
+    const Moments2 warp = warp_merge(thread, outer2);
     const int lane = threadIdx.x % kLanes;
     if (lane == 0) parts[threadIdx.x / kLanes] = warp;
     __syncthreads();
     const Moments2 part = lane < blockDim.x / kLanes ? parts[lane] : no_moments<float>();
-    return warp_merge(part);
+    return warp_merge(part, outer2);
 }
 
 template <class Element, bool Softcap>
@@ -206,16 +208,15 @@ __global__ void __launch_bounds__(kMostThreads) statistics_kernel(const __grid_c
         if (rows.mask.at(at.b, at.t)) {
             const Transform transform = make_transform(rows.scale, rows.softcap, rows.temperature.at(at.b, at.t));
             const RowView<Element, Softcap> view(rows, at, transform);
-            const float outer2 = transform.outer * kLog2E;
             const std::int64_t token = token_of(rows, at);
             const float y_token = token < 0 ? NAN : view.at(token);
-            stats = finish2(block_merge(view.moments(outer2)), y_token, outer2);
+            stats = finish2(block_merge(view.moments(), view.outer2), y_token, transform.outer);
         }
         if (threadIdx.x == 0) {
             args.statistics.log_probs[i] = stats.log_prob;
             if (args.statistics.entropy) args.statistics.entropy[i] = stats.entropy;
-            args.statistics.maximum[i] = stats.m;  // in base 2, as the gradient wants it
-            args.statistics.log_sum[i] = stats.log_s;
+            args.statistics.maximum[i] = stats.m;  // of y, as the gradient wants it
+            args.statistics.sum[i] = stats.s;
         }
         __syncthreads();
     }
@@ -236,12 +237,11 @@ __global__ void __launch_bounds__(kMostThreads) gradient_kernel(const __grid_con
         const float y_token = token < 0 ? NAN : view.at(token);
         const Statistics& saved = args.statistics;
         const RowStats stats{saved.log_probs[i], saved.entropy ? saved.entropy[i] : 0.0f, saved.maximum[i],
-                             saved.log_sum[i], expf(-saved.log_sum[i])};
+                             saved.sum[i]};
         const float a = token < 0 ? NAN : args.upstream.log_probs.at(at.b, at.t);
         const float b = args.upstream.entropy ? args.upstream.entropy.at(at.b, at.t) : 0.0f;
         __syncthreads();  // every thread has read its token's logit
-        write_gradient<Element, Softcap>(rows, args.out, at, view, stats, a, b, transform.outer * kLog2E, token,
-                                         y_token);
+        write_gradient<Element, Softcap>(rows, args.out, at, view, stats, a, b, token, y_token);
     }
 }
 
@@ -261,10 +261,9 @@ __global__ void __launch_bounds__(kMostThreads) loss_kernel(const __grid_constan
         }
         const Transform transform = make_transform(rows.scale, rows.softcap, rows.temperature.at(at.b, at.t));
         const RowView<Element, Softcap> view(rows, at, transform);
-        const float outer2 = transform.outer * kLog2E;
         const std::int64_t token = token_of(rows, at);
         const float y_token = token < 0 ? NAN : view.at(token);
-        const RowStats stats = finish2(block_merge(view.moments(outer2)), y_token, outer2);
+        const RowStats stats = finish2(block_merge(view.moments(), view.outer2), y_token, transform.outer);
         const TokenTerms terms = terms_at(args.terms, at.b, at.t);
         const TokenLoss loss =
             token_loss(stats.log_prob, stats.entropy, terms, coefficients, args.terms.kl_type, args.terms.penalty);
@@ -276,7 +275,7 @@ __global__ void __launch_bounds__(kMostThreads) loss_kernel(const __grid_constan
         if (args.out.data) {
             const float weight = terms.weight * *args.terms.gradient_scale;
             write_gradient<Element, Softcap>(rows, args.out, at, view, stats, weight * loss.d_log_prob,
-                                             weight * loss.d_entropy, outer2, token, y_token);
+                                             weight * loss.d_entropy, token, y_token);
         }
         __syncthreads();  // the block's shared parts are free for the next row
     }

@@ -1,9 +1,9 @@
 // The maths of epo_kernels/reference.py, once, for every native kernel: CPU and CUDA kernels are loops and data movement
 // around the functions of this file. Names and conventions (ties, clamps, NaN, skipped terms) are reference.py's.
 //
-//   z      = outer * y,  y = x or tanh(inner * x)                        (x raw logit, Transform below)
-//   (m, s, u) = (max z, Σ e^(z-m), Σ (z-m) e^(z-m))
-//   logp   = z_y - m - log s         H = log s - u / s
+//   z = outer * y,  y = ±x or tanh(inner * x),  outer >= 0               (x raw logit, Transform below)
+//   t = outer * (y - m),  m = max y;  s = Σ e^t,  u = Σ t e^t
+//   logp = t_token - log s           H = log s - u / s
 //   ∂ℓ/∂x_v = dz/dx * [ a (1[v=y] - p_v) - b p_v (log p_v + H) ],        a = ∂ℓ/∂logp, b = ∂ℓ/∂H
 #pragma once
 
@@ -31,16 +31,17 @@ enum class Penalty : int { none, hinge, quadratic, indicator, gate };
 // ---------------------------------------------------------------------------------------------------------------------
 // Logits
 
-// z = outer * x without softcap; z = outer * tanh(inner * x) with it.
+// y = inner * x without softcap (inner is the sign of the scale), tanh(inner * x) with it; z = outer * y. The maximum is
+// taken of y, before anything is rounded: an offset that the logits' dtype represents exactly changes no bit.
 struct Transform {
-    float inner;    // scale / softcap; unused without softcap
-    float outer;    // scale / temperature, with softcap softcap / temperature
-    float slope;    // dz/dx at y = 0: scale / temperature
+    float inner, outer;
+    float slope;  // dz/dx at x = 0: scale / temperature
 };
 
 EPO_FN Transform make_transform(float scale, float softcap, float temperature) {
     const float slope = scale / temperature;
-    return softcap > 0.0f ? Transform{scale / softcap, softcap / temperature, slope} : Transform{1.0f, slope, slope};
+    if (softcap > 0.0f) return {scale / softcap, softcap / temperature, slope};
+    return {slope < 0.0f ? -1.0f : 1.0f, fabsf(slope), slope};
 }
 
 EPO_FN bool is_finite(float x) { return x - x == 0.0f; }
@@ -49,7 +50,7 @@ EPO_FN float above_lowest(float x) { return x < kLowestExponent ? kLowestExponen
 // ---------------------------------------------------------------------------------------------------------------------
 // Statistics
 
-// Part of a row: maximum, Σ e^(z-m), Σ (z-m) e^(z-m). Nothing yet: (-inf, 0, 0).
+// Part of a row: m, s, u. Nothing yet: (-inf, 0, 0).
 template <class Real>
 struct Moments {
     float m;
@@ -63,48 +64,37 @@ EPO_FN Moments<Real> no_moments() {
 
 // The same sums about another maximum. A part wholly -inf adds 0 to any other; NaN is kept in s.
 template <class Real>
-EPO_FN Moments<Real> about(const Moments<Real>& part, float m) {
+EPO_FN Moments<Real> about(const Moments<Real>& part, float m, float outer) {
     if (part.m == m) return part;
-    const float shift = above_lowest(part.m - m);
+    const float shift = part.m == -INFINITY ? kLowestExponent : above_lowest((part.m - m) * outer);
     const Real decay = exp(Real(shift));
     return {m, part.s * decay, (part.u + Real(shift) * part.s) * decay};
 }
 
-template <class Real>
-EPO_FN Moments<Real> merge(const Moments<Real>& a, const Moments<Real>& b) {
-    const float m = fmaxf(a.m, b.m);
-    const Moments<Real> left = about(a, m), right = about(b, m);
-    return {m, left.s + right.s, left.u + right.u};
-}
-
 // Statistics of a whole row. No part of a row wholly -inf, or with NaN or +inf, has a number for a log-prob or entropy.
 struct RowStats {
-    float log_prob, entropy, m, log_s, inverse_s;
+    float log_prob, entropy, m, s;
 };
 
 template <class Real>
-EPO_FN RowStats finish(const Moments<Real>& row, float z_token) {
+EPO_FN RowStats finish(const Moments<Real>& row, float y_token, float outer) {
     const Real log_s = log(row.s);
-    return {float(Real(z_token - row.m) - log_s), float(log_s - row.u / row.s), row.m, float(log_s), float(Real(1) / row.s)};
+    return {float(Real(y_token - row.m) * Real(outer) - log_s), float(log_s - row.u / row.s), row.m, float(row.s)};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradient of a row's logits
 
-// ∂ℓ/∂x_v = e^(z_v - m) * (constant + linear * (z_v - m)) * (1 - y²: with softcap), plus `at_token` at v = y.
+// ∂ℓ/∂x_v = e^t * (constant + linear * t), with softcap times 1 - y²; token_gradient is that of the token's own logit.
 struct GradientLine {
     float constant, linear;
 };
 
 // a, b: ∂ℓ/∂logp and ∂ℓ/∂H, with every factor folded in. b = 0 makes no use of the entropy.
 EPO_FN GradientLine gradient_line(float a, float b, const RowStats& row, const Transform& transform) {
-    const float scale = -transform.slope * row.inverse_s;
-    const float about_entropy = b == 0.0f ? 0.0f : b * (row.entropy - row.log_s);
+    const float scale = -transform.slope / row.s;
+    const float about_entropy = b == 0.0f ? 0.0f : b * (row.entropy - logf(row.s));
     return {scale * (a + about_entropy), scale * b};
-}
-
-EPO_FN float logit_gradient(float shifted, float weight, const GradientLine& line) {
-    return weight * (line.constant + line.linear * shifted);
 }
 
 // The gradient of the sampled token's own logit, whole: -expm1 keeps 1 - p exact where p is near 1.

@@ -48,9 +48,10 @@ struct Terms {
     Penalty penalty;
 };
 
-// (B, T) float32, contiguous; entropy may be null.
+// (B, T) float32, contiguous; entropy may be null. maximum and sum are for the gradient of the same kernels: the sum and
+// not its logarithm, whose rounding every p would share.
 struct Statistics {
-    float *log_probs, *entropy, *maximum, *log_sum;
+    float *log_probs, *entropy, *maximum, *sum;
 };
 
 // Upstream gradients (B, T); entropy may be null.

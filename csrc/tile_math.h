@@ -1,9 +1,7 @@
 // What the CUDA kernels do with the numbers of a row, and how they share them out: host code too, so that a test can
 // walk the same tree of groups, lanes, warps and blocks without a GPU.
 //
-// In base 2, because a GPU's exponential is: with outer2 = outer * log2(e), t2 = outer2 * y - m2 is one fused
-// multiply-add on the raw logit, and 2^t2 one instruction. The product isn't rounded on its own, so that an offset of
-// the logits costs no accuracy, and the rounding of m2 is common to every term and cancels.
+// Exponents are in base 2, because a GPU's exponential is: t2 = outer2 * (y - m), outer2 = outer * log2(e).
 #pragma once
 
 #include "epo_math.h"
@@ -26,19 +24,19 @@ EPO_FN float fast_exp2(float x) {
 #endif
 }
 
-// Moments with everything in base 2: m = max z2, s = Σ 2^(z2-m), u = Σ (z2-m) 2^(z2-m).
+// m = max y, s = Σ 2^t2, u = Σ t2 2^t2.
 using Moments2 = Moments<float>;
 
-// Σ about another maximum. -inf against -inf keeps its zeros, and NaN in s stays.
-EPO_FN Moments2 about2(const Moments2& part, float m) {
-    const float shift = part.m == m ? 0.0f : fmaxf(part.m - m, kLowestExponent2);
+// The sums about another maximum. -inf against -inf keeps its zeros, and NaN in s stays.
+EPO_FN Moments2 about2(const Moments2& part, float m, float outer2) {
+    const float shift = part.m == m ? 0.0f : fmaxf((part.m - m) * outer2, kLowestExponent2);
     const float decay = fast_exp2(shift);
     return {m, part.s * decay, (part.u + shift * part.s) * decay};
 }
 
-EPO_FN Moments2 merge2(const Moments2& a, const Moments2& b) {
+EPO_FN Moments2 merge2(const Moments2& a, const Moments2& b, float outer2) {
     const float m = fmaxf(a.m, b.m);
-    const Moments2 left = about2(a, m), right = about2(b, m);
+    const Moments2 left = about2(a, m, outer2), right = about2(b, m, outer2);
     return {m, left.s + right.s, left.u + right.u};
 }
 
@@ -48,32 +46,32 @@ template <int N>
 EPO_FN void add_group(Moments2& run, const float (&y)[N], float outer2) {
     float m = run.m;
     EPO_UNROLL
-    for (int i = 0; i < N; ++i) m = fmaxf(m, y[i] * outer2);
-    run = about2(run, m);
+    for (int i = 0; i < N; ++i) m = fmaxf(m, y[i]);
+    run = about2(run, m, outer2);
     const float base = m == -INFINITY ? 0.0f : m;
     EPO_UNROLL
     for (int i = 0; i < N; ++i) {
-        const float t = fmaf(y[i], outer2, -base);
+        const float t = (y[i] - base) * outer2;
         const float e = fast_exp2(t);
         run.s += e;
         run.u = fmaf(fmaxf(t, kLowestExponent2), e, run.u);
     }
 }
 
-EPO_FN RowStats finish2(const Moments2& row, float y_token, float outer2) {
-    const float log2_s = log2f(row.s);
-    const float log_prob = (fmaf(y_token, outer2, -row.m) - log2_s) * kLn2;
-    return {log_prob, (log2_s - row.u / row.s) * kLn2, row.m, log2_s * kLn2, 1.0f / row.s};
+// outer: not in base 2.
+EPO_FN RowStats finish2(const Moments2& row, float y_token, float outer) {
+    const float log_s = logf(row.s);
+    return {(y_token - row.m) * outer - log_s, log_s - row.u / row.s * kLn2, row.m, row.s};
 }
 
-// ∂ℓ/∂x = 2^t2 * (constant + linear * t2), t2 = outer2 * y - m2; see gradient_line.
+// ∂ℓ/∂x = 2^t2 * (constant + linear * t2); see gradient_line.
 EPO_FN GradientLine gradient_line2(float a, float b, const RowStats& row, const Transform& transform) {
     const GradientLine line = gradient_line(a, b, row, transform);
     return {line.constant, line.linear * kLn2};
 }
 
-EPO_FN float logit_gradient2(float y, float outer2, float m2, const GradientLine& line) {
-    const float t = fmaf(y, outer2, -m2);
+EPO_FN float logit_gradient2(float y, float outer2, float m, const GradientLine& line) {
+    const float t = (y - m) * outer2;
     return fast_exp2(t) * fmaf(line.linear, fmaxf(t, kLowestExponent2), line.constant);
 }
 

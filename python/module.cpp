@@ -84,6 +84,7 @@ struct Array {
 
     bool empty() const { return last < 0; }
     bool contiguous() const {
+        if (empty()) return true;
         std::int64_t expected = 1;
         for (std::size_t i = shape.size(); i-- > 0;) {
             if (shape[i] != 1 && strides[i] != expected) return false;
@@ -233,10 +234,10 @@ epo::Matrix make_output(const RowsArguments& rows, const MaybeArray& out) {
 }
 
 epo::Statistics make_statistics(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy,
-                                const Array& maximum, const Array& log_sum) {
+                                const Array& maximum, const Array& sum) {
     return {results(log_probs, "log_probs", rows.rows),
             entropy ? results(*entropy, "entropy", rows.rows) : nullptr,
-            results(maximum, "maximum", rows.rows), results(log_sum, "log_sum", rows.rows)};
+            results(maximum, "maximum", rows.rows), results(sum, "sum", rows.rows)};
 }
 
 epo::Upstream make_upstream(const RowsArguments& rows, const epo::Statistics& statistics, const Array& grad_log_probs,
@@ -265,17 +266,17 @@ std::vector<std::string> cpu_instructions() {
 }
 
 void cpu_statistics(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy, const Array& maximum,
-                    const Array& log_sum, int threads, const std::optional<std::string>& instructions) {
-    const epo::Statistics out = make_statistics(rows, log_probs, entropy, maximum, log_sum);
+                    const Array& sum, int threads, const std::optional<std::string>& instructions) {
+    const epo::Statistics out = make_statistics(rows, log_probs, entropy, maximum, sum);
     const epo::Machine on = machine(threads, instructions);
     const py::gil_scoped_release release;
     epo::cpu_statistics(rows.rows, out, on);
 }
 
 void cpu_gradient(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy, const Array& maximum,
-                  const Array& log_sum, const Array& grad_log_probs, const MaybeArray& grad_entropy, const Array& out,
+                  const Array& sum, const Array& grad_log_probs, const MaybeArray& grad_entropy, const Array& out,
                   int threads, const std::optional<std::string>& instructions) {
-    const epo::Statistics statistics = make_statistics(rows, log_probs, entropy, maximum, log_sum);
+    const epo::Statistics statistics = make_statistics(rows, log_probs, entropy, maximum, sum);
     const epo::Upstream upstream = make_upstream(rows, statistics, grad_log_probs, grad_entropy);
     const epo::Matrix target = make_output(rows, out);
     const epo::Machine on = machine(threads, instructions);
@@ -326,15 +327,15 @@ std::int64_t cuda_workspace_size(int device) {
 }
 
 void cuda_statistics(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy, const Array& maximum,
-                     const Array& log_sum, int device, std::uintptr_t stream) {
-    const epo::Statistics out = make_statistics(rows, log_probs, entropy, maximum, log_sum);
+                     const Array& sum, int device, std::uintptr_t stream) {
+    const epo::Statistics out = make_statistics(rows, log_probs, entropy, maximum, sum);
     raise_if(epo::cuda_statistics(rows.rows, out, place_of(device, stream)));
 }
 
 void cuda_gradient(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy, const Array& maximum,
-                   const Array& log_sum, const Array& grad_log_probs, const MaybeArray& grad_entropy, const Array& out,
+                   const Array& sum, const Array& grad_log_probs, const MaybeArray& grad_entropy, const Array& out,
                    int device, std::uintptr_t stream) {
-    const epo::Statistics statistics = make_statistics(rows, log_probs, entropy, maximum, log_sum);
+    const epo::Statistics statistics = make_statistics(rows, log_probs, entropy, maximum, sum);
     const epo::Upstream upstream = make_upstream(rows, statistics, grad_log_probs, grad_entropy);
     const epo::Matrix target = make_output(rows, out);
     raise_if(epo::cuda_gradient(rows.rows, statistics, upstream, target, place_of(device, stream)));
@@ -447,9 +448,9 @@ void bind_cuda(py::module_& module) {
     module.def("cuda_unsupported", &cuda_unsupported, py::arg("device"));
     module.def("cuda_workspace_size", &cuda_workspace_size, py::arg("device"));
     module.def("cuda_statistics", &cuda_statistics, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
-               py::arg("maximum"), py::arg("log_sum"), py::arg("device"), py::arg("stream"));
+               py::arg("maximum"), py::arg("sum"), py::arg("device"), py::arg("stream"));
     module.def("cuda_gradient", &cuda_gradient, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
-               py::arg("maximum"), py::arg("log_sum"), py::arg("grad_log_probs"), py::arg("grad_entropy"),
+               py::arg("maximum"), py::arg("sum"), py::arg("grad_log_probs"), py::arg("grad_entropy"),
                py::arg("out"), py::arg("device"), py::arg("stream"));
     module.def("cuda_loss", &cuda_loss, py::arg("rows"), py::arg("terms"), py::arg("out"), py::arg("log_probs"),
                py::arg("entropy"), py::arg("sums"), py::arg("loss"), py::arg("workspace"), py::arg("ticket"),
@@ -485,9 +486,9 @@ PYBIND11_MODULE(_native, module) {
 #endif
     module.def("cpu_instructions", &cpu_instructions);
     module.def("cpu_statistics", &cpu_statistics, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
-               py::arg("maximum"), py::arg("log_sum"), py::arg("threads"), py::arg("instructions") = py::none());
+               py::arg("maximum"), py::arg("sum"), py::arg("threads"), py::arg("instructions") = py::none());
     module.def("cpu_gradient", &cpu_gradient, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
-               py::arg("maximum"), py::arg("log_sum"), py::arg("grad_log_probs"), py::arg("grad_entropy"),
+               py::arg("maximum"), py::arg("sum"), py::arg("grad_log_probs"), py::arg("grad_entropy"),
                py::arg("out"), py::arg("threads"), py::arg("instructions") = py::none());
     module.def("cpu_loss", &cpu_loss, py::arg("rows"), py::arg("terms"), py::arg("out"), py::arg("log_probs"),
                py::arg("entropy"), py::arg("sums"), py::arg("threads"), py::arg("instructions") = py::none());

@@ -22,18 +22,18 @@ class CpuRows(PlainHelpers):
         self._instructions = instructions
 
     def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
-        log_probs, entropies, maximum, log_sum = (_results(rows) for _ in range(4))
+        log_probs, entropies, maximum, total = (_results(rows) for _ in range(4))
         temperature = temperature_of(rows)
         self._native.cpu_statistics(
             native_rows(rows, temperature),
             array(log_probs),
             array(entropies) if entropy else None,
             array(maximum),
-            array(log_sum),
+            array(total),
             torch.get_num_threads(),
             self._instructions,
         )
-        return RowStatistics(log_probs, entropies if entropy else None, maximum, log_sum)
+        return RowStatistics(log_probs, entropies if entropy else None, maximum, total)
 
     def gradient(
         self,

@@ -22,7 +22,7 @@ from epo_kernels.inputs import Scalar
 from epo_kernels.weights import sequence_lengths
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # traced graphs ask once
+@torch.compiler.assume_constant_result  # traced graphs ask once
 def why_unavailable() -> str | None:
     """None where the kernels are built and have code for the current device, else why not and the cure."""
     reason = why_not_built()
@@ -64,17 +64,17 @@ class CudaRows:
         self._family = family
 
     def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
-        log_probs, entropies, maximum, log_sum = (_results(rows) for _ in range(4))
+        log_probs, entropies, maximum, total = (_results(rows) for _ in range(4))
         temperature = temperature_of(rows)
         self._native.cuda_statistics(
             native_rows(rows, temperature),
             array(log_probs),
             array(entropies) if entropy else None,
             array(maximum),
-            array(log_sum),
+            array(total),
             *_place(rows.logits),
         )
-        return RowStatistics(log_probs, entropies if entropy else None, maximum, log_sum)
+        return RowStatistics(log_probs, entropies if entropy else None, maximum, total)
 
     def gradient(
         self,

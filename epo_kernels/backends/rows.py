@@ -139,7 +139,8 @@ class RowStatistics(NamedTuple):
     """(B, T) float32, contiguous; log_probs and entropy are 0 where the mask is 0.
 
     maximum is m = max z and log_sum is log Σ e^(z - m): kept apart, because p from a rounded sum of both doesn't add up
-    to 1. Only `gradient` of the same kernels reads them, so m may be kept before its division by the temperature.
+    to 1. Only `gradient` of the same kernels reads them, so m may be kept before its division by the temperature, and
+    the sum itself in place of its logarithm.
     entropy is None where it wasn't asked for.
     """
 
