@@ -112,6 +112,25 @@ class Case:
         return max(round(self.unmasked * self.turn_length), 1)
 
 
+@dataclass(frozen=True)
+class StepCase:
+    """A whole training step of a tiny model on the practice environment.
+
+    Attributes:
+        vocabulary: entries of the model's head, most of them unknown to its tokenizer.
+        episodes: of one rollout.
+        rounds: steps that are timed.
+    """
+
+    vocabulary: int
+    episodes: int
+    rounds: int = 5
+
+    @property
+    def name(self) -> str:
+        return f"step/tiny-qwen2/{self.episodes}-episodes/v{self.vocabulary}"
+
+
 GPU = (
     Case("loss", "qwen2.5-3b", 8192, "bf16", peers=True, compiled=True),
     Case("loss", "llama-2-7b", 8192, "bf16", peers=True, compiled=True),
@@ -163,4 +182,9 @@ TINY = (
     Case("score", "tiny", 64, "fp32"),
     Case("linear-score", "tiny", 64, "fp32", peers=True),
 )
+STEPS = {
+    "gpu": (StepCase(151_936, 64),),
+    "cpu": (StepCase(1_000, 8), StepCase(151_936, 8)),
+    "tiny": (StepCase(1_000, 2, rounds=2),),
+}
 SUITES = {"gpu": GPU, "cpu": CPU, "tiny": TINY}

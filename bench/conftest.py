@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import peers, records
-from bench.cases import SUITES, Case
+from bench.cases import STEPS, SUITES, Case
 from bench.implementations import implementations
 from bench.measure import Lap, stopwatch
 from bench.records import Machine, Record
@@ -35,10 +35,12 @@ def _device(config) -> torch.device:
 
 
 def pytest_generate_tests(metafunc):
+    device = _device(metafunc.config)
+    suite = metafunc.config.option.bench_suite or ("gpu" if device.type == "cuda" else "cpu")
+    if "step_case" in metafunc.fixturenames:
+        metafunc.parametrize("step_case", STEPS[suite], ids=lambda case: case.name, scope="session")
     if "implementation" in metafunc.fixturenames:
-        device = _device(metafunc.config)
-        suite = SUITES[metafunc.config.option.bench_suite or ("gpu" if device.type == "cuda" else "cpu")]
-        pairs = [(case, implementation) for case in suite for implementation in implementations(case, device)]
+        pairs = [(case, implementation) for case in SUITES[suite] for implementation in implementations(case, device)]
         ids = [f"{case.name} {implementation.name}".replace(" ", "_") for case, implementation in pairs]
         metafunc.parametrize(("case", "implementation"), pairs, ids=ids)
 
@@ -59,25 +61,30 @@ class Session:
         self._budget = Budget(config.option.bench_budget)
         self._watch = stopwatch(self.device)
         self._found: dict[Case, tuple[dict[str, Record], dict[str, list[Lap]]]] = {}
-        before = records.merged(self.path, self.machine, []) if config.option.bench_resume else []
+        _, before = records.merged(self.path, self.machine, []) if config.option.bench_resume else (None, [])
         self._done = {record.case for record in before if record.median_ms is not None}
         self._banned = {record.key for record in before if record.gate.startswith(LOST)}
 
     def measured(self, case: Case, name: str) -> tuple[Record, list[Lap]]:
         """The record of one implementation, and its rounds, none where it wasn't timed."""
         if case not in self._found:
-            if case.name in self._done:
-                pytest.skip("the results hold this case already")
-            if not self._budget.allows():
-                pytest.skip("over the time budget")
+            self.expect(case.name)
             self._found[case] = self._measure(case)
         found, laps = self._found[case]
         if name not in found:
             pytest.skip(f"{LOST} in an earlier run")
         return found[name], laps.get(name, [])
 
+    def expect(self, case: str) -> None:
+        """Skips a case that needn't or can't be measured any more."""
+        if case in self._done:
+            pytest.skip("the results hold this case already")
+        if not self._budget.allows():
+            pytest.skip("over the time budget")
+
     def add(self, found: dict[str, Record]) -> None:
-        records.write(self.path, self.machine, records.merged(self.path, self.machine, list(found.values())))
+        """Put the records into the file, by name of the implementation."""
+        records.write(self.path, *records.merged(self.path, self.machine, list(found.values())))
 
     def _measure(self, case: Case) -> tuple[dict[str, Record], dict[str, list[Lap]]]:
         began = time.monotonic()

@@ -7,12 +7,15 @@ written. Matrix products count two operations a multiplication with addition.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from bench.cases import Case
 from bench.inputs import Inputs
+
+if TYPE_CHECKING:
+    from epo_kernels.backends.triton import Chip, Mode
 
 
 class Work(NamedTuple):
@@ -100,6 +103,32 @@ def _products(case: Case, inputs: Inputs) -> Ceiling:
         run,
         Work(0, 2 * number * rows * case.hidden_size * case.vocab_size),
     )
+
+
+def moved_bytes(case: Case, implementation: str, device: torch.device) -> int | None:
+    """Bytes through device memory by the byte model of the implementation's kernels; None where it has none."""
+    if implementation != "ours:triton" or case.linear:
+        return None
+    from epo_kernels.backends.triton import chip_of
+
+    return triton_bytes(case, chip_of(device))
+
+
+def triton_bytes(case: Case, chip: Chip) -> int:
+    """What the Triton kernels move for the case's logits: a loss in segment scope is two launches."""
+    from epo_kernels.backends.triton import launch_plan, row_traffic
+
+    modes: tuple[Mode, ...] = ("loss",) if case.task == "loss" else ("statistics",)
+    if case.band_scope == "segment":
+        modes = ("statistics", "gradient")
+    size, width = case.torch_dtype.itemsize, case.vocab_size
+    total = 0
+    for mode in modes:
+        plan = launch_plan(mode, width, size, chip)
+        for rows, counted in ((case.counted, True), (case.tokens - case.counted, False)):
+            traffic = row_traffic(mode, plan, width=width, vocab_size=width, itemsize=size, counted=counted)
+            total += rows * traffic.device_memory
+    return total
 
 
 def ceilings_of(medians: list[tuple[Work, float]]) -> Ceilings:

@@ -38,16 +38,12 @@ def peers(case: Case, device: torch.device) -> list[Implementation]:
     """Those that have something to compute in this case, installed or not."""
     on_gpu = device.type == "cuda"
     if case.task == "loss":
-        found = (
-            []
-            if not on_gpu
-            else [
-                _peer("TRL logprob_entropy", "statistics", trl_statistics),
-                _peer("Liger grpo_loss", "shifted policy loss", liger_grpo_loss),
-            ]
-        )
-        # Half a row must divide evenly among its threads.
-        return [*found, _peer("quack cross_entropy", "cross-entropy", quack_cross_entropy)] if on_gpu else found
+        rows = [
+            _peer("TRL logprob_entropy", "statistics", trl_statistics),
+            _peer("Liger grpo_loss", "shifted policy loss", liger_grpo_loss),
+            _peer("quack cross_entropy", "cross-entropy", quack_cross_entropy),
+        ]
+        return rows if on_gpu else []
     if case.task == "score":
         return [_peer("TRL logprob_entropy", "scores", trl_scores)] if on_gpu else []
     if case.task == "linear-score":
@@ -62,7 +58,7 @@ def peers(case: Case, device: torch.device) -> list[Implementation]:
         found += [
             _peer("verl linear_cross_entropy", "statistics", verl_linear_cross_entropy),
             _peer("cut-cross-entropy", "cross-entropy", cut_cross_entropy, "no gradient filter"),
-            _peer("quack linear CE", "cross-entropy", quack_linear_cross_entropy),
+            _peer("quack linear CE", "cross-entropy", quack_linear_cross_entropy, "products not tuned"),
         ]
     return found
 
@@ -234,9 +230,9 @@ def quack_linear_cross_entropy() -> Run:
     function = import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
-        loss = function(
-            inputs.hidden.flatten(0, 1), inputs.weight, _labels(inputs), chunk_size=4096, ignore_index=IGNORED
-        )
+        rows = inputs.hidden.flatten(0, 1)
+        # tuned=True tries dozens of kernels for minutes before the first result.
+        loss = function(rows, inputs.weight, _labels(inputs), chunk_size=4096, ignore_index=IGNORED, tuned=False)
         return with_gradients({"loss": loss}, loss, inputs)
 
     return run

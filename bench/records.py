@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -86,6 +86,12 @@ class Machine:
     threads: int
     driver: str | None
     versions: dict[str, str]
+
+    def comparable(self, other: Machine) -> bool:
+        """Whether figures of both may stand in one file: all but the peers installed is the same."""
+        shared = self.versions.keys() & other.versions.keys()
+        same = all(self.versions[name] == other.versions[name] for name in shared)
+        return same and replace(self, versions={}) == replace(other, versions={})
 
     @property
     def folder(self) -> str:
@@ -166,16 +172,16 @@ def read(path: Path) -> tuple[Machine, list[Record]]:
         raise ValueError(f"{path} is no list of a machine and its records ({error}); measure again") from error
 
 
-def merged(path: Path, machine: Machine, records: list[Record]) -> list[Record]:
+def merged(path: Path, machine: Machine, records: list[Record]) -> tuple[Machine, list[Record]]:
     """The file's records with the new ones in their places; none of the file's where it is of another machine."""
     if not path.exists():
-        return records
+        return machine, records
     before, old = read(path)
-    if before != machine:
-        return records
+    if not before.comparable(machine):
+        return machine, records
     fresh = {record.key: record for record in records}
     kept = [fresh.pop(record.key, record) for record in old]
-    return kept + list(fresh.values())
+    return replace(machine, versions=before.versions | machine.versions), kept + list(fresh.values())
 
 
 def _rounded(value: Any) -> Any:

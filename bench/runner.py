@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from bench import gate, records
 from bench.cases import Case
-from bench.floors import Ceiling, Ceilings, Work, ceilings_of, floor_seconds, least_work, make_ceilings
+from bench.floors import Ceiling, Ceilings, Work, ceilings_of, floor_seconds, least_work, make_ceilings, moved_bytes
 from bench.implementations import Implementation, Run, missing_memory
 from bench.inputs import Inputs, make_inputs
 from bench.measure import Lap, Stopwatch, interleaved
@@ -20,6 +23,7 @@ from bench.truth import Truth
 
 INPUT_SETS = 3
 SEED = 20
+ADMISSION_SECONDS = 150.0  # for an implementation to be built, compiled and checked
 # A device that an illegal access has made useless answers nothing any more, whoever asks.
 LOST = "not run: lost the device"
 
@@ -79,7 +83,7 @@ def measure_case(
     }
     calls |= {ceiling.name: lambda number, run=ceiling.run: run() for ceiling in ceilings}
     laps = interleaved(calls, watch, seconds)
-    _fill(case, found, ready, ceilings, laps)
+    _fill(case, found, ready, ceilings, laps, device)
     watch.close()
     return found, laps
 
@@ -90,21 +94,41 @@ def _admit(
     """The gate's verdict and, where it passed, what the rounds need."""
     if reason := missing_memory(case, implementation, watch.free_bytes()):
         return f"not run: {reason}", None
+    true = truth.outputs(implementation.contract)
     try:
-        true = truth.outputs(implementation.contract)
-        run = implementation.build()
-        gate.poison(inputs.device, max(leaf.numel() for leaf in (inputs.logits, inputs.hidden) if leaf is not None))
-        verdict = gate.check(case, run(inputs), true)
-        if verdict != gate.PASS:
-            return verdict, None
-        return verdict, Ready(run, watch.peak_mb(lambda: run(inputs)), watch.launches(lambda: run(inputs)))
+        with _limited(ADMISSION_SECONDS):
+            run = implementation.build()
+            gate.poison(inputs.device, next(iter(inputs.leaves.values())).numel())
+            verdict = gate.check(case, run(inputs), true)
+            if verdict != gate.PASS:
+                return verdict, None
+            return verdict, Ready(run, watch.peak_mb(lambda: run(inputs)), watch.launches(lambda: run(inputs)))
     except Exception as error:  # another library's, of any kind: it is what the report says of it
-        message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        message = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"[:200]
         if inputs.device.type == "cuda" and not _answers():
-            record = _record(case, implementation.name, implementation.computes, f"{LOST} ({message[:200]})")
+            record = _record(case, implementation.name, implementation.computes, f"{LOST} ({message})")
             raise DeviceLost([record]) from error
         watch.close()
-        return f"not run: {message[:200]}", None
+        return f"not run: {message}", None
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """TimeoutError where the body takes longer: compiling may go on for minutes. Works in the main thread alone."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not built and checked within {seconds:.0f} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def _answers() -> bool:
@@ -136,6 +160,7 @@ def _fill(
     ready: dict[str, Ready],
     ceilings: list[Ceiling],
     laps: dict[str, list[Lap]],
+    device: torch.device,
 ) -> None:
     """Write what was timed into the records."""
     medians = {name: statistics.median(lap.seconds for lap in own) for name, own in laps.items()}
@@ -152,6 +177,7 @@ def _fill(
         record.host_ms = 1e3 * statistics.median(lap.host_seconds for lap in laps[name])
         if name in ready:
             record.peak_mb, record.launches = ready[name].peak_mb, ready[name].launches
+            record.moved_bytes = moved_bytes(case, name, device)
     # Those that aren't timed have a floor too: it is the case's.
     for record in found.values():
         record.floor_ms = 1e3 * floor

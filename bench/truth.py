@@ -130,7 +130,7 @@ CONTRACTS = {
 
 
 class Truth:
-    """True outputs of one input set, float32 gradients and float64 statistics, made once for each contract."""
+    """True outputs of one input set: float32 gradients, float64 statistics. Those of the last contract are kept."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._case, self._inputs = case, inputs
@@ -139,13 +139,14 @@ class Truth:
         self._chunk = max(budget // (case_width(inputs) * 8), 1)
         self._weight = None if inputs.weight is None else inputs.weight.detach().double()
         self.log_probs, self.entropy = self._forward()
-        self._outputs: dict[str, dict[str, Tensor]] = {}
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def outputs(self, name: str) -> dict[str, Tensor]:
         """{output: truth} of a contract, gradients included."""
-        if name not in self._outputs:
-            self._outputs[name] = self._make(CONTRACTS[name])
-        return self._outputs[name]
+        if name != self._last[0]:
+            self._last = ("", {})  # gradients are large: not two at a time
+            self._last = (name, self._make(CONTRACTS[name]))
+        return self._last[1]
 
     def _make(self, contract: Contract) -> dict[str, Tensor]:
         known = {"log_probs": self.log_probs, "entropy": self.entropy}

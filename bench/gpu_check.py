@@ -1,0 +1,246 @@
+"""Everything that needs a GPU, in one call: `make gpu-check OUT=folder`.
+
+On a bare machine with PyTorch and without network: builds the native part in place, runs the GPU tests,
+compute-sanitizer, then the benchmarks in order of importance for as long as the budget lasts. A stage that fails is
+reported and the others still run. Leaves results.json, report.md, plots and log.txt in the folder, prints tables last.
+
+Environment:
+    EPO_WHEELS: a folder of wheels (other libraries, the driver's packages) to install for this call alone.
+    EPO_COMMIT: what to record as the commit where there is no repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BUDGET_SECONDS = 560  # of the ten minutes that such a machine gives one command
+REPORT_SECONDS = 20  # kept back for the last stage
+_TAIL_LINES = 25
+DEVICE_LOST_EXIT = 3  # of the benchmarks: see conftest.py
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        name: in the table.
+        command: None: there is nothing to run, and `note` says why.
+        limit: seconds; less where less of the budget is left.
+        environment: added to the process's.
+        again_on: exit code after which the command is run again, at most twice.
+    """
+
+    name: str
+    command: tuple[str, ...] | None
+    limit: float = 60.0
+    note: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    again_on: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    stage: str
+    status: str  # ok | failed: ... | skipped: ...
+    seconds: float
+
+    @property
+    def failed(self) -> bool:
+        return self.status.startswith("failed")
+
+
+def run_stages(stages: Sequence[Stage], log: Path, budget: float, kept_back: float = REPORT_SECONDS) -> list[Outcome]:
+    """Run them one after the other, whatever becomes of each. The last one may use what is kept back for it."""
+    end = time.monotonic() + budget
+    outcomes = []
+    for stage in stages:
+        left = end - time.monotonic() - (0.0 if stage is stages[-1] else kept_back)
+        outcome = _run(stage, log, left)
+        outcomes.append(outcome)
+        print(f"{outcome.stage}: {outcome.status} ({outcome.seconds:.0f} s)", flush=True)
+        if outcome.failed:
+            print(_tail(log), flush=True)
+    return outcomes
+
+
+def _run(stage: Stage, log: Path, left: float) -> Outcome:
+    if stage.command is None:
+        return Outcome(stage.name, f"skipped: {stage.note}", 0.0)
+    if left < 5.0:
+        return Outcome(stage.name, "skipped: no time left", 0.0)
+    began = time.monotonic()
+    limit = min(stage.limit, left)
+    status = ""
+    for _ in range(3):
+        status = _run_once(stage, log, limit - (time.monotonic() - began))
+        if stage.again_on is None or status != f"failed: exit code {stage.again_on}":
+            break
+    return Outcome(stage.name, status, time.monotonic() - began)
+
+
+def _run_once(stage: Stage, log: Path, limit: float) -> str:
+    assert stage.command is not None
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment}
+    with log.open("a") as output:
+        output.write(f"\n===== {stage.name}: {' '.join(stage.command)}\n")
+        output.flush()
+        try:
+            process = subprocess.Popen(
+                stage.command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that what it starts can be ended with it
+            )
+        except OSError as error:
+            return f"failed: {error}"
+        try:
+            code = process.wait(timeout=max(limit, 1.0))
+        except subprocess.TimeoutExpired:
+            _end(process)
+            return f"failed: took more than {limit:.0f} s"
+    return "ok" if code == 0 else f"failed: exit code {code}"
+
+
+def _end(process: subprocess.Popen) -> None:
+    for sign, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(timeout=patience)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+        return
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(f"    {line}" for line in log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+
+
+def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Sequence[str]) -> list[Stage]:
+    """The stages. dry: the same orchestration on a CPU with tiny cases, a minute in all."""
+    python = sys.executable
+    device = "cpu" if dry else "cuda"
+    wheels = sorted(map(str, Path(os.environ["EPO_WHEELS"]).glob("*.whl"))) if os.environ.get("EPO_WHEELS") else []
+    pip = (python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(site))
+    tests = (
+        ("tests/test_schedule.py",) if dry else ("-m", "gpu", "tests", "--ignore=tests/train", "--ignore=tests/bench")
+    )
+    pytest = (python, "-m", "pytest", "-q", "--continue-on-collection-errors", *tests)
+    bench_seconds = max(budget / 2, 30.0)
+    bench = (python, "-m", "pytest", "bench", "-q", "-p", "no:xdist", "-rsfE", "--benchmark-columns=median,iqr,rounds")
+    bench += (f"--bench-out={out}", f"--bench-device={device}", "--bench-resume", f"--bench-budget={bench_seconds:.0f}")
+    bench += ("--bench-suite=tiny", "--bench-seconds=0.1", "--bench-threads=1") if dry else ("--bench-seconds=2",)
+    build = (python, "setup.py", "build_ext", "--inplace")
+    return [
+        Stage("machine", (python, "-m", "bench.gpu_check", "--describe"), 60),
+        Stage("wheels", (*pip, *wheels) if wheels else None, 90, "no EPO_WHEELS folder with wheels is given"),
+        Stage("build", None if dry else build, 200, "dry", {"EPO_KERNELS_CUDA_ARCHS": "" if dry else architecture()}),
+        Stage(
+            "backends", (python, "-m", "bench.gpu_check", "--require", *(("cpu",) if dry else ("cuda", "triton"))), 60
+        ),
+        Stage("tests", pytest, 170),
+        _sanitizer("memcheck", dry, python, device),
+        _sanitizer("racecheck", dry, python, device),
+        Stage("benchmarks", (*bench, *bench_arguments), budget, again_on=DEVICE_LOST_EXIT),
+        Stage("report", (python, "-m", "bench.report", f"--results={out / 'results.json'}", f"--out={out}"), 60),
+    ]
+
+
+def _sanitizer(tool: str, dry: bool, python: str, device: str) -> Stage:
+    call = (python, "-m", "bench.sanitize", f"--device={device}", "--seconds=35")
+    if dry:
+        return Stage(tool, call)
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    # Without PyTorch's cache every tensor is an allocation of its own, whose bounds the tool knows.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = (found, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20", *call) if found else None
+    return Stage(tool, command, 60, "compute-sanitizer isn't installed", environment)
+
+
+def architecture() -> str:
+    """The device's compute capability as the build takes it, such as "90a"; "", which means the default list, if unknown."""
+    try:
+        query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    number = answer.split()[0].replace(".", "") if answer.split() else ""
+    return "90a" if number == "90" else number
+
+
+def describe() -> None:
+    """Machine and versions, for the log."""
+    import torch
+
+    print(sys.version)
+    print("torch", torch.__version__, "cuda", torch.version.cuda, torch.cuda.is_available())
+    for command in (("nvidia-smi",), ("nvcc", "--version"), (sys.executable, "-m", "pip", "list")):
+        if shutil.which(command[0]):
+            subprocess.run(command, timeout=30)
+
+
+def missing(names: Sequence[str]) -> list[str]:
+    """Why each of the backends can't run, for those that can't. A build that fails warns, and leaves the others."""
+    import epo_kernels as ek
+
+    known = ek.available_backends()
+    return [f"{name}: {known.get(name, 'unknown')}" for name in names if known.get(name, "unknown") is not None]
+
+
+def stages_table(outcomes: Sequence[Outcome]) -> str:
+    lines = ["| stage | status | s |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {o.stage} | {o.status} | {o.seconds:.0f} |" for o in outcomes)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 where no stage failed, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("gpu-check"), help="folder for what is left")
+    parser.add_argument("--dry", action="store_true", help="on a CPU with tiny cases: tries the orchestration itself")
+    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds in all")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
+    parser.add_argument("--bench", nargs="+", default=[], metavar="ARG", help="for pytest, such as -k=linear")
+    parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--require", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.describe:
+        describe()
+        return 0
+    if options.require:
+        reasons = missing(options.require)
+        print("\n".join(reasons) or "all backends are there")
+        return int(bool(reasons))
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, str(ROOT), os.environ.get("PYTHONPATH"))))
+        stages = plan(out, options.dry, options.budget, Path(folder), options.bench)
+        chosen = [stage for stage in stages if not options.only or stage.name in options.only]
+        outcomes = run_stages(chosen, out / "log.txt", options.budget)
+        table = stages_table(outcomes)
+        report = out / "report.md"
+        if report.exists():
+            report.write_text(f"{report.read_text()}\n## Stages\n\n{table}\n")
+        print(table)
+        if (out / "results.json").exists():
+            summary = (sys.executable, "-m", "bench.report", f"--results={out / 'results.json'}", "--print")
+            print(subprocess.run(summary, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout)
+    return int(any(outcome.failed for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

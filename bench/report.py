@@ -1,0 +1,271 @@
+"""From results.json to Markdown, plots and the README's section: `python -m bench.report --help`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from bench.cases import SUITES
+from bench.implementations import COMPILED, EAGER
+from bench.records import RESULTS, Machine, Record, read
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- performance: begin (python -m bench.report --readme) -->", "<!-- performance: end -->"
+
+_NOTHING_YET = (
+    "No figures are committed yet. `make bench` (CPU) and `make bench-gpu` measure and write "
+    "`bench/results/<machine>/results.json`; `python -m bench.report --readme` puts them here."
+)
+_HOW_TO_READ = (
+    "Forward and backward of the whole loss (scores: log-prob and entropy, no gradient); each figure is the median of "
+    "interleaved rounds with cold caches, measured only after its results passed against float64. The floor is what a "
+    "copy and the bare matrix products took in the same run for the least bytes and operations of the case. Peers "
+    "mostly compute less than the loss; the full tables say what each one yields, its spread, memory and launches."
+)
+Cell = str | float | int | None
+
+
+def cases_of(records: Iterable[Record]) -> dict[str, list[Record]]:
+    grouped: dict[str, list[Record]] = {}
+    for record in records:
+        grouped.setdefault(record.case, []).append(record)
+    return grouped
+
+
+def fastest(records: Iterable[Record]) -> Record | None:
+    timed = [record for record in records if record.median_ms is not None]
+    return min(timed, key=lambda record: record.median_ms or math.inf, default=None)
+
+
+def is_peer(record: Record) -> bool:
+    return not (record.ours or record.ceiling or record.impl in (EAGER, COMPILED))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Significant digits, no exponent; a dash for None."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+    return f"{value:,.{decimals}f}"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    def line(cells: Iterable[Cell]) -> str:
+        shown = (number(cell) if isinstance(cell, float) or cell is None else str(cell) for cell in cells)
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in shown) + " |"
+
+    return "\n".join([line(header), "|" + " --- |" * len(header), *map(line, rows)])
+
+
+def provenance(machine: Machine, records: Sequence[Record]) -> str:
+    """Machine, versions, dates, commits: one sentence."""
+    dates = sorted({record.date[:10] for record in records})
+    commits = sorted({record.commit for record in records})
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    threads = f", {machine.threads} threads" if machine.device_type == "cpu" else f", driver {machine.driver}"
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return f"{machine.machine} ({machine.system}{threads}; {versions}), {when}, commit {', '.join(commits)}."
+
+
+def full_report(machine: Machine, records: Sequence[Record]) -> str:
+    """Every record, a table a case."""
+    parts = ["# Performance", provenance(machine, records), _HOW_TO_READ]
+    for case, own in cases_of(records).items():
+        parts += [f"## {case}", _work(own), _case_table(own)]
+    if missing := _not_measured(machine, records):
+        parts += ["## Not measured", "\n".join(f"- {case}" for case in missing)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _work(records: Sequence[Record]) -> str:
+    first = next((record for record in records if not record.ceiling), records[0])
+    if first.bytes is None or first.floor_ms is None:
+        return ""
+    flops = f", {first.flops / 1e12:.3g} TFLOP" if first.flops else ""
+    return f"Floor {number(first.floor_ms)} ms: {first.bytes / 1e9:.3g} GB{flops}."
+
+
+def _case_table(records: Sequence[Record]) -> str:
+    header = ["", "median ms", "quartiles", "× floor", "× ours", "peak MB", "launches", "host ms", "gate", "computes"]
+    rows = []
+    for record in records:
+        spread = "–" if record.spread_ms is None else " – ".join(number(value) for value in record.spread_ms)
+        phases = ", ".join(f"{name} {number(value)}" for name, value in (record.phases_ms or {}).items())
+        computes = f"{record.computes}: {phases} ms" if phases else record.computes
+        figures = (record.median_ms, spread, record.ratio_to_floor, record.ratio_to_ours, record.peak_mb)
+        rows.append([record.impl, *figures, record.launches, record.host_ms, record.gate, computes])
+    return markdown_table(header, rows)
+
+
+def _not_measured(machine: Machine, records: Sequence[Record]) -> list[str]:
+    suite = SUITES["gpu" if machine.device_type == "cuda" else "cpu"]
+    measured = {record.case for record in records}
+    return [case.name for case in suite if case.name not in measured]
+
+
+def summary_table(records: Sequence[Record]) -> str:
+    """A line a case: ours against floor, eager, torch.compile and the fastest peer that passed its gate."""
+    header = ["case", "ours ms", "× floor", "eager ms", "torch.compile ms", "fastest peer", "peak MB, ours / eager"]
+    rows = []
+    for case, own in cases_of(records).items():
+        ours = fastest(record for record in own if record.ours)
+        named = {record.impl: record for record in own}
+        peer = fastest(record for record in own if is_peer(record))
+        if ours is None:
+            failing = next((record.gate for record in own if record.ours), "not measured")
+            rows.append([case, failing, None, _median(named, EAGER), _median(named, COMPILED), None, None])
+            continue
+        peaks = f"{number(ours.peak_mb)} / {number(named[EAGER].peak_mb if EAGER in named else None)}"
+        shown_peer = "–" if peer is None else f"{number(peer.median_ms)} ({peer.impl})"
+        backend = ours.impl.partition(":")[2]
+        shown = f"{number(ours.median_ms)} ({backend})" if backend else number(ours.median_ms)
+        figures = (_median(named, EAGER), _median(named, COMPILED))
+        rows.append([case, shown, ours.ratio_to_floor, *figures, shown_peer, peaks])
+    return markdown_table(header, rows)
+
+
+def _median(named: dict[str, Record], impl: str) -> str:
+    record = named.get(impl)
+    if record is None:
+        return "–"
+    return number(record.median_ms) if record.median_ms is not None else record.gate.partition(":")[0]
+
+
+def readme_section(results: Path = RESULTS) -> str:
+    """What stands between the README's markers."""
+    parts = ["## Performance"]
+    files = sorted(results.glob("*/results.json"))
+    if not files:
+        parts.append(_NOTHING_YET)
+    else:
+        parts.append(_HOW_TO_READ)
+        for path in files:
+            machine, records = read(path)
+            link = f"[Full tables](bench/results/{path.parent.name}/report.md)."
+            parts += [f"### {machine.machine}", f"{provenance(machine, records)} {link}", summary_table(records)]
+    return "\n\n".join(parts)
+
+
+def with_section(readme: str, section: str) -> str:
+    """The README with what stands between its markers replaced.
+
+    Raises:
+        ValueError: the markers aren't there.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md must hold the lines {BEGIN} and {END}, one after the other")
+    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+
+
+# plots ----------------------------------------------------------------------------------------------------------------
+
+_STYLES = ("o-", "s-", "^-", "d-", "v-", "x-", "*-", "P-")
+
+
+def plots(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Roofline, time against V, memory against N; none without matplotlib, nor where there are no points for one."""
+    if find_spec("matplotlib") is None:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    points = {
+        "roofline": _roofline(records),
+        "time_against_vocabulary": _against(records, "loss", _vocabulary, lambda record: record.median_ms),
+        "memory_against_tokens": _against(records, "linear-loss", _tokens, lambda record: record.peak_mb),
+    }
+    labels = {
+        "roofline": ("FLOP per byte at least moved", "TFLOP/s"),
+        "time_against_vocabulary": ("vocabulary", "ms a million tokens"),
+        "memory_against_tokens": ("tokens", "peak MB beyond inputs"),
+    }
+    return [_plot(folder / f"{name}.png", *labels[name], series) for name, series in points.items() if any(series)]
+
+
+Series = dict[str, list[tuple[float, float]]]
+
+
+def _case(name: str):
+    return next((case for suite in SUITES.values() for case in suite if case.name == name), None)
+
+
+def _vocabulary(case) -> float:
+    return case.vocab_size
+
+
+def _tokens(case) -> float:
+    return case.tokens
+
+
+def _against(records: Sequence[Record], task: str, x: Callable, y: Callable) -> Series:
+    """Points of the cases of a task in which every token counts, in the band's plain scope."""
+    series: Series = {}
+    for record in records:
+        case, value = _case(record.case), y(record)
+        if case is None or value is None or (case.task, case.unmasked, case.band_scope) != (task, 1.0, "token"):
+            continue
+        per_token = 1e6 / case.tokens if task == "loss" else 1.0
+        series.setdefault(f"{record.impl}, {case.dtype}", []).append((x(case), value * per_token))
+    return {name: sorted(points) for name, points in series.items() if len(points) > 1}
+
+
+def _roofline(records: Sequence[Record]) -> Series:
+    series: Series = {}
+    for record in records:
+        if record.flops and record.bytes and record.median_ms and not record.ceiling:
+            rate = record.flops / record.median_ms / 1e9
+            series.setdefault(record.impl, []).append((record.flops / record.bytes, rate))
+        if record.flops and record.median_ms and record.impl.startswith("ceiling: ") and not record.bytes:
+            series.setdefault(record.impl, []).append((1e3, record.flops / record.median_ms / 1e9))
+    return series
+
+
+def _plot(path: Path, x_label: str, y_label: str, series: Series) -> Path:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for index, (name, points) in enumerate(series.items()):
+        axes.plot(*zip(*points, strict=True), _STYLES[index % len(_STYLES)], label=name)
+    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    return path
+
+
+def write_report(results: Path, folder: Path) -> None:
+    """report.md, and the plots that can be made, beside the figures."""
+    machine, records = read(results)
+    drawn = plots(records, folder)
+    images = "".join(f"\n![{path.stem.replace('_', ' ')}]({path.name})\n" for path in drawn)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(full_report(machine, records) + images)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--results", type=Path, help="one results.json (default: all of bench/results)")
+    parser.add_argument("--out", type=Path, help="folder for report.md and plots (default: beside results.json)")
+    parser.add_argument("--readme", action="store_true", help="write the README's section too")
+    parser.add_argument("--print", action="store_true", help="print the summary, and write nothing")
+    options = parser.parse_args(arguments)
+    if options.print:
+        print(summary_table(read(options.results)[1]))
+        return
+    for path in [options.results] if options.results else sorted(RESULTS.glob("*/results.json")):
+        write_report(path, options.out or path.parent)
+    if options.readme:
+        README.write_text(with_section(README.read_text(), readme_section()))
+
+
+if __name__ == "__main__":
+    main()
