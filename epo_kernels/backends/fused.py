@@ -42,7 +42,8 @@ class FusedBackend:
         self.name = name
         self._device_types = device_types
         self._load = load
-        self._why_unavailable = why_unavailable
+        # Dynamo calls it, and doesn't trace it: what a machine has is found out in ways that it can't follow.
+        self._why_unavailable = torch.compiler.assume_constant_result(why_unavailable)
         ops.KERNELS[name] = lambda: self.kernels
 
     @cached_property
