@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: venv train test lint bench clean
+.PHONY: venv train test lint bench bench-gpu bench-compare gpu-check clean
 
 venv: $(STAMP)
 
@@ -27,8 +27,25 @@ lint: venv
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# Benchmarks run under .venv where there is one, else under $(PYTHON): GPU machines bring their own PyTorch.
+BENCH_PYTHON = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
+BENCH = -m pytest bench -p no:xdist --benchmark-columns=median,iqr,rounds
+
+# On a quiet machine: figures go to bench/results/<machine> and into the README.
 bench: venv
-	$(RUN) -m pytest bench -p no:xdist --benchmark-columns=median,iqr,rounds $(ARGS)
+	$(RUN) $(BENCH) --bench-device=cpu $(ARGS); status=$$?; $(RUN) -m bench.report --readme && exit $$status
+
+bench-gpu:
+	$(BENCH_PYTHON) $(BENCH) --bench-device=cuda $(ARGS); status=$$?; \
+		$(BENCH_PYTHON) -m bench.report --readme && exit $$status
+
+# make bench-compare BASE=an/older/results.json [NEW=a/newer/one]
+bench-compare:
+	$(BENCH_PYTHON) -m bench.compare $(BASE) $(NEW)
+
+# make gpu-check OUT=folder: build, GPU tests, sanitizer and benchmarks in one call under ten minutes (bench/gpu_check.py)
+gpu-check:
+	$(BENCH_PYTHON) -m bench.gpu_check $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -116,7 +116,7 @@ def moved_bytes(case: Case, implementation: str, device: torch.device) -> int | 
 
 def triton_bytes(case: Case, chip: Chip) -> int:
     """What the Triton kernels move for the case's logits: a loss in segment scope is two launches."""
-    from epo_kernels.backends.triton import launch_plan, row_traffic
+    from epo_kernels.backends.triton import VECTOR_BYTES, launch_plan, row_traffic
 
     modes: tuple[Mode, ...] = ("loss",) if case.task == "loss" else ("statistics",)
     if case.band_scope == "segment":
@@ -124,7 +124,7 @@ def triton_bytes(case: Case, chip: Chip) -> int:
     size, width = case.torch_dtype.itemsize, case.vocab_size
     total = 0
     for mode in modes:
-        plan = launch_plan(mode, width, size, chip)
+        plan = launch_plan(mode, width, size, width * size % VECTOR_BYTES == 0, chip)
         for rows, counted in ((case.counted, True), (case.tokens - case.counted, False)):
             traffic = row_traffic(mode, plan, width=width, vocab_size=width, itemsize=size, counted=counted)
             total += rows * traffic.device_memory

@@ -172,7 +172,7 @@ def _sanitizer(tool: str, dry: bool, python: str, device: str) -> Stage:
 
 
 def architecture() -> str:
-    """The device's compute capability as the build takes it, such as "90a"; "", which means the default list, if unknown."""
+    """The device's compute capability as the build takes it, such as "90a"; "" if unknown: the default list."""
     try:
         query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout

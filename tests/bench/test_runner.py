@@ -1,0 +1,171 @@
+"""How a case is measured, with a stopwatch that is told what to say."""
+
+import time
+
+import pytest
+import torch
+
+from bench import measure, runner
+from bench.cases import Case
+from bench.implementations import Implementation, implementations, missing_memory, ours
+from bench.measure import CpuStopwatch, Lap, interleaved
+from bench.runner import DeviceLost, measure_case
+
+CPU = torch.device("cpu")
+CASE = Case("loss", "tiny", 64, "fp32")
+
+
+class FakeWatch:
+    """Says a fixed time for each function that names one, and counts the calls."""
+
+    def __init__(self, free=1 << 40):
+        self.free = free
+
+    def time(self, call):
+        return Lap(call() or 0.004, 0.001)
+
+    def peak_mb(self, call):
+        return 7.0
+
+    def launches(self, call):
+        return 3
+
+    def free_bytes(self):
+        return self.free
+
+    def close(self):
+        pass
+
+
+def implementation(name, run, **arguments):
+    return Implementation(name, "loss", lambda: run, **arguments)
+
+
+class Timed(dict):
+    """Outputs that tell the fake stopwatch how long they took."""
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """Rounds take what the table says of a name; ceilings take 2 ms."""
+    table = {}
+
+    def rounds(calls, watch, limit):
+        return {name: [Lap(table.get(name, 0.002), 0.001)] * 5 for name in calls}
+
+    monkeypatch.setattr(runner, "interleaved", rounds)
+    return table
+
+
+def test_records_hold_the_ratios(seconds):
+    run = ours(CASE, "reference")
+    seconds.update({"ours:a": 0.004, "ours:b": 0.006, "other": 0.012})
+    chosen = [implementation(name, run, ours=name.startswith("ours")) for name in seconds]
+    found, laps = measure_case(CASE, chosen, FakeWatch(), CPU, seconds=0.1)
+    assert found["other"].median_ms == pytest.approx(12.0)
+    assert found["other"].ratio_to_ours == pytest.approx(3.0)
+    # The copy moved 2 × 64 × 1000 × 4 bytes in 2 ms, and the loss needs as many.
+    assert found["other"].floor_ms == pytest.approx(2.0)
+    assert found["other"].ratio_to_floor == pytest.approx(6.0)
+    assert found["ours:b"].ratio_to_ours == pytest.approx(1.5)
+    assert (found["other"].peak_mb, found["other"].launches, found["other"].rounds) == (7.0, 3, 5)
+    assert found["ceiling: copy"].ratio_to_floor == pytest.approx(1.0)
+    assert laps["other"][0].seconds == 0.012
+
+
+def test_what_fails_its_gate_is_shown_and_not_timed(seconds):
+    right = ours(CASE, "reference")
+
+    def wrong(inputs):
+        outputs = right(inputs)
+        return {**outputs, "grad_logits": outputs["grad_logits"] * 1.01}
+
+    chosen = [implementation("ours:a", right, ours=True), implementation("wrong", wrong)]
+    found, laps = measure_case(CASE, chosen, FakeWatch(), CPU, seconds=0.1)
+    assert found["wrong"].gate.startswith("fails: grad_logits is off by 1.0e-02")
+    assert found["wrong"].median_ms is None
+    assert "wrong" not in laps
+    assert found["ours:a"].gate == "pass"
+
+
+def test_what_cannot_run_is_shown_with_its_reason(seconds):
+    def absent():
+        raise ModuleNotFoundError("No module named 'quack'")
+
+    chosen = [
+        implementation("ours:a", ours(CASE, "reference"), ours=True),
+        Implementation("quack", "cross-entropy", absent),
+        Implementation("eager", "loss", lambda: ours(CASE, "reference"), eager_memory=True),
+    ]
+    found, _ = measure_case(CASE, chosen, FakeWatch(free=1000), CPU, seconds=0.1)
+    assert found["quack"].gate == "not run: ModuleNotFoundError: No module named 'quack'"
+    assert found["eager"].gate.startswith("not run: needs about 0 GB for its copies of the logits")
+    assert found["quack"].floor_ms is not None
+
+
+def test_what_takes_too_long_is_given_up(seconds, monkeypatch):
+    monkeypatch.setattr(runner, "ADMISSION_SECONDS", 0.2)
+
+    def slow():
+        time.sleep(5.0)
+
+    found, _ = measure_case(CASE, [Implementation("slow", "loss", slow)], FakeWatch(), CPU, seconds=0.1)
+    assert found["slow"].gate.startswith("not run: TimeoutError")
+
+
+def test_a_lost_device_names_who_lost_it(monkeypatch):
+    def crash(inputs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(runner, "_answers", lambda: False)
+    monkeypatch.setattr(runner.gate, "poison", lambda device, size: None)
+    entry = implementation("peer", crash)
+
+    class OnGpu:
+        device = torch.device("cuda")
+        leaves = {"grad_logits": torch.zeros(1)}  # noqa: RUF012
+
+    class Truth:
+        def outputs(self, contract):
+            return {}
+
+    with pytest.raises(DeviceLost) as lost:
+        runner._admit(CASE, entry, OnGpu(), Truth(), FakeWatch())
+    (record,) = lost.value.records
+    assert record.impl == "peer"
+    assert record.gate.startswith(f"{runner.LOST} (RuntimeError: CUDA error: an illegal memory access")
+
+
+def test_eager_is_not_tried_beyond_memory():
+    case = Case("linear-loss", "d64-v151936", 4096, "fp32", chunk_mb=512)
+    (eager,) = (entry for entry in implementations(case, CPU) if entry.name == "eager")
+    assert "needs about 15 GB" in missing_memory(case, eager, free=10 << 30)
+    assert missing_memory(case, eager, free=20 << 30) is None
+
+
+def test_rounds_are_interleaved_and_begin_with_another_each_time():
+    order = []
+    calls = {name: lambda number, name=name: order.append(name) for name in "abc"}
+    laps = interleaved(calls, FakeWatch(), seconds=0.0, least=3)
+    assert order == list("abcbcacab")
+    assert {len(own) for own in laps.values()} == {3}
+
+
+def test_cpu_stopwatch_sees_memory_and_time():
+    watch = CpuStopwatch()
+    lap = watch.time(lambda: time.sleep(0.02))
+    assert lap.seconds >= 0.02
+    peak = watch.peak_mb(lambda: torch.ones(64 << 20, dtype=torch.uint8))
+    assert 60 <= peak <= 80
+
+
+def test_budget_leaves_out_what_would_not_fit():
+    assert runner.Budget(None).allows()
+    budget = runner.Budget(1000.0)
+    assert budget.allows()
+    budget.spent(2000.0)
+    assert not budget.allows()
+
+
+def test_stopwatch_is_chosen_by_device():
+    assert isinstance(measure.stopwatch(CPU), CpuStopwatch)
