@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 class Array:
-    """A strided array in somebody else's memory, checked to lie inside `capacity` bytes from `storage` on.
+    """A strided array in the memory of `owner`, checked to lie inside `capacity` bytes from `storage` on.
 
-    Strides count elements. Whoever makes it keeps the memory alive while it is used.
+    Strides count elements. The owner is kept alive as long as the array, and whatever is made of it.
     """
 
     def __init__(
@@ -16,6 +16,7 @@ class Array:
         strides: Sequence[int],
         storage: int,
         capacity: int,
+        owner: object,
     ) -> None: ...
 
 class Rows:

@@ -42,20 +42,24 @@ int item_size(const std::string& dtype) {
     refuse("dtype must be float32, float16, bfloat16, float64, int64, int32 or bool, got " + dtype);
 }
 
-// A strided array in somebody else's memory: `capacity` bytes from `begin` are the storage it must lie in.
+// A strided array in its owner's memory: `capacity` bytes from `begin` are the storage it must lie in.
 struct Array {
     std::uintptr_t pointer;
     std::string dtype;
     Shape shape, strides;
-    std::int64_t first, last;  // bytes from `pointer` on, -1 in `last` where the array is empty
+    py::object owner;       // kept alive
+    std::int64_t last = 0;  // the last byte from `pointer` on, -1 where the array is empty
 
     Array(std::uintptr_t pointer_, std::string dtype_, Shape shape_, Shape strides_, std::uintptr_t begin,
-          std::int64_t capacity)
-        : pointer(pointer_), dtype(std::move(dtype_)), shape(std::move(shape_)), strides(std::move(strides_)) {
+          std::int64_t capacity, py::object owner_)
+        : pointer(pointer_),
+          dtype(std::move(dtype_)),
+          shape(std::move(shape_)),
+          strides(std::move(strides_)),
+          owner(std::move(owner_)) {
         const std::int64_t size = item_size(dtype);
         if (strides.size() != shape.size())
             refuse("strides " + text(strides) + " must be as many as sizes " + text(shape));
-        first = last = 0;
         bool empty = false;
         for (std::size_t i = 0; i < shape.size(); ++i) {
             if (shape[i] < 0) refuse("sizes must not be negative, got " + text(shape));
@@ -140,9 +144,13 @@ float* results(const Array& array, const char* name, const epo::Rows& rows) {
     return static_cast<float*>(array.data());
 }
 
+using Owners = std::vector<py::object>;
+
+// Rows, and whose memory they look at.
 struct RowsArguments {
     epo::Rows rows;
     Array logits;
+    Owners owners;
 };
 
 RowsArguments make_rows(const Array& logits, const Array& tokens, const Array& mask, const Array& temperature,
@@ -168,7 +176,7 @@ RowsArguments make_rows(const Array& logits, const Array& tokens, const Array& m
     rows.scale = static_cast<float>(scale.value_or(1.0));
     rows.softcap = static_cast<float>(softcap.value_or(0.0));
     if (softcap && !(rows.softcap > 0.0f)) refuse("softcap must be > 0, got " + std::to_string(*softcap));
-    return {rows, logits};
+    return {rows, logits, {tokens.owner, mask.owner, temperature.owner}};
 }
 
 epo::KlType kl_type_of(const std::string& name) {
@@ -191,6 +199,7 @@ epo::Penalty penalty_of(const std::string& name) {
 struct TermsArguments {
     epo::Terms terms;
     Shape shape;
+    Owners owners;
 };
 
 TermsArguments make_terms(const RowsArguments& rows_, const Array& weights, const Array& advantages,
@@ -212,7 +221,10 @@ TermsArguments make_terms(const RowsArguments& rows_, const Array& weights, cons
                            static_cast<const float*>(gradient_scale.data()),
                            kl_type_of(kl_type),
                            penalty_of(penalty)};
-    return {terms, tokens_shape(rows)};
+    Owners owners{weights.owner, advantages.owner, coefficients.owner, gradient_scale.owner};
+    for (const MaybeArray* given : {&old_log_probs, &ref_log_probs, &is_weights, &lower, &upper})
+        if (*given) owners.push_back((*given)->owner);
+    return {terms, tokens_shape(rows), std::move(owners)};
 }
 
 const epo::Terms& terms_of(const TermsArguments& terms, const epo::Rows& rows) {
@@ -469,8 +481,9 @@ void bind_cuda(py::module_& module) {
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Row kernels in C++ and CUDA; see epo_kernels/backends/rows.py for what they compute.";
     py::class_<Array>(module, "Array")
-        .def(py::init<std::uintptr_t, std::string, Shape, Shape, std::uintptr_t, std::int64_t>(), py::arg("pointer"),
-             py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("storage"), py::arg("capacity"));
+        .def(py::init<std::uintptr_t, std::string, Shape, Shape, std::uintptr_t, std::int64_t, py::object>(),
+             py::arg("pointer"), py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("storage"),
+             py::arg("capacity"), py::arg("owner"));
     py::class_<RowsArguments>(module, "Rows")
         .def(py::init(&make_rows), py::arg("logits"), py::arg("tokens"), py::arg("mask"), py::arg("temperature"),
              py::arg("vocab_size"), py::arg("scale"), py::arg("softcap"));

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from epo_kernels.backends.fused import PlainHelpers
-from epo_kernels.backends.native import array, maybe_array, native, native_rows, native_terms, temperature_of
+from epo_kernels.backends.native import array, maybe_array, native, native_rows, native_terms
 from epo_kernels.backends.rows import ROW_SUMS, RowLoss, Rows, RowStatistics, Terms
 
 
@@ -23,9 +23,8 @@ class CpuRows(PlainHelpers):
 
     def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
         log_probs, entropies, maximum, total = (_results(rows) for _ in range(4))
-        temperature = temperature_of(rows)
         self._native.cpu_statistics(
-            native_rows(rows, temperature),
+            native_rows(rows),
             array(log_probs),
             array(entropies) if entropy else None,
             array(maximum),
@@ -43,9 +42,8 @@ class CpuRows(PlainHelpers):
         grad_entropy: Tensor | None,
         out: Tensor,
     ) -> None:
-        temperature = temperature_of(rows)
         self._native.cpu_gradient(
-            native_rows(rows, temperature),
+            native_rows(rows),
             array(statistics.log_probs),
             maybe_array(statistics.entropy),
             array(statistics.maximum),
@@ -60,8 +58,7 @@ class CpuRows(PlainHelpers):
     def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
         log_probs, entropy = _results(rows), _results(rows)
         sums = torch.empty(len(ROW_SUMS), dtype=torch.float64, device="cpu")
-        temperature = temperature_of(rows)
-        checked = native_rows(rows, temperature)
+        checked = native_rows(rows)
         self._native.cpu_loss(
             checked,
             native_terms(checked, terms),

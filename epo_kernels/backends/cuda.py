@@ -14,7 +14,6 @@ from epo_kernels.backends.native import (
     native,
     native_rows,
     native_terms,
-    temperature_of,
     why_not_built,
 )
 from epo_kernels.backends.rows import ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
@@ -65,9 +64,8 @@ class CudaRows:
 
     def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
         log_probs, entropies, maximum, total = (_results(rows) for _ in range(4))
-        temperature = temperature_of(rows)
         self._native.cuda_statistics(
-            native_rows(rows, temperature),
+            native_rows(rows),
             array(log_probs),
             array(entropies) if entropy else None,
             array(maximum),
@@ -84,9 +82,8 @@ class CudaRows:
         grad_entropy: Tensor | None,
         out: Tensor,
     ) -> None:
-        temperature = temperature_of(rows)
         self._native.cuda_gradient(
-            native_rows(rows, temperature),
+            native_rows(rows),
             array(statistics.log_probs),
             maybe_array(statistics.entropy),
             array(statistics.maximum),
@@ -103,8 +100,7 @@ class CudaRows:
         sums = torch.empty(len(ROW_SUMS), dtype=torch.float64, device=rows.logits.device)
         loss = torch.empty((), dtype=torch.float32, device=rows.logits.device)
         workspace = torch.empty(self._native.cuda_workspace_size(device), dtype=torch.float64, device=sums.device)
-        temperature = temperature_of(rows)
-        checked = native_rows(rows, temperature)
+        checked = native_rows(rows)
         self._native.cuda_loss(
             checked,
             native_terms(checked, terms),

@@ -48,7 +48,7 @@ def why_not_built() -> str | None:
 
 
 def array(tensor: Tensor) -> _native.Array:
-    """A view of the tensor's memory; the tensor must outlive it."""
+    """A view of the tensor's memory, which keeps the tensor alive."""
     storage = tensor.untyped_storage()
     return _native.Array(
         tensor.data_ptr(),
@@ -57,6 +57,7 @@ def array(tensor: Tensor) -> _native.Array:
         tensor.stride(),
         storage.data_ptr(),
         storage.nbytes(),
+        tensor,
     )
 
 
@@ -64,24 +65,18 @@ def maybe_array(tensor: Tensor | None) -> _native.Array | None:
     return None if tensor is None else array(tensor)
 
 
-def native_rows(rows: Rows, temperature: Tensor) -> _native.Rows:
-    """temperature: of `temperature_of`, kept alive by the caller."""
+def native_rows(rows: Rows) -> _native.Rows:
     transform = rows.transform
+    temperature = torch.as_tensor(transform.temperature, dtype=torch.float32, device=rows.logits.device)
     return _native.Rows(
         array(rows.logits),
         array(rows.tokens),
         array(rows.mask),
-        array(temperature),
+        array(temperature.expand(rows.tokens.shape)),
         transform.vocab_size,
         transform.scale,
         transform.softcap,
     )
-
-
-def temperature_of(rows: Rows) -> Tensor:
-    """The temperature as (B, T) float32 on the device of the logits, expanded where it is one number."""
-    temperature = torch.as_tensor(rows.transform.temperature, dtype=torch.float32, device=rows.logits.device)
-    return temperature.expand(rows.tokens.shape)
 
 
 def native_terms(rows: _native.Rows, terms: Terms) -> _native.Terms:

@@ -1,4 +1,4 @@
-"""csrc/ under AddressSanitizer and UBSan: the CPU kernels, the thread pool, and the CUDA ring's tree walked on the host."""
+"""csrc/ under AddressSanitizer and UBSan: CPU kernels, thread pool, and the CUDA ring's tree walked on the host."""
 
 import shutil
 import subprocess
