@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from epo_kernels.train.config import ConfigError, TrainConfig, differences
 from epo_kernels.train.policies.policy import Policy
 
 _NAME = re.compile(r"global_step_(\d+)")
@@ -53,6 +54,40 @@ def step_of(checkpoint: Path) -> int:
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state, as plain tensors and numbers: nothing in the file can run code."""
     return torch.load(checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, by `resume`.
+
+    Raises:
+        ConfigError: nothing at the path given; or resume=never and the folder holds a run.
+    """
+    run_dir = Path(config.run_dir)
+    if config.resume == "never":
+        if (run_dir / "config.yaml").exists():
+            raise ConfigError(f"resume=never, but {run_dir} holds a run; choose another run_dir, or resume=auto")
+        return None
+    if config.resume == "auto":
+        present = list_checkpoints(run_dir / "checkpoints")
+        return present[-1] if present else None
+    path = Path(config.resume)
+    if not (path / "trainer.pt").is_file():
+        raise ConfigError(
+            f"resume must be auto, never or the folder of a checkpoint (global_step_N); {path} has no trainer.pt"
+        )
+    step_of(path)
+    return path
+
+
+def refuse_differences(saved: str, config: TrainConfig) -> None:
+    """Raises ConfigError where the run to go on with had other settings."""
+    changed = differences(saved, config)
+    if changed:
+        raise ConfigError(
+            "the run to resume had other settings: "
+            + ", ".join(f"{name}={old} (now {new})" for name, (old, new) in changed.items())
+            + "; restore them, or choose another run_dir"
+        )
 
 
 def rng_state() -> dict[str, Any]:

@@ -38,6 +38,7 @@ class ModelConfig:
     name_or_path: str = "tiny"  # a folder, a hub id, or "tiny": 0.5M parameters from scratch, made for warm_start
     dtype: str = "float32"  # float32 | bfloat16
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
+    threads: int = 0  # of torch on the CPU; 0: a thread a core. Small models are fastest with 1
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
 
@@ -262,6 +263,7 @@ def check(config: TrainConfig) -> None:
         "steps": config.steps,
         "rollout.history": rollout.history,
         "rollout.history_results": rollout.history_results,
+        "model.threads": config.model.threads,
         "model.warm_start.demonstrations": config.model.warm_start.demonstrations,
         "optim.weight_decay": optim.weight_decay,
         "evaluate.episodes": evaluate.episodes,

@@ -1,28 +1,27 @@
 """The training loop, to be read from top to bottom."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import epo_kernels as ek
 from epo_kernels.history import HistoryScope, HistoryWeighting
-from epo_kernels.train.advantages import GroupAdvantages, grpo_advantages
+from epo_kernels.train.advantages import grpo_advantages
 from epo_kernels.train.checkpoint import (
-    list_checkpoints,
+    find_checkpoint,
     load_state,
+    refuse_differences,
     rng_state,
     save_checkpoint,
     set_rng_state,
-    step_of,
 )
-from epo_kernels.train.config import ConfigError, TrainConfig, differences, to_yaml
+from epo_kernels.train.config import ConfigError, TrainConfig, to_yaml
 from epo_kernels.train.data import Draw, Episode, Sample
 from epo_kernels.train.envs import make_suite
 from epo_kernels.train.envs.pool import EnvironmentPool
@@ -34,6 +33,7 @@ from epo_kernels.train.policies.prompts import PromptBuilder
 from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
 from epo_kernels.train.report import write_report
 from epo_kernels.train.rollout import Rollout
+from epo_kernels.train.step_metrics import entropy_metrics, episode_metrics, token_metrics
 from epo_kernels.train.tracking import Display, Tracker, Value, write_atomically
 
 
@@ -126,10 +126,10 @@ class Trainer:
         self.tracker.save_episodes(f"train_step_{step:05d}", episodes[: self._size])
         return {
             **updated,
-            **_entropy_metrics(turns, entropy, history),
+            **entropy_metrics(turns, entropy, history),
             "epo/phase_weight": phase_weight,
-            **_episode_metrics(episodes, played, advantages),
-            **_token_metrics(played, samples, config.rollout.max_response_tokens),
+            **episode_metrics(episodes, played, advantages),
+            **token_metrics(played, samples, config.rollout.max_response_tokens),
             "perf/throughput": sum(s.length for s in samples) / seconds["step"],
             **{f"timing_s/{name}": spent for name, spent in seconds.items()},
         }
@@ -187,6 +187,8 @@ class Trainer:
 
     def _build(self, stack: ExitStack, dry: bool) -> None:
         config = self.config
+        if config.model.threads:
+            torch.set_num_threads(config.model.threads)
         checkpoint = find_checkpoint(config)
         state = load_state(checkpoint) if checkpoint else None
         if state is not None:
@@ -292,103 +294,11 @@ class Trainer:
         self.close()
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, by `resume`.
-
-    Raises:
-        ConfigError: nothing at the path given; or resume=never and the folder holds a run.
-    """
-    run_dir = Path(config.run_dir)
-    if config.resume == "never":
-        if (run_dir / "config.yaml").exists():
-            raise ConfigError(f"resume=never, but {run_dir} holds a run; choose another run_dir, or resume=auto")
-        return None
-    if config.resume == "auto":
-        present = list_checkpoints(run_dir / "checkpoints")
-        return present[-1] if present else None
-    path = Path(config.resume)
-    if not (path / "trainer.pt").is_file():
-        raise ConfigError(
-            f"resume must be auto, never or the folder of a checkpoint (global_step_N); {path} has no trainer.pt"
-        )
-    step_of(path)
-    return path
-
-
-def refuse_differences(saved: str, config: TrainConfig) -> None:
-    """Raises ConfigError where the run to go on with had other settings."""
-    changed = differences(saved, config)
-    if changed:
-        raise ConfigError(
-            "the run to resume had other settings: "
-            + ", ".join(f"{name}={old} (now {new})" for name, (old, new) in changed.items())
-            + "; restore them, or choose another run_dir"
-        )
-
-
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start
-
-
-def _entropy_metrics(turns: Tensor, entropy: Tensor, history: ek.EntropyHistory) -> dict[str, Value]:
-    """Entropy of the tokens just sampled, over all and by turn (null: nobody got that far), and the history's means."""
-    sums = torch.zeros(int(turns.max()) + 1, dtype=torch.float64).index_add_(0, turns, entropy.double())
-    counts = torch.bincount(turns)
-    return {
-        "actor/entropy": float(entropy.double().mean()),
-        "epo/entropy_by_turn": _list(sums / counts),
-        "epo/history_by_turn": _list(history.means()[: len(counts)]),
-    }
-
-
-def _episode_metrics(
-    episodes: Sequence[Episode], played: Sequence[Episode], advantages: GroupAdvantages
-) -> dict[str, Value]:
-    rewards = [episode.total_reward for episode in played]
-    lengths = [len(episode.turns) for episode in played]
-    turns = [turn for episode in played for turn in episode.turns]
-    return {
-        "episode/reward/mean": _mean(rewards),
-        "episode/reward/max": max(rewards),
-        "episode/reward/min": min(rewards),
-        "episode/score/mean": _mean([episode.score for episode in played]),
-        "episode/success_rate": _mean([episode.success for episode in played]),
-        "episode/official_success_rate": _mean([episode.official_success for episode in played]),
-        "episode/length/mean": _mean(lengths),
-        "episode/valid_action_ratio": _mean([turn.valid for turn in turns]),
-        "episode/failed": len(episodes) - len(played),
-        "episode/groups_without_variance": advantages.uniform_groups,
-        "episode/groups": advantages.groups,
-    }
-
-
-def _token_metrics(played: Sequence[Episode], samples: Sequence[Sample], limit: int) -> dict[str, Value]:
-    responses = [len(sample.response_ids) for sample in samples]
-    prompts = [len(sample.prompt_ids) for sample in samples]
-    sampled = torch.tensor([p for episode in played for turn in episode.turns for p in turn.log_probs])
-    scored = torch.cat([sample.old_log_probs for sample in samples if sample.old_log_probs is not None])
-    gap = (sampled.exp() - scored.exp()).abs()
-    return {
-        "response_length/mean": _mean(responses),
-        "response_length/max": max(responses),
-        "response_length/clip_ratio": _mean([length >= limit for length in responses]),
-        "prompt_length/mean": _mean(prompts),
-        "prompt_length/max": max(prompts),
-        "training/rollout_probs_diff_mean": float(gap.mean()),
-        "training/rollout_probs_diff_max": float(gap.max()),
-        "perf/total_num_tokens": sum(prompts) + sum(responses),
-    }
-
-
-def _list(values: Tensor) -> list[float | None]:
-    return [None if np.isnan(value) else value for value in values.tolist()]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _line(step: int, steps: int, metrics: dict[str, Value]) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from epo_kernels.train.__main__ import main
+from epo_kernels.train.checkpoint import find_checkpoint
 from epo_kernels.train.config import ConfigError, load_config
-from epo_kernels.train.trainer import find_checkpoint
 from tests.train.conftest import SMALL
 
 TIMING = ("timing_s/", "perf/throughput")
