@@ -42,7 +42,7 @@ public:
     bool counted() const { return rows_.mask.at(b_, t_); }
     std::int64_t token() const { return rows_.tokens.at(b_, t_); }
     bool valid() const { return token() >= 0 && token() < rows_.vocab_size; }
-    Transform transform() const { return make_transform(rows_.scale, rows_.softcap, rows_.temperature.at(b_, t_)); }
+    Transform transform() const { return transform_at(rows_, b_, t_); }
 
     const void* logits(std::vector<char>& scratch) const {
         const char* const first = at(rows_.logits, 0);

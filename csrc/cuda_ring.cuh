@@ -377,7 +377,7 @@ __device__ inline Message exchange(Shared& shared, const Message& own, int rank,
 template <class Element>
 __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    extern __shared__ char memory[];
+    extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Warp<Element> warp(args, shared, memory + sizeof(Shared));
     const Rows& rows = args.rows;
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
             continue;
         }
         // The scale is positive and there is no softcap, so y is the raw logit.
-        const Transform transform = make_transform(rows.scale, 0.0f, rows.temperature.at(at.b, at.t));
+        const Transform transform = transform_at(rows, at.b, at.t);
         const float outer2 = transform.outer * kLog2E;
         const std::int64_t given = rows.tokens.at(at.b, at.t);
         const std::int64_t token = given >= 0 && given < rows.vocab_size ? given : -1;

@@ -14,7 +14,11 @@ namespace {
 
 constexpr int kMostBlocksPerProcessor = 2;
 
-const char* said(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+const char* said(cudaError_t error) {
+    if (error == cudaSuccess) return nullptr;
+    (void)cudaGetLastError();  // or the next launch would be blamed for it
+    return cudaGetErrorString(error);
+}
 
 #define EPO_RETURN_IF_FAILED(call)                                                 \
     do {                                                                           \

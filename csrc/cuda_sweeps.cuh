@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kMostThreads) statistics_kernel(const __grid_c
         const TokenPlace at = place_of(rows, i);
         RowStats stats{};
         if (rows.mask.at(at.b, at.t)) {
-            const Transform transform = make_transform(rows.scale, rows.softcap, rows.temperature.at(at.b, at.t));
+            const Transform transform = transform_at(rows, at.b, at.t);
             const RowView<Element, Softcap> view(rows, at, transform);
             const std::int64_t token = token_of(rows, at);
             const float y_token = token < 0 ? NAN : view.at(token);
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kMostThreads) gradient_kernel(const __grid_con
             clear<Element>(rows, args.out, at, 0);
             continue;
         }
-        const Transform transform = make_transform(rows.scale, rows.softcap, rows.temperature.at(at.b, at.t));
+        const Transform transform = transform_at(rows, at.b, at.t);
         const RowView<Element, Softcap> view(rows, at, transform);
         const std::int64_t token = token_of(rows, at);
         const float y_token = token < 0 ? NAN : view.at(token);
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kMostThreads) loss_kernel(const __grid_constan
             if (threadIdx.x == 0) args.results.log_probs[i] = args.results.entropy[i] = 0.0f;
             continue;
         }
-        const Transform transform = make_transform(rows.scale, rows.softcap, rows.temperature.at(at.b, at.t));
+        const Transform transform = transform_at(rows, at.b, at.t);
         const RowView<Element, Softcap> view(rows, at, transform);
         const std::int64_t token = token_of(rows, at);
         const float y_token = token < 0 ? NAN : view.at(token);

@@ -34,9 +34,13 @@ struct Rows {
     std::int64_t batch, time, width, vocab_size;
     PerToken<const std::int64_t> tokens;
     PerToken<const bool> mask;
-    PerToken<const float> temperature;  // strides 0 for one temperature
-    float scale, softcap;               // softcap 0: none
+    PerToken<const float> temperatures;  // null: one for all
+    float temperature, scale, softcap;   // softcap 0: none
 };
+
+EPO_FN Transform transform_at(const Rows& rows, std::int64_t b, std::int64_t t) {
+    return make_transform(rows.scale, rows.softcap, rows.temperatures ? rows.temperatures.at(b, t) : rows.temperature);
+}
 
 constexpr int kNumCoefficients = 7;
 

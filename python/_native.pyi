@@ -20,14 +20,14 @@ class Array:
     ) -> None: ...
 
 class Rows:
-    """`epo_kernels.backends.rows.Rows`; the temperature is an array (B, T), of strides 0 where it is one number."""
+    """`epo_kernels.backends.rows.Rows`; the temperature is a number or (B, T)."""
 
     def __init__(
         self,
         logits: Array,
         tokens: Array,
         mask: Array,
-        temperature: Array,
+        temperature: float | Array,
         vocab_size: int,
         scale: float | None,
         softcap: float | None,

@@ -115,6 +115,7 @@ void expect_contiguous(const Array& array, const char* name, const char* dtype, 
 }
 
 using MaybeArray = std::optional<Array>;
+using Number = std::variant<double, Array>;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // From Arrays to the structs of rows.h
@@ -153,7 +154,7 @@ struct RowsArguments {
     Owners owners;
 };
 
-RowsArguments make_rows(const Array& logits, const Array& tokens, const Array& mask, const Array& temperature,
+RowsArguments make_rows(const Array& logits, const Array& tokens, const Array& mask, const Number& temperature,
                         std::int64_t vocab_size, std::optional<double> scale, std::optional<double> softcap) {
     if (logits.shape.size() != 3) refuse("logits must have three sizes (batch, time, vocabulary), got " + text(logits.shape));
     epo::Rows rows{};
@@ -172,11 +173,17 @@ RowsArguments make_rows(const Array& logits, const Array& tokens, const Array& m
         refuse("vocab_size must be in [1, " + std::to_string(rows.width) + "], got " + std::to_string(vocab_size));
     rows.tokens = per_token<const std::int64_t>(tokens, "tokens", "int64", rows);
     rows.mask = per_token<const bool>(mask, "mask", "bool", rows);
-    rows.temperature = per_token<const float>(temperature, "temperature", "float32", rows);
+    Owners owners{tokens.owner, mask.owner};
+    if (const Array* const temperatures = std::get_if<Array>(&temperature)) {
+        rows.temperatures = per_token<const float>(*temperatures, "temperature", "float32", rows);
+        owners.push_back(temperatures->owner);
+    } else {
+        rows.temperature = static_cast<float>(std::get<double>(temperature));
+    }
     rows.scale = static_cast<float>(scale.value_or(1.0));
     rows.softcap = static_cast<float>(softcap.value_or(0.0));
     if (softcap && !(rows.softcap > 0.0f)) refuse("softcap must be > 0, got " + std::to_string(*softcap));
-    return {rows, logits, {tokens.owner, mask.owner, temperature.owner}};
+    return {rows, logits, std::move(owners)};
 }
 
 epo::KlType kl_type_of(const std::string& name) {
@@ -377,8 +384,6 @@ void cuda_loss(const RowsArguments& rows, const TermsArguments& terms, const May
     raise_if(epo::cuda_loss(rows.rows, terms_of(terms, rows.rows), target, into, family_of(family),
                             place_of(device, stream)));
 }
-
-using Number = std::variant<double, Array>;
 
 epo::Scalar scalar(const Number& number, const char* name) {
     if (const double* const value = std::get_if<double>(&number)) return {static_cast<float>(*value), nullptr};

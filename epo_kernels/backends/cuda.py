@@ -14,6 +14,7 @@ from epo_kernels.backends.native import (
     native,
     native_rows,
     native_terms,
+    number,
     why_not_built,
 )
 from epo_kernels.backends.rows import ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
@@ -21,7 +22,6 @@ from epo_kernels.inputs import Scalar
 from epo_kernels.weights import sequence_lengths
 
 
-@torch.compiler.assume_constant_result  # traced graphs ask once
 def why_unavailable() -> str | None:
     """None where the kernels are built and have code for the current device, else why not and the cure."""
     reason = why_not_built()
@@ -127,8 +127,8 @@ class CudaRows:
             ticket=torch.empty(1, dtype=torch.int32, device=device),
             extras=torch.empty(2, dtype=torch.float64, device=device),
         )
-        numbers = [_on_device(value, device) for value in (weighing.loss_scale, *coefficients)]
-        normalizer = None if weighing.normalizer is None else _on_device(weighing.normalizer, device)
+        numbers = [number(value, device) for value in (weighing.loss_scale, *coefficients)]
+        normalizer = None if weighing.normalizer is None else number(weighing.normalizer, device)
         scale, *values = (array(value) if isinstance(value, Tensor) else value for value in numbers)
         self._native.cuda_prepare(
             array(mask),
@@ -155,13 +155,6 @@ class CudaRows:
 
 def _results(rows: Rows) -> Tensor:
     return torch.empty(rows.tokens.shape, dtype=torch.float32, device=rows.logits.device)
-
-
-def _on_device(value: Scalar, device: torch.device) -> float | Tensor:
-    """A number, or a 0-d float32 tensor on the device; one on the CPU is read, which there costs no sync."""
-    if not isinstance(value, Tensor):
-        return float(value)
-    return value.to(torch.float32) if value.device == device else float(value)
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from epo_kernels.backends.rows import Rows, Terms
+from epo_kernels.inputs import Scalar
 
 try:
     from epo_kernels import _native
@@ -65,14 +66,21 @@ def maybe_array(tensor: Tensor | None) -> _native.Array | None:
     return None if tensor is None else array(tensor)
 
 
+def number(value: Scalar, device: torch.device) -> float | Tensor:
+    """A float, or a float32 tensor on the device; a 0-d tensor on the CPU is read, which costs no sync."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return float(value) if value.dim() == 0 and value.device.type == "cpu" else value.to(device, torch.float32)
+
+
 def native_rows(rows: Rows) -> _native.Rows:
     transform = rows.transform
-    temperature = torch.as_tensor(transform.temperature, dtype=torch.float32, device=rows.logits.device)
+    temperature = number(transform.temperature, rows.logits.device)
     return _native.Rows(
         array(rows.logits),
         array(rows.tokens),
         array(rows.mask),
-        array(temperature.expand(rows.tokens.shape)),
+        array(temperature.expand(rows.tokens.shape)) if isinstance(temperature, Tensor) else temperature,
         transform.vocab_size,
         transform.scale,
         transform.softcap,

@@ -116,14 +116,13 @@ void check_cpu(const Case& one, const char* instructions) {
     }
     const std::int64_t tokens[kTime] = {0, one.vocab_size - 1, one.vocab_size / 2};
     const bool mask[kTime] = {true, true, false};
-    const float temperature = 0.7f;
     epo::Rows rows{};
     rows.logits = {x.get(), elements, row, one.vocab_stride};
     rows.dtype = one.dtype;
     rows.batch = 1, rows.time = kTime, rows.width = one.width, rows.vocab_size = one.vocab_size;
     rows.tokens = {tokens, 0, 1};
     rows.mask = {mask, 0, 1};
-    rows.temperature = {&temperature, 0, 0};
+    rows.temperature = 0.7f;
     rows.scale = 1.3f, rows.softcap = one.softcap;
 
     std::vector<Truth> truths;
