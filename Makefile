@@ -33,7 +33,7 @@ BENCH = -m pytest bench -p no:xdist --benchmark-columns=median,iqr,rounds
 
 # On a quiet machine: figures go to bench/results/<machine> and into the README.
 bench: venv
-	$(RUN) $(BENCH) --bench-device=cpu $(ARGS); status=$$?; $(RUN) -m bench.report --readme && exit $$status
+	$(RUN) $(BENCH) --bench-device=cpu --bench-budget=480 $(ARGS); status=$$?; $(RUN) -m bench.report --readme && exit $$status
 
 bench-gpu:
 	$(BENCH_PYTHON) $(BENCH) --bench-device=cuda $(ARGS); status=$$?; \

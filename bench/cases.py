@@ -163,7 +163,6 @@ CPU = (
     Case("linear-loss", "d512-v32000", 1024, "fp32", peers=True, compiled=True),
     Case("loss", "qwen2.5-3b", 128, "bf16", peers=True),
     Case("linear-loss", "d512-v32000", 1024, "fp32", unmasked=0.15),
-    Case("linear-loss", "d64-v151936", 4096, "fp32", chunk_mb=512),
     Case("score", "qwen2.5-3b", 128, "fp32"),
     Case("linear-score", "d512-v32000", 1024, "fp32", peers=True),
     Case("loss", "qwen2.5-3b", 128, "fp32", unmasked=0.15),
@@ -173,6 +172,7 @@ CPU = (
     Case("loss", "qwen3.5", 128, "fp32"),
     Case("loss", "gemma-3-4b", 128, "fp32"),
     Case("linear-loss", "qwen2.5-0.5b", 256, "bf16"),
+    Case("linear-loss", "d64-v151936", 4096, "fp32", chunk_mb=512),
 )
 TINY = (
     Case("loss", "tiny", 64, "fp32", peers=True),

@@ -24,7 +24,9 @@ def pytest_addoption(parser):
     group.addoption("--bench-suite", choices=sorted(SUITES), help="which cases (default: those of the device)")
     group.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     group.addoption("--bench-out", type=Path, help="folder for results.json (default: bench/results/<machine>)")
-    group.addoption("--bench-seconds", type=float, default=10.0, help="for a case's timed rounds (at least 5 rounds)")
+    group.addoption(
+        "--bench-seconds", type=float, default=10.0, help="for a case's timed rounds, of which there are at least three"
+    )
     group.addoption("--bench-budget", type=float, help="seconds for all cases; what doesn't fit is skipped")
     group.addoption("--bench-threads", type=int, default=os.cpu_count(), help="of PyTorch on a CPU (default: all)")
     group.addoption("--bench-resume", action="store_true", help="leave out what the results already hold")

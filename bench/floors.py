@@ -124,7 +124,8 @@ def triton_bytes(case: Case, chip: Chip) -> int:
     size, width = case.torch_dtype.itemsize, case.vocab_size
     total = 0
     for mode in modes:
-        plan = launch_plan(mode, width, size, width * size % VECTOR_BYTES == 0, chip)
+        aligned = width * size % VECTOR_BYTES == 0
+        plan = launch_plan(mode, width=width, itemsize=size, aligned=aligned, heavy=False, chip=chip)
         for rows, counted in ((case.counted, True), (case.tokens - case.counted, False)):
             traffic = row_traffic(mode, plan, width=width, vocab_size=width, itemsize=size, counted=counted)
             total += rows * traffic.device_memory

@@ -76,6 +76,8 @@ def make_inputs(case: Case, device: torch.device, seed: int, weight: Tensor | No
     # Of normally distributed logits: log Σ e^z is about log V + SPREAD² / 2, the entropy log V - SPREAD² / 2.
     log_probs = sampled - (math.log(case.vocab_size) + SPREAD**2 / 2)
     entropy = math.log(case.vocab_size) - SPREAD**2 / 2
+    middle = entropy + normal(*shape, scale=0.1)
+    width = 0.02 + 0.1 * torch.rand(*shape, generator=generator, device=device)
     position = torch.arange(shape[1], device=device).expand(shape)
     turn, place = position // case.turn_length, position % case.turn_length
     sequence = torch.arange(shape[0], device=device)[:, None]
@@ -88,8 +90,8 @@ def make_inputs(case: Case, device: torch.device, seed: int, weight: Tensor | No
         old_log_probs=log_probs + normal(*shape, scale=0.3),
         ref_log_probs=log_probs + normal(*shape, scale=0.3),
         advantages=normal(shape[0]),
-        lower=entropy - 0.1 + normal(*shape, scale=0.1),
-        upper=entropy + 0.1 + normal(*shape, scale=0.1),
+        lower=middle - width,
+        upper=middle + width,
         turns=sequence * (shape[1] // case.turn_length) + turn,
         upstream=(normal(*shape), normal(*shape)),
     )

@@ -15,6 +15,7 @@ import torch
 
 Call = Callable[[], object]
 
+LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 _MB = 1e6
 _CPU_FLUSH_BYTES = 128 << 20
 # Long enough for the host to queue a whole forward and backward before the device starts it.
@@ -149,20 +150,22 @@ def stopwatch(device: torch.device) -> Stopwatch:
 
 
 def interleaved(
-    calls: dict[str, Callable[[int], object]], watch: Stopwatch, seconds: float, least: int = 5, most: int = 50
+    calls: dict[str, Callable[[int], object]], watch: Stopwatch, seconds: float, least: int = LEAST_ROUNDS
 ) -> dict[str, list[Lap]]:
     """Rounds in which each call is timed once, each round starting with another one: a drift of clocks meets all alike.
 
     Args:
         calls: {name: function of the round's number}, which takes another input set each round.
-        seconds: how long the rounds may take in all, beyond the least and below the most number of them.
+        seconds: how long the rounds may take in all, where that makes fewer than 50 of them.
+        least: number of rounds that are done even so, but for three where they take three times as long.
     """
     laps: dict[str, list[Lap]] = {name: [] for name in calls}
     names = list(calls)
     began = time.perf_counter()
     with _no_garbage_collection():
-        for number in range(most):
-            if number >= least and time.perf_counter() - began > seconds:
+        for number in range(MOST_ROUNDS):
+            spent = time.perf_counter() - began
+            if (number >= least and spent > seconds) or (number >= min(least, 3) and spent > 3 * seconds):
                 break
             first = number % len(names)
             for name in names[first:] + names[:first]:

@@ -56,7 +56,7 @@ def measure_case(
     """Records of all the implementations and of the case's ceilings, by name, and the rounds of those that were timed.
 
     Args:
-        seconds: how long the timed rounds may take (five are always done).
+        seconds: how long the timed rounds may take (see `interleaved`).
 
     Raises:
         DeviceLost: an implementation left the device in a state where nothing runs.
