@@ -67,7 +67,7 @@ class Learner:
     ) -> dict[str, float]:
         """All epochs and minibatches of a step. Returns the metrics `actor/*` and `epo/*`, means over the updates.
 
-        An update whose gradient isn't finite is left out and counted.
+        An update whose loss or gradient isn't finite is left out and counted.
         """
         model, optim = self._policy.model, self._config.optim
         sums: ek.LossMetrics | None = None
@@ -79,7 +79,7 @@ class Learner:
                 metrics = self._backward([samples[i] for i in indices], history, penalty_weight)
                 sums = metrics if sums is None else sums + metrics
                 norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm))
-                if np.isfinite(norm):
+                if np.isfinite(norm) and bool(metrics.loss.isfinite()):
                     self._optimizer.step()
                     norms.append(norm)
                 else:

@@ -101,7 +101,7 @@ FIGURES: tuple[tuple[str, str, Callable[[Axes, Metrics], None]], ...] = (
 
 def _line(axes: Axes, metrics: Metrics, name: str, label: str) -> None:
     """Draw a metric over steps; one that wasn't measured leaves nothing."""
-    points = [(entry["training/global_step"], entry[name]) for entry in metrics if name in entry]
+    points = [(entry["training/global_step"], entry[name]) for entry in metrics if entry.get(name) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
 

@@ -1,6 +1,7 @@
 """What a run leaves behind and shows: metrics.jsonl, TensorBoard, evaluation.json, episodes/, and the live display."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,8 +65,14 @@ class Tracker:
         return list(self._records)
 
     def log(self, step: int, metrics: dict[str, Value]) -> None:
-        """One line of metrics.jsonl; scalars go to TensorBoard, lists there entry by entry."""
-        self._metrics.write(json.dumps({"training/global_step": step, **metrics}) + "\n")
+        """One line of metrics.jsonl; scalars go to TensorBoard, lists there entry by entry.
+
+        What isn't finite is null in the file, since JSON has no NaN.
+        """
+        line = {
+            name: None if value in (math.inf, -math.inf) or value != value else value for name, value in metrics.items()
+        }
+        self._metrics.write(json.dumps({"training/global_step": step, **line}, allow_nan=False) + "\n")
         self._metrics.flush()
         for name, value in metrics.items():
             for key, number in _scalars(name, value):

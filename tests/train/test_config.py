@@ -80,7 +80,9 @@ def test_sources_that_are_not_there(tmp_path):
 
 def test_loss_settings_are_those_of_the_library():
     config = load_config("practice", ["loss.penalty=gate", "loss.clip_ratio_high=0.3", "rollout.temperature=0.7"])
-    assert epo_config(config) == ek.EPOConfig(penalty="gate", clip_ratio_high=0.3, temperature=0.7)
+    assert epo_config(config) == ek.EPOConfig(
+        penalty="gate", clip_ratio_high=0.3, entropy_coeff=config.loss.entropy_coeff, temperature=0.7
+    )
     assert {f"loss.{name}" for name in ek.EPOConfig.__dataclass_fields__} - {"loss.temperature"} <= set(flatten(config))
 
 

@@ -84,7 +84,7 @@ def test_an_update_makes_good_actions_likelier(policy, played):
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the only update of this test is skipped
 def test_a_gradient_that_is_not_finite_is_left_out(policy, played):
     samples = samples_of(played)[:4]
-    learner = learner_of(policy)
+    learner = learner_of(policy, "optim.minibatches=1")
     history = history_of(samples, learner.score(samples))
     samples[0].advantage = float("inf")
     before = copy.deepcopy(policy.model.state_dict())

@@ -17,7 +17,7 @@ TIMING = ("timing_s/", "perf/throughput")
 
 
 def train(*arguments):
-    return main(["practice", *SMALL, *map(str, arguments)])
+    return main(["practice", *SMALL, "optim.lr=3e-4", *map(str, arguments)])
 
 
 def lines_of(run_dir):
@@ -104,7 +104,7 @@ main(sys.argv[1:])
 
 def test_a_killed_run_goes_on_to_the_last_bit(whole_run, tmp_path):
     settings = ["steps=4", "checkpoint.keep=9", "evaluate.every=2", "loss.kl_coeff=0.01", f"run_dir={tmp_path}"]
-    command = [sys.executable, "-c", KILLED, "practice", *SMALL, *settings, "checkpoint.every=2"]
+    command = [sys.executable, "-c", KILLED, "practice", *SMALL, "optim.lr=3e-4", *settings, "checkpoint.every=2"]
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == -9
     assert [line["training/global_step"] for line in lines_of(tmp_path)] == [1, 2]
     assert train(*settings) == 0
@@ -133,7 +133,7 @@ def test_a_finished_run_has_nothing_left_to_do(whole_run, capsys):
 def test_resuming_with_other_settings_is_refused(whole_run, capsys):
     assert train(f"run_dir={whole_run}", "steps=4", "evaluate.every=2", "loss.kl_coeff=0.01", "optim.lr=0.5") == 2
     error = capsys.readouterr().err
-    assert "optim.lr=0.0002 (now 0.5)" in error
+    assert "optim.lr=0.0003 (now 0.5)" in error
     assert error.count("\n") == 1
 
 

@@ -45,7 +45,7 @@ def step_metrics(step):
         "epo/band_high_share": 0.1,
         "epo/phase_weight": 1.5,
         "actor/pg_clipfrac": 0.01,
-        "actor/ppo_kl": 0.001,
+        "actor/ppo_kl": 0.001 if step > 1 else float("nan"),
         "timing_s/gen": 1.0,
         "timing_s/old_log_prob": 0.3,
         "timing_s/update_actor": 0.6,

@@ -23,13 +23,13 @@ def test_metrics_are_lines_and_a_resumed_run_drops_what_it_makes_again(tmp_path)
     assert [entry["training/global_step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
 
     second = Tracker(tmp_path, 2)
-    second.log(3, {"actor/lr": 9.0})
+    second.log(3, {"actor/lr": 9.0, "actor/loss": float("nan"), "actor/pg_loss": -float("inf")})
     second.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"training/global_step": 1, "actor/lr": 0.5, "epo/entropy_by_turn": [0.25, None]},
         {"training/global_step": 2, "actor/lr": 0.25, "epo/entropy_by_turn": [0.25, None]},
-        {"training/global_step": 3, "actor/lr": 9.0},
+        {"training/global_step": 3, "actor/lr": 9.0, "actor/loss": None, "actor/pg_loss": None},
     ]
     assert second.records == [RECORD]
 
