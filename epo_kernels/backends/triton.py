@@ -25,12 +25,13 @@ Mode = Literal["statistics", "gradient", "loss"]
 
 VECTOR_BYTES = 16  # what a thread loads at once
 ALIGNMENT = 16  # elements: what Triton looks for in pointers and strides before it loads that much at once
-REGISTERS = 128  # a thread's at most; no variant spills (tests/backends/test_triton_ahead_of_time.py)
+REGISTERS = 128  # a thread's at most; no variant spills (tests/backends/test_ahead_of_time.py)
 THREADS_PER_PROCESSOR = 65536 // REGISTERS
-ONE_TILE_BYTES = 64  # a thread's, of a row that stays in registers
-ONE_TILE_WARPS = 8
-SWEEP_BYTES = {"statistics": 64, "gradient": 32, "loss": 32}  # a thread's, of a tile, per stage of the pipeline
+TILE_BYTES = 32  # a thread's, of a tile; half of it where elements need more registers each
+SWEEP_WARPS = 8
+MAX_WARPS = 16
 STAGES = 4
+WEIGHTS_TILE = 2048  # tokens of a mask that 4 warps count at once
 L2_SHARE = 0.7  # of the cache, for rows between their two sweeps
 
 
@@ -65,30 +66,34 @@ class Plan:
     rereads_hit_l2: bool
 
 
-def launch_plan(mode: Mode, width: int, itemsize: int, aligned: bool, chip: Chip) -> Plan:
-    """The plan for rows of `width` logits of `itemsize` bytes. aligned: threads may load 16 bytes at once.
+def launch_plan(mode: Mode, width: int, itemsize: int, aligned: bool, heavy: bool, chip: Chip) -> Plan:
+    """The plan for rows of `width` logits of `itemsize` bytes.
 
-    - A program has 8 warps, or the fewest that take a row in one tile; two of 8 warps share a multiprocessor.
-    - A loss whose row has at most 64 bytes a thread of 8 warps (8,192 bf16, 4,096 fp32; half where not aligned) keeps
-      it in registers.
-    - Longer rows are read twice, the second time from the L2 cache if the rows in flight fit it: two a multiprocessor,
-      or else one, in a program of 16 warps.
+    - A thread has 32 bytes of a tile; half of it where an element takes more registers than usual. Loads run three
+      tiles ahead (two where heavy, none where they can't be asynchronous: below 16 bytes).
+    - A loss whose row fits one tile of 16 warps (8,192 bf16, 4,096 fp32) keeps it in registers, in the fewest warps.
+    - Longer rows are read twice, by 8 warps, two programs a multiprocessor, if so many rows fit the L2 cache, so that
+      the second sweep reads from it; else by 16 warps, one program.
+    - Statistics and the gradient alone read once: 8 warps, or the fewest that take a row in one tile.
+
+    Args:
+        mode: of the kernel.
+        aligned: threads may load 16 bytes at once.
+        heavy: the vocabulary is narrower than a row, or logits are softcapped.
+        chip: that it runs on.
     """
-    one_tile_bytes = ONE_TILE_BYTES if aligned else ONE_TILE_BYTES // 2  # single elements need more addresses
-    one_tile = mode == "loss" and width * itemsize <= ONE_TILE_WARPS * 32 * one_tile_bytes
-    elements = (one_tile_bytes if one_tile else SWEEP_BYTES[mode]) // itemsize
-    warps = min(_power_of_two(-(-width // (32 * elements))), ONE_TILE_WARPS)
+    elements = (TILE_BYTES if aligned and not heavy else TILE_BYTES // 2) // itemsize
+    vector = VECTOR_BYTES // itemsize if aligned else 1
+    one_tile = mode == "loss" and width <= MAX_WARPS * 32 * elements
+    warps = min(_power_of_two(-(-width // (32 * elements))), MAX_WARPS if one_tile else SWEEP_WARPS)
     per_processor = min(THREADS_PER_PROCESSOR // (32 * warps), 16)
     fits = False
     if mode == "loss" and not one_tile:
         in_cache = int(L2_SHARE * chip.l2_bytes) // (chip.processors * width * itemsize)
         fits = in_cache > 0
         if in_cache < per_processor:
-            per_processor, warps = 1, 2 * ONE_TILE_WARPS
-    vector = VECTOR_BYTES // itemsize if aligned else 1
-    if one_tile:
-        elements = max(_power_of_two(-(-width // (32 * warps))), vector)
-    stages = STAGES if aligned else 1
+            per_processor, warps = 1, MAX_WARPS
+    stages = (STAGES - 1 if heavy else STAGES) if aligned else 1
     return Plan(elements // vector, 32 * warps, vector, warps, stages, one_tile, chip.processors * per_processor, fits)
 
 
@@ -163,7 +168,7 @@ class TritonRows:
         plan: chooses how rows are taken.
     """
 
-    def __init__(self, plan: Callable[[Mode, int, int, bool, Chip], Plan] = launch_plan) -> None:
+    def __init__(self, plan: Callable[[Mode, int, int, bool, bool, Chip], Plan] = launch_plan) -> None:
         from epo_kernels.backends import triton_kernels  # imports Triton, which decides there whether to interpret
 
         self._kernels = triton_kernels
@@ -239,8 +244,8 @@ class TritonRows:
         if weighing.sequence_ids is not None:
             ids = weighing.sequence_ids
             lengths = sequence_lengths(mask, ids, weighing.num_sequences)
-        tokens = min(max(_power_of_two(max(length, 1)), 64), 4096)
-        sequences = 4096 // tokens
+        tokens = min(max(_power_of_two(max(length, 1)), 64), WEIGHTS_TILE)
+        sequences = WEIGHTS_TILE // tokens
         given = dict(zip(COEFFICIENTS, coefficients, strict=True))
         with _on(device):
             self._kernels.token_weights_kernel[(max(-(-batch // sequences), 1),)](
@@ -284,7 +289,8 @@ class TritonRows:
     def _plan_of(self, mode: Mode, rows: Rows, out: Tensor | None) -> Plan:
         logits = rows.logits
         aligned = _is_aligned(logits) and (out is None or _is_aligned(out))
-        return self._plan(mode, logits.shape[2], logits.element_size(), aligned, chip_of(logits.device))
+        heavy = rows.transform.vocab_size < logits.shape[2] or rows.transform.softcap is not None
+        return self._plan(mode, logits.shape[2], logits.element_size(), aligned, heavy, chip_of(logits.device))
 
     def _launch(
         self, mode: Mode, plan: Plan, rows: Rows, out: Tensor | None, *arguments: Any, **constants: Any

@@ -56,7 +56,7 @@ def transformed(x, scale, softcap):
     if scale is not None:
         y = y * scale
     if softcap is not None:
-        y = softcap * tanh(y / softcap)
+        y = softcap * tanh(y * (1.0 / softcap))
     return y
 
 
@@ -172,7 +172,7 @@ def store_gradient(
         slope = slope * scale
     gradient = gradient * slope
     if softcap is not None:
-        capped = y / softcap
+        capped = y * (1.0 / softcap)
         gradient = gradient * (1.0 - capped * capped)
     if PADDED:
         gradient = tl.where(columns < vocab_size, gradient, 0.0)
