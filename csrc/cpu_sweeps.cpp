@@ -27,10 +27,13 @@ constexpr std::int64_t kGroup = kUnroll * kWidth;
 constexpr std::int64_t kBlock = 2048;
 static_assert(kBlock % kGroup == 0, "blocks are whole groups");
 
-inline Floats above_lowest(Floats x) { return x < epo::kLowestExponent ? splat(epo::kLowestExponent) : x; }
+inline Floats above_lowest(Floats x) { return larger(splat(epo::kLowestExponent), x); }  // NaN stays NaN
+
+// What y is of the raw logit: itself, its negative (the scale is), or a tanh.
+enum class Form { raw, negative, softcap };
 
 // A row seen as vectors: y of z = outer * y.
-template <class Element, bool Softcap>
+template <class Element, Form kForm>
 struct Source {
     const char* x;
     Transform transform;
@@ -48,8 +51,9 @@ struct Source {
     }
 
     Floats of(Floats raw) const {
-        if constexpr (Softcap) return tanh(raw * transform.inner);
-        return raw * transform.inner;
+        if constexpr (kForm == Form::softcap) return tanh(raw * transform.inner);
+        if constexpr (kForm == Form::negative) return -raw;
+        return raw;
     }
 };
 
@@ -118,9 +122,9 @@ inline void add_block(Moments<double>& row, std::int64_t n, float outer, const P
     row.u += block.u;
 }
 
-template <class Element, bool Softcap>
+template <class Element, Form kForm>
 Moments<double> moments(const void* x, std::int64_t n, const Transform& transform) {
-    const Source<Element, Softcap> source{static_cast<const char*>(x), transform};
+    const Source<Element, kForm> source{static_cast<const char*>(x), transform};
     Moments<double> row = epo::no_moments<double>();
     const std::int64_t whole = n / kWidth * kWidth;
     for (std::int64_t start = 0; start < whole; start += kBlock) {
@@ -134,16 +138,16 @@ Moments<double> moments(const void* x, std::int64_t n, const Transform& transfor
     return row;
 }
 
-template <class Element, bool Softcap>
+template <class Element, Form kForm>
 struct Gradient {
-    Source<Element, Softcap> source;
+    Source<Element, kForm> source;
     float m;
     GradientLine line;
 
     Floats of(Floats y) const {
         const Floats t = above_lowest((y - m) * source.transform.outer);
         const Floats g = exp(t) * (line.linear * t + line.constant);
-        if constexpr (Softcap) return g * (1.0f - y * y);
+        if constexpr (kForm == Form::softcap) return g * (1.0f - y * y);
         return g;
     }
     void store(char* out, std::int64_t i) const {
@@ -158,10 +162,10 @@ struct Gradient {
     }
 };
 
-template <class Element, bool Softcap>
+template <class Element, Form kForm>
 void gradient(const void* x, void* result, std::int64_t n, const Transform& transform, float m,
               const GradientLine& line, bool stream) {
-    const Gradient<Element, Softcap> gradient{{static_cast<const char*>(x), transform}, m, line};
+    const Gradient<Element, kForm> gradient{{static_cast<const char*>(x), transform}, m, line};
     char* const out = static_cast<char*>(result);
     constexpr std::int64_t kVector = kWidth * Element::size;
     // Stores past the caches must be aligned: a partial vector before the first one.
@@ -186,16 +190,17 @@ void gradient(const void* x, void* result, std::int64_t n, const Transform& tran
 
 template <class Element>
 Moments<double> any_moments(const void* x, std::int64_t n, const Transform& transform, bool softcap) {
-    return softcap ? moments<Element, true>(x, n, transform) : moments<Element, false>(x, n, transform);
+    if (softcap) return moments<Element, Form::softcap>(x, n, transform);
+    if (transform.inner < 0.0f) return moments<Element, Form::negative>(x, n, transform);
+    return moments<Element, Form::raw>(x, n, transform);
 }
 
 template <class Element>
 void any_gradient(const void* x, void* out, std::int64_t n, const Transform& transform, bool softcap, float m,
                   const GradientLine& line, bool stream) {
-    if (softcap)
-        gradient<Element, true>(x, out, n, transform, m, line, stream);
-    else
-        gradient<Element, false>(x, out, n, transform, m, line, stream);
+    if (softcap) return gradient<Element, Form::softcap>(x, out, n, transform, m, line, stream);
+    if (transform.inner < 0.0f) return gradient<Element, Form::negative>(x, out, n, transform, m, line, stream);
+    gradient<Element, Form::raw>(x, out, n, transform, m, line, stream);
 }
 
 template <class Element>

@@ -11,7 +11,7 @@ from epo_kernels.backends.rows import Rows, Terms
 from epo_kernels.inputs import Scalar
 
 try:
-    from epo_kernels import _native
+    import epo_kernels._native as _native
 except ImportError as error:
     _native = None  # type: ignore[assignment]
     _IMPORT_ERROR = str(error)
