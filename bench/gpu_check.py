@@ -4,8 +4,12 @@ On a bare machine with PyTorch and without network: builds the native part in pl
 compute-sanitizer, then the benchmarks in order of importance for as long as the budget lasts. A stage that fails is
 reported and the others still run. Leaves results.json, report.md, plots and log.txt in the folder, prints tables last.
 
+To keep the figures: `python -m bench.report --results folder/results.json --keep`.
+
 Environment:
-    EPO_WHEELS: a folder of wheels (other libraries, the driver's packages) to install for this call alone.
+    EPO_WHEELS: a folder of wheels to install for this call alone: other libraries, in the versions that peers.py names,
+        and omegaconf for the whole-step benchmark. `pip download --no-deps --only-binary=:all: --python-version 3.12
+        -d folder trl==1.16.0 ...` fetches them on a machine with network.
     EPO_COMMIT: what to record as the commit where there is no repository.
 """
 
@@ -21,11 +25,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BUDGET_SECONDS = 560  # of the ten minutes that such a machine gives one command
 REPORT_SECONDS = 20  # kept back for the last stage
+SECONDS = "{seconds}"  # in a command: what it has, less some to end by itself
+_LEAVE_SECONDS = 10.0
 _TAIL_LINES = 25
 DEVICE_LOST_EXIT = 3  # of the benchmarks: see conftest.py
 
@@ -92,13 +99,14 @@ def _run(stage: Stage, log: Path, left: float) -> Outcome:
 
 def _run_once(stage: Stage, log: Path, limit: float) -> str:
     assert stage.command is not None
+    command = [part.replace(SECONDS, f"{max(limit - _LEAVE_SECONDS, 1.0):.0f}") for part in stage.command]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment}
     with log.open("a") as output:
-        output.write(f"\n===== {stage.name}: {' '.join(stage.command)}\n")
+        output.write(f"\n===== {stage.name}: {' '.join(command)}\n")
         output.flush()
         try:
             process = subprocess.Popen(
-                stage.command,
+                command,
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -139,10 +147,10 @@ def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Seque
     tests = (
         ("tests/test_schedule.py",) if dry else ("-m", "gpu", "tests", "--ignore=tests/train", "--ignore=tests/bench")
     )
-    pytest = (python, "-m", "pytest", "-q", "--continue-on-collection-errors", *tests)
-    bench_seconds = max(budget / 2, 30.0)
+    workers = ("-n", "4") if find_spec("xdist") and not dry else ()  # most of a GPU test is compiling
+    pytest = (python, "-m", "pytest", "-q", "--continue-on-collection-errors", *workers, *tests)
     bench = (python, "-m", "pytest", "bench", "-q", "-p", "no:xdist", "-rsfE", "--benchmark-columns=median,iqr,rounds")
-    bench += (f"--bench-out={out}", f"--bench-device={device}", "--bench-resume", f"--bench-budget={bench_seconds:.0f}")
+    bench += (f"--bench-out={out}", f"--bench-device={device}", "--bench-resume", f"--bench-budget={SECONDS}")
     bench += ("--bench-suite=tiny", "--bench-seconds=0.1", "--bench-threads=1") if dry else ("--bench-seconds=2",)
     build = (python, "setup.py", "build_ext", "--inplace")
     return [
@@ -164,7 +172,7 @@ def _sanitizer(tool: str, dry: bool, python: str, device: str) -> Stage:
     call = (python, "-m", "bench.sanitize", f"--device={device}", "--seconds=35")
     if dry:
         return Stage(tool, call)
-    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    found = shutil.which("compute-sanitizer")
     # Without PyTorch's cache every tensor is an allocation of its own, whose bounds the tool knows.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = (found, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20", *call) if found else None
@@ -209,7 +217,9 @@ def stages_table(outcomes: Sequence[Outcome]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where no stage failed, else 1."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", default=Path("gpu-check"), help="folder for what is left")
+    parser.add_argument(
+        "out", type=Path, nargs="?", default=ROOT / "build" / "gpu-check", help="folder for what is left"
+    )
     parser.add_argument("--dry", action="store_true", help="on a CPU with tiny cases: tries the orchestration itself")
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds in all")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
@@ -226,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(bool(reasons))
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"  # nvcc, compute-sanitizer
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, str(ROOT), os.environ.get("PYTHONPATH"))))
         stages = plan(out, options.dry, options.budget, Path(folder), options.bench)

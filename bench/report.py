@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.cases import SUITES
 from bench.implementations import COMPILED, EAGER
-from bench.records import RESULTS, Machine, Record, read
+from bench.records import RESULTS, Machine, Record, merged, read, write
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- performance: begin (python -m bench.report --readme) -->", "<!-- performance: end -->"
@@ -18,6 +18,10 @@ BEGIN, END = "<!-- performance: begin (python -m bench.report --readme) -->", "<
 _NOTHING_YET = (
     "No figures are committed yet. `make bench` (CPU) and `make bench-gpu` measure and write "
     "`bench/results/<machine>/results.json`; `python -m bench.report --readme` puts them here."
+)
+_HOW_TO_RERUN = (
+    "`make bench` and `make bench-gpu` measure again; `make bench-compare BASE=an/older/results.json` says what "
+    "changed beyond the noise."
 )
 _HOW_TO_READ = (
     "Forward and backward of the whole loss (scores: log-prob and entropy, no gradient); each figure is the median of "
@@ -148,6 +152,7 @@ def readme_section(results: Path = RESULTS) -> str:
             machine, records = read(path)
             link = f"[Full tables](bench/results/{path.parent.name}/report.md)."
             parts += [f"### {machine.machine}", f"{provenance(machine, records)} {link}", summary_table(records)]
+        parts.append(_HOW_TO_RERUN)
     return "\n\n".join(parts)
 
 
@@ -256,11 +261,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="one results.json (default: all of bench/results)")
     parser.add_argument("--out", type=Path, help="folder for report.md and plots (default: beside results.json)")
     parser.add_argument("--readme", action="store_true", help="write the README's section too")
+    parser.add_argument("--keep", action="store_true", help="put --results into bench/results, and do --readme")
     parser.add_argument("--print", action="store_true", help="print the summary, and write nothing")
     options = parser.parse_args(arguments)
     if options.print:
         print(summary_table(read(options.results)[1]))
         return
+    if options.keep:
+        machine, found = read(options.results)
+        kept = RESULTS / machine.folder / "results.json"
+        write(kept, *merged(kept, machine, found))
+        options.results, options.readme = kept, True
     for path in [options.results] if options.results else sorted(RESULTS.glob("*/results.json")):
         write_report(path, options.out or path.parent)
     if options.readme:

@@ -188,11 +188,12 @@ class Budget:
 
     def __init__(self, seconds: float | None) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
-        self._longest = 0.0
+        self._spent: list[float] = []
 
     def allows(self) -> bool:
-        """Whether a case as long as the longest so far still fits."""
-        return self._end is None or time.monotonic() + self._longest < self._end
+        """Whether a case as long as the mean so far still fits."""
+        expected = statistics.mean(self._spent) if self._spent else 0.0
+        return self._end is None or time.monotonic() + expected < self._end
 
     def spent(self, seconds: float) -> None:
-        self._longest = max(self._longest, seconds)
+        self._spent.append(seconds)
