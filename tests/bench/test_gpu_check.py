@@ -36,13 +36,13 @@ def test_a_failure_is_reported_and_the_rest_still_runs(tmp_path, capsys):
 
 def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path):
     child = tmp_path / "child-lives"
-    later = f"import time; time.sleep(3); open({str(child)!r}, 'w')"
+    later = f"import time; time.sleep(2); open({str(child)!r}, 'w')"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {later!r}]); time.sleep(30)"
     began = time.monotonic()
     (outcome,) = run_stages([stage("hangs", code, limit=1.0)], tmp_path / "log.txt", budget=60.0)
     assert outcome.status == "failed: took more than 1 s"
     assert time.monotonic() - began < 10.0
-    time.sleep(3.0)
+    time.sleep(2.0)
     assert not child.exists()
 
 
@@ -64,7 +64,6 @@ def test_a_lost_device_is_tried_again_with_a_new_process(tmp_path):
 
 
 def test_stages_come_in_the_order_of_their_worth(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "architecture", lambda: "90a")
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     (wheels / "trl-1.16.0-py3-none-any.whl").touch()
@@ -73,7 +72,6 @@ def test_stages_come_in_the_order_of_their_worth(tmp_path, monkeypatch):
     names = [entry.name for entry in stages]
     assert names == ["machine", "wheels", "build", "backends", "tests", "memcheck", "racecheck", "benchmarks", "report"]
     by_name = {entry.name: entry for entry in stages}
-    assert by_name["build"].environment == {"EPO_KERNELS_CUDA_ARCHS": "90a"}
     assert by_name["wheels"].command[-1].endswith("trl-1.16.0-py3-none-any.whl")
     assert {"--bench-resume", "--bench-device=cuda", "linear"} <= set(by_name["benchmarks"].command)
     before_benchmarks = sum(entry.limit for entry in stages[2:5])
@@ -94,6 +92,23 @@ def test_exit_code_and_table(tmp_path, monkeypatch, capsys):
     assert gpu_check.main([str(tmp_path)]) == 1
     assert "| only | failed: exit code 1 |" in capsys.readouterr().out
     assert gpu_check.main([str(tmp_path), "--only", "other"]) == 0
+
+
+def test_build_is_for_this_device_alone(tmp_path, monkeypatch):
+    commands = []
+
+    def pretend(command, check):
+        commands.append([str(part) for part in command])
+        (tmp_path / "build").mkdir(exist_ok=True)
+        (tmp_path / "build" / "_native.cpython.so").write_text("built")
+
+    monkeypatch.setattr(gpu_check, "architecture", lambda: "90a")
+    monkeypatch.setattr(gpu_check.subprocess, "run", pretend)
+    (tmp_path / "package").mkdir()
+    gpu_check.build(tmp_path / "package", tmp_path / "build")
+    assert "-DEPO_CUDA_ARCHS=90a" in commands[0]
+    assert commands[1][1:4] == ["--build", str(tmp_path / "build"), "--target"]
+    assert (tmp_path / "package" / "_native.cpython.so").read_text() == "built"
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("9.0\n", "90a"), ("10.0\n", "100"), ("8.0\n8.0\n", "80")])
