@@ -35,7 +35,7 @@ class Ceiling(NamedTuple):
 
     name: str
     computes: str
-    run: Callable[[], object]
+    run: Callable[[int], object]  # of the round's number, which makes no difference to it
     work: Work
 
 
@@ -68,13 +68,13 @@ def make_ceilings(case: Case, inputs: Inputs) -> list[Ceiling]:
 
     Where the logits of all tokens are larger than 4 GiB (1 GiB on a CPU), the products are those of fewer tokens.
     """
-    source = (inputs.weight if case.linear else inputs.logits).detach()
+    source = inputs.rows[-1].detach()
     target = torch.empty_like(source)
     copied = "head" if case.linear else "logits"
     copy = Ceiling(
         "ceiling: copy",
         f"a copy of the {copied}: one read, one write",
-        lambda: target.copy_(source),
+        lambda _: target.copy_(source),
         Work(2 * source.numel() * source.element_size(), 0),
     )
     if not case.linear:
@@ -85,13 +85,13 @@ def make_ceilings(case: Case, inputs: Inputs) -> list[Ceiling]:
 def _products(case: Case, inputs: Inputs) -> Ceiling:
     limit = (4 if inputs.device.type == "cuda" else 1) << 30
     rows = min(case.tokens, max(limit // (case.vocab_size * case.torch_dtype.itemsize), 1))
-    hidden, weight = inputs.hidden.detach().flatten(0, 1)[:rows], inputs.weight.detach()
+    hidden, weight = inputs.rows[0].detach().flatten(0, 1)[:rows], inputs.rows[1].detach()
     logits = torch.empty(rows, case.vocab_size, dtype=hidden.dtype, device=hidden.device)
     number = 3 if case.gradient else 1
     grad_hidden = torch.empty_like(hidden) if case.gradient else None
     grad_weight = torch.empty_like(weight) if case.gradient else None
 
-    def run() -> None:
+    def run(_: int) -> None:
         torch.mm(hidden, weight.t(), out=logits)
         if case.gradient:
             torch.mm(logits, weight, out=grad_hidden)

@@ -149,7 +149,17 @@ def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Seque
     )
     workers = ("-n", "4") if find_spec("xdist") and not dry else ()  # most of a GPU test is compiling
     pytest = (python, "-m", "pytest", "-q", "--continue-on-collection-errors", *workers, *tests)
-    bench = (python, "-m", "pytest", "bench", "-q", "-p", "no:xdist", "-rsfE", "--benchmark-columns=median,iqr,rounds")
+    bench: tuple[str, ...] = (
+        python,
+        "-m",
+        "pytest",
+        "bench",
+        "-q",
+        "-p",
+        "no:xdist",
+        "-rsfE",
+        "--benchmark-columns=median,iqr,rounds",
+    )
     bench += (f"--bench-out={out}", f"--bench-device={device}", "--bench-resume", f"--bench-budget={SECONDS}")
     bench += ("--bench-suite=tiny", "--bench-seconds=0.1", "--bench-threads=1") if dry else ("--bench-seconds=2",)
     build = (python, "-m", "bench.gpu_check", "--build")

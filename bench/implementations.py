@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,12 +55,12 @@ def implementations(case: Case, device: torch.device) -> list[Implementation]:
 
     contract = "loss" if case.gradient else "scores"
     found = [
-        Implementation(f"ours:{backend}", contract, lambda backend=backend: ours(case, backend), ours=True)
+        Implementation(f"ours:{backend}", contract, partial(ours, case, backend), ours=True)
         for backend in OURS[device.type]
     ]
-    found.append(Implementation(EAGER, contract, lambda: ours(case, "reference"), eager_memory=True))
+    found.append(Implementation(EAGER, contract, partial(ours, case, "reference"), eager_memory=True))
     if case.compiled:
-        found.append(Implementation(COMPILED, contract, lambda: compiled(case), "of eager", eager_memory=True))
+        found.append(Implementation(COMPILED, contract, partial(compiled, case), "of eager", eager_memory=True))
     return found + (peers(case, device) if case.peers else [])
 
 
@@ -70,32 +72,37 @@ def missing_memory(case: Case, implementation: Implementation, free: int) -> str
     return f"needs about {needed / 1e9:.0f} GB for its copies of the logits, {free / 1e9:.0f} GB are free"
 
 
-def with_gradients(outputs: dict[str, Tensor], objective: Tensor, inputs: Inputs, upstream=None) -> dict[str, Tensor]:
-    """The outputs and the gradients of every leaf, which are made now."""
+def with_gradients(
+    outputs: dict[str, Tensor],
+    objective: Tensor | list[Tensor],
+    inputs: Inputs,
+    upstream: list[Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The outputs, and the gradients of every leaf for the upstream ones of the objective."""
     leaves = inputs.leaves
     gradients = torch.autograd.grad(objective, list(leaves.values()), upstream)
     return {**outputs, **dict(zip(leaves, gradients, strict=True))}
 
 
-def ours(case: Case, backend: str, function: Callable | None = None) -> Run:
+def ours(case: Case, backend: str, function: Callable[..., Any] | None = None) -> Run:
     """A call of this library, and its backward where the case has one. function: takes the place of the library's."""
     cfg, chunks = config_of(case), {"max_chunk_bytes": case.chunk_mb << 20} if case.linear else {}
     if not case.gradient:
-        score = function or (ek.linear_log_probs_and_entropy if case.linear else ek.log_probs_and_entropy)
+        score: Callable[..., Any] = function or (
+            ek.linear_log_probs_and_entropy if case.linear else ek.log_probs_and_entropy
+        )
 
         def run_score(inputs: Inputs) -> dict[str, Tensor]:
-            rows = (inputs.hidden, inputs.weight) if case.linear else (inputs.logits,)
             with torch.no_grad():
-                log_probs, entropy = score(*rows, inputs.tokens, mask=inputs.mask, backend=backend, **chunks)
+                log_probs, entropy = score(*inputs.rows, inputs.tokens, mask=inputs.mask, backend=backend, **chunks)
             return {"log_probs": log_probs, "entropy": entropy}
 
         return run_score
-    loss = function or (ek.linear_epo_loss if case.linear else ek.epo_loss)
+    loss: Callable[..., Any] = function or (ek.linear_epo_loss if case.linear else ek.epo_loss)
 
     def run_loss(inputs: Inputs) -> dict[str, Tensor]:
-        rows = (inputs.hidden, inputs.weight) if case.linear else (inputs.logits,)
         per_token = (inputs.tokens, inputs.old_log_probs, inputs.advantages, inputs.mask)
-        out = loss(*rows, *per_token, cfg, backend=backend, **chunks, **loss_arguments(case, inputs))
+        out = loss(*inputs.rows, *per_token, cfg, backend=backend, **chunks, **loss_arguments(case, inputs))
         outputs = {"loss": out.loss, "log_probs": out.log_probs, "entropy": out.entropy}
         return with_gradients(outputs, out.loss, inputs)
 

@@ -42,6 +42,16 @@ class Inputs:
     upstream: tuple[Tensor, Tensor]
 
     @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """What a call starts from: (logits,), or (hidden, weight)."""
+        return tuple(value for value in (self.logits, self.hidden, self.weight) if value is not None)
+
+    @property
+    def width(self) -> int:
+        """V."""
+        return self.rows[0].shape[-1] if self.weight is None else self.weight.shape[0]
+
+    @property
     def leaves(self) -> dict[str, Tensor]:
         """What is differentiated, by the name of its gradient among an implementation's outputs."""
         named = {"grad_logits": self.logits, "grad_hidden": self.hidden, "grad_weight": self.weight}

@@ -122,7 +122,7 @@ def quack_cross_entropy() -> Run:
     function = import_module("quack.cross_entropy").cross_entropy
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
-        loss = function(inputs.logits.flatten(0, 1), _labels(inputs), ignore_index=IGNORED)
+        loss = function(_flat(inputs), _labels(inputs), ignore_index=IGNORED)
         return with_gradients({"loss": loss}, loss, inputs)
 
     return run
@@ -139,7 +139,7 @@ def trl_chunked(gradient: bool) -> Run:
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
         rows = inputs.mask.flatten().nonzero()[:, 0]  # it has no mask: its caller drops rows
-        hidden = inputs.hidden.flatten(0, 1)[rows]
+        hidden = _flat(inputs)[rows]
         tokens = inputs.tokens.flatten()[rows]
         arguments = (hidden, inputs.weight, None, tokens, 1.0, width, None, 1.0, ("entropy",))
         with contextlib.nullcontext() if gradient else torch.no_grad():
@@ -154,9 +154,7 @@ def liger_fslce(gradient: bool) -> Run:
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
         with contextlib.nullcontext() if gradient else torch.no_grad():
-            loss, entropy = function.apply(
-                inputs.hidden.flatten(0, 1), inputs.weight, _labels(inputs), return_entropy=True
-            )
+            loss, entropy = function.apply(_flat(inputs), inputs.weight, _labels(inputs), return_entropy=True)
         shape = inputs.tokens.shape
         log_probs, entropy = -loss.reshape(shape), entropy.reshape(shape)
         if gradient:
@@ -183,7 +181,7 @@ def liger_fused_linear_grpo() -> Run:
             inputs.hidden,
             inputs.weight,
             inputs.tokens,
-            inputs.mask.to(inputs.hidden.dtype),
+            inputs.mask.to(inputs.rows[0].dtype),
             inputs.advantages,
             ref_per_token_logps=inputs.ref_log_probs,
             old_per_token_logps=inputs.old_log_probs,
@@ -206,7 +204,7 @@ def verl_linear_cross_entropy() -> Run:
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
         rows = inputs.mask.flatten().nonzero()[:, 0]  # it has no mask: its caller drops rows
-        hidden = inputs.hidden.flatten(0, 1)[rows]
+        hidden = _flat(inputs)[rows]
         log_probs, entropy = function(hidden, inputs.weight, inputs.tokens.flatten()[rows], 1.0, "none", None)
         return _statistics_of_rows(inputs, rows, log_probs, entropy, gradient=True)
 
@@ -218,9 +216,7 @@ def cut_cross_entropy() -> Run:
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
         # Its filter leaves out small gradients: right where a model is sure of itself, wrong on random logits.
-        loss = function(
-            inputs.hidden.flatten(0, 1), inputs.weight, _labels(inputs), ignore_index=IGNORED, filter_eps=None
-        )
+        loss = function(_flat(inputs), inputs.weight, _labels(inputs), ignore_index=IGNORED, filter_eps=None)
         return with_gradients({"loss": loss}, loss, inputs)
 
     return run
@@ -230,7 +226,7 @@ def quack_linear_cross_entropy() -> Run:
     function = import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
-        rows = inputs.hidden.flatten(0, 1)
+        rows = _flat(inputs)
         # tuned=True tries dozens of kernels for minutes before the first result.
         loss = function(rows, inputs.weight, _labels(inputs), chunk_size=4096, ignore_index=IGNORED, tuned=False)
         return with_gradients({"loss": loss}, loss, inputs)
@@ -239,6 +235,11 @@ def quack_linear_cross_entropy() -> Run:
 
 
 # what they share ------------------------------------------------------------------------------------------------------
+
+
+def _flat(inputs: Inputs) -> Tensor:
+    """Logits (N, V) or hidden states (N, D)."""
+    return inputs.rows[0].flatten(0, 1)
 
 
 def _labels(inputs: Inputs) -> Tensor:

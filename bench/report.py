@@ -115,7 +115,7 @@ def _not_measured(machine: Machine, records: Sequence[Record]) -> list[str]:
 def summary_table(records: Sequence[Record]) -> str:
     """A line a case: ours against floor, eager, torch.compile and the fastest peer that passed its gate."""
     header = ["case", "ours ms", "× floor", "eager ms", "torch.compile ms", "fastest peer", "peak MB, ours / eager"]
-    rows = []
+    rows: list[list[Cell]] = []
     for case, own in cases_of(records).items():
         ours = fastest(record for record in own if record.ours)
         named = {record.impl: record for record in own}

@@ -76,16 +76,19 @@ def measure_case(
 
     ceilings = make_ceilings(case, first)
     for ceiling in ceilings:
-        ceiling.run()
+        ceiling.run(0)
         found[ceiling.name] = _record(case, ceiling.name, ceiling.computes, gate.PASS, ceiling.work)
-    calls: dict[str, Callable[[int], object]] = {
-        name: lambda number, run=entry.run: run(sets[number % len(sets)]) for name, entry in ready.items()
-    }
-    calls |= {ceiling.name: lambda number, run=ceiling.run: run() for ceiling in ceilings}
+    calls: dict[str, Callable[[int], object]] = {name: _in_turn(entry.run, sets) for name, entry in ready.items()}
+    calls |= {ceiling.name: ceiling.run for ceiling in ceilings}
     laps = interleaved(calls, watch, seconds)
     _fill(case, found, ready, ceilings, laps, device)
     watch.close()
     return found, laps
+
+
+def _in_turn(run: Callable[[Inputs], object], sets: Sequence[Inputs]) -> Callable[[int], object]:
+    """A function of the round's number, which takes another input set each round."""
+    return lambda number: run(sets[number % len(sets)])
 
 
 def _admit(

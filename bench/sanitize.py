@@ -44,6 +44,7 @@ def call_everything(backend: str, width: int, dtype: torch.dtype, device: torch.
     )
     (of_loss,) = torch.autograd.grad(out.loss, logits)
     log_probs, entropy = ek.log_probs_and_entropy(logits, tokens, mask=mask, backend=backend)
+    assert entropy is not None
     (of_statistics,) = torch.autograd.grad((log_probs * values[0] + entropy * values[1]).sum(), logits)
     if not all(bool(result.isfinite().all()) for result in (out.loss, of_loss, of_statistics)):
         raise RuntimeError(f"backend={backend!r}, {width} wide, {dtype}: a result isn't finite")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def config_of(case: Case) -> ek.EPOConfig:
     return ek.EPOConfig(**{**vars(CONFIG), "band_scope": case.band_scope})
 
 
-def loss_arguments(case: Case, inputs: Inputs) -> dict[str, object]:
+def loss_arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
     """Arguments of `ek.epo_loss` beside rows, tokens, old log-probs, advantages, mask and config."""
     segments = {"segment_ids": inputs.turns} if case.band_scope == "segment" else {}
     return {"entropy_bounds": (inputs.lower, inputs.upper), "ref_log_probs": inputs.ref_log_probs, **segments}
@@ -73,10 +74,12 @@ def _shifted_policy_loss(case: Case, inputs: Inputs, log_probs: Tensor, entropy:
     return _loss_of_statistics(inputs, mask, POLICY_CONFIG, arguments, log_probs, entropy)
 
 
-def _loss_of_statistics(inputs: Inputs, mask: Tensor, cfg, arguments, log_probs: Tensor, entropy: Tensor) -> Tensor:
-    rows = log_probs.new_zeros(()).expand(*log_probs.shape, case_width(inputs))  # for its shape and dtype alone
+def _loss_of_statistics(
+    inputs: Inputs, mask: Tensor, cfg: ek.EPOConfig, arguments: dict[str, Any], log_probs: Tensor, entropy: Tensor
+) -> Tensor:
+    rows = log_probs.new_zeros(()).expand(*log_probs.shape, inputs.width)  # for its shape and dtype alone
     _, layout = check_rows(rows, inputs.tokens, None)
-    optional = dict.fromkeys(
+    optional: dict[str, Any] = dict.fromkeys(
         ("temperature", "vocab_size", "logit_softcap", "logit_scale", "entropy_coeff", "kl_coeff", "normalizer")
     )
     optional |= dict.fromkeys(("entropy_bounds", "segment_ids", "max_length", "ref_log_probs", "is_weights"))
@@ -91,10 +94,6 @@ def _loss_of_statistics(inputs: Inputs, mask: Tensor, cfg, arguments, log_probs:
         **{**optional, "penalty_weight": 1.0, "loss_scale": 1.0, **arguments},
     )
     return reference.loss_of_statistics(log_probs, entropy, rows.shape[-1], token_inputs, coefficients, cfg).loss
-
-
-def case_width(inputs: Inputs) -> int:
-    return inputs.logits.shape[-1] if inputs.logits is not None else inputs.weight.shape[0]
 
 
 def _statistics(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:
@@ -136,7 +135,7 @@ class Truth:
         self._case, self._inputs = case, inputs
         self._rows = inputs.mask.flatten().nonzero()[:, 0]
         budget = (2 << 30) if inputs.device.type == "cuda" else (256 << 20)
-        self._chunk = max(budget // (case_width(inputs) * 8), 1)
+        self._chunk = max(budget // (inputs.width * 8), 1)
         self._weight = None if inputs.weight is None else inputs.weight.detach().double()
         self.log_probs, self.entropy = self._forward()
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
@@ -162,11 +161,8 @@ class Truth:
         """Places among the flat tokens, logits (c, V) in float64, tokens."""
         inputs = self._inputs
         for rows in self._rows.split(self._chunk):
-            if inputs.logits is not None:
-                logits = inputs.logits.detach().flatten(0, 1)[rows].double()
-            else:
-                logits = inputs.hidden.detach().flatten(0, 1)[rows].double() @ self._weight.t()
-            yield rows, logits, inputs.tokens.flatten()[rows]
+            wide = inputs.rows[0].detach().flatten(0, 1)[rows].double()
+            yield rows, wide if self._weight is None else wide @ self._weight.t(), inputs.tokens.flatten()[rows]
 
     def _forward(self) -> tuple[Tensor, Tensor]:
         shape = self._inputs.tokens.shape
@@ -182,15 +178,16 @@ class Truth:
             for name, leaf in inputs.leaves.items()
             if name != "grad_weight"
         }
-        total = None if self._weight is None else torch.zeros_like(self._weight)
+        weight = self._weight
+        total = None if weight is None else torch.zeros_like(weight)
         for rows, logits, tokens in self._chunks():
             logits.requires_grad_()
             statistics = reference.log_probs_and_entropy(logits, tokens)
             upstream = [grad.flatten()[rows] for grad in (grad_log_probs, grad_entropy)]
             (grad_logits,) = torch.autograd.grad(statistics, logits, upstream)
-            if total is None:
+            if weight is None or total is None:
                 gradients["grad_logits"].flatten(0, 1)[rows] = grad_logits.float()
             else:
-                gradients["grad_hidden"].flatten(0, 1)[rows] = (grad_logits @ self._weight).float()
-                total += grad_logits.t() @ inputs.hidden.detach().flatten(0, 1)[rows].double()
+                gradients["grad_hidden"].flatten(0, 1)[rows] = (grad_logits @ weight).float()
+                total += grad_logits.t() @ inputs.rows[0].detach().flatten(0, 1)[rows].double()
         return gradients if total is None else {**gradients, "grad_weight": total.float()}
