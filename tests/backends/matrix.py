@@ -167,29 +167,28 @@ class BackendMatrix:
     # ---- ties --------------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("advantage", [1.0, -1.0])
-    @pytest.mark.parametrize("ratio", [0.5, 1.5, 2.0])
-    def test_ties_have_the_gradient_of_the_unclipped_ratio(self, ratio, advantage):
-        cfg = ek.EPOConfig(clip_ratio_low=0.5, clip_ratio_high=0.5, clip_ratio_c=2.0, entropy_coeff=0.0)
+    @pytest.mark.parametrize("bound", ["clip_ratio_low", "clip_ratio_high", "clip_ratio_c"])
+    def test_ties_have_the_gradient_of_the_unclipped_ratio(self, bound, advantage):
+        """Clip bounds put exactly where the backend's own ratio is, and a hair to its inner side."""
+        off = {"clip_ratio_low": 1.0, "clip_ratio_high": 10.0, "clip_ratio_c": None, "entropy_coeff": 0.0}
+        wanted = 0.7 if bound == "clip_ratio_low" else 1.6
         case = {
-            "logits": torch.zeros(1, 1, 4),  # log-prob -2 log 2 in every arithmetic
+            "logits": torch.zeros(1, 1, 4),
             "tokens": torch.zeros(1, 1, dtype=torch.int64),
-            "old_log_probs": None,
+            "old_log_probs": torch.tensor([[-2 * math.log(2) - math.log(wanted)]]),
             "advantages": torch.full((1, 1), advantage),
             "mask": torch.ones(1, 1),
-            "cfg": cfg,
         }
-        log_prob = self.run(case)[0].log_probs.cpu()
-        case["old_log_probs"] = log_prob - torch.tensor(ratio).log()
-        if ratio != 1.0:  # the exponential may miss the tie by a rounding: find the old log-prob that hits it
-            steps = torch.arange(-8, 9) * torch.finfo(torch.float32).eps
-            candidates = case["old_log_probs"] + steps
-            hits = (log_prob - candidates).exp() == ratio
-            case["old_log_probs"] = candidates[hits][:1].view(1, 1)
-        out, gradient = self.run(case)
-        expected, expected_gradient = run(case)
-        assert metrics_of(out)["clipped_tokens"] == metrics_of(expected)["clipped_tokens"]
-        assert metrics_of(out)["dual_clipped_tokens"] == metrics_of(expected)["dual_clipped_tokens"]
-        assert_close(gradient.cpu(), expected_gradient)
+        ratio = metrics_of(self.run({**case, "cfg": ek.EPOConfig(**off)})[0])["ratio_sum"]
+        at_ratio = {"clip_ratio_low": 1.0 - ratio, "clip_ratio_high": ratio - 1.0, "clip_ratio_c": ratio}[bound]
+        for tie in (True, False):
+            cfg = ek.EPOConfig(**{**off, bound: at_ratio if tie else at_ratio - 1e-3})
+            out, gradient = self.run({**case, "cfg": cfg})
+            bites = not tie and (advantage > 0) == (bound == "clip_ratio_high")
+            assert metrics_of(out)["clipped_tokens"] == (bites and bound != "clip_ratio_c")
+            assert metrics_of(out)["dual_clipped_tokens"] == (bites and bound == "clip_ratio_c")
+            full = -advantage * ratio * (torch.tensor([1.0, 0.0, 0.0, 0.0]) - 0.25)
+            assert_close(gradient.cpu()[0, 0], torch.zeros(4) if bites else full)
 
     # ---- edges -------------------------------------------------------------------------------------------------------
 
