@@ -95,8 +95,8 @@ def cpu_loss(
 def cpu_scale(values: Array, factor: float, threads: int, instructions: str | None = None) -> None:
     """values *= factor in float32; values are contiguous."""
 
-# Where CUDA kernels were built, cuda_missing is None, and what follows it is there; else it says why they weren't. Calls
-# launch on the stream (an address) of the device (its ordinal), without a sync; RuntimeError tells what CUDA said.
+# Where CUDA kernels were built, cuda_missing is None, and what follows it is there; else it says why they weren't.
+# Calls launch on the stream (an address) of the device (its ordinal), without a sync; what CUDA said is a RuntimeError.
 cuda_missing: str | None
 cuda_archs: str
 
