@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -186,7 +187,7 @@ def _sanitizer(tool: str, dry: bool, python: str, device: str) -> Stage:
     # Without PyTorch's cache every tensor is an allocation of its own, whose bounds the tool knows.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = (found, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20", *call) if found else None
-    return Stage(tool, command, 60, "compute-sanitizer isn't installed", environment)
+    return Stage(tool, command, 75, "compute-sanitizer isn't installed", environment)
 
 
 def architecture() -> str:
@@ -252,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="on a CPU with tiny cases: tries the orchestration itself")
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds in all")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
-    parser.add_argument("--bench", nargs="+", default=[], metavar="ARG", help="for pytest, such as -k=linear")
+    parser.add_argument("--bench", default="", metavar="ARGS", help="for pytest: --bench='-k linear'")
     parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--require", nargs="+", help=argparse.SUPPRESS)
@@ -272,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"  # nvcc, compute-sanitizer
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, str(ROOT), os.environ.get("PYTHONPATH"))))
-        stages = plan(out, options.dry, options.budget, Path(folder), options.bench)
+        stages = plan(out, options.dry, options.budget, Path(folder), shlex.split(options.bench))
         chosen = [stage for stage in stages if not options.only or stage.name in options.only]
         outcomes = run_stages(chosen, out / "log.txt", options.budget)
         table = stages_table(outcomes)

@@ -86,12 +86,19 @@ def test_backends_that_are_not_there_are_named():
 
 def test_exit_code_and_table(tmp_path, monkeypatch, capsys):
     plans = {"code": "pass"}
-    monkeypatch.setattr(gpu_check, "plan", lambda *_: [stage("only", plans["code"]), stage("other", "pass")])
+    given = []
+
+    def plan(out, dry, budget, site, bench_arguments):
+        given.append(bench_arguments)
+        return [stage("only", plans["code"]), stage("other", "pass")]
+
+    monkeypatch.setattr(gpu_check, "plan", plan)
     assert gpu_check.main([str(tmp_path)]) == 0
     plans["code"] = "raise SystemExit(1)"
     assert gpu_check.main([str(tmp_path)]) == 1
     assert "| only | failed: exit code 1 |" in capsys.readouterr().out
-    assert gpu_check.main([str(tmp_path), "--only", "other"]) == 0
+    assert gpu_check.main([str(tmp_path), "--only", "other", "--bench=-k 'linear and ours'"]) == 0
+    assert given == [[], [], ["-k", "linear and ours"]]
 
 
 def test_build_is_for_this_device_alone(tmp_path, monkeypatch):
