@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -80,10 +81,11 @@ class EPOConfig:
 
     def _check_range(self, name: str, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"EPOConfig.{name} must be a number, got {value!r} ({type(value).__name__})")
-        below = value <= low if open_low else value < low
-        if not math.isfinite(value) or below or value > high:
+        number = float(value)
+        below = number <= low if open_low else number < low
+        if not math.isfinite(number) or below or number > high:
             bounds = f"in {'(' if open_low else '['}{low:g}, {high:g}{']' if math.isfinite(high) else ')'}"
             wanted = "finite" if low == -math.inf and high == math.inf else f"finite and {bounds}"
             raise ValueError(f"EPOConfig.{name} must be {wanted}, got {value!r}")

@@ -32,6 +32,7 @@ def epo_loss(
     *,
     entropy_bounds: tuple[Tensor, Tensor] | None = None,
     segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
     cu_seqlens: Tensor | None = None,
     max_length: int | None = None,
     penalty_weight: Scalar = 1.0,
@@ -69,9 +70,10 @@ def epo_loss(
             among a segment's tokens hold. In a packed batch of N tokens, (N,) is always read as like tokens: where
             there could be N segments too, give bounds[segment_ids].
         segment_ids: like tokens, int64 in [0, num_segments): tokens of one id make one segment, wherever they stand.
-            For turns told apart by sequence, give `turns + num_turns * torch.arange(B)[:, None]`. Without bounds a
-            segment, ids are below the number of tokens. None: a sequence is a segment. Micro-batches add up exactly
-            when none of them cuts a segment.
+            For turns told apart by sequence, give `turns + num_turns * torch.arange(B)[:, None]` and
+            `num_segments=B * num_turns`. None: a sequence is a segment. Micro-batches add up exactly when none of them
+            cuts a segment.
+        num_segments: number of segments; None: as many as entropy_bounds tells, else as there are tokens.
         cu_seqlens: (num_sequences + 1,) int32 or int64, borders of the sequences of a packed batch, from 0 to N.
         max_length: constant length of "seq-mean-token-sum-norm"; None: T of a padded batch.
         penalty_weight: phase weight β of the band penalty (`phase_weight`); number or 0-d tensor, as are the next two.
@@ -112,6 +114,7 @@ def epo_loss(
         width=rows.shape[-1],
         entropy_bounds=entropy_bounds,
         segment_ids=segment_ids,
+        num_segments=num_segments,
         max_length=max_length,
         penalty_weight=penalty_weight,
         entropy_coeff=entropy_coeff,
@@ -145,6 +148,7 @@ def linear_epo_loss(
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
     entropy_bounds: tuple[Tensor, Tensor] | None = None,
     segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
     cu_seqlens: Tensor | None = None,
     max_length: int | None = None,
     penalty_weight: Scalar = 1.0,
@@ -164,8 +168,8 @@ def linear_epo_loss(
 
     Tokens whose mask is 0 cost nothing: they are dropped before the first product. What remains goes by in chunks:
     logits, loss and their gradient, and the gradient's two products, 6·N·D·V operations for N counted tokens. Segment
-    scope needs every entropy before the first gradient and computes the logits twice, 8·N·D·V; its tokens are counted
-    in `metrics.recomputed_tokens`.
+    scope needs every entropy before the first gradient and computes the logits twice, 8·N·D·V, as does a graph made by
+    `torch.compile`; those tokens are counted in `metrics.recomputed_tokens`.
 
     Args:
         hidden: (B, T, D), or packed (N, D), any strides: the last hidden states.
@@ -174,7 +178,7 @@ def linear_epo_loss(
         logits_dtype: dtype of the logits; None: that of the products (autocast's, or what hidden and weight promote
             to). torch.float32 is the fp32 head of a bfloat16 model.
         num_active: number of tokens whose mask is 1, where the caller knows it; saves the one host sync. A wrong number
-            makes the loss NaN.
+            raises where values are read (on the CPU), and elsewhere makes loss, metrics and gradients NaN.
         max_chunk_bytes: bound on the live logits, in bytes.
         (the others): as in `epo_loss`.
 
@@ -183,7 +187,6 @@ def linear_epo_loss(
     """
     rows, layout = check_rows(hidden, tokens, cu_seqlens, name="hidden")
     projection = check_projection(rows, weight, bias, logits_dtype)
-    check_chunking(num_active, max_chunk_bytes, tokens.numel())
     transform, inputs, coefficients = check_loss(
         layout,
         cfg,
@@ -194,6 +197,7 @@ def linear_epo_loss(
         width=weight.shape[0],
         entropy_bounds=entropy_bounds,
         segment_ids=segment_ids,
+        num_segments=num_segments,
         max_length=max_length,
         penalty_weight=penalty_weight,
         entropy_coeff=entropy_coeff,
@@ -207,6 +211,7 @@ def linear_epo_loss(
         logit_softcap=logit_softcap,
         logit_scale=logit_scale,
     )
+    check_chunking(num_active, max_chunk_bytes, inputs.mask)
     return choose_backend(backend, rows.device, projection.logits_dtype).linear_epo_loss(
         projection, transform, inputs, coefficients, cfg, num_active=num_active, max_chunk_bytes=max_chunk_bytes
     )
@@ -289,7 +294,6 @@ def linear_log_probs_and_entropy(
     """
     rows, layout = check_rows(hidden, tokens, cu_seqlens=None, name="hidden")
     projection = check_projection(rows, weight, bias, logits_dtype)
-    check_chunking(num_active, max_chunk_bytes, tokens.numel())
     transform = check_transform(
         layout,
         width=weight.shape[0],
@@ -299,6 +303,7 @@ def linear_log_probs_and_entropy(
         logit_scale=logit_scale,
     )
     token_rows, counted = check_tokens(layout, tokens, mask, transform)
+    check_chunking(num_active, max_chunk_bytes, counted)
     log_probs, entropies = choose_backend(backend, rows.device, projection.logits_dtype).linear_log_probs_and_entropy(
         projection,
         transform,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal, get_args
 
 import torch
@@ -89,7 +90,8 @@ class EntropyHistory:
         """Close the open step; from here on `bounds` knows it. Syncs once. A step without tokens counts in the window.
 
         Args:
-            group: the ranks whose tokens make the step together (their sums are all-reduced); None: this process alone.
+            group: the ranks whose tokens make the step together (their sums are all-reduced), such as
+                torch.distributed.group.WORLD; None: this process alone, with a warning where it has company.
 
         Raises:
             ValueError: a counted token had a turn out of [0, num_turns) or an entropy that isn't finite. The open step
@@ -97,6 +99,12 @@ class EntropyHistory:
         """
         step = self._open if self._open is not None else torch.zeros(2, self.num_turns + 1, dtype=torch.float64)
         self._open = None
+        if group is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            warnings.warn(
+                "EntropyHistory.commit without a group closes this rank's step alone, and each rank gets a band of its "
+                "own; pass group=torch.distributed.group.WORLD for one of all ranks",
+                stacklevel=2,
+            )
         if group is not None:
             # A rank without tokens holds zeros on the CPU, where NCCL doesn't reach.
             step = step.to("cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu")

@@ -124,15 +124,15 @@ class Layout:
         check_tensor(name, value, self.shape, self.device)
         return value[None] if self.packed else value
 
-    def floats(self, name: str, value: Tensor) -> Tensor:
-        """A float argument like tokens or one value a sequence, as (B, T) of the layout's dtype, detached."""
-        by_sequence = isinstance(value, Tensor) and value.shape == (self.num_sequences,) != self.shape
+    def floats(self, name: str, value: Tensor, *, a_sequence: bool = False) -> Tensor:
+        """A float argument like tokens, or one a sequence where allowed, as (B, T) of the layout's dtype, detached."""
+        by_sequence = a_sequence and isinstance(value, Tensor) and value.shape == (self.num_sequences,) != self.shape
         if by_sequence and self.packed and self.sequence_ids is None:
             raise ValueError(f"cu_seqlens must be given to spread {name} {tuple(value.shape)} over packed tokens")
         if isinstance(value, Tensor) and value.shape != self.shape and not by_sequence:
+            otherwise = f", or one value a sequence ({self.num_sequences},)" if a_sequence else ""
             raise ValueError(
-                f"{name} must have the shape of tokens {tuple(self.shape)}, or one value a sequence "
-                f"({self.num_sequences},), got {tuple(value.shape)}"
+                f"{name} must have the shape of tokens {tuple(self.shape)}{otherwise}, got {tuple(value.shape)}"
             )
         check_tensor(name, value, value.shape if by_sequence else self.shape, self.device)
         if not value.is_floating_point():
@@ -379,13 +379,21 @@ def check_loss(
         kl_coeff=coefficients.kl,
         **per_token,
     )
+    zero = isinstance(coefficients.normalizer, float) and coefficients.normalizer == 0
+    if zero and checks_values(layout.device) and bool(inputs.mask.any()):
+        raise ValueError("normalizer must be > 0 where tokens count, got 0")
     return transform, inputs, coefficients
 
 
-def check_chunking(num_active: int | None, max_chunk_bytes: int, num_tokens: int) -> None:
-    """Raises ValueError unless both are ints that make sense for that many tokens."""
+def check_chunking(num_active: int | None, max_chunk_bytes: int, mask: Tensor) -> None:
+    """Raises ValueError unless both are ints that make sense for a checked mask (B, T)."""
+    num_tokens = mask.numel()
     if num_active is not None and (not isinstance(num_active, int) or not 0 <= num_active <= num_tokens):
         raise ValueError(f"num_active must be an int in [0, {num_tokens}] (the number of tokens), got {num_active!r}")
+    if num_active is not None and checks_values(mask.device) and int(mask.sum()) != num_active:
+        raise ValueError(
+            f"num_active must be {int(mask.sum())}, the number of tokens whose mask is 1, got {num_active}"
+        )
     if not isinstance(max_chunk_bytes, int) or max_chunk_bytes < 1:
         raise ValueError(f"max_chunk_bytes must be an int of at least 1, got {max_chunk_bytes!r}")
 
@@ -402,6 +410,7 @@ def check_loss_inputs(
     kl_coeff: Scalar,
     entropy_bounds: tuple[Tensor, Tensor] | None,
     segment_ids: Tensor | None,
+    num_segments: int | None,
     max_length: int | None,
     ref_log_probs: Tensor | None,
     is_weights: Tensor | None,
@@ -418,6 +427,8 @@ def check_loss_inputs(
         )
     if ref_log_probs is None and (isinstance(kl_coeff, Tensor) or kl_coeff != 0):
         raise ValueError("ref_log_probs must be given when kl_coeff isn't 0, got None")
+    if num_segments is not None and (not isinstance(num_segments, int) or num_segments < 1):
+        raise ValueError(f"num_segments must be an int of at least 1, got {num_segments!r}")
     needs_sequences = cfg.loss_agg_mode != "token-mean" or (cfg.band_scope == "segment" and segment_ids is None)
     if layout.packed and layout.sequence_ids is None and needs_sequences:
         raise ValueError(
@@ -427,21 +438,21 @@ def check_loss_inputs(
     if mask is None:
         raise TypeError("mask must be a tensor, 1 at tokens that the policy produced, got None")
     token_rows, counted = check_tokens(layout, tokens, mask, transform)
-    token_rows, segment_rows, num_segments, lower, upper = _check_bands(
-        layout, cfg.band_scope, token_rows, counted, entropy_bounds, segment_ids
+    token_rows, segment_rows, segments, lower, upper = _check_bands(
+        layout, cfg.band_scope, token_rows, counted, entropy_bounds, segment_ids, num_segments
     )
     return TokenInputs(
         shape=layout.shape,
         tokens=token_rows,
         mask=counted,
         old_log_probs=None if old_log_probs is None else layout.floats("old_log_probs", old_log_probs),
-        advantages=layout.floats("advantages", advantages),
+        advantages=layout.floats("advantages", advantages, a_sequence=True),
         ref_log_probs=None if ref_log_probs is None else layout.floats("ref_log_probs", ref_log_probs),
-        is_weights=None if is_weights is None else layout.floats("is_weights", is_weights),
+        is_weights=None if is_weights is None else layout.floats("is_weights", is_weights, a_sequence=True),
         lower=lower,
         upper=upper,
         segment_ids=segment_rows,
-        num_segments=num_segments,
+        num_segments=segments,
         sequence_ids=layout.sequence_ids,
         num_sequences=layout.num_sequences,
         max_length=_check_max_length(layout, cfg, max_length),
@@ -496,6 +507,7 @@ def _check_bands(
     counted: Tensor,
     bounds: tuple[Tensor, Tensor] | None,
     segment_ids: Tensor | None,
+    given_segments: int | None,
 ) -> tuple[Tensor, Tensor | None, int, Tensor | None, Tensor | None]:
     """tokens (-1 where the segment is out of range), segment_ids, num_segments, lower, upper; see `TokenInputs`."""
     if bounds is not None:
@@ -511,7 +523,9 @@ def _check_bands(
     )
     ids, num_segments = None, 0
     if by_segment or scope == "segment":
-        num_segments = bounds[0].shape[0] if by_segment and bounds is not None else counted.numel()
+        num_segments = counted.numel() if given_segments is None else given_segments
+        if by_segment and bounds is not None:
+            num_segments = bounds[0].shape[0]
         tokens, ids, num_segments = _segments(layout, tokens, counted, segment_ids, num_segments)
 
     def bound(name: str, value: Tensor, unknown: float) -> Tensor:
@@ -519,7 +533,7 @@ def _check_bands(
             check_tensor(name, value, torch.Size([num_segments]), layout.device)
             value = value.detach().to(layout.dtype)
             return value if scope == "segment" else value[ids]
-        value = layout.floats(name, value)
+        value = layout.floats(name, value, a_sequence=True)
         if scope == "token":
             return value
         value = torch.where(counted, value, unknown)
@@ -547,8 +561,8 @@ def _segments(
         raise TypeError(f"segment_ids must be int64 (or int32), got {ids.dtype}")
     outside = counted & ((ids < 0) | (ids >= num_segments))
     advice = (
-        "segment_ids must be in [0, {limit}) where the mask is 1: below the number of segments that "
-        "entropy_bounds tells, or of tokens where it doesn't"
+        "segment_ids must be in [0, {limit}) where the mask is 1: below the number of segments, which is that of "
+        "entropy_bounds given a segment, else num_segments, else the number of tokens"
     )
     tokens = _reject(tokens, outside, ids, advice, limit=num_segments)
     return tokens, torch.where(counted & ~outside, ids, 0).to(torch.int64), num_segments

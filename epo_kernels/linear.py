@@ -292,8 +292,9 @@ def linear_log_probs_and_entropy(
         row_maker(transform, tokens, active),
         entropy,
     )
-    log_probs = active.put(log_probs, mask.shape) + doubt(mask, num_active)
-    return log_probs, active.put(entropies, mask.shape) if entropy else None
+    certain = certainty(mask, num_active)
+    log_probs = active.put(log_probs, mask.shape) * certain
+    return log_probs, active.put(entropies, mask.shape) * certain if entropy else None
 
 
 def linear_loss(
@@ -319,8 +320,13 @@ def linear_loss(
         terms.map(lambda values: active.take(values)[None]),
         needs,
     )
-    loss = loss + doubt(mask, num_active)
-    return RowLoss(active.put(log_probs, mask.shape), active.put(entropy, mask.shape), sums, loss)
+    certain = certainty(mask, num_active)
+    return RowLoss(
+        active.put(log_probs, mask.shape),
+        active.put(entropy, mask.shape),
+        sums * certain,
+        (loss * certain).to(loss.dtype),
+    )
 
 
 class LinearLoss(torch.autograd.Function):
@@ -388,11 +394,11 @@ def head_maker(projection: Projection, active: Active, max_chunk_bytes: int) -> 
     )
 
 
-def doubt(mask: Tensor, num_active: int | None) -> Tensor | float:
-    """NaN where num_active isn't the mask's count, else 0; known without a sync."""
+def certainty(mask: Tensor, num_active: int | None) -> Tensor | float:
+    """1, but NaN where num_active isn't the mask's count: a factor, so that gradients become NaN too. No sync."""
     if num_active is None:
-        return 0.0
-    return torch.where(mask.sum() == num_active, 0.0, float("nan"))
+        return 1.0
+    return torch.where(mask.sum() == num_active, 1.0, float("nan"))
 
 
 def _tiles(length: int, line_bytes: int) -> Iterator[slice]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from epo_kernels.backends.rows import RowStatistics
 from epo_kernels.inputs import LogitTransform, Projection
-from epo_kernels.linear import doubt, find_active, gradients_of_head, head_maker, row_maker, statistics_of_head
+from epo_kernels.linear import certainty, find_active, gradients_of_head, head_maker, row_maker, statistics_of_head
 from epo_kernels.ops import KERNELS
 
 _ARGUMENTS = (
@@ -55,7 +55,8 @@ def traced_linear_statistics(
         backend,
         entropy,
     )
-    return log_probs, entropies if entropy else None
+    certain = certainty(mask, num_active)
+    return log_probs * certain, entropies * certain if entropy else None
 
 
 class _Call:
@@ -69,8 +70,6 @@ class _Call:
         self.rows_of = row_maker(LogitTransform(vocab_size, temperature, softcap, scale), tokens, self.active)
         self.head = head_maker(projection, self.active, max_chunk_bytes)(hidden, weight, bias)
         self.kernels = KERNELS[backend]()
-        # A wrong num_active makes the log-probs NaN, as it does outside of compiled graphs.
-        self.doubt = doubt(mask, num_active)
 
     def put(self, values: Tensor) -> Tensor:
         """(1, n) -> (B, T)."""
@@ -91,7 +90,7 @@ def linear_statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *common, entropy = arguments
     call = _Call(*common)
     statistics = statistics_of_head(call.kernels, call.head, call.rows_of, entropy=entropy)
-    log_probs = call.put(statistics.log_probs) + call.doubt
+    log_probs = call.put(statistics.log_probs)
     entropies = log_probs.new_empty(0) if statistics.entropy is None else call.put(statistics.entropy)
     return log_probs, entropies, call.put(statistics.maximum), call.put(statistics.log_sum)
 

@@ -1,6 +1,7 @@
 """What the loss refuses, in which words, and before any work; what it takes as it is."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -246,7 +247,7 @@ def test_canonical_arguments_are_viewed_never_copied():
     assert packed.data_ptr() == case["logits"].data_ptr()
     advantages = torch.rand(3)
     _, layout = inputs.check_rows(case["logits"], case["tokens"], None)
-    spread = layout.floats("advantages", advantages)
+    spread = layout.floats("advantages", advantages, a_sequence=True)
     assert (spread.shape, spread.stride(), spread.data_ptr()) == ((3, 5), (1, 0), advantages.data_ptr())
 
 
@@ -368,3 +369,43 @@ def test_numpy_scalars_are_numbers():
     plain = {"normalizer": 3, "entropy_coeff": 0.5}
     ours, theirs = (ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig(), **n).loss for n in (numbers, plain))
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["old_log_probs", "ref_log_probs"])
+def test_log_probs_of_a_sequence_are_refused(name):
+    """Spread over tokens they would be a wrong ratio, not an error."""
+    case = {"old_log_probs": torch.zeros(4, 6), "ref_log_probs": torch.zeros(4, 6)} | {name: torch.zeros(4)}
+    logits, tokens, ones = torch.randn(4, 6, 7), torch.zeros(4, 6, dtype=torch.int64), torch.ones(4, 6)
+    with pytest.raises(ValueError, match=rf"{name} must have the shape of tokens \(4, 6\), got \(4,\)"):
+        ek.epo_loss(logits, tokens, case.pop("old_log_probs"), ones, ones, ek.EPOConfig(), **case)
+
+
+def test_a_normalizer_of_zero_is_refused_where_tokens_count():
+    logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
+    with pytest.raises(ValueError, match="normalizer must be > 0 where tokens count, got 0"):
+        ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig(), normalizer=0)
+    assert ek.epo_loss(logits, tokens, None, ones, 0 * ones, ek.EPOConfig(), normalizer=0).loss == 0
+
+
+def test_more_segments_than_tokens():
+    """Turns told apart by sequence, as the docs build them: 4 sequences of 6 tokens in 4 x 30 segments."""
+    logits, tokens, ones = torch.randn(4, 6, 7), torch.zeros(4, 6, dtype=torch.int64), torch.ones(4, 6)
+    turns = torch.arange(6).expand(4, 6) // 2 + 27
+    cfg = ek.EPOConfig(penalty="hinge", band_scope="segment")
+    keywords = {"entropy_bounds": (0.5 * ones, ones), "segment_ids": turns + 30 * torch.arange(4)[:, None]}
+    with pytest.raises(ValueError, match=r"segment_ids must be in \[0, 24\)"):
+        ek.epo_loss(logits, tokens, None, ones, ones, cfg, **keywords)
+    many = ek.epo_loss(logits, tokens, None, ones, ones, cfg, num_segments=120, **keywords)
+    keywords["segment_ids"] = torch.arange(12).repeat_interleave(2).reshape(4, 6)
+    assert torch.equal(many.loss, ek.epo_loss(logits, tokens, None, ones, ones, cfg, **keywords).loss)
+
+
+def test_auto_says_once_when_only_the_reference_is_left(monkeypatch):
+    monkeypatch.setattr(ek.backends._BACKENDS["cpu"], "_why_unavailable", lambda: "it was not built")
+    ek.backends._warn_of_reference.cache_clear()
+    logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
+    with pytest.warns(UserWarning, match="computed by eager PyTorch.*cpu: it was not built"):
+        ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import epo_kernels as ek
-from epo_kernels import backends, linear
+from epo_kernels import backends, inputs, linear
 from epo_kernels.backends.fused import FusedBackend
 from tests.eager_rows import EagerRows
 
@@ -101,7 +101,9 @@ def test_equals_whole_logits(config: dict, keywords: dict) -> None:
 @pytest.mark.parametrize("scope", ["token", "segment"])
 def test_metrics_equal_whole_logits(scope: str) -> None:
     case, cfg = Case(), ek.EPOConfig(band_scope=scope, kl_coeff=0.1, **HINGE)
-    ours = case.loss("eager", cfg, case.hidden, case.weight, None).metrics
+    with torch.no_grad():
+        assert case.loss("eager", cfg, case.hidden, case.weight, None).metrics.recomputed_tokens == 0
+    ours = case.loss("eager", cfg, case.hidden.requires_grad_(), case.weight, None).metrics
     whole = case.loss("reference", cfg, case.hidden, case.weight, None).metrics
     recomputed = whole.tokens if scope == "segment" else 0
     torch.testing.assert_close(ours.values, whole.replace(recomputed_tokens=recomputed).values, rtol=1e-6, atol=1e-6)
@@ -160,13 +162,19 @@ def test_no_active_rows(scope: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["token", "segment"])
-def test_num_active(scope: str) -> None:
+def test_num_active(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, cfg = Case(), ek.EPOConfig(band_scope=scope, **HINGE)
     count = int(case.mask.sum())
     known, found = case.run("eager", cfg, num_active=count), case.run("eager", cfg)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(known, found, strict=True))
     for wrong in (count - 1, count + 1):
-        assert torch.isnan(case.run("eager", cfg, num_active=wrong)[0]), "a wrong num_active must not pass in silence"
+        with pytest.raises(ValueError, match=f"num_active must be {count}, the number of tokens whose mask is 1, got"):
+            case.run("eager", cfg, num_active=wrong)
+    monkeypatch.setattr(inputs, "checks_values", lambda device: False)  # as on CUDA
+    for wrong in (count - 1, count + 1):
+        loss, _, _, *gradients = case.run("eager", cfg, num_active=wrong)
+        assert loss.isnan()
+        assert all(gradient.isnan().any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -81,13 +83,23 @@ _BACKENDS: dict[str, Backend] = {
     "triton": triton.TritonBackend("triton", ("cuda",), triton.TritonRows, triton.why_unavailable),
 }
 # What backend="auto" takes: of a device type's, the first that can run, else the reference. (Triton's interpreter takes
-# CPU tensors too, but only when asked by name: it is slow.)
-_PREFERENCE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+# CPU tensors too, but only when asked by name: it is slow. The CUDA kernels come second until their suite has passed on
+# a GPU: so far they have only been compiled, and their maths and tree of tiles run on the host.)
+_PREFERENCE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 
 def available_backends() -> dict[str, str | None]:
     """Each backend's name, with None where it can run on this machine and else the reason why it can't."""
     return {name: backend.why_unavailable() for name, backend in _BACKENDS.items()}
+
+
+@cache
+def _warn_of_reference(reasons: str) -> None:
+    warnings.warn(
+        f"no fused backend can run here, the loss is computed by eager PyTorch, in many passes and with whole logits "
+        f"({reasons})",
+        stacklevel=4,
+    )
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
@@ -98,11 +110,12 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype = torch.f
         RuntimeError: a backend asked for by name that can't run here, with the reason and the cure.
     """
     if name == "auto":
-        for candidate in _PREFERENCE.get(device.type, ()):
-            backend = _BACKENDS[candidate]
-            fits = device.type in backend.device_types and dtype in backend.dtypes
-            if fits and backend.why_unavailable() is None:
-                return backend
+        candidates = [n for n in _PREFERENCE.get(device.type, ()) if dtype in _BACKENDS[n].dtypes]
+        for candidate in candidates:
+            if _BACKENDS[candidate].why_unavailable() is None:
+                return _BACKENDS[candidate]
+        if candidates and not torch.compiler.is_compiling():
+            _warn_of_reference(", ".join(f"{n}: {_BACKENDS[n].why_unavailable()}" for n in candidates))
         name = "reference"
     if name not in _BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(_BACKENDS)}, got {name!r}")

@@ -108,6 +108,8 @@ class FusedBackend:
             )
             assert entropy is not None
             out = reference.loss_of_statistics(log_probs, entropy, transform.vocab_size, inputs, coefficients, cfg)
+            if not out.loss.requires_grad:  # scored once, and that was all
+                return out
             return out._replace(metrics=out.metrics.replace(recomputed_tokens=out.metrics.tokens))
         # Only the dtype of these rows' logits counts here: the one that their gradient is rounded to.
         rows = Rows(
