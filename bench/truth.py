@@ -6,6 +6,7 @@ derivatives per token, then the gradient.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,13 @@ from epo_kernels.inputs import check_loss, check_rows
 CONFIG = ek.EPOConfig(entropy_coeff=1e-2, kl_coeff=1e-2, penalty="hinge", penalty_alpha=2.0)
 # What group-relative losses without entropy compute: no bonus, no band, no dual clip.
 POLICY_CONFIG = ek.EPOConfig(entropy_coeff=0.0, kl_coeff=1e-2, clip_ratio_c=None)
+
+# Of everything that a loss call may be given beside rows and tokens.
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(ek.epo_loss).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("cu_seqlens", "inplace", "backend")
+}
 
 Objective = Callable[[Case, Inputs, Tensor, Tensor], Tensor]
 
@@ -79,10 +87,6 @@ def _loss_of_statistics(
 ) -> Tensor:
     rows = log_probs.new_zeros(()).expand(*log_probs.shape, inputs.width)  # for its shape and dtype alone
     _, layout = check_rows(rows, inputs.tokens, None)
-    optional: dict[str, Any] = dict.fromkeys(
-        ("temperature", "vocab_size", "logit_softcap", "logit_scale", "entropy_coeff", "kl_coeff", "normalizer")
-    )
-    optional |= dict.fromkeys(("entropy_bounds", "segment_ids", "max_length", "ref_log_probs", "is_weights"))
     _, token_inputs, coefficients = check_loss(
         layout,
         cfg,
@@ -91,7 +95,7 @@ def _loss_of_statistics(
         inputs.advantages,
         mask,
         width=rows.shape[-1],
-        **{**optional, "penalty_weight": 1.0, "loss_scale": 1.0, **arguments},
+        **{**_DEFAULTS, **arguments},
     )
     return reference.loss_of_statistics(log_probs, entropy, rows.shape[-1], token_inputs, coefficients, cfg).loss
 
