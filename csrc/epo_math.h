@@ -153,14 +153,15 @@ EPO_FN BandValue hold_against_band(float entropy, float lower, float upper, Pena
     const bool outside = !(lower < entropy && entropy < upper);  // at the very bounds too
     if (penalty == Penalty::gate) band.gate = outside ? alpha : 1.0f;
     if (penalty == Penalty::indicator) band.penalty = outside ? alpha : 0.0f;
-    const float distance = band.below ? lower - entropy : (band.above ? entropy - upper : 0.0f);
-    const float direction = band.below ? -alpha : (band.above ? alpha : 0.0f);
+    // Both at once where the band is upside down.
+    const float under = band.below ? lower - entropy : 0.0f;
+    const float over = band.above ? entropy - upper : 0.0f;
     if (penalty == Penalty::hinge) {
-        band.penalty = alpha * distance;
-        band.derivative = direction;
+        band.penalty = alpha * (under + over);
+        band.derivative = alpha * ((band.above ? 1.0f : 0.0f) - (band.below ? 1.0f : 0.0f));
     } else if (penalty == Penalty::quadratic) {
-        band.penalty = alpha * distance * distance;
-        band.derivative = 2.0f * direction * distance;
+        band.penalty = alpha * (under * under + over * over);
+        band.derivative = 2.0f * alpha * (over - under);
     }
     return band;
 }

@@ -83,7 +83,7 @@ def epo_loss(
         ref_log_probs: like tokens, float, log-probs under the reference policy; needed where kl_coeff isn't 0.
         is_weights: like tokens (or (B,)), float, factor of the policy loss, e.g. truncated importance weights against
             rollout mismatch.
-        temperature: in place of the config's; number, 0-d tensor, or like tokens.
+        temperature: in place of the config's; number, 0-d tensor, like tokens, or (B,).
         normalizer: takes the place of the number of tokens (token-mean) or of sequences (other modes), scalar. With the
             whole batch's number, the losses of unequal micro-batches add up to that of the batch.
         loss_scale: factor on the loss, scalar, folded into the token weights.
@@ -236,7 +236,7 @@ def log_probs_and_entropy(
         logits: (B, T, V), or packed (N, V); see `epo_loss`, as for the arguments not named here.
         tokens: (B, T) or (N,) int64.
         mask: like tokens; results are 0 and nothing is read where it is 0. None: every token counts.
-        temperature: number, 0-d tensor, or like tokens.
+        temperature: number, 0-d tensor, like tokens, or one a sequence: (B,).
         entropy: False: don't compute it, and return None in its place.
         entropy_grad: False: entropy comes detached, and costs backward nothing.
 

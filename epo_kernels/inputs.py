@@ -264,7 +264,7 @@ def check_transform(
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= width:
         raise ValueError(f"vocab_size must be an int in [1, {width}] (the logits' width), got {vocab_size!r}")
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
-        temperature = layout.floats("temperature", temperature)
+        temperature = layout.floats("temperature", temperature, a_sequence=True)
     else:
         temperature = check_scalar("temperature", temperature, low=0.0, open_low=True)
     for name, value, low in (("logit_softcap", logit_softcap, 0.0), ("logit_scale", logit_scale, -math.inf)):

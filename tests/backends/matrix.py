@@ -8,6 +8,7 @@ relative to it, of the gradient.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -163,6 +164,24 @@ class BackendMatrix:
         case = busy_case(vocab=20)
         unknown = torch.full((3, 5), INF)
         self.check({**case, "entropy_bounds": (-unknown, unknown)})
+
+    @pytest.mark.parametrize("penalty", ["hinge", "quadratic"])
+    def test_a_band_upside_down_counts_both_sides(self, penalty):
+        case = busy_case(replace(BUSY, penalty=penalty), vocab=20)
+        lower, upper = case["entropy_bounds"]
+        self.check({**case, "entropy_bounds": (1.5 * upper, 0.5 * lower)})
+
+    @pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+    def test_a_coefficient_of_zero_multiplies_nothing(self, zero):
+        case = busy_case(vocab=20)
+        case["ref_log_probs"] = torch.full((3, 5), -INF)
+        unknown = torch.full((3, 5), INF)  # a lower bound that nothing reaches: the penalty is infinite
+        case = {**case, "entropy_bounds": (unknown, unknown), "kl_coeff": zero, "penalty_weight": zero}
+        out, gradient = self.run(case)
+        expected, expected_gradient = run(case)
+        assert out.loss.isfinite()
+        assert_close(out.loss.cpu(), expected.loss, rtol=1e-5, atol=1e-6)
+        assert_close(gradient.cpu(), expected_gradient, rtol=1e-5, atol=1e-6)
 
     # ---- ties --------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import epo_kernels as ek
 from epo_kernels import backends
 from epo_kernels.backends import fused, triton
-from epo_kernels.backends.rows import COEFFICIENTS, Rows, Weighing
+from epo_kernels.backends.rows import COEFFICIENTS, Rows, Terms, Weighing
 from epo_kernels.inputs import LogitTransform
 from tests.backends.autograd_matrix import AutogradMatrix
 from tests.backends.matrix import BackendMatrix, busy_case
@@ -108,27 +108,35 @@ def counted_bytes(monkeypatch, tensor):
         yield counts
 
 
+def protocol_arguments(kernels, case, vocab_size):
+    """(rows, terms) of a case, as the kernels see them."""
+    rows = Rows(case["logits"], case["tokens"] % vocab_size, case["mask"], LogitTransform(vocab_size, 1.0, None, None))
+    prepared = kernels.prepare(rows, Weighing("token-mean", None, 3, None, None, 1.0), (0.2,) * len(COEFFICIENTS))
+    terms = Terms(
+        **{name: value for name, value in prepared._asdict().items() if name != "extras"},
+        **dict.fromkeys(("old_log_probs", "ref_log_probs", "is_weights", "lower", "upper")),
+        advantages=case["advantages"],
+        kl_type="k3",
+        penalty="none",
+    )
+    return rows, terms
+
+
 @pytest.mark.parametrize("plan", [triton.launch_plan, small_tiles])
 @pytest.mark.parametrize(("width", "vocab_size"), [(1008, 1008), (999, 999), (1008, 300)])
 def test_the_byte_model_is_what_the_kernels_move(width, vocab_size, plan, monkeypatch):
     case = busy_case(vocab=width, dtype=torch.bfloat16)
     logits, mask = case["logits"], case["mask"]
-    rows = Rows(logits, case["tokens"] % vocab_size, mask, LogitTransform(vocab_size, 1.0, None, None))
     kernels, out = triton.TritonRows(plan), torch.empty_like(logits)
+    rows, terms = protocol_arguments(kernels, case, vocab_size)
     chip = triton.chip_of(torch.device("cpu"))
-    prepared = kernels.prepare(rows, Weighing("token-mean", None, 3, None, None, 1.0), (0.2,) * len(COEFFICIENTS))
-    nothing = dict.fromkeys(("old_log_probs", "ref_log_probs", "is_weights", "lower", "upper"))
-    terms = fused.Terms(
-        *(prepared.weights, case["advantages"], *nothing.values(), prepared.coefficients, prepared.gradient_scale),
-        *(prepared.ticket, "k3", "none"),
-    )
     statistics = kernels.statistics(rows, entropy=True)
 
     def run_mode(mode, writes):
         if mode == "statistics":
             kernels.statistics(rows, entropy=True)
         elif mode == "gradient":
-            kernels.gradient(rows, statistics, prepared.weights, prepared.weights, out)
+            kernels.gradient(rows, statistics, terms.weights, terms.weights, out)
         else:
             kernels.loss(rows, terms, out if writes else None)
 
@@ -143,6 +151,15 @@ def test_the_byte_model_is_what_the_kernels_move(width, vocab_size, plan, monkey
         assert read == {"loaded": sum(row.loaded for row in per_row), "stored": 0}, mode
         assert written == {"loaded": 0, "stored": sum(row.stored for row in per_row)}, mode
         assert all(row.needed <= row.loaded + row.stored for row in per_row)
+
+
+def test_a_launch_leaves_its_ticket_for_the_next():
+    kernels = triton.TritonRows(small_tiles)
+    case = busy_case(vocab=60)
+    rows, terms = protocol_arguments(kernels, case, 60)
+    first, second = kernels.loss(rows, terms, None), kernels.loss(rows, terms, None)
+    assert terms.ticket.item() == 0
+    assert_close(first.sums, second.sums, rtol=0, atol=0)
 
 
 def test_device_memory_of_the_rows_that_people_have():
