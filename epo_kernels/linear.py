@@ -375,7 +375,7 @@ class LinearLoss(torch.autograd.Function):
 
         def multiply(gradient: Tensor, dtype: torch.dtype) -> Tensor:
             if gradient.dtype == dtype:
-                ctx.kernels.scale(gradient, factor)
+                ctx.kernels.scale(gradient[(None,) * (3 - gradient.dim())], factor)
                 return gradient
             # Multiplied before it is rounded, in the pass that rounds it.
             return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
