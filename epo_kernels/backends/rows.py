@@ -192,4 +192,4 @@ class RowKernels(Protocol):
         """Weights, and coefficients in the order of COEFFICIENTS, on the device. Plainly: `fused.PlainHelpers`."""
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
-        """gradient *= factor in float32, factor 0-d on its device. Touches no memory of gradient where factor is 1."""
+        """gradient (B, T, V) *= factor in float32, factor 0-d on its device; touches no memory where factor is 1."""
