@@ -32,9 +32,25 @@ def save_checkpoint(folder: Path, step: int, policy: Policy, state: dict[str, An
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in list_checkpoints(folder)[:-keep]:
+    for old in [path for path in list_checkpoints(folder)[:-keep] if path != final]:
         shutil.rmtree(old)
     return final
+
+
+def drop_later_checkpoints(folder: Path, step: int) -> None:
+    """Remove checkpoints of steps after `step`: a run that goes on from there makes these steps again."""
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+
+
+def clear_run(run_dir: Path) -> None:
+    """Remove the records of a run that left no checkpoint to go on from: they aren't those of the run that begins."""
+    for name in ("metrics.jsonl", "evaluation.json", "report.html"):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ("episodes", "reference", "tensorboard"):
+        if (run_dir / name).is_dir():
+            shutil.rmtree(run_dir / name)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -160,7 +160,7 @@ class Learner:
         }
         if norms:
             named["actor/grad_norm"] = sum(norms) / len(norms)
-        if self._loss_config.penalty != "none":
+        if self._loss_config.penalty not in ("none", "gate"):  # a gate has no value to tell
             named["epo/penalty"] = sums["penalty"] / updates
         if self._loss_config.kl_coeff:
             named["actor/kl_loss"] = sums["kl_loss"] / updates

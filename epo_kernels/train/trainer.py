@@ -14,6 +14,8 @@ import epo_kernels as ek
 from epo_kernels.history import HistoryScope, HistoryWeighting
 from epo_kernels.train.advantages import grpo_advantages
 from epo_kernels.train.checkpoint import (
+    clear_run,
+    drop_later_checkpoints,
     find_checkpoint,
     load_state,
     refuse_differences,
@@ -157,17 +159,19 @@ class Trainer:
             self.rollout.prefetch(self._episodes(step))
 
     def _evaluate(self, when: str, step: int) -> float:
-        """Play all panels, unless this moment is on record already; returns the seconds it took."""
+        """Play what isn't on record yet of this moment; returns the seconds it took."""
         start = time.perf_counter()
         config = self.config.evaluate
-        if any(record.when == when for record in self.tracker.records):
-            return 0.0
+        present = {(record.when, record.panel, record.decoding) for record in self.tracker.records}
         for panel, tasks in self.panels.items():
-            episodes = panel_starts(tasks, panel, config.decoding, self.config.seed)
+            missing = [decoding for decoding in config.decoding if (when, panel, decoding) not in present]
+            if not missing:
+                continue
+            episodes = panel_starts(tasks, panel, missing, self.config.seed)
             with self.display.bar(f"evaluation {when}", len(episodes)) as bar:
                 self.rollout.play(episodes, bar)
             records = []
-            for index, decoding in enumerate(config.decoding):
+            for index, decoding in enumerate(missing):
                 own = episodes[index * len(tasks) : (index + 1) * len(tasks)]
                 records.append(summarize(own, when, step, panel, decoding))
                 self.tracker.save_episodes(f"{when.replace(' ', '_')}_{panel}_{decoding}", own)
@@ -230,6 +234,10 @@ class Trainer:
             cast(HistoryScope, loss.history_scope),
             cast(HistoryWeighting, loss.history_weighting),
         )
+        if not dry and checkpoint is None:
+            clear_run(self.run_dir)
+        if not dry and state is not None:
+            drop_later_checkpoints(self.run_dir / "checkpoints", state["step"])
         self.learner = Learner(self.policy, self._reference(checkpoint, dry), config)
         if state is not None:
             self.step = state["step"]

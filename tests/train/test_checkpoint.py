@@ -2,7 +2,14 @@ import pytest
 import torch
 
 import epo_kernels.train.checkpoint as checkpoint_module
-from epo_kernels.train.checkpoint import list_checkpoints, load_state, save_checkpoint, step_of
+from epo_kernels.train.checkpoint import (
+    clear_run,
+    drop_later_checkpoints,
+    list_checkpoints,
+    load_state,
+    save_checkpoint,
+    step_of,
+)
 from epo_kernels.train.config import ModelConfig
 from epo_kernels.train.policies.policy import load_policy
 
@@ -31,6 +38,23 @@ def test_the_last_ones_are_kept(cloned, tmp_path):
     for step in (0, 5, 10, 15):
         save_checkpoint(tmp_path, step, cloned, {}, keep=2)
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [10, 15]
+
+
+def test_a_rewound_run_keeps_what_it_writes(cloned, tmp_path):
+    for step in (20, 30):
+        save_checkpoint(tmp_path, step, cloned, {}, keep=2)
+    save_checkpoint(tmp_path, 22, cloned, {}, keep=1)
+    assert 22 in [step_of(path) for path in list_checkpoints(tmp_path)]
+    drop_later_checkpoints(tmp_path, 22)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [22]
+
+
+def test_a_run_without_a_checkpoint_starts_clean(tmp_path):
+    (tmp_path / "reference").mkdir()
+    for name in ("metrics.jsonl", "evaluation.json", "reference/model.safetensors", "mine.txt"):
+        (tmp_path / name).write_text("old")
+    clear_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_failed_save_leaves_the_old_ones_whole(cloned, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -120,6 +121,15 @@ def test_a_checkpoint_of_another_run_can_be_gone_on_with(whole_run, tmp_path):
     settings = ("steps=4", "evaluate.every=2", "loss.kl_coeff=0.01")
     assert train(f"run_dir={tmp_path}", *settings, f"resume={checkpoint}") == 0
     assert lines_of(tmp_path) == lines_of(whole_run)[3:]
+
+
+def test_an_evaluation_cut_short_goes_on_with_what_is_missing(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run" / "evaluation.json"
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps(records[:-1]))
+    assert train(f"run_dir={tmp_path / 'run'}", "steps=4", "evaluate.every=2", "loss.kl_coeff=0.01") == 0
+    assert json.loads(path.read_text()) == records
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole_run, capsys):
