@@ -23,7 +23,7 @@ PRESET is one of: {presets} (default: quickstart). Settings given after it win o
   --help           this text
 
 examples:
-  python -m epo_kernels.train practice                       a first look: no Java, about a minute
+  python -m epo_kernels.train practice                       a first look: no Java, two to three minutes
   python -m epo_kernels.train quickstart                     real ScienceWorld on a CPU
   python -m epo_kernels.train quickstart steps=100 loss.penalty=hinge run_dir=runs/hinge
   python -m epo_kernels.train my.yaml seed=3 resume=never

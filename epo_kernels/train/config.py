@@ -4,6 +4,7 @@ Sources, each over the one before: the defaults below, a preset or YAML file, `a
 """
 
 import inspect
+import math
 import re
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -256,6 +257,7 @@ def check(config: TrainConfig) -> None:
         "optim.micro_batch_tokens": optim.micro_batch_tokens,
         "model.warm_start.epochs": config.model.warm_start.epochs,
         "model.warm_start.batch_size": config.model.warm_start.batch_size,
+        "evaluate.episodes": evaluate.episodes,  # for no evaluation: evaluate.panels=[]
         "checkpoint.keep": config.checkpoint.keep,
     }
     not_negative = {
@@ -266,7 +268,6 @@ def check(config: TrainConfig) -> None:
         "model.threads": config.model.threads,
         "model.warm_start.demonstrations": config.model.warm_start.demonstrations,
         "optim.weight_decay": optim.weight_decay,
-        "evaluate.episodes": evaluate.episodes,
         "evaluate.every": evaluate.every,
         "checkpoint.every": config.checkpoint.every,
     }
@@ -278,8 +279,14 @@ def check(config: TrainConfig) -> None:
         _that(0 <= ratio <= 1, f"{name} must be in [0, 1], got {ratio}")
     for name, beta in {"optim.beta1": optim.beta1, "optim.beta2": optim.beta2}.items():
         _that(0 <= beta < 1, f"{name} must be in [0, 1), got {beta}")
-    for name, number in {"optim.lr": optim.lr, "optim.max_grad_norm": optim.max_grad_norm}.items():
-        _that(number > 0, f"{name} must be positive, got {number}")
+    positive = {
+        "optim.lr": optim.lr,
+        "optim.max_grad_norm": optim.max_grad_norm,
+        "model.warm_start.lr": config.model.warm_start.lr,
+    }
+    for name, number in positive.items():
+        _that(0 < number < math.inf, f"{name} must be positive and finite, got {number}")
+    _that(len(set(evaluate.panels)) == len(evaluate.panels), f"evaluate.panels names one twice: {evaluate.panels}")
     try:
         epo_config(config)
     except (TypeError, ValueError) as error:

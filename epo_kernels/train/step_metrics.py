@@ -30,6 +30,13 @@ def episode_metrics(
     lengths = [len(episode.turns) for episode in played]
     turns = [turn for episode in played for turn in episode.turns]
     return {
+        "critic/rewards/mean": _mean(rewards),  # as verl names an episode's return, with or without a critic
+        "critic/rewards/max": max(rewards),
+        "critic/rewards/min": min(rewards),
+        "critic/score/mean": _mean([episode.score for episode in played]),
+        "critic/advantages/mean": float(advantages.values.mean()),
+        "critic/advantages/max": float(advantages.values.max()),
+        "critic/advantages/min": float(advantages.values.min()),
         "episode/reward/mean": _mean(rewards),
         "episode/reward/max": max(rewards),
         "episode/reward/min": min(rewards),

@@ -107,7 +107,7 @@ class Trainer:
             entropy = torch.cat(entropies)
             history.update(turns, entropy, torch.ones_like(turns))
             if config.loss.history_includes_current:
-                history.commit()
+                self._commit_history(step)
 
             advantages = grpo_advantages(
                 torch.tensor([episode.total_reward for episode in played]),
@@ -124,7 +124,7 @@ class Trainer:
                     samples, history, phase_weight, seed=(config.seed, Draw.MINIBATCHES, step)
                 )
             if not config.loss.history_includes_current:
-                history.commit()
+                self._commit_history(step)
         self.tracker.save_episodes(f"train_step_{step:05d}", episodes[: self._size])
         return {
             **updated,
@@ -135,6 +135,12 @@ class Trainer:
             "perf/throughput": sum(s.length for s in samples) / seconds["step"],
             **{f"timing_s/{name}": spent for name, spent in seconds.items()},
         }
+
+    def _commit_history(self, step: int) -> None:
+        try:
+            self.history.commit()
+        except ValueError as error:
+            raise RuntimeError(f"step {step}: {error}; the last checkpoint is whole") from error
 
     def _episodes(self, step: int) -> list[Episode]:
         """A step's episodes, not yet played: tasks by lot, `group_size` episodes of each."""
