@@ -173,7 +173,7 @@ class BackendMatrix:
 
     @pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
     def test_a_coefficient_of_zero_multiplies_nothing(self, zero):
-        case = busy_case(vocab=20)
+        case = busy_case(replace(BUSY, kl_type="k2"), vocab=20)  # infinite, where k3 is clamped
         case["ref_log_probs"] = torch.full((3, 5), -INF)
         unknown = torch.full((3, 5), INF)  # a lower bound that nothing reaches: the penalty is infinite
         case = {**case, "entropy_bounds": (unknown, unknown), "kl_coeff": zero, "penalty_weight": zero}
