@@ -61,11 +61,11 @@ def measure_case(
     Raises:
         DeviceLost: an implementation left the device in a state where nothing runs.
     """
-    first = make_inputs(case, device, SEED)
+    truth = Truth(case, make_inputs(case, device, SEED))
+    first = truth.inputs
     sets = [first, *(make_inputs(case, device, SEED + n, first.weight) for n in range(1, input_sets))]
     found: dict[str, Record] = {}
     ready: dict[str, Ready] = {}
-    truth = Truth(case, first)
     for implementation in implementations:
         verdict, passed = _admit(case, implementation, first, truth, watch)
         found[implementation.name] = _record(case, implementation.name, implementation.computes, verdict)

@@ -7,8 +7,9 @@ derivatives per token, then the gradient.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ _DEFAULTS = {
     for name, parameter in inspect.signature(ek.epo_loss).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("cu_seqlens", "inplace", "backend")
 }
+
+# Beyond what bfloat16 logits move a log-prob by. Nearer to a kink of the loss than that (a clip, a bound of the band) a
+# token's gradient is decided by rounding, and a gate would count it as a fault.
+_KINK_MARGIN = 0.05
 
 Objective = Callable[[Case, Inputs, Tensor, Tensor], Tensor]
 
@@ -132,8 +137,31 @@ CONTRACTS = {
 }
 
 
+def _off_kinks(inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Inputs:
+    """Inputs whose ratios, where they decide, and entropies keep `_KINK_MARGIN` from the next clip and bound."""
+
+    def moved(values: Tensor, kink: float | Tensor) -> Tensor:
+        gap = values - kink
+        return torch.where(gap.abs() < _KINK_MARGIN, kink + _KINK_MARGIN * torch.where(gap < 0, -1.0, 1.0), values)
+
+    log_ratios = log_probs - inputs.old_log_probs
+    for kink in (1 - CONFIG.clip_ratio_low, 1 + CONFIG.clip_ratio_high, CONFIG.clip_ratio_c):
+        log_ratios = log_ratios if kink is None else moved(log_ratios, math.log(kink))
+    return replace(
+        inputs,
+        old_log_probs=(log_probs - log_ratios).float(),
+        lower=moved(inputs.lower.double(), entropy).float(),
+        upper=moved(inputs.upper.double(), entropy).float(),
+    )
+
+
 class Truth:
-    """True outputs of one input set: float32 gradients, float64 statistics. Those of the last contract are kept."""
+    """True outputs of one input set: float32 gradients, float64 statistics. Those of the last contract are kept.
+
+    Attributes:
+        inputs: the set, with old log-probs and bounds moved off the loss's kinks.
+        log_probs, entropy: (B, T) float64, 0 where the mask is.
+    """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self._case, self._inputs = case, inputs
@@ -142,6 +170,7 @@ class Truth:
         self._chunk = max(budget // (inputs.width * 8), 1)
         self._weight = None if inputs.weight is None else inputs.weight.detach().double()
         self.log_probs, self.entropy = self._forward()
+        self.inputs = self._inputs = _off_kinks(inputs, self.log_probs, self.entropy)
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def outputs(self, name: str) -> dict[str, Tensor]:

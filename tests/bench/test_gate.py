@@ -16,8 +16,8 @@ LOSS = Case("loss", "tiny", 64, "fp32", unmasked=0.5)
 
 
 def prepared(case, contract):
-    inputs = make_inputs(case, CPU, seed=1)
-    return inputs, Truth(case, inputs).outputs(contract)
+    truth = Truth(case, make_inputs(case, CPU, seed=1))
+    return truth.inputs, truth.outputs(contract)
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
@@ -43,6 +43,13 @@ def test_truth_is_that_of_the_whole_float64_loss(case):
 def test_reference_passes_in_its_own_dtype(case):
     inputs, truth = prepared(case, "loss" if case.gradient else "scores")
     assert gate.check(case, ours(case, "reference")(inputs), truth) == "pass"
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_logits_rounded_to_bfloat16_decide_no_clip_and_no_bound(backend):
+    case = Case("linear-loss", "tiny", 1024, "bf16")
+    inputs, truth = prepared(case, "loss")
+    assert gate.check(case, ours(case, backend)(inputs), truth) == "pass"
 
 
 def wrong_without_entropy(outputs, inputs):
@@ -76,20 +83,18 @@ def test_a_wrong_implementation_is_refused(name):
 
 
 def test_every_contract_demands_a_gradient_of_what_it_says():
-    inputs = make_inputs(LOSS, CPU, seed=2)
-    truth = Truth(LOSS, inputs)
+    truth = Truth(LOSS, make_inputs(LOSS, CPU, seed=2))
     for name, contract in CONTRACTS.items():
         outputs = truth.outputs(name)
         gradient = {"grad_logits"} if contract.objective is not None else set()
         assert outputs.keys() == set(contract.outputs) | gradient
         if gradient:
             assert outputs["grad_logits"].abs().sum() > 0
-            assert outputs["grad_logits"][~inputs.mask].abs().sum() == 0
+            assert outputs["grad_logits"][~truth.inputs.mask].abs().sum() == 0
 
 
 def test_shifted_policy_loss_leaves_the_last_column_out():
-    inputs = make_inputs(LOSS, CPU, seed=3)
-    truth = Truth(LOSS, inputs).outputs("shifted policy loss")
+    inputs, truth = prepared(LOSS, "shifted policy loss")
     assert truth["grad_logits"][:, -1].abs().sum() == 0
     out = ek.epo_loss(
         inputs.logits,
