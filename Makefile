@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: venv train test lint bench bench-gpu bench-compare gpu-check clean
+.PHONY: venv train test test-integrations lint bench bench-gpu bench-compare gpu-check clean
 
 venv: $(STAMP)
 
@@ -21,6 +21,16 @@ train: venv
 
 test: venv
 	$(RUN) -m pytest -n 2 $(ARGS)
+
+# Against the real packages, each in an environment whose pins it accepts: verl's exclude the others'.
+test-integrations: .venv-integrations/.installed .venv-verl/.installed
+	.venv-integrations/bin/python -m pytest -n 2 tests/integrations --ignore=tests/integrations/verl $(ARGS)
+	.venv-verl/bin/python -m pytest -n 2 tests/integrations/verl $(ARGS)
+
+.venv-%/.installed: tests/integrations/install-%.sh pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/* python/*)
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	bash $< .venv-$*/bin/python
+	touch $@
 
 lint: venv
 	$(RUN) -m ruff check .
@@ -48,4 +58,4 @@ gpu-check:
 	$(BENCH_PYTHON) -m bench.gpu_check $(OUT) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-* build dist *.egg-info

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Packages that accept the versions of constraints.txt: TRL, vLLM (its CPU build), ALFWorld.
+set -euo pipefail
+python=$1
+install() { "$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
+install torch==2.13.0 # first: on a machine with a GPU the same pin is a CUDA build
+install --editable ".[train,scienceworld,triton,dev,trl]"
