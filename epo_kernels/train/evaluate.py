@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.envs import Task
 
@@ -46,6 +48,48 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     low, high = (centre - spread) / scale, (centre + spread) / scale
     # Rounding must not leave the ends, where the interval touches 0 or 1 exactly, a hair off.
     return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
+
+
+def paired_interval(
+    before: Sequence[float],
+    after: Sequence[float],
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """How much a mean rose: (mean of after - before, low, high), in the units of the values, float64.
+
+    A percentile bootstrap over pairs (Efron 1979): pairs are drawn with replacement, so what both moments share, such
+    as the difficulty of a task, cancels. Where all differences are equal the interval has no width, since the sample
+    tells of no spread.
+
+    Args:
+        before, after: (n,) values of the same n tasks, in the same order.
+        confidence: of the interval, in (0, 1); symmetric in probability.
+        resamples: of the n pairs.
+        seed: of the draws; the same seed gives the same interval.
+
+    Raises:
+        ValueError: lengths differ, nothing to compare, a value that isn't finite, or a setting out of range.
+    """
+    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if first.ndim != 1 or first.shape != second.shape or not len(first):
+        raise ValueError(f"before and after must hold one value a task each, got shapes {first.shape}, {second.shape}")
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(f"confidence must be in (0, 1) and resamples >= 1, got {confidence} and {resamples}")
+    differences = second - first
+    if not np.isfinite(differences).all():
+        raise ValueError("before and after must be finite; leave tasks out that one of them lacks")
+    rng = np.random.default_rng(seed)
+    rows = max(1, 2**22 // len(differences))  # resamples at a time: 32 MB of indices
+    means = np.concatenate(
+        [
+            differences[rng.integers(len(differences), size=(min(rows, resamples - start), len(differences)))].mean(1)
+            for start in range(0, resamples, rows)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(differences.mean()), float(low), float(high)
 
 
 def panel_starts(tasks: Sequence[Task], panel: str, decodings: Sequence[str], seed: int) -> list[Episode]:

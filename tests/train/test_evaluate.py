@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 
 from epo_kernels.train.data import Episode
 from epo_kernels.train.envs import Task
-from epo_kernels.train.evaluate import panel_starts, summarize, wilson
+from epo_kernels.train.evaluate import paired_interval, panel_starts, summarize, wilson
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,48 @@ def test_summary_leaves_failed_episodes_out_and_counts_them():
     assert (record.success_low, record.success_high) == wilson(1, 2)
     with pytest.raises(RuntimeError, match="the JVM died"):
         summarize(episodes[2:], "before", 0, "iid", "greedy")
+
+
+def test_the_paired_interval_of_a_case_worked_by_hand():
+    # Differences 0, 1: a resample of two has mean 0, 1/2 or 1 with probability 1/4, 1/2, 1/4.
+    before, after = [1.0, 0.0], [1.0, 1.0]
+    assert paired_interval(before, after, confidence=0.4) == (0.5, 0.5, 0.5)  # the quantiles 0.3 and 0.7
+    assert paired_interval(before, after, confidence=0.6) == (0.5, 0.0, 1.0)  # 0.2 and 0.8
+    assert paired_interval(after, before, confidence=0.6) == (-0.5, -1.0, 0.0)
+
+
+def test_the_paired_interval_knows_what_pairs_share():
+    rng = np.random.default_rng(0)
+    tasks = rng.normal(0, 50, 200)  # their difficulty dwarfs the gain
+    gain = rng.normal(1, 1, 200)
+    mean, low, high = paired_interval(tasks, tasks + gain)
+    spread = gain.std() / np.sqrt(200)
+    assert mean == pytest.approx(gain.mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * spread, mean + 1.96 * spread), abs=0.02)
+    assert paired_interval(tasks, tasks + gain) == (mean, low, high), "seeded"
+    assert paired_interval(tasks, tasks + gain, seed=1) != (mean, low, high)
+    assert paired_interval([0, 0], [1, 1]) == (1.0, 1.0, 1.0)
+
+
+def test_the_paired_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(7)
+    hits = 0
+    for trial in range(400):  # success before with 0.4, after with 0.6, on the same 64 tasks
+        first, second = rng.random(64) < 0.4, rng.random(64) < 0.6
+        _, low, high = paired_interval(first, second, resamples=400, seed=trial)
+        hits += low <= 0.2 <= high
+    assert 0.91 <= hits / 400 <= 0.98  # 0.95 within what 400 trials and 64 tasks allow
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([], []), "one value a task"),
+        (([1.0], [1.0, 2.0]), "one value a task"),
+        (([float("nan")], [1.0]), "must be finite"),
+        (([0.0], [1.0], 1.0), "confidence must be"),
+    ],
+)
+def test_wrong_pairs_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        paired_interval(*arguments)
