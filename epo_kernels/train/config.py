@@ -40,6 +40,10 @@ class ModelConfig:
     dtype: str = "float32"  # float32 | bfloat16
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     threads: int = 0  # of torch on the CPU; 0: a thread a core. Small models are fastest with 1
+    gradient_checkpointing: bool = False  # keep a layer's input alone and compute it again in backward: less memory
+    lora_rank: int = 0  # train low-rank adapters (PEFT) of this rank instead of all weights; 0: all weights
+    lora_alpha: float = 32.0  # their scale is alpha / rank
+    lora_targets: str = "all-linear"  # the modules that get one: all-linear, or names with commas between them
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
 
@@ -54,14 +58,39 @@ class RolloutConfig:
     max_prompt_tokens: int = 256  # the oldest history goes first, then the scene's end; the goal never
     max_response_tokens: int = 16  # what is longer is cut there
     response_format: str = "plain"  # plain: the first line is the action | think_action: <think>..<action>..
+    layout: str = "turn"  # turn: a prompt anew each turn, a sample a turn | episode: one growing dialogue, one sample
 
 
 @dataclass
 class AlgorithmConfig:
-    name: str = "grpo"  # how advantages are made: grpo
+    """How advantages are made of rewards, and which episodes and turns count."""
+
+    name: str = "grpo"  # grpo | rloo | gigpo | ppo
     groups: int = 4  # tasks a step
     group_size: int = 8  # episodes a task
-    normalize_std: bool = True  # divide by the group's standard deviation (False: Dr. GRPO)
+    normalize_std: bool = True  # grpo, gigpo: divide by the group's standard deviation (False: Dr. GRPO)
+    group_over: str = "episodes"  # grpo, rloo: a group's members: episodes | turns (each counts, as published)
+    step_weight: float = 1.0  # gigpo: omega, weight of the comparison among turns taken in the same state
+    gae: str = "turn"  # ppo: an action is a: turn | token | published (by tokens, each turn with the whole return)
+    gamma: float = 1.0  # ppo, gigpo: discount from an action to the next
+    lam: float = 1.0  # ppo: lambda of GAE; 1 trusts the rewards alone, 0 the critic's next value
+    whiten: bool = True  # ppo: advantages with mean 0 and deviation 1 over a step's tokens
+    invalid_action_penalty: float = 0.0  # taken off the reward of an action that the environment doesn't understand
+    kl_reward_coeff: float = 0.0  # KL to the policy before RL, taken off the reward (loss.kl_type; not loss.kl_coeff)
+    refills: int = 0  # dynamic sampling: how often groups whose returns are all equal are drawn anew; 0: they stay
+    mask_truncated: bool = False  # responses as long as rollout.max_response_tokens don't count in the loss
+
+
+@dataclass
+class CriticConfig:
+    """PPO's critic: a copy of the policy's backbone with a value head. Optimiser settings not here are optim's."""
+
+    lr: float = 1e-4  # its own, with the schedule of optim
+    clip_range: float = 0.5  # a value may move so far from the old one in a step before its loss is clipped
+    epochs: int = 1  # passes over a step's samples
+    minibatches: int = 1  # optimiser updates a pass
+    minibatch_size: int = 0  # samples an update; 0: minibatches decides
+    warmup_steps: int = 0  # steps at the start that train the critic alone
 
 
 @dataclass
@@ -99,6 +128,7 @@ class OptimConfig:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     epochs: int = 1  # passes over a step's turns
     minibatches: int = 1  # optimiser updates a pass over them
+    minibatch_size: int = 0  # samples an update, in verl ppo_mini_batch_size; 0: minibatches decides
     micro_batch_tokens: int = 8192  # padded tokens in one forward and backward
 
 
@@ -126,6 +156,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -238,7 +269,10 @@ def check(config: TrainConfig) -> None:
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     _one_of("rollout.engine", rollout.engine, ("transformers",))
     _one_of("rollout.response_format", rollout.response_format, ("plain", "think_action"))
-    _one_of("algorithm.name", algorithm.name, ("grpo",))
+    _one_of("rollout.layout", rollout.layout, ("turn", "episode"))
+    _one_of("algorithm.name", algorithm.name, ("grpo", "rloo", "gigpo", "ppo"))
+    _one_of("algorithm.group_over", algorithm.group_over, ("episodes", "turns"))
+    _one_of("algorithm.gae", algorithm.gae, ("turn", "token", "published"))
     _one_of("loss.phase_schedule", loss.phase_schedule, ("constant", "paper", "official"))
     _one_of("loss.history_scope", loss.history_scope, ("turn", "global"))
     _one_of("loss.history_weighting", loss.history_weighting, ("token", "step"))
@@ -252,6 +286,9 @@ def check(config: TrainConfig) -> None:
         "rollout.max_prompt_tokens": rollout.max_prompt_tokens,
         "rollout.max_response_tokens": rollout.max_response_tokens,
         "algorithm.groups": algorithm.groups,
+        "algorithm.group_size": algorithm.group_size,
+        "critic.epochs": config.critic.epochs,
+        "critic.minibatches": config.critic.minibatches,
         "optim.epochs": optim.epochs,
         "optim.minibatches": optim.minibatches,
         "optim.micro_batch_tokens": optim.micro_batch_tokens,
@@ -266,6 +303,14 @@ def check(config: TrainConfig) -> None:
         "rollout.history": rollout.history,
         "rollout.history_results": rollout.history_results,
         "model.threads": config.model.threads,
+        "model.lora_rank": config.model.lora_rank,
+        "algorithm.step_weight": algorithm.step_weight,
+        "algorithm.invalid_action_penalty": algorithm.invalid_action_penalty,
+        "algorithm.kl_reward_coeff": algorithm.kl_reward_coeff,
+        "algorithm.refills": algorithm.refills,
+        "critic.minibatch_size": config.critic.minibatch_size,
+        "critic.warmup_steps": config.critic.warmup_steps,
+        "optim.minibatch_size": optim.minibatch_size,
         "model.warm_start.demonstrations": config.model.warm_start.demonstrations,
         "optim.weight_decay": optim.weight_decay,
         "evaluate.every": evaluate.every,
@@ -277,11 +322,16 @@ def check(config: TrainConfig) -> None:
         _that(number >= 0, f"{name} must be at least 0, got {number}")
     for name, ratio in {"optim.min_lr_ratio": optim.min_lr_ratio, "optim.warmup_ratio": optim.warmup_ratio}.items():
         _that(0 <= ratio <= 1, f"{name} must be in [0, 1], got {ratio}")
+    for name, discount in {"algorithm.gamma": algorithm.gamma, "algorithm.lam": algorithm.lam}.items():
+        _that(0 <= discount <= 1, f"{name} must be in [0, 1], got {discount}")
     for name, beta in {"optim.beta1": optim.beta1, "optim.beta2": optim.beta2}.items():
         _that(0 <= beta < 1, f"{name} must be in [0, 1), got {beta}")
     positive = {
         "optim.lr": optim.lr,
         "optim.max_grad_norm": optim.max_grad_norm,
+        "critic.lr": config.critic.lr,
+        "critic.clip_range": config.critic.clip_range,
+        "model.lora_alpha": config.model.lora_alpha,
         "model.warm_start.lr": config.model.warm_start.lr,
     }
     for name, number in positive.items():
@@ -298,10 +348,25 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_combinations(config: TrainConfig) -> None:
-    rollout, loss = config.rollout, config.loss
+    rollout, loss, algorithm = config.rollout, config.loss, config.algorithm
     _that(
-        config.algorithm.group_size >= 2,
-        f"algorithm.group_size must be at least 2, got {config.algorithm.group_size}: GRPO compares a group's episodes",
+        algorithm.name == "ppo" or algorithm.group_size >= 2,
+        f"algorithm.group_size must be at least 2, got {algorithm.group_size}: {algorithm.name} compares a group's "
+        "episodes",
+    )
+    _that(
+        not algorithm.refills or algorithm.group_size >= 2,
+        f"algorithm.refills={algorithm.refills} drops groups without spread, which a group of one always is; set "
+        "algorithm.group_size to at least 2, or algorithm.refills=0",
+    )
+    _that(
+        algorithm.group_over == "episodes" or algorithm.name in ("grpo", "rloo"),
+        f"algorithm.group_over=turns is for grpo and rloo, not for {algorithm.name}",
+    )
+    _that(
+        not (algorithm.kl_reward_coeff and loss.kl_coeff),
+        f"algorithm.kl_reward_coeff={algorithm.kl_reward_coeff} and loss.kl_coeff={loss.kl_coeff} count the same KL "
+        "twice; set one of them to 0",
     )
     _that(
         rollout.cohorts <= rollout.environments,
