@@ -1,6 +1,7 @@
 """The policy: a causal LM with its tokenizer, loaded from a folder or the hub, or built from scratch ("tiny")."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from epo_kernels.train.config import ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
@@ -136,3 +138,67 @@ def response_logits(model: PreTrainedModel, batch: MiniBatch) -> Tensor:
         use_cache=False,
         logits_to_keep=batch.tokens.shape[1],
     ).logits
+
+
+def response_hidden(decoder: PreTrainedModel, batch: MiniBatch) -> Tensor:
+    """(B, R, D) last hidden states that predict the batch's response tokens; `decoder` is `model.get_decoder()`."""
+    hidden = decoder(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    return hidden[:, -batch.tokens.shape[1] :]
+
+
+@dataclass(frozen=True)
+class Head:
+    """From last hidden states to logits: what `ek.linear_epo_loss` needs to know of a model."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    logit_scale: float | None
+    logit_softcap: float | None
+
+
+@torch.no_grad()
+def head_of(model: PreTrainedModel) -> Head:
+    """The model's head, held once against the model's own logits.
+
+    Raises:
+        ConfigError: they differ: the model does more than a linear map, scale and soft cap between hidden states and
+            logits.
+    """
+    linear, settings = model.get_output_embeddings(), model.config.get_text_config()
+    divisor = getattr(settings, "logits_scaling", None)  # Granite's name
+    scale = 1 / divisor if divisor else getattr(settings, "logit_scale", None)  # Cohere's
+    head = Head(linear.weight, linear.bias, scale, getattr(settings, "final_logit_softcapping", None))  # Gemma's
+    ids = torch.arange(4, device=model.device)[None] % linear.weight.shape[0]
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    logits = linear(hidden).float() * (1.0 if head.logit_scale is None else head.logit_scale)
+    if head.logit_softcap is not None:
+        logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
+    wanted = model(input_ids=ids, use_cache=False).logits.float()
+    if not torch.allclose(logits, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max())):
+        raise ConfigError(
+            f"{type(model).__name__} does more between its hidden states and its logits than a linear map, a scale and "
+            "a soft cap, so the loss can't be made from hidden states; choose another model in model.name_or_path"
+        )
+    return head
+
+
+@contextmanager
+def checkpointing(model: torch.nn.Module, enabled: bool) -> Iterator[None]:
+    """Inside, layers keep their inputs alone and compute the rest again in backward, where enabled.
+
+    transformers asks a layer's `training` for that. It is set on the layers alone, not on what they hold, so that
+    dropout stays off; and inside alone, since checkpointed layers drop the KV cache that generation needs.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
