@@ -161,21 +161,26 @@ class Head:
     logit_softcap: float | None
 
 
-@torch.no_grad()
 def head_of(model: PreTrainedModel) -> Head:
-    """The model's head, held once against the model's own logits.
+    linear, settings = model.get_output_embeddings(), model.config.get_text_config()
+    divisor = getattr(settings, "logits_scaling", None)  # Granite's name
+    scale = 1 / divisor if divisor else getattr(settings, "logit_scale", None)  # Cohere's
+    return Head(linear.weight, linear.bias, scale, getattr(settings, "final_logit_softcapping", None))  # Gemma's
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Hold the head against the model's own logits, once.
 
     Raises:
         ConfigError: they differ: the model does more than a linear map, scale and soft cap between hidden states and
             logits.
     """
-    linear, settings = model.get_output_embeddings(), model.config.get_text_config()
-    divisor = getattr(settings, "logits_scaling", None)  # Granite's name
-    scale = 1 / divisor if divisor else getattr(settings, "logit_scale", None)  # Cohere's
-    head = Head(linear.weight, linear.bias, scale, getattr(settings, "final_logit_softcapping", None))  # Gemma's
-    ids = torch.arange(4, device=model.device)[None] % linear.weight.shape[0]
+    head = head_of(model)
+    ids = torch.arange(4, device=model.device)[None] % head.weight.shape[0]
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    logits = linear(hidden).float() * (1.0 if head.logit_scale is None else head.logit_scale)
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()
+    logits = logits * (1.0 if head.logit_scale is None else head.logit_scale)
     if head.logit_softcap is not None:
         logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
     wanted = model(input_ids=ids, use_cache=False).logits.float()
@@ -184,17 +189,19 @@ def head_of(model: PreTrainedModel) -> Head:
             f"{type(model).__name__} does more between its hidden states and its logits than a linear map, a scale and "
             "a soft cap, so the loss can't be made from hidden states; choose another model in model.name_or_path"
         )
-    return head
 
 
 @contextmanager
-def checkpointing(model: torch.nn.Module, enabled: bool) -> Iterator[None]:
+def checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
     """Inside, layers keep their inputs alone and compute the rest again in backward, where enabled.
 
     transformers asks a layer's `training` for that. It is set on the layers alone, not on what they hold, so that
     dropout stays off; and inside alone, since checkpointed layers drop the KV cache that generation needs.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
+    layers = []
+    if enabled:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         layer.training = True
     try:
