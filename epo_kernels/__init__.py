@@ -4,6 +4,7 @@ from epo_kernels.backends import available_backends
 from epo_kernels.config import EPOConfig
 from epo_kernels.functional import (
     epo_loss,
+    epo_loss_from_log_probs,
     linear_epo_loss,
     linear_log_probs_and_entropy,
     log_probs_and_entropy,
@@ -23,6 +24,7 @@ __all__ = [
     "LossMetrics",
     "available_backends",
     "epo_loss",
+    "epo_loss_from_log_probs",
     "linear_epo_loss",
     "linear_log_probs_and_entropy",
     "log_probs_and_entropy",

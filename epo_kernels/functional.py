@@ -17,7 +17,7 @@ from epo_kernels.inputs import (
     check_tokens,
     check_transform,
 )
-from epo_kernels.reference import EPOOutput
+from epo_kernels.reference import EPOOutput, loss_of_given_statistics
 
 MAX_CHUNK_BYTES = 1 << 30
 
@@ -215,6 +215,76 @@ def linear_epo_loss(
     return choose_backend(backend, rows.device, projection.logits_dtype).linear_epo_loss(
         projection, transform, inputs, coefficients, cfg, num_active=num_active, max_chunk_bytes=max_chunk_bytes
     )
+
+
+def epo_loss_from_log_probs(
+    log_probs: Tensor,
+    entropy: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    cfg: EPOConfig,
+    *,
+    entropy_bounds: tuple[Tensor, Tensor] | None = None,
+    segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_length: int | None = None,
+    penalty_weight: Scalar = 1.0,
+    entropy_coeff: Scalar | None = None,
+    kl_coeff: Scalar | None = None,
+    ref_log_probs: Tensor | None = None,
+    is_weights: Tensor | None = None,
+    normalizer: Scalar | None = None,
+    loss_scale: Scalar = 1.0,
+) -> EPOOutput:
+    """`epo_loss` where log-probs and entropy are there already, as a trainer's engine hands them to its loss.
+
+    Eager PyTorch over these small tensors; what they cost was spent where they were made (`log_probs_and_entropy`,
+    `linear_log_probs_and_entropy`). The config's temperature isn't read: it is in both already.
+
+    Args:
+        log_probs: (B, T), or packed (N,), float, log-prob of each sampled token; differentiable.
+        entropy: like log_probs, float, in nats; differentiable. Its gradient is the bonus' and the band's.
+        (the others): as in `epo_loss`, with log_probs in the place of tokens.
+
+    Returns, raises:
+        as `epo_loss`.
+    """
+    for name, value in (("log_probs", log_probs), ("entropy", entropy)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a floating tensor, got {kind}")
+    if log_probs.dim() not in (1, 2):
+        raise ValueError(f"log_probs must be (batch, time) or packed (tokens,), got {tuple(log_probs.shape)}")
+    no_tokens = torch.zeros_like(log_probs, dtype=torch.int64)
+    rows, layout = check_rows(log_probs[..., None], no_tokens, cu_seqlens, name="log_probs")
+    _, inputs, coefficients = check_loss(
+        layout,
+        cfg,
+        no_tokens,
+        old_log_probs,
+        advantages,
+        mask,
+        width=1,
+        entropy_bounds=entropy_bounds,
+        segment_ids=segment_ids,
+        num_segments=num_segments,
+        max_length=max_length,
+        penalty_weight=penalty_weight,
+        entropy_coeff=entropy_coeff,
+        kl_coeff=kl_coeff,
+        ref_log_probs=ref_log_probs,
+        is_weights=is_weights,
+        temperature=None,
+        normalizer=normalizer,
+        loss_scale=loss_scale,
+        vocab_size=None,
+        logit_softcap=None,
+        logit_scale=None,
+    )
+    entropies = layout.check("entropy", entropy).to(layout.dtype)
+    return loss_of_given_statistics(rows[..., 0].to(layout.dtype), entropies, inputs, coefficients, cfg)
 
 
 def log_probs_and_entropy(

@@ -211,6 +211,18 @@ def loss_of_statistics(
     return EPOOutput(loss, metrics, log_probs.detach().reshape(inputs.shape), entropy.detach().reshape(inputs.shape))
 
 
+def loss_of_given_statistics(
+    log_probs: Tensor, entropy: Tensor, inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig
+) -> EPOOutput:
+    """`loss_of_statistics` where the two come from elsewhere: never read where the mask is 0.
+
+    There is no vocabulary: inputs.tokens are 0, or -1 where another argument of the token is inconsistent.
+    """
+    inconsistent = inputs.mask & (inputs.tokens < 0)
+    log_probs = log_probs * torch.where(inconsistent, float("nan"), 1.0)
+    return loss_of_statistics(_at(inputs.mask, log_probs), _at(inputs.mask, entropy), 1, inputs, coefficients, cfg)
+
+
 class TokenLosses(NamedTuple):
     """ℓ of each token and what it is made of, all (B, T); unspecified where the mask is 0."""
 

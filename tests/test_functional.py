@@ -272,6 +272,68 @@ def test_entropy_that_is_not_wanted_costs_no_gradient():
     assert torch.equal(again, log_probs)
 
 
+# ---- epo_loss_from_log_probs ----------------------------------------------------------------------------------------
+
+
+def from_log_probs(case, logits):
+    """The loss by way of the statistics: two calls for `epo_loss`'s one."""
+    case = {name: value for name, value in case.items() if name not in ("logits", "tokens", "temperature")}
+    return ek.epo_loss_from_log_probs(*logits, **case)
+
+
+@pytest.mark.parametrize("band_scope", ["token", "segment"])
+@pytest.mark.parametrize("mode", MODES)
+def test_from_log_probs_equals_epo_loss(mode, band_scope):
+    for seed, penalty in enumerate(PENALTIES):
+        cfg = ek.EPOConfig(
+            loss_agg_mode=mode, band_scope=band_scope, penalty=penalty, kl_coeff=0.1, entropy_coeff=0.5,
+            clip_ratio_c=1.5, temperature=0.7,
+        )  # fmt: skip
+        case = random_case(cfg, seed=seed, is_weights=torch.rand(3, 5, **F64), penalty_weight=1.3, normalizer=4.0)
+        padded_and_packed = [case, to_packed(case, [5, 5, 5])[0]]
+        for form in padded_and_packed:
+            expected, gradient = run(form)
+            logits = form["logits"].clone().requires_grad_()
+            both = ek.log_probs_and_entropy(
+                logits, form["tokens"], mask=form["mask"], temperature=0.7, backend="reference"
+            )
+            out = from_log_probs(form, both)
+            out.loss.backward()
+            assert_close(out.loss, expected.loss, rtol=1e-13, atol=0)
+            assert_close(logits.grad, gradient, rtol=1e-12, atol=1e-15)
+            assert_close(out.metrics.values, expected.metrics.values, rtol=1e-12, atol=1e-14)
+            assert_close(out.entropy, expected.entropy, rtol=0, atol=0)
+
+
+def test_from_log_probs_reads_nothing_where_the_mask_is_0():
+    case = random_case(ek.EPOConfig(entropy_coeff=0.5))
+    mask = case["mask"]
+    both = [torch.randn(3, 5, **F64), torch.rand(3, 5, **F64)]
+    clean = from_log_probs(case, both)
+    dirty = [torch.where(mask, value, math.nan).requires_grad_() for value in both]
+    out = from_log_probs({**case, "advantages": torch.where(mask, case["advantages"], math.nan)}, dirty)
+    out.loss.backward()
+    assert_close(out.loss, clean.loss, rtol=0, atol=0)
+    for value in dirty:
+        assert value.grad[mask].any()
+        assert not value.grad[~mask].any()
+
+
+def test_from_log_probs_takes_half_precision_and_names_what_is_wrong():
+    case = random_case(ek.EPOConfig(), dtype=torch.float32)
+    log_probs, entropy = torch.randn(3, 5).bfloat16(), torch.rand(3, 5).bfloat16()
+    out = from_log_probs(case, (log_probs, entropy))
+    assert_close(out.loss, from_log_probs(case, (log_probs.float(), entropy.float())).loss, rtol=0, atol=0)
+    for wrong, error, match in (
+        ((case["tokens"], entropy), TypeError, "log_probs must be a floating tensor, got torch.int64"),
+        ((log_probs, None), TypeError, "entropy must be a floating tensor, got NoneType"),
+        ((log_probs, entropy[:, :2]), ValueError, "entropy must have shape"),
+        ((log_probs[..., None], entropy), ValueError, "log_probs must be"),
+    ):
+        with pytest.raises(error, match=match):
+            from_log_probs(case, wrong)
+
+
 # ---- mixed precision ------------------------------------------------------------------------------------------------
 
 
