@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from epo_kernels.train.config import ConfigError, TrainConfig, describe_settings, load_config, preset_names, to_yaml
+from epo_kernels.train.text import printable
 
 if TYPE_CHECKING:
     from epo_kernels.train.trainer import Trainer
@@ -30,7 +33,7 @@ examples:
 
 The folder run_dir receives config.yaml, metrics.jsonl (a line a step), evaluation.json, episodes/ to read,
 checkpoints/global_step_N/actor, tensorboard/ and report.html. An interrupted run goes on where it stopped when the
-same command is given again (resume=auto).
+same command is given again (resume=auto). SIGTERM and Ctrl-C stop it with everything saved; a second one, at once.
 
 settings, with their defaults (presets change some; --print-config tells):
 
@@ -38,7 +41,10 @@ settings, with their defaults (presets change some; --print-config tells):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 the run failed, 2 wrong settings, 130 interrupted."""
+    """Run the command line; returns the exit code.
+
+    0 done, or stopped by SIGTERM with everything saved; 1 the run failed; 2 wrong settings; 130 interrupted by Ctrl-C.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in words or "-h" in words:
         sys.stdout.write(HELP.format(presets=", ".join(preset_names())) + describe_settings() + "\n")
@@ -50,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return _run(config, dry="--dry-run" in flags)
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return _fail(error, 2)
 
 
 def _parse(words: list[str]) -> tuple[TrainConfig, set[str]]:
@@ -72,6 +77,7 @@ def _run(config: TrainConfig, dry: bool) -> int:
 
     from epo_kernels.train.envs import EnvironmentFailure
     from epo_kernels.train.policies.prompts import PromptTooLong
+    from epo_kernels.train.stopping import Stopped, StopRequest
     from epo_kernels.train.tracking import Display
     from epo_kernels.train.trainer import Trainer
 
@@ -79,7 +85,7 @@ def _run(config: TrainConfig, dry: bool) -> int:
     _keep_freed_memory()
     display = Display()
     try:
-        with display, Trainer(config, display, dry) as trainer:
+        with StopRequest() as stop, display, Trainer(config, display, dry, stop) as trainer:
             if dry:
                 display.say(_plan(trainer))
                 return 0
@@ -88,15 +94,25 @@ def _run(config: TrainConfig, dry: bool) -> int:
                 f"{len(trainer.tasks)} training tasks"
             )
             records = trainer.run()
-        display.table([record for record in records if record.when in ("before", "after")])
+        display.table(records)
         display.say(f"report: {trainer.run_dir / 'report.html'}")
         return 0
-    except (EnvironmentFailure, PromptTooLong, RuntimeError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    except Stopped as stopped:
+        display.say(f"{stopped}; the same command goes on from the last checkpoint")
+        return 0 if stopped.signal == signal.SIGTERM else 130
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return _fail(f"{error}; the last checkpoint is whole: make room, then give the same command again", 1)
+        return _fail(error, 1)
+    except (EnvironmentFailure, PromptTooLong, RuntimeError) as error:
+        return _fail(error, 1)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
-        return 130
+        return _fail("interrupted at once; the same command goes on from the last checkpoint", 130)
+
+
+def _fail(reason: object, code: int) -> int:
+    sys.stderr.write(f"error: {printable(str(reason))}\n")
+    return code
 
 
 def _plan(trainer: Trainer) -> str:

@@ -1,40 +1,70 @@
 """Checkpoints: `global_step_N/actor` as save_pretrained writes it, beside the trainer's state. Whole or not there."""
 
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from epo_kernels.train.config import ConfigError, TrainConfig, differences
+from epo_kernels.train.config import ConfigError, TrainConfig, differences, only_rounding
 from epo_kernels.train.policies.policy import Policy
 
 _NAME = re.compile(r"global_step_(\d+)")
+_UNFINISHED = ".writing_"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written. The message says what is still whole, and how to go on."""
 
 
 def save_checkpoint(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder`/global_step_N under another name, rename it, then drop all but the last `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `folder`/global_step_N under another name, rename it, then drop all but the last `keep`.
+
+    A checkpoint of this step that is there already is left as it is.
+
+    Raises:
+        SaveError: nothing was saved, and nothing that was there before is lost.
+    """
     final = folder / f"global_step_{step}"
-    temporary = folder / f".writing_{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    if final.exists():
+        return final
+    temporary = folder / f"{_UNFINISHED}{final.name}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed while it saved
+            shutil.rmtree(left)
         policy.save(temporary / "actor")
         torch.save(state, temporary / "trainer.pt")
         for path in temporary.rglob("*"):
             _flush(path)
-        if final.exists():  # left by a run that was stopped before it could tell
-            shutil.rmtree(final)
         os.rename(temporary, final)
         _flush(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise SaveError(_save_failed(folder, step, error)) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in [path for path in list_checkpoints(folder)[:-keep] if path != final]:
         shutil.rmtree(old)
     return final
+
+
+def _save_failed(folder: Path, step: int, error: Exception) -> str:
+    present = list_checkpoints(folder)
+    reason = " ".join(str(error).split()) or type(error).__name__
+    size = sum(path.stat().st_size for path in present[-1].rglob("*") if path.is_file()) if present else 0
+    rest = (
+        f"{present[-1]} is whole. Make room (a checkpoint takes {size / 1e6:,.0f} MB, and one more than "
+        "checkpoint.keep must fit), then give the same command again"
+        if present
+        else "there is no earlier one. Make room, or choose a run_dir on another disk, and begin again"
+    )
+    return f"the checkpoint of step {step} could not be written to {folder} ({reason}); {rest}"
 
 
 def drop_later_checkpoints(folder: Path, step: int) -> None:
@@ -46,7 +76,7 @@ def drop_later_checkpoints(folder: Path, step: int) -> None:
 
 def clear_run(run_dir: Path) -> None:
     """Remove the records of a run that left no checkpoint to go on from: they aren't those of the run that begins."""
-    for name in ("metrics.jsonl", "evaluation.json", "report.html"):
+    for name in ("metrics.jsonl", "evaluation.json", "versions.json", "report.html"):
         (run_dir / name).unlink(missing_ok=True)
     for name in ("episodes", "reference", "tensorboard"):
         if (run_dir / name).is_dir():
@@ -68,15 +98,26 @@ def step_of(checkpoint: Path) -> int:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state, as plain tensors and numbers: nothing in the file can run code."""
-    return torch.load(checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
+    """The trainer's state, as plain tensors and numbers: nothing in the file can run code.
+
+    Raises:
+        ConfigError: the file holds something else, or is damaged.
+    """
+    path = checkpoint / "trainer.pt"
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ConfigError(
+            f"{path} is not read, since it is damaged or holds more than plain tensors and numbers (weights_only): "
+            f"{' '.join(str(error).split())[:200]}; go on from another checkpoint with resume=FOLDER"
+        ) from error
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from, by `resume`.
 
     Raises:
-        ConfigError: nothing at the path given; or resume=never and the folder holds a run.
+        ConfigError: nothing at the path given; or the run folder holds a run that this one would be mixed with.
     """
     run_dir = Path(config.run_dir)
     if config.resume == "never":
@@ -92,18 +133,28 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
             f"resume must be auto, never or the folder of a checkpoint (global_step_N); {path} has no trainer.pt"
         )
     step_of(path)
+    is_foreign = path.resolve().parent != (run_dir / "checkpoints").resolve()
+    if is_foreign and (run_dir / "config.yaml").exists():
+        raise ConfigError(
+            f"resume={path} is another run's checkpoint, but {run_dir} holds a run already and their records would "
+            "mix; choose another run_dir, or go on with the run that is there by resume=auto"
+        )
     return path
 
 
-def refuse_differences(saved: str, config: TrainConfig) -> None:
-    """Raises ConfigError where the run to go on with had other settings."""
+def refuse_differences(saved: str, config: TrainConfig) -> list[str]:
+    """Names of settings that differ and round otherwise, but compute the same (they may be changed).
+
+    Raises:
+        ConfigError: the run to go on with had other settings, as a table.
+    """
     changed = differences(saved, config)
-    if changed:
-        raise ConfigError(
-            "the run to resume had other settings: "
-            + ", ".join(f"{name}={old} (now {new})" for name, (old, new) in changed.items())
-            + "; restore them, or choose another run_dir"
-        )
+    if only_rounding(changed):
+        return list(changed)
+    rows = [("setting", "saved", "now"), *((name, str(old), str(new)) for name, (old, new) in changed.items())]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    table = "\n".join(f"  {name:<{widths[0]}}  {old:<{widths[1]}}  {new}" for name, old, new in rows)
+    raise ConfigError(f"the run to resume had other settings; restore them, or choose another run_dir\n{table}")
 
 
 def rng_state() -> dict[str, Any]:

@@ -115,6 +115,7 @@ class LossConfig:
     history_window: int | None = None  # steps that count; None: all
     history_includes_current: bool = True  # False: the band knows earlier steps alone (the paper's second version)
     phase_schedule: str = "paper"  # weight of the penalty over the steps: constant | paper | official
+    phase_horizon: int | None = None  # steps it spans; null: the run's. The published code's official one has 150
 
 
 @dataclass
@@ -130,6 +131,7 @@ class OptimConfig:
     minibatches: int = 1  # optimiser updates a pass over them
     minibatch_size: int = 0  # samples an update, in verl ppo_mini_batch_size; 0: minibatches decides
     micro_batch_tokens: int = 8192  # padded tokens in one forward and backward
+    max_skipped_updates: int = 5  # updates in a row without a finite loss and gradient that stop the run
 
 
 @dataclass
@@ -147,6 +149,18 @@ class CheckpointConfig:
 
 
 @dataclass
+class WatchConfig:
+    """Signs that a policy collapses, each a warning with its figure."""
+
+    entropy_low: float = 0.005  # nats a token; below it the policy hardly explores any more
+    entropy_high: float = 4.0  # nats a token; above it the policy writes noise
+    uniform_groups: float = 0.9  # share of groups whose returns are all equal, from which on little is learnt
+    repeated_tokens: float = 0.3  # share of response tokens that repeat what the response held before
+    patience: int = 3  # steps in a row before a warning
+    stop: bool = False  # end the run at the first warning, with a checkpoint
+
+
+@dataclass
 class TrainConfig:
     run_dir: str = "runs/default"  # the folder everything is written to
     seed: int = 0  # of weights, task choice and every draw
@@ -161,6 +175,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 def preset_names() -> list[str]:
@@ -206,18 +221,45 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
     return _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
-NOT_COMPARED = ("run_dir", "resume", "checkpoint.every", "checkpoint.keep")  # may change when a run is resumed
+# What may change when a run is resumed, since it changes nothing that is computed; a name stands for its group too.
+OPERATIONAL = (
+    "run_dir",
+    "resume",
+    "env.step_timeout",
+    "env.start_timeout",
+    "env.max_failures",
+    "env.jvm_memory",
+    "env.cache_dir",
+    "optim.max_skipped_updates",
+    "evaluate",
+    "checkpoint",
+    "watch",
+)
+# What may change too, since memory or the machine may demand it, but changes how things are batched or summed: the
+# same draws and the same mathematics, rounded otherwise.
+ROUNDING = ("rollout.environments", "rollout.cohorts", "optim.micro_batch_tokens", "model.device", "model.threads")
 
 
 def differences(saved: str, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from a saved config.yaml, {"a.b": (saved, now)}, but for those that may change."""
+    """Settings that differ from a saved config.yaml, {"a.b": (saved, now)}, but for the OPERATIONAL ones.
+
+    A setting that the file lacks, because it is newer, had its default.
+    """
     before, now = _flatten(OmegaConf.to_container(OmegaConf.create(saved))), flatten(config)
-    names = [*now, *(name for name in before if name not in now)]
+    before = flatten(TrainConfig()) | before
     return {
-        name: (before.get(name), now.get(name))
-        for name in names
-        if name not in NOT_COMPARED and before.get(name) != now.get(name)
+        name: (before[name], now.get(name))
+        for name in before
+        if not _is_among(name, OPERATIONAL) and before[name] != now.get(name)
     }
+
+
+def only_rounding(changed: dict[str, tuple[Any, Any]]) -> bool:
+    return all(_is_among(name, ROUNDING) for name in changed)
+
+
+def _is_among(name: str, listed: tuple[str, ...]) -> bool:
+    return any(name == entry or name.startswith(f"{entry}.") for entry in listed)
 
 
 def describe_settings() -> str:
@@ -296,6 +338,9 @@ def check(config: TrainConfig) -> None:
         "model.warm_start.batch_size": config.model.warm_start.batch_size,
         "evaluate.episodes": evaluate.episodes,  # for no evaluation: evaluate.panels=[]
         "checkpoint.keep": config.checkpoint.keep,
+        "env.max_failures": config.env.max_failures,
+        "optim.max_skipped_updates": optim.max_skipped_updates,
+        "watch.patience": config.watch.patience,
     }
     not_negative = {
         "seed": config.seed,
@@ -320,7 +365,13 @@ def check(config: TrainConfig) -> None:
         _that(value >= 1, f"{name} must be at least 1, got {value}")
     for name, number in not_negative.items():
         _that(number >= 0, f"{name} must be at least 0, got {number}")
-    for name, ratio in {"optim.min_lr_ratio": optim.min_lr_ratio, "optim.warmup_ratio": optim.warmup_ratio}.items():
+    ratios = {
+        "optim.min_lr_ratio": optim.min_lr_ratio,
+        "optim.warmup_ratio": optim.warmup_ratio,
+        "watch.uniform_groups": config.watch.uniform_groups,
+        "watch.repeated_tokens": config.watch.repeated_tokens,
+    }
+    for name, ratio in ratios.items():
         _that(0 <= ratio <= 1, f"{name} must be in [0, 1], got {ratio}")
     for name, discount in {"algorithm.gamma": algorithm.gamma, "algorithm.lam": algorithm.lam}.items():
         _that(0 <= discount <= 1, f"{name} must be in [0, 1], got {discount}")
@@ -379,6 +430,15 @@ def _check_combinations(config: TrainConfig) -> None:
     _that(
         loss.history_window is None or loss.history_window >= 1,
         f"loss.history_window must be at least 1 or null, got {loss.history_window}",
+    )
+    _that(
+        loss.phase_horizon is None or loss.phase_horizon >= 1,
+        f"loss.phase_horizon must be at least 1 or null, got {loss.phase_horizon}",
+    )
+    _that(
+        config.watch.entropy_low < config.watch.entropy_high,
+        "watch.entropy_low must be below watch.entropy_high, got "
+        f"{config.watch.entropy_low} and {config.watch.entropy_high}",
     )
     _that(
         loss.penalty == "none" or loss.entropy_coeff != 0,

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from epo_kernels.train.data import Draw, Episode
-from epo_kernels.train.envs import Task
+from epo_kernels.train.envs import EnvironmentFailure, Task
 
 Z_95 = 1.959963984540054
 
@@ -28,6 +29,8 @@ class Record:
     official_success: float  # share of the published code's "done and score > 0"
     mean_turns: float
     failed: int  # episodes lost to environment failures, not counted above
+    scores: list[float | None] = field(default_factory=list)  # of the panel's tasks in their order; None: failed
+    successes: list[bool | None] = field(default_factory=list)
 
     def sentence(self) -> str:
         return (
@@ -35,6 +38,61 @@ class Record:
             f"({self.success_low:.1%} to {self.success_high:.1%}), mean score {self.mean_score:.1f}, "
             f"official success {self.official_success:.1%}, {self.episodes} episodes of {self.mean_turns:.1f} turns"
         )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Before against after on the same tasks: the mean difference and its paired 95 % bootstrap interval."""
+
+    panel: str
+    decoding: str
+    episodes: int  # played at both moments
+    success: tuple[float, float, float]  # difference of the shares, low, high
+    score: tuple[float, float, float]  # difference of the mean scores (0..100), low, high
+
+    def sentence(self) -> str:
+        difference, low, high = (100 * value for value in self.success)
+        return (
+            f"{self.panel}, {self.decoding}: success {difference:+.1f} points, paired 95 % interval {low:+.1f} to "
+            f"{high:+.1f} over {self.episodes} episodes: {verdict(self.success)}"
+        )
+
+
+def verdict(interval: tuple[float, float, float]) -> str:
+    """In words, whether a difference (difference, low, high) is shown."""
+    _, low, high = interval
+    if low <= 0 <= high:
+        return "the interval holds 0, so no change is shown"
+    return "a rise" if low > 0 else "a fall"
+
+
+def compare(records: Sequence[Record]) -> list[Comparison]:
+    """Before against after, for each panel and decoding that has both; episodes lost at either moment are left out."""
+    by_place = {(record.panel, record.decoding, record.when): record for record in records}
+    comparisons = []
+    for (panel, decoding, when), before in by_place.items():
+        after = by_place.get((panel, decoding, "after"))
+        if when != "before" or after is None:
+            continue
+        # The panel is the first tasks of a split: where evaluate.episodes changed, the shorter one is compared.
+        both = zip(before.successes, after.successes, strict=False)
+        tasks = [index for index, outcomes in enumerate(both) if None not in outcomes]
+        if tasks:
+            comparisons.append(_comparison(panel, decoding, before, after, tasks))
+    return comparisons
+
+
+def _comparison(panel: str, decoding: str, before: Record, after: Record, tasks: list[int]) -> Comparison:
+    def column(values: list[Any]) -> list[float]:
+        return [float(values[index]) for index in tasks]
+
+    return Comparison(
+        panel,
+        decoding,
+        len(tasks),
+        paired_interval(column(before.successes), column(after.successes)),
+        paired_interval(column(before.scores), column(after.scores)),
+    )
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -103,11 +161,11 @@ def panel_starts(tasks: Sequence[Task], panel: str, decodings: Sequence[str], se
 
 
 def summarize(episodes: Sequence[Episode], when: str, step: int, panel: str, decoding: str) -> Record:
-    """Raises RuntimeError where every episode failed: there is nothing to report."""
+    """Raises EnvironmentFailure where every episode failed: there is nothing to report."""
     played = [episode for episode in episodes if not episode.failed]
     if not played:
         reason = episodes[0].finish if episodes else "the panel is empty"
-        raise RuntimeError(f"evaluation {when} on {panel}: no episode could be played; the first: {reason}")
+        raise EnvironmentFailure(f"evaluation {when} on {panel}: no episode could be played; the first: {reason}")
     successes = sum(episode.success for episode in played)
     low, high = wilson(successes, len(played))
     return Record(
@@ -123,6 +181,8 @@ def summarize(episodes: Sequence[Episode], when: str, step: int, panel: str, dec
         official_success=_mean([float(episode.official_success) for episode in played]),
         mean_turns=_mean([float(len(episode.turns)) for episode in played]),
         failed=len(episodes) - len(played),
+        scores=[None if episode.failed else episode.score for episode in episodes],
+        successes=[None if episode.failed else episode.success for episode in episodes],
     )
 
 

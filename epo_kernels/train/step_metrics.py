@@ -1,5 +1,6 @@
 """What a training step tells of itself, under the names people know from verl and verl-agent."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor
 
 import epo_kernels as ek
-from epo_kernels.train.advantages import GroupAdvantages
-from epo_kernels.train.data import Episode, Sample
+from epo_kernels.train.data import ENVIRONMENT, Episode, Sample
 from epo_kernels.train.tracking import Value
+from epo_kernels.train.watch import repeated_share
 
 
 def entropy_metrics(turns: Tensor, entropy: Tensor, history: ek.EntropyHistory) -> dict[str, Value]:
@@ -23,9 +24,14 @@ def entropy_metrics(turns: Tensor, entropy: Tensor, history: ek.EntropyHistory) 
     }
 
 
-def episode_metrics(
-    episodes: Sequence[Episode], played: Sequence[Episode], advantages: GroupAdvantages
-) -> dict[str, Value]:
+def sampled_entropy(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """(turns, entropies) of all tokens that the policy wrote, (N,) each."""
+    turns = torch.cat([torch.tensor(sample.turns)[sample.mask] for sample in samples])
+    return turns, torch.cat([sample.entropy[sample.mask] for sample in samples if sample.entropy is not None])
+
+
+def episode_metrics(episodes: Sequence[Episode], played: Sequence[Episode]) -> dict[str, Value]:
+    """Of all that were played, whether or not they are learned from."""
     rewards = [episode.total_reward for episode in played]
     lengths = [len(episode.turns) for episode in played]
     turns = [turn for episode in played for turn in episode.turns]
@@ -34,9 +40,6 @@ def episode_metrics(
         "critic/rewards/max": max(rewards),
         "critic/rewards/min": min(rewards),
         "critic/score/mean": _mean([episode.score for episode in played]),
-        "critic/advantages/mean": float(advantages.values.mean()),
-        "critic/advantages/max": float(advantages.values.max()),
-        "critic/advantages/min": float(advantages.values.min()),
         "episode/reward/mean": _mean(rewards),
         "episode/reward/max": max(rewards),
         "episode/reward/min": min(rewards),
@@ -46,27 +49,31 @@ def episode_metrics(
         "episode/length/mean": _mean(lengths),
         "episode/valid_action_ratio": _mean([turn.valid for turn in turns]),
         "episode/failed": len(episodes) - len(played),
-        "episode/groups_without_variance": advantages.uniform_groups,
-        "episode/groups": advantages.groups,
     }
 
 
-def token_metrics(played: Sequence[Episode], samples: Sequence[Sample], limit: int) -> dict[str, Value]:
-    responses = [len(sample.response_ids) for sample in samples]
+def token_metrics(samples: Sequence[Sample], limit: int) -> dict[str, Value]:
+    """Of the samples learned from; response lengths are those of turns."""
+    responses = [count for sample in samples for count in _turn_lengths(sample)]
     prompts = [len(sample.prompt_ids) for sample in samples]
-    sampled = torch.tensor([p for episode in played for turn in episode.turns for p in turn.log_probs])
-    scored = torch.cat([sample.old_log_probs for sample in samples if sample.old_log_probs is not None])
+    sampled = torch.cat([s.rollout_log_probs[s.mask] for s in samples if s.rollout_log_probs is not None])
+    scored = torch.cat([s.old_log_probs[s.mask] for s in samples if s.old_log_probs is not None])
     gap = (sampled.exp() - scored.exp()).abs()
     return {
         "response_length/mean": _mean(responses),
         "response_length/max": max(responses),
         "response_length/clip_ratio": _mean([length >= limit for length in responses]),
+        "response/repeated_token_share": repeated_share([sample.response_ids for sample in samples]),
         "prompt_length/mean": _mean(prompts),
         "prompt_length/max": max(prompts),
         "training/rollout_probs_diff_mean": float(gap.mean()),
         "training/rollout_probs_diff_max": float(gap.max()),
-        "perf/total_num_tokens": sum(prompts) + sum(responses),
+        "perf/total_num_tokens": sum(sample.length for sample in samples),
     }
+
+
+def _turn_lengths(sample: Sample) -> list[int]:
+    return [count for turn, count in Counter(sample.turns).items() if turn != ENVIRONMENT]
 
 
 def _list(values: Tensor) -> list[float | None]:

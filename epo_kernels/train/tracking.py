@@ -3,20 +3,25 @@
 import json
 import math
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
+import epo_kernels as ek
 from epo_kernels.train.data import Episode
-from epo_kernels.train.evaluate import Record
+from epo_kernels.train.evaluate import Record, compare
+from epo_kernels.train.text import printable
 
 PLAIN_WIDTH = 120  # of tables in a log
 
@@ -35,10 +40,26 @@ def read_evaluation(run_dir: Path) -> list[Record]:
     return [Record(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
 
 
+def read_episodes(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """What `Tracker.save_episodes` kept under that name, as plain data; [] where nothing was kept."""
+    path = run_dir / "episodes" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="ascii").split("\n")[:-1]] if path.exists() else []
+
+
+def read_versions(run_dir: Path) -> list[dict[str, Any]]:
+    """What the run was made with: an entry for each process that worked on it."""
+    path = run_dir / "versions.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".writing_{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class Tracker:
@@ -56,6 +77,10 @@ class Tracker:
         (run_dir / "episodes").mkdir(exist_ok=True)
         lines = [entry for entry in read_metrics(run_dir) if entry["training/global_step"] <= step]
         write_atomically(run_dir / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in lines))
+        versions = [entry for entry in read_versions(run_dir) if entry["from_step"] <= step]
+        write_atomically(
+            run_dir / "versions.json", json.dumps([*versions, {"from_step": step, **_versions()}], indent=1) + "\n"
+        )
         self._records = [record for record in read_evaluation(run_dir) if record.step <= step]
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
@@ -74,6 +99,7 @@ class Tracker:
         }
         self._metrics.write(json.dumps({"training/global_step": step, **line}, allow_nan=False) + "\n")
         self._metrics.flush()
+        os.fsync(self._metrics.fileno())  # before the checkpoint that counts on it
         for name, value in metrics.items():
             for key, number in _scalars(name, value):
                 self._board.add_scalar(key, number, step)
@@ -90,8 +116,11 @@ class Tracker:
         self._board.flush()
 
     def save_episodes(self, name: str, episodes: Sequence[Episode]) -> None:
+        """`episodes`/name.txt to read, and name.jsonl with the same as data. `name` comes from the program alone."""
+        folder = self._run_dir / "episodes"
         text = "\n\n".join(episode_text(episode) for episode in episodes)
-        write_atomically(self._run_dir / "episodes" / f"{name}.txt", text + "\n")
+        write_atomically(folder / f"{name}.txt", text + "\n")
+        write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(_plain(e)) + "\n" for e in episodes))
 
     def close(self) -> None:
         self._metrics.close()
@@ -99,7 +128,7 @@ class Tracker:
 
 
 def episode_text(episode: Episode) -> str:
-    """An episode to read: what was seen, done, and earned."""
+    """An episode to read: what was seen, done, and earned; what can't be printed is escaped."""
     outcome = "success" if episode.success else "no success"
     head = f"# {episode.task.name}, variation {episode.task.variation}: score {episode.score:g}, {outcome}"
     lines = [f"{head}, return {episode.total_reward:.3f}, {episode.finish}"]
@@ -108,7 +137,44 @@ def episode_text(episode: Episode) -> str:
     for number, turn in enumerate(episode.turns, 1):
         lines += [part for part in (turn.observation.text, turn.observation.scene) if part]
         lines.append(f"[{number}] > {turn.action}  ({turn.reward:+.3f}{'' if turn.valid else ', not understood'})")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
+
+
+def _plain(episode: Episode) -> dict[str, Any]:
+    return {
+        "task": asdict(episode.task),
+        "seed": episode.seed,
+        "goal": episode.turns[0].observation.goal if episode.turns else "",
+        "score": episode.score,
+        "success": episode.success,
+        "official_success": episode.official_success,
+        "return": episode.total_reward,
+        "finish": episode.finish,
+        "failed": episode.failed,
+        "turns": [
+            {
+                "observation": turn.observation.text,
+                "scene": turn.observation.scene,
+                "action": turn.action,
+                "reward": turn.reward,
+                "valid": turn.valid,
+            }
+            for turn in episode.turns
+        ],
+        "last_answer": episode.turns[-1].result if episode.turns else "",
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for package in ("epo-kernels", "torch", "transformers", "triton", "numpy", "scienceworld"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that this run does without
+    found["backends"] = ", ".join(name for name, hindrance in ek.available_backends().items() if hindrance is None)
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    return found
 
 
 class Display:
@@ -137,22 +203,29 @@ class Display:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text))
+        self.console.print(Text(printable(text)))  # as Text nothing in it is markup
 
     @contextmanager
-    def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Gives a function to call with the amount done so far."""
+    def bar(self, name: str, total: int, check: Callable[[], None] = lambda: None) -> Iterator[Callable[[int], None]]:
+        """Gives a function to call with the amount done so far; it also calls `check`, which may raise."""
         task = self._progress.add_task(name, total=total)
+
+        def update(done: int) -> None:
+            self._progress.update(task, completed=done)
+            check()
+
         try:
-            yield lambda done: self._progress.update(task, completed=done)
+            yield update
         finally:
             self._progress.remove_task(task)
 
     def table(self, records: Sequence[Record]) -> None:
+        """Before and after side by side, then what the paired intervals say of the difference."""
         table = Table(title="Evaluation on the same held-out tasks", title_justify="left")
         for column in ("panel", "decoding", "when", "episodes", "mean score", "success (95 %)", "official success"):
             table.add_column(column, justify="left" if column in ("panel", "decoding", "when") else "right")
-        for record in sorted(records, key=lambda r: (r.panel, r.decoding, r.step)):
+        shown = [record for record in records if record.when in ("before", "after")]
+        for record in sorted(shown, key=lambda r: (r.panel, r.decoding, r.step)):
             table.add_row(
                 record.panel,
                 record.decoding,
@@ -163,6 +236,8 @@ class Display:
                 f"{record.official_success:.1%}",
             )
         self.console.print(table)
+        for comparison in compare(records):
+            self.say(comparison.sentence())
 
 
 def _scalars(name: str, value: Value) -> Iterator[tuple[str, float]]:

@@ -1,18 +1,19 @@
 """The training loop, to be read from top to bottom."""
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 import epo_kernels as ek
 from epo_kernels.history import HistoryScope, HistoryWeighting
-from epo_kernels.train.advantages import grpo_advantages
+from epo_kernels.train.algorithms import assign_advantages, leave_out_truncated
 from epo_kernels.train.checkpoint import (
     clear_run,
     drop_later_checkpoints,
@@ -23,9 +24,11 @@ from epo_kernels.train.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
+from epo_kernels.train.collect import Collector
 from epo_kernels.train.config import ConfigError, TrainConfig, to_yaml
-from epo_kernels.train.data import Draw, Episode, Sample
-from epo_kernels.train.envs import make_suite
+from epo_kernels.train.critic import Critic
+from epo_kernels.train.data import Draw, samples_of
+from epo_kernels.train.envs import EnvironmentFailure, make_suite
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.evaluate import Record, panel_starts, summarize
 from epo_kernels.train.learner import Learner
@@ -33,10 +36,13 @@ from epo_kernels.train.policies.generate import StopRule, TransformersEngine
 from epo_kernels.train.policies.policy import Policy, build_tiny, load_policy
 from epo_kernels.train.policies.prompts import PromptBuilder
 from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
+from epo_kernels.train.post_mortem import NonFiniteError, save_batch
 from epo_kernels.train.report import write_report
 from epo_kernels.train.rollout import Rollout
-from epo_kernels.train.step_metrics import entropy_metrics, episode_metrics, token_metrics
-from epo_kernels.train.tracking import Display, Tracker, Value, write_atomically
+from epo_kernels.train.step_metrics import entropy_metrics, episode_metrics, sampled_entropy, token_metrics
+from epo_kernels.train.stopping import Stopped, StopRequest
+from epo_kernels.train.tracking import Display, Tracker, Value, read_metrics, write_atomically
+from epo_kernels.train.watch import CollapsedError, watched
 
 
 class Trainer:
@@ -46,14 +52,18 @@ class Trainer:
         config: checked.
         display: where progress shows.
         dry: build all parts without training any (no cloning) and write nothing.
+        stop: asked at every move of a bar, and before each step, whether to go on.
 
     Raises:
         ConfigError: the settings don't fit the environment, the model, or the run they are to go on with.
     """
 
-    def __init__(self, config: TrainConfig, display: Display, dry: bool = False) -> None:
+    def __init__(
+        self, config: TrainConfig, display: Display, dry: bool = False, stop: StopRequest | None = None
+    ) -> None:
         self.config = config
         self.display = display
+        self.stop = stop or StopRequest()
         self.run_dir = Path(config.run_dir)
         self.step = 0  # the last one done
         self._resources = ExitStack()
@@ -62,76 +72,110 @@ class Trainer:
             self._resources = stack.pop_all()
 
     def run(self) -> list[Record]:
-        """Train to the last step; returns the evaluation's records."""
+        """Train to the last step; returns the evaluation's records.
+
+        Raises:
+            Stopped: asked for by a signal. This, and what follows, leaves a checkpoint of the last step done.
+            EnvironmentFailure: too many episodes in a row were lost.
+            CollapsedError: a collapse warning, under watch.stop.
+            RuntimeError: too many updates in a row without a finite gradient (the batch is in run_dir/nonfinite), or a
+                checkpoint could not be written. The last checkpoint is whole.
+        """
+        try:
+            self._run()
+        except (Stopped, EnvironmentFailure, CollapsedError):
+            # Raised where no step is half done: the state in memory is that of the last one.
+            self._save()
+            write_report(self.run_dir)
+            raise
+        except NonFiniteError as error:
+            folder = save_batch(self.run_dir / "nonfinite" / f"step_{self.step + 1:05d}", error)
+            write_report(self.run_dir)
+            raise RuntimeError(
+                f"step {self.step + 1}: {error}. The last one's batch is in {folder}; the last checkpoint is whole"
+            ) from error
+        write_report(self.run_dir)
+        return self.tracker.records
+
+    def _run(self) -> None:
         config = self.config
         if self.step == 0:
             self._evaluate("before", 0)
+        self._evaluate_if_due(self.step)
         for step in range(self.step + 1, config.steps + 1):
+            self.stop.check()
             metrics = self._train_step(step)
             self.step = step
-            if config.evaluate.every and step % config.evaluate.every == 0 and step < config.steps:
-                metrics["timing_s/testing"] = self._evaluate(f"step {step}", step)
             self.tracker.log(step, metrics)
             self.display.say(_line(step, config.steps, metrics))
+            self._watch(step, metrics)
+            self._evaluate_if_due(step)
             if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._save()
                 write_report(self.run_dir)
         if config.steps:
             self._evaluate("after", config.steps)
-        write_report(self.run_dir)
-        return self.tracker.records
+
+    def _evaluate_if_due(self, step: int) -> None:
+        every = self.config.evaluate.every
+        if step and every and step % every == 0 and step < self.config.steps:
+            self._evaluate(f"step {step}", step)
+
+    def _watch(self, step: int, metrics: Mapping[str, Value]) -> None:
+        for alarm in (alarms := self.watch.observe(step, metrics)):
+            self.display.say(f"warning: step {step}: {alarm.text}")
+        if alarms and self.config.watch.stop:
+            raise CollapsedError(f"stopped at step {step}, as watch.stop asks: {alarms[0].text}")
+
+    def _bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar whose every move is a moment at which the run can be stopped."""
+        return self.display.bar(name, total, self.stop.check)
 
     def _train_step(self, step: int) -> dict[str, Value]:
         """Rollout, old log-probs and entropies, history, advantages, update."""
         config, history = self.config, self.history
         seconds: dict[str, float] = {}
         with _timed(seconds, "step"):
-            with _timed(seconds, "gen"), self.display.bar(f"step {step}", config.algorithm.groups * self._size) as bar:
-                episodes = self._episodes(step)
-                self.rollout.play(episodes, bar)
-            seconds |= {f"gen_{name}": spent for name, spent in self.rollout.seconds.items()}
+            with _timed(seconds, "gen"):
+                collected = self.collector.collect(step, lambda total: self._bar(f"step {step}", total))
+            seconds |= {f"gen_{name}": spent for name, spent in collected.seconds.items()}
             self._prefetch(step + 1)
-            played = [episode for episode in episodes if not episode.failed]
-            if not played:
-                raise RuntimeError(f"step {step}: no episode could be played; the first: {episodes[0].finish}")
 
-            samples = [
-                Sample(turn.prompt_ids, turn.response_ids, number)
-                for episode in played
-                for number, turn in enumerate(episode.turns)
-            ]
+            samples = samples_of(collected.kept, config.rollout.layout)
             with _timed(seconds, "old_log_prob"):
-                entropies = self.learner.score(samples)
+                self.learner.score(samples)
+            if self.critic:
+                with _timed(seconds, "values"):
+                    self.critic.score(samples)
 
-            turns = torch.cat([torch.full((len(s.response_ids),), s.turn) for s in samples])
-            entropy = torch.cat(entropies)
+            turns, entropy = sampled_entropy(samples)
             history.update(turns, entropy, torch.ones_like(turns))
             if config.loss.history_includes_current:
                 self._commit_history(step)
 
-            advantages = grpo_advantages(
-                torch.tensor([episode.total_reward for episode in played]),
-                torch.tensor([episode.group for episode in played]),
-                config.algorithm.normalize_std,
-            )
-            spread = [a for a, e in zip(advantages.values.tolist(), played, strict=True) for _ in e.turns]
-            for sample, advantage in zip(samples, spread, strict=True):
-                sample.advantage = advantage
+            learned = assign_advantages(collected.kept, samples, config.algorithm, config.loss.kl_type)
+            if config.algorithm.mask_truncated:
+                samples = leave_out_truncated(samples, config.rollout.max_response_tokens)
 
-            phase_weight = ek.phase_weight(step - 1, config.steps, config.loss.phase_schedule)
-            with _timed(seconds, "update_actor"):
-                updated = self.learner.update(
-                    samples, history, phase_weight, seed=(config.seed, Draw.MINIBATCHES, step)
-                )
+            seed = (config.seed, Draw.MINIBATCHES, step)
+            if self.critic:
+                with _timed(seconds, "update_critic"):
+                    learned |= self.critic.update(samples, seed)
+            horizon = config.loss.phase_horizon or config.steps
+            phase_weight = ek.phase_weight(step - 1, horizon, config.loss.phase_schedule)
+            if not self.critic or step > config.critic.warmup_steps:
+                with _timed(seconds, "update_actor"):
+                    learned |= self.learner.update(samples, history, phase_weight, seed)
             if not config.loss.history_includes_current:
                 self._commit_history(step)
-        self.tracker.save_episodes(f"train_step_{step:05d}", episodes[: self._size])
+        self.tracker.save_episodes(f"train_step_{step:05d}", collected.episodes[: config.algorithm.group_size])
         return {
-            **updated,
+            **learned,
             **entropy_metrics(turns, entropy, history),
             "epo/phase_weight": phase_weight,
-            **episode_metrics(episodes, played, advantages),
-            **token_metrics(played, samples, config.rollout.max_response_tokens),
+            **episode_metrics(collected.episodes, collected.played),
+            **collected.metrics(),
+            **token_metrics(samples, config.rollout.max_response_tokens),
             "perf/throughput": sum(s.length for s in samples) / seconds["step"],
             **{f"timing_s/{name}": spent for name, spent in seconds.items()},
         }
@@ -142,31 +186,14 @@ class Trainer:
         except ValueError as error:
             raise RuntimeError(f"step {step}: {error}; the last checkpoint is whole") from error
 
-    def _episodes(self, step: int) -> list[Episode]:
-        """A step's episodes, not yet played: tasks by lot, `group_size` episodes of each."""
-        config = self.config
-        generator = np.random.default_rng([config.seed, Draw.TASKS, step])
-        groups = config.algorithm.groups
-        chosen = generator.choice(len(self.tasks), groups, replace=groups > len(self.tasks))
-        return [
-            Episode(self.tasks[task], group, (config.seed, Draw.EPISODE, step, group * self._size + member))
-            for group, task in enumerate(chosen)
-            for member in range(self._size)
-        ]
-
-    @property
-    def _size(self) -> int:
-        return self.config.algorithm.group_size
-
     def _prefetch(self, step: int) -> None:
         """Environments reset while the model updates, unless an evaluation needs them first."""
         every = self.config.evaluate.every
         if step <= self.config.steps and not (every and (step - 1) % every == 0):
-            self.rollout.prefetch(self._episodes(step))
+            self.rollout.prefetch(self.collector.draw(step))
 
-    def _evaluate(self, when: str, step: int) -> float:
-        """Play what isn't on record yet of this moment; returns the seconds it took."""
-        start = time.perf_counter()
+    def _evaluate(self, when: str, step: int) -> None:
+        """Play what isn't on record yet of this moment."""
         config = self.config.evaluate
         present = {(record.when, record.panel, record.decoding) for record in self.tracker.records}
         for panel, tasks in self.panels.items():
@@ -174,7 +201,7 @@ class Trainer:
             if not missing:
                 continue
             episodes = panel_starts(tasks, panel, missing, self.config.seed)
-            with self.display.bar(f"evaluation {when}", len(episodes)) as bar:
+            with self._bar(f"evaluation {when}", len(episodes)) as bar:
                 self.rollout.play(episodes, bar)
             records = []
             for index, decoding in enumerate(missing):
@@ -183,13 +210,13 @@ class Trainer:
                 self.tracker.save_episodes(f"{when.replace(' ', '_')}_{panel}_{decoding}", own)
                 self.display.say(records[-1].sentence())
             self.tracker.log_evaluation(records)
-        return time.perf_counter() - start
 
     def _save(self) -> None:
         state = {
             "step": self.step,
             "config": to_yaml(self.config),
             "learner": self.learner.state_dict(),
+            "critic": self.critic.state_dict() if self.critic else None,
             "history": self.history.state_dict(),
             "rng": rng_state(),
         }
@@ -201,10 +228,16 @@ class Trainer:
             torch.set_num_threads(config.model.threads)
         checkpoint = find_checkpoint(config)
         state = load_state(checkpoint) if checkpoint else None
-        if state is not None:
-            refuse_differences(state["config"], config)
+        if state is not None and (changed := refuse_differences(state["config"], config)):
+            self.display.say(
+                f"warning: {', '.join(changed)} changed: the same draws are rounded otherwise, so later steps differ "
+                "from those of a run never stopped"
+            )
+        environment = config.env
+        if dry:  # a demonstration would be kept in the cache: make it for this once
+            environment = replace(environment, cache_dir=stack.enter_context(TemporaryDirectory()))
         try:
-            self.suite = make_suite(config.env)
+            self.suite = make_suite(environment)
         except (ImportError, ValueError) as error:
             raise ConfigError(str(error)) from error
         stack.callback(self.suite.close)
@@ -219,6 +252,7 @@ class Trainer:
             rollout.environments,
             step_timeout=config.env.step_timeout,
             start_timeout=config.env.start_timeout,
+            max_failures=config.env.max_failures,
         )
         stack.callback(self.pool.close)
         stop = StopRule(self.policy.tokenizer, self.policy.end_ids, rollout.response_format)
@@ -233,6 +267,7 @@ class Trainer:
             cohorts=rollout.cohorts,
             response_format=rollout.response_format,
         )
+        self.collector = Collector(self.tasks, self.rollout, config)
         loss = config.loss
         self.history = ek.EntropyHistory(
             self.suite.max_turns,
@@ -245,17 +280,20 @@ class Trainer:
         if not dry and state is not None:
             drop_later_checkpoints(self.run_dir / "checkpoints", state["step"])
         self.learner = Learner(self.policy, self._reference(checkpoint, dry), config)
+        self.critic = Critic(self.policy, config) if config.algorithm.name == "ppo" else None
         if state is not None:
             self.step = state["step"]
             self.learner.load_state_dict(state["learner"])
+            if self.critic:
+                self.critic.load_state_dict(state["critic"])
             self.history.load_state_dict(state["history"])
             set_rng_state(state["rng"])
         if not dry:
+            self._save()  # the start is frozen: a run killed from here on goes on from the same weights
             self.tracker = Tracker(self.run_dir, self.step)
             stack.callback(self.tracker.close)
+            self.watch, _ = watched(read_metrics(self.run_dir), config.watch)
             write_atomically(self.run_dir / "config.yaml", to_yaml(config))
-            if checkpoint is None:
-                self._save()  # the start is frozen: a run killed from here on goes on from the same weights
 
     def _first_policy(self, dry: bool) -> Policy:
         """The policy before RL: loaded or made, and cloned from demonstrations where asked for."""
@@ -270,7 +308,7 @@ class Trainer:
             samples = cloning_samples(
                 demonstrations, policy, self._prompts(policy), self.config.rollout.max_response_tokens
             )
-            with self.display.bar("cloning", warm_start.epochs) as bar:
+            with self._bar("cloning", warm_start.epochs) as bar:
                 losses = clone(policy, samples, warm_start, seed, bar)
             self.display.say(
                 f"cloned {len(samples)} turns for {warm_start.epochs} epochs: loss {losses[0]:.3f} to {losses[-1]:.3f}"
@@ -289,7 +327,7 @@ class Trainer:
 
     def _reference(self, checkpoint: Path | None, dry: bool) -> PreTrainedModel | None:
         """The frozen starting policy, for the KL term; kept in the run's folder."""
-        if not self.config.loss.kl_coeff or dry:
+        if dry or not (self.config.loss.kl_coeff or self.config.algorithm.kl_reward_coeff):
             return None
         folder = self.run_dir / "reference"
         if checkpoint is None:
@@ -312,7 +350,7 @@ class Trainer:
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - start
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def _line(step: int, steps: int, metrics: dict[str, Value]) -> str:

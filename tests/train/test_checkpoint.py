@@ -3,6 +3,7 @@ import torch
 
 import epo_kernels.train.checkpoint as checkpoint_module
 from epo_kernels.train.checkpoint import (
+    SaveError,
     clear_run,
     drop_later_checkpoints,
     list_checkpoints,
@@ -65,7 +66,7 @@ def test_a_failed_save_leaves_the_old_ones_whole(cloned, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_module.torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SaveError, match=r"No space left.*global_step_1 is whole\. Make room"):
         save_checkpoint(tmp_path, 2, cloned, {"step": 2}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["global_step_1"]
     assert load_state(tmp_path / "global_step_1") == {"step": 1}

@@ -46,6 +46,7 @@ def test_a_run_leaves_what_it_promises(whole_run):
         "config.yaml",
         "metrics.jsonl",
         "evaluation.json",
+        "versions.json",
         "episodes",
         "checkpoints",
         "reference",
@@ -142,9 +143,7 @@ def test_a_finished_run_has_nothing_left_to_do(whole_run, capsys):
 
 def test_resuming_with_other_settings_is_refused(whole_run, capsys):
     assert train(f"run_dir={whole_run}", "steps=4", "evaluate.every=2", "loss.kl_coeff=0.01", "optim.lr=0.5") == 2
-    error = capsys.readouterr().err
-    assert "optim.lr=0.0003 (now 0.5)" in error
-    assert error.count("\n") == 1
+    assert capsys.readouterr().err.splitlines()[1:] == ["  setting   saved   now", "  optim.lr  0.0003  0.5"]
 
 
 def test_where_a_run_begins(whole_run, tmp_path):

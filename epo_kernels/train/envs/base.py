@@ -108,6 +108,7 @@ class EnvConfig:
     max_turns: int | None = None  # actions an episode; None: the suite's default
     step_timeout: float = 30.0  # seconds an action may take before its environment is replaced
     start_timeout: float = 120.0  # seconds a reset may take, the start of a JVM included
+    max_failures: int = 100  # episodes in a row lost to dead or hung environments that stop the run
     simplification: str = "easy"  # scienceworld: comma-separated, "" for none
     tick_limit: int = 100  # scienceworld: simulated moves that end an episode; 100 is the published limit
     progress_reward: float = 0.1  # scienceworld: share of the return that pays for partial score, 0..1

@@ -22,6 +22,8 @@ from scienceworld.constants import BASEPATH, JAR_PATH
 
 from epo_kernels.train.envs.base import EnvironmentFailure
 
+_OUT_OF_MEMORY = 3  # what a JVM ends with under -XX:+ExitOnOutOfMemoryError
+
 
 def _runs(java: Path) -> bool:
     try:
@@ -109,10 +111,12 @@ class Simulator:
     """
 
     def __init__(self, memory: str, timeout: float, start_timeout: float) -> None:
+        self._memory = memory
         self._timeout = timeout
         classpath = os.pathsep.join((find_jar_path(), JAR_PATH))
         # A small heap that grows when it must: less than half the memory of Java's default, and as fast.
-        options = [f"-Xmx{memory}", "-Xms24m", "-Xmn12m", "-XX:+UseSerialGC", "-classpath", classpath]
+        options = [f"-Xmx{memory}", "-Xms24m", "-Xmn12m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
+        options += ["-classpath", classpath]
         with tempfile.TemporaryFile() as errors:
             self.process = subprocess.Popen(
                 [find_java(), *options, "py4j.GatewayServer", "--die-on-broken-pipe", "--enable-auth", "0"],
@@ -178,12 +182,17 @@ class Simulator:
                 "if it was only slow, raise env.step_timeout or lower the number of environments"
             )
         try:
-            ended = f"ended with code {self.process.wait(timeout=1)}"
+            code = self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            ended = "doesn't answer"
+            return f"a ScienceWorld JVM (process {self.process.pid}) doesn't answer: {error}"
+        if code == _OUT_OF_MEMORY:
+            return (
+                f"a ScienceWorld JVM (process {self.process.pid}) ran out of its {self._memory} of memory; "
+                "raise env.jvm_memory"
+            )
         return (
-            f"a ScienceWorld JVM (process {self.process.pid}) {ended}; "
-            "if it was killed for memory, lower env.jvm_memory or the number of environments"
+            f"a ScienceWorld JVM (process {self.process.pid}) ended with code {code}; "
+            "if it was killed for memory, lower env.jvm_memory or rollout.environments"
         )
 
     def close(self) -> None:

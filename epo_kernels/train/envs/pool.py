@@ -36,6 +36,7 @@ class _Worker:
         self._unfinished: deque[_Job] = deque()
         self._deadline = math.inf
         self.broken = False
+        self.failure: EnvironmentFailure | None = None  # what broke it
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
@@ -67,6 +68,7 @@ class _Worker:
             if self.broken:
                 return None
             self.broken = True
+            self.failure = failure
             unfinished, self._unfinished = self._unfinished, deque()
             environment = self._environment
         self._queue.put(None)
@@ -121,11 +123,20 @@ class EnvironmentPool:
         size: number of slots.
         step_timeout: seconds a step may take.
         start_timeout: seconds a reset may take, the making of the environment included.
+        max_failures: episodes in a row that may be lost before `reset` raises.
 
     Close it, or use it as a context manager: environments may be processes.
     """
 
-    def __init__(self, suite: Suite, size: int, *, step_timeout: float = 30.0, start_timeout: float = 120.0) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        size: int,
+        *,
+        step_timeout: float = 30.0,
+        start_timeout: float = 120.0,
+        max_failures: int = 100,
+    ) -> None:
         if size < 1:
             raise ValueError(f"a pool needs at least one slot, not {size}")
         self.size = size
@@ -133,6 +144,9 @@ class EnvironmentPool:
         self._suite = suite
         self._step_timeout = step_timeout
         self._start_timeout = start_timeout
+        self._max_failures = max_failures
+        self._failures = 0  # in a row
+        self._acted = [False] * size  # since the slot's last reset
         self._workers = [self._worker(slot) for slot in range(size)]
         self._prefetched: dict[int, tuple[Task, Future[Observation]]] = {}
         self._closed = threading.Event()
@@ -140,18 +154,25 @@ class EnvironmentPool:
         self._watchdog.start()
 
     def reset(self, slot: int, task: Task) -> Future[Observation]:
-        """Begin an episode in `slot`; where this very reset was prefetched, its future."""
+        """Begin an episode in `slot`; where this very reset was prefetched, its future.
+
+        Raises:
+            EnvironmentFailure: too many episodes in a row were lost, with the reason of the last.
+        """
         prefetched, future = self._prefetched.pop(slot, (None, None))
         if future is not None and prefetched == task:
             return future
         if self._workers[slot].broken:
-            self.replaced += 1
-            self._workers[slot] = self._worker(slot)
+            self._replace(slot)
+        elif self._acted[slot]:  # its last episode was played
+            self._failures = 0
+        self._acted[slot] = False
         return self._submit(slot, lambda e: e.reset(task), self._start_timeout, "env.start_timeout")
 
     def step(self, slot: int, action: str) -> Future[StepResult]:
         """Play an action in `slot`."""
         self._prefetched.pop(slot, None)
+        self._acted[slot] = True
         return self._submit(slot, lambda e: e.step(action), self._step_timeout, "env.step_timeout")
 
     def prefetch(self, tasks: Sequence[Task]) -> None:
@@ -186,6 +207,17 @@ class EnvironmentPool:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _replace(self, slot: int) -> None:
+        failure = self._workers[slot].failure
+        self.replaced += 1
+        self._failures += 1
+        self._workers[slot] = self._worker(slot)
+        if self._failures >= self._max_failures:
+            raise EnvironmentFailure(
+                f"{self._failures} episodes in a row were lost to their environments (env.max_failures); "
+                f"the last: {failure}"
+            ) from failure
 
     def _worker(self, slot: int) -> _Worker:
         return _Worker(self._suite.make, f"environment-{slot}")

@@ -1,0 +1,91 @@
+"""The batch of an update whose loss or gradient wasn't finite, kept to be looked into: safetensors beside JSON."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from epo_kernels.metrics import LossMetrics
+from epo_kernels.train.data import Sample
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What the update came to. JSON has no NaN and infinity, so numbers that may be are told as text."""
+
+    updates_in_a_row: int  # that were not finite
+    loss: str
+    grad_norm: str
+    nonfinite_tokens: int
+    penalty_weight: float
+    nonfinite_weights: list[str]  # names of parameters that hold NaN or infinity: then no batch is to blame
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, updates_in_a_row: int, metrics: LossMetrics, grad_norm: float, penalty_weight: float
+    ) -> "Circumstances":
+        return cls(
+            updates_in_a_row=updates_in_a_row,
+            loss=str(float(metrics.loss)),
+            grad_norm=str(grad_norm),
+            nonfinite_tokens=int(metrics.nonfinite_tokens),
+            penalty_weight=penalty_weight,
+            nonfinite_weights=[name for name, p in model.named_parameters() if not bool(p.isfinite().all())],
+        )
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row had no finite loss and gradient. Carries the last one's batch."""
+
+    def __init__(self, samples: Sequence[Sample], circumstances: Circumstances) -> None:
+        self.samples = list(samples)
+        self.circumstances = circumstances
+        cause = (
+            f"weights are not finite ({', '.join(circumstances.nonfinite_weights[:3])}): lower optim.lr"
+            if circumstances.nonfinite_weights
+            else "all weights are finite, so look at the batch and the settings of the loss"
+        )
+        super().__init__(
+            f"{circumstances.updates_in_a_row} updates in a row had no finite loss and gradient (loss "
+            f"{circumstances.loss}, gradient norm {circumstances.grad_norm}; optim.max_skipped_updates); {cause}"
+        )
+
+
+def save_batch(folder: Path, error: NonFiniteError) -> Path:
+    """Write `folder`/batch.safetensors and `folder`/circumstances.json; `load_batch` reads the samples again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name in (field.name for field in fields(Sample)):
+        values = [getattr(sample, name) for sample in error.samples]
+        if any(value is None for value in values):
+            continue
+        if isinstance(values[0], list):
+            tensors[name] = torch.tensor([number for value in values for number in value], dtype=torch.int64)
+            tensors[f"{name}.lengths"] = torch.tensor([len(value) for value in values])
+        elif isinstance(values[0], Tensor):
+            tensors[f"{name}.by_token"] = torch.cat(values)
+        else:
+            tensors[name] = torch.tensor(values, dtype=torch.float64 if isinstance(values[0], float) else torch.int64)
+    save_file(tensors, folder / "batch.safetensors")
+    facts = json.dumps(asdict(error.circumstances), indent=1)
+    (folder / "circumstances.json").write_text(facts + "\n", encoding="utf-8")
+    return folder
+
+
+def load_batch(folder: Path) -> list[Sample]:
+    """The samples of `save_batch`, as `Learner.update` takes them."""
+    tensors = load_file(folder / "batch.safetensors")
+    widths = tensors["response_ids.lengths"].tolist()
+    columns: dict[str, Sequence[object]] = {}
+    for name in (field.name for field in fields(Sample)):
+        if f"{name}.lengths" in tensors:
+            columns[name] = [row.tolist() for row in tensors[name].split(tensors[f"{name}.lengths"].tolist())]
+        elif f"{name}.by_token" in tensors:
+            columns[name] = tensors[f"{name}.by_token"].split(widths)
+        elif name in tensors:
+            columns[name] = tensors[name].tolist()
+    return [Sample(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
