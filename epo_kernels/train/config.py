@@ -37,7 +37,7 @@ class WarmStartConfig:
 @dataclass
 class ModelConfig:
     name_or_path: str = "tiny"  # a folder, a hub id, or "tiny": 0.5M parameters from scratch, made for warm_start
-    dtype: str = "float32"  # float32 | bfloat16
+    dtype: str = "float32"  # of matrix products: float32 | bfloat16; the weights stay float32
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     threads: int = 0  # of torch on the CPU; 0: a thread a core. Small models are fastest with 1
     gradient_checkpointing: bool = False  # keep a layer's input alone and compute it again in backward: less memory

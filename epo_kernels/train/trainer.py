@@ -33,7 +33,7 @@ from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.evaluate import Record, panel_starts, summarize
 from epo_kernels.train.learner import Learner
 from epo_kernels.train.policies.generate import StopRule, TransformersEngine
-from epo_kernels.train.policies.policy import Policy, build_tiny, load_policy
+from epo_kernels.train.policies.policy import Policy, build_tiny, load_policy, precision
 from epo_kernels.train.policies.prompts import PromptBuilder
 from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
 from epo_kernels.train.post_mortem import NonFiniteError, save_batch
@@ -82,7 +82,8 @@ class Trainer:
                 checkpoint could not be written. The last checkpoint is whole.
         """
         try:
-            self._run()
+            with precision(self.policy.model, self.config.model.dtype):
+                self._run()
         except (Stopped, EnvironmentFailure, CollapsedError):
             # Raised where no step is half done: the state in memory is that of the last one.
             self._save()
@@ -308,7 +309,7 @@ class Trainer:
             samples = cloning_samples(
                 demonstrations, policy, self._prompts(policy), self.config.rollout.max_response_tokens
             )
-            with self._bar("cloning", warm_start.epochs) as bar:
+            with self._bar("cloning", warm_start.epochs) as bar, precision(policy.model, model.dtype):
                 losses = clone(policy, samples, warm_start, seed, bar)
             self.display.say(
                 f"cloned {len(samples)} turns for {warm_start.epochs} epochs: loss {losses[0]:.3f} to {losses[-1]:.3f}"

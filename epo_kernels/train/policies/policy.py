@@ -72,15 +72,15 @@ def load_policy(source: str, config: ModelConfig) -> Policy:
     Raises:
         ConfigError: nothing to load there, or a tokenizer without a chat template.
     """
-    device, dtype = resolve_device(config.device), getattr(torch, config.dtype)
+    device = resolve_device(config.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name_or_path={source!r} is not to be loaded: {error}") from error
     if tokenizer.chat_template is None:
         raise ConfigError(f"model.name_or_path={source!r}: its tokenizer has no chat template; use a chat model")
-    return Policy(_placed(model, device, dtype), tokenizer)
+    return Policy(_placed(model, device), tokenizer)
 
 
 def build_tiny(demonstrations: Sequence[Demonstration], config: ModelConfig, seed: int) -> Policy:
@@ -101,12 +101,22 @@ def build_tiny(demonstrations: Sequence[Demonstration], config: ModelConfig, see
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    return Policy(_placed(model, resolve_device(config.device), getattr(torch, config.dtype)), tokenizer)
+    return Policy(_placed(model, resolve_device(config.device)), tokenizer)
 
 
-def _placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def precision(model: PreTrainedModel, dtype: str) -> torch.autocast:
+    """Inside, matrix products run in `dtype`; the weights stay float32.
+
+    A weight in bfloat16 has 8 bits: an update below 1/512 of it would be rounded away, and those of RL are. Casts are
+    not cached, since a cached one would outlive an update of the weights.
+    """
+    wanted = getattr(torch, dtype)
+    return torch.autocast(model.device.type, wanted, enabled=wanted != torch.float32, cache_enabled=False)
+
+
+def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Ready for sampling and training: without dropout, for good, since both must see one distribution."""
-    torch.nn.Module.to(model, device, dtype)
+    torch.nn.Module.to(model, device)
     for parameter in model.parameters():
         # Loaded weights lie in the mapped file at odd addresses, and matrix products round by alignment: a resumed run
         # would differ in the last bit.
