@@ -108,7 +108,7 @@ class Step:
         ]
         self._trainer.rollout.play(episodes)
         return [
-            Sample(turn.prompt_ids, turn.response_ids, position, advantage=(-1.0) ** index)
+            Sample.of_turn(turn.prompt_ids, turn.response_ids, position, advantage=(-1.0) ** index)
             for index, episode in enumerate(episodes)
             for position, turn in enumerate(episode.turns)
         ]

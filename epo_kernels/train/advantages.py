@@ -1,6 +1,6 @@
-"""Advantages: how much better an episode was than the others of its group."""
+"""Advantages: how much better an action was than what was to be expected. Pure functions of numbers."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,30 +8,88 @@ from torch import Tensor
 EPSILON = 1e-6  # verl's: keeps the quotient finite, and is far below any spread that rewards have
 
 
-@dataclass
-class GroupAdvantages:
-    values: Tensor  # (E,) float32
-    uniform_groups: int  # groups whose returns are all equal: their episodes teach nothing
-    groups: int
-
-
-def grpo_advantages(returns: Tensor, groups: Tensor, normalize_std: bool = True) -> GroupAdvantages:
+def grpo_advantages(returns: Tensor, groups: Tensor, normalize_std: bool = True) -> Tensor:
     """Return minus the group's mean, over the group's standard deviation (unbiased, arXiv 2402.03300 as in verl).
 
     Args:
-        returns: (E,) float, one an episode.
-        groups: (E,) int, the group of each; a group of one has no other to compare with: advantage 0.
+        returns: (N,) float, one a member.
+        groups: (N,) int, the group of each; a group of one has no other to compare with: advantage 0.
         normalize_std: False leaves the division out (Dr. GRPO, arXiv 2503.20783).
+
+    Returns:
+        (N,) float32; exactly 0 in a group whose returns are all equal.
     """
+
+    def centred(own: Tensor) -> Tensor:
+        difference = own - own.mean()
+        return difference / (own.std() + EPSILON) if normalize_std else difference
+
+    return _by_group(returns, groups, centred)
+
+
+def rloo_advantages(returns: Tensor, groups: Tensor) -> Tensor:
+    """Return minus the mean of the group's others (leave one out, arXiv 2402.14740); arguments as `grpo_advantages`."""
+    return _by_group(returns, groups, lambda own: (own - own.mean()) * (len(own) / (len(own) - 1)))
+
+
+def groups_without_spread(returns: Tensor, groups: Tensor) -> list[int]:
+    """Groups whose returns are all equal: comparing their members teaches nothing. A group of one is such a group."""
+    return [int(group) for group in groups.unique() if bool(_equal(returns[groups == group]))]
+
+
+def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
+    """(T,) rewards of an episode -> (T,) float64, what was earned from each on, discounted."""
+    totals, total = torch.zeros(len(rewards), dtype=torch.float64), 0.0
+    for step in range(len(rewards) - 1, -1, -1):
+        total = float(rewards[step]) + gamma * total
+        totals[step] = total
+    return totals
+
+
+def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438) of one episode, or of whatever else is to end by itself.
+
+    Each state's value stands in for all that follows it; nothing follows the last. (An episode that runs out of turns
+    ends there too: the limit is part of its task.)
+
+    Args:
+        rewards: (T,) float, of each action.
+        values: (T,) float, of the state before each action.
+        gamma: discount from an action to the next.
+        lam: 1 trusts the rewards alone, 0 the next state's value.
+
+    Returns:
+        (advantages, returns), (T,) float64 each; returns are advantages + values, the critic's targets.
+    """
+    advantages, advantage, following = torch.zeros(len(rewards), dtype=torch.float64), 0.0, 0.0
+    for step in range(len(rewards) - 1, -1, -1):
+        value = float(values[step])
+        surprise = float(rewards[step]) + gamma * following - value
+        advantage = surprise + gamma * lam * advantage
+        advantages[step], following = advantage, value
+    return advantages, advantages + values.double()
+
+
+def whiten(advantages: Tensor) -> Tensor:
+    """(N,) with mean 0 and (unbiased) standard deviation 1; 0 where all are equal."""
+    return grpo_advantages(advantages, torch.zeros(len(advantages), dtype=torch.int64))
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant; NaN where nothing varies."""
+    variance = returns.double().var(unbiased=False)
+    return float(1 - (returns.double() - values.double()).var(unbiased=False) / variance) if variance else float("nan")
+
+
+def _equal(values: Tensor) -> Tensor:
+    return (values == values[0]).all()
+
+
+def _by_group(returns: Tensor, groups: Tensor, compare: Callable[[Tensor], Tensor]) -> Tensor:
     values = torch.zeros(len(returns))
-    uniform = 0
-    present = groups.unique()
-    for group in present:
+    for group in groups.unique():
         members = groups == group
         own = returns[members].double()
-        if bool((own == own[0]).all()):
-            uniform += 1
-            continue
-        centred = own - own.mean()
-        values[members] = (centred / (own.std() + EPSILON) if normalize_std else centred).float()
-    return GroupAdvantages(values, uniform, len(present))
+        if not bool(_equal(own)):  # where all are equal, their mean in floating point may be another number
+            values[members] = compare(own).float()
+    return values

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from epo_kernels.train.envs import Observation, Task
 
+ENVIRONMENT = -1  # in place of a turn's number, where the policy didn't write
+
 
 class Draw(IntEnum):
     """What a random draw is for: the second part of every seed, so that no two purposes share a stream."""
@@ -54,36 +56,105 @@ class Episode:
 
 @dataclass
 class Sample:
-    """One turn as a training example."""
+    """A training example: a turn, or several turns of an episode in the one sequence that the policy saw them as.
+
+    R tokens follow the prompt. Each of them has its turn, and ENVIRONMENT where the policy didn't write it. Tensors are
+    (R,) float32 on the CPU; where the turn is ENVIRONMENT nothing in them counts.
+    """
 
     prompt_ids: list[int]
-    response_ids: list[int]
-    turn: int  # its number in the episode, from 0
-    advantage: float = 0.0
-    old_log_probs: Tensor | None = None  # (len(response_ids),) float32
+    response_ids: list[int]  # R: from the first sampled token on
+    turns: list[int]  # R
+    episode: int = 0  # its number among those played
+    rollout_log_probs: Tensor | None = None  # as the engine told when it sampled
+    old_log_probs: Tensor | None = None  # as the learner computes them with the same weights
     ref_log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    is_weights: Tensor | None = None  # factor of the policy loss; None: 1
+    values: Tensor | None = None  # the critic's, of the state before each token
+    advantages: Tensor | None = None
+    returns: Tensor | None = None  # what the critic learns
+
+    @classmethod
+    def of_turn(cls, prompt_ids: list[int], response_ids: list[int], turn: int, advantage: float = 0.0) -> "Sample":
+        """One turn, with the same advantage for each of its tokens."""
+        width = len(response_ids)
+        return cls(prompt_ids, response_ids, [turn] * width, advantages=torch.full((width,), advantage))
 
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def mask(self) -> Tensor:
+        """(R,) bool: what the policy wrote."""
+        return torch.tensor(self.turns) != ENVIRONMENT
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.turns) - self.turns.count(ENVIRONMENT)
+
+
+def samples_of(episodes: Sequence[Episode], layout: str) -> list[Sample]:
+    """Training examples of episodes, in order.
+
+    Args:
+        episodes: played.
+        layout: "turn": each turn on its own. "episode": turns whose prompt is the whole sequence before it and
+            something more share one sequence; where a prompt window moved on, another sequence begins.
+    """
+    samples = []
+    for number, episode in enumerate(episodes):
+        runs: list[list[int]] = []
+        for index, turn in enumerate(episode.turns):
+            if layout == "episode" and runs and _continues(episode.turns[index - 1], turn):
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        samples += [_sample_of(episode.turns, run, number) for run in runs]
+    return samples
+
+
+def _continues(before: Turn, turn: Turn) -> bool:
+    seen = before.prompt_ids + before.response_ids
+    return turn.prompt_ids[: len(seen)] == seen
+
+
+def _sample_of(turns: Sequence[Turn], run: Sequence[int], episode: int) -> Sample:
+    prompt_ids = turns[run[0]].prompt_ids
+    ids: list[int] = []
+    numbers: list[int] = []
+    log_probs: list[float] = []
+    for index in run:
+        turn = turns[index]
+        answer = turn.prompt_ids[len(prompt_ids) + len(ids) :]
+        ids += answer + turn.response_ids
+        numbers += [ENVIRONMENT] * len(answer) + [index] * len(turn.response_ids)
+        log_probs += [0.0] * len(answer) + turn.log_probs
+    return Sample(prompt_ids, ids, numbers, episode, rollout_log_probs=torch.tensor(log_probs))
 
 
 @dataclass
 class MiniBatch:
     """B samples: prompts padded on the left, responses on the right, so that responses share their first column.
 
-    The last column of the padded tokens predicts nothing and is left out of `input_ids`.
+    The last column of the padded tokens predicts nothing and is left out of `input_ids`. What a sample doesn't have is
+    None.
     """
 
     input_ids: Tensor  # (B, P + R - 1) int64
     attention_mask: Tensor  # like input_ids, 0/1
     position_ids: Tensor  # like input_ids
     tokens: Tensor  # (B, R) int64: the responses
-    mask: Tensor  # (B, R) bool
-    turns: Tensor  # (B,) int64
-    advantages: Tensor  # (B,) float32
-    old_log_probs: Tensor | None  # (B, R) float32
+    mask: Tensor  # (B, R) bool: sampled by the policy
+    turns: Tensor  # (B, R) int64, ENVIRONMENT where the mask is False
+    num_sampled: int  # tokens whose mask is True
+    advantages: Tensor | None  # (B, R) float32, as are the others
+    old_log_probs: Tensor | None
     ref_log_probs: Tensor | None
+    is_weights: Tensor | None
+    values: Tensor | None
+    returns: Tensor | None
 
     @classmethod
     def of(cls, samples: Sequence[Sample], pad_id: int, device: torch.device) -> "MiniBatch":
@@ -91,21 +162,27 @@ class MiniBatch:
         width = max(len(sample.response_ids) for sample in samples)
         ids = torch.full((len(samples), prompt_width + width), pad_id)
         seen = torch.zeros_like(ids)
+        turns = torch.full((len(samples), width), ENVIRONMENT)
         for row, sample in enumerate(samples):
             start, end = prompt_width - len(sample.prompt_ids), prompt_width + len(sample.response_ids)
             ids[row, start:end] = torch.tensor(sample.prompt_ids + sample.response_ids)
             seen[row, start:end] = 1
+            turns[row, : len(sample.turns)] = torch.tensor(sample.turns)
         positions = (seen.cumsum(1) - 1).clamp(min=0)
         return cls(
             input_ids=ids[:, :-1].to(device),
             attention_mask=seen[:, :-1].to(device),
             position_ids=positions[:, :-1].to(device),
             tokens=ids[:, prompt_width:].to(device),
-            mask=seen[:, prompt_width:].bool().to(device),
-            turns=torch.tensor([sample.turn for sample in samples], device=device),
-            advantages=torch.tensor([sample.advantage for sample in samples], device=device),
+            mask=(turns != ENVIRONMENT).to(device),
+            turns=turns.to(device),
+            num_sampled=sum(sample.num_sampled for sample in samples),
+            advantages=_padded([sample.advantages for sample in samples], device),
             old_log_probs=_padded([sample.old_log_probs for sample in samples], device),
             ref_log_probs=_padded([sample.ref_log_probs for sample in samples], device),
+            is_weights=_padded([sample.is_weights for sample in samples], device),
+            values=_padded([sample.values for sample in samples], device),
+            returns=_padded([sample.returns for sample in samples], device),
         )
 
 

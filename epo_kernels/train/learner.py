@@ -1,9 +1,12 @@
-"""The learner: scores sampled turns with the current weights, then updates the weights with the EPO loss."""
+"""The learner: scores samples with the current weights, then updates the weights with the EPO loss.
+
+Both go from hidden states to scores and loss without logits (`ek.linear_log_probs_and_entropy`, `ek.linear_epo_loss`);
+tokens that the policy didn't write are dropped before the head.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,24 +14,22 @@ from transformers import PreTrainedModel
 import epo_kernels as ek
 from epo_kernels.train.config import TrainConfig, epo_config
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
-from epo_kernels.train.policies.policy import Policy, response_logits
-
-
-def cosine_with_warmup(update: int, total: int, warmup_ratio: float, min_ratio: float) -> float:
-    """Factor on the learning rate: linear to 1 over the first `warmup_ratio` of all updates, then cosine."""
-    warmup = round(warmup_ratio * total)
-    if update < warmup:
-        return (update + 1) / warmup
-    progress = min((update - warmup) / max(total - 1 - warmup, 1), 1.0)
-    return min_ratio + (1 - min_ratio) * 0.5 * (1 + float(np.cos(np.pi * progress)))
+from epo_kernels.train.optimizer import StepOptimizer
+from epo_kernels.train.policies.policy import Policy, check_head, checkpointing, head_of, response_hidden
+from epo_kernels.train.post_mortem import Circumstances, NonFiniteError
+from epo_kernels.train.stopwatch import Stopwatch
 
 
 class Learner:
-    """Owns optimizer and learning-rate schedule.
+    """Owns the optimiser.
 
     Args:
         policy: trained in place.
-        reference: frozen model of the KL term; needed where loss.kl_coeff isn't 0.
+        reference: frozen model of the KL term; needed where the KL counts in loss or reward.
+        config: of the run.
+
+    Raises:
+        ConfigError: a model whose logits aren't a linear map of its hidden states.
     """
 
     def __init__(self, policy: Policy, reference: PreTrainedModel | None, config: TrainConfig) -> None:
@@ -36,31 +37,16 @@ class Learner:
         self._reference = reference
         self._config = config
         self._loss_config = epo_config(config)
-        optim = config.optim
-        self._optimizer = torch.optim.AdamW(
-            policy.model.parameters(),
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-        )
-        total = max(config.steps * optim.epochs * optim.minibatches, 1)
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer,
-            lambda update: cosine_with_warmup(update, total, optim.warmup_ratio, optim.min_lr_ratio),
-        )
+        check_head(policy.model)
+        self._optimizer = StepOptimizer(policy.model.parameters(), config.optim, config.optim, config.steps)
 
-    def score(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """Set each sample's `old_log_probs` (and `ref_log_probs`); return the entropy of each response token.
-
-        One pass without gradient; entropies are (len(response_ids),) float32 each.
-        """
-        log_probs, entropies = self._log_probs_and_entropy(self._policy.model, samples)
-        for sample, own in zip(samples, log_probs, strict=True):
-            sample.old_log_probs = own
+    def score(self, samples: Sequence[Sample]) -> None:
+        """Set each sample's `old_log_probs` and `entropy` (and `ref_log_probs`), in one pass without gradient."""
+        for sample, scores in zip(samples, self._scores(self._policy.model, samples), strict=True):
+            sample.old_log_probs, sample.entropy = scores
         if self._reference is not None:
-            for sample, own in zip(samples, self._log_probs_and_entropy(self._reference, samples)[0], strict=True):
-                sample.ref_log_probs = own
-        return entropies
+            for sample, scores in zip(samples, self._scores(self._reference, samples), strict=True):
+                sample.ref_log_probs = scores[0]
 
     def update(
         self, samples: Sequence[Sample], history: ek.EntropyHistory, penalty_weight: float, seed: tuple[int, ...]
@@ -68,98 +54,130 @@ class Learner:
         """All epochs and minibatches of a step. Returns the metrics `actor/*` and `epo/*`, means over the updates.
 
         An update whose loss or gradient isn't finite is left out and counted.
+
+        Raises:
+            NonFiniteError: optim.max_skipped_updates of them in a row.
         """
-        model, optim = self._policy.model, self._config.optim
-        sums: ek.LossMetrics | None = None
-        norms: list[float] = []
-        skipped = 0
-        for epoch in range(optim.epochs):
-            order = np.random.default_rng([*seed, epoch]).permutation(len(samples))
-            for indices in np.array_split(order, min(optim.minibatches, len(samples))):
-                metrics = self._backward([samples[i] for i in indices], history, penalty_weight)
-                sums = metrics if sums is None else sums + metrics
-                norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm))
-                if np.isfinite(norm) and bool(metrics.loss.isfinite()):
-                    self._optimizer.step()
-                    norms.append(norm)
-                else:
-                    skipped += 1
-                self._optimizer.zero_grad(set_to_none=True)
-                lr = float(self._scheduler.get_last_lr()[0])
-                self._scheduler.step()
-        assert sums is not None
-        return self._named(sums.to_floats(), norms, skipped, lr)
+        watch = Stopwatch(self._policy.model.device)
+        sums: list[ek.LossMetrics] = []
+        with watch.timed("update"):
+            for minibatch in self._optimizer.minibatches(samples, seed):
+                sums.append(self._backward(minibatch, history, penalty_weight, watch))
+                norm = self._optimizer.apply(sums[-1].loss)
+                if (skipped := self._optimizer.skipped_in_row) >= self._config.optim.max_skipped_updates:
+                    raise NonFiniteError(
+                        minibatch, Circumstances.of(self._policy.model, skipped, sums[-1], norm, penalty_weight)
+                    )
+        named = self._named(sum(sums[1:], start=sums[0]).to_floats(), len(sums))
+        seconds = watch.read()
+        named["timing_s/loss"] = seconds["loss"]
+        named["perf/loss_share"] = seconds["loss"] / seconds["update"]
+        return named | self._optimizer.metrics("actor")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer.state_dict(), "scheduler": self._scheduler.state_dict()}
+        return self._optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
+        self._optimizer.load_state_dict(state)
 
-    def _backward(self, samples: list[Sample], history: ek.EntropyHistory, penalty_weight: float) -> ek.LossMetrics:
+    def _backward(
+        self, samples: list[Sample], history: ek.EntropyHistory, penalty_weight: float, watch: Stopwatch
+    ) -> ek.LossMetrics:
         """Add the gradient of one minibatch, by micro-batches whose losses add up to it exactly."""
-        config, loss = self._config, self._config.loss
-        per_token = loss.loss_agg_mode == "token-mean"
-        normalizer = float(sum(len(s.response_ids) for s in samples) if per_token else len(samples))
-        sums: ek.LossMetrics | None = None
-        for indices in micro_batches(samples, config.optim.micro_batch_tokens):
-            batch = MiniBatch.of([samples[i] for i in indices], self._policy.pad_id, self._policy.model.device)
-            out = ek.epo_loss(
-                response_logits(self._policy.model, batch),
-                batch.tokens,
-                batch.old_log_probs,
-                batch.advantages,
-                batch.mask,
-                self._loss_config,
-                entropy_bounds=history.bounds(batch.turns, loss.band_low, loss.band_high),
-                penalty_weight=penalty_weight,
-                ref_log_probs=batch.ref_log_probs,
-                normalizer=normalizer,
-                # Constant: the padded width differs from micro-batch to micro-batch.
-                max_length=config.rollout.max_response_tokens,
-            )
-            out.loss.backward()
-            sums = out.metrics if sums is None else sums + out.metrics
-        assert sums is not None
-        return sums
-
-    @torch.no_grad()
-    def _log_probs_and_entropy(
-        self, model: PreTrainedModel, samples: Sequence[Sample]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        log_probs: dict[int, Tensor] = {}
-        entropies: dict[int, Tensor] = {}
+        per_token = self._config.loss.loss_agg_mode == "token-mean"
+        normalizer = float(sum(s.num_sampled for s in samples) if per_token else len(samples))
+        sums: list[ek.LossMetrics] = []
+        model = self._policy.model
         for indices in micro_batches(samples, self._config.optim.micro_batch_tokens):
             batch = MiniBatch.of([samples[i] for i in indices], self._policy.pad_id, model.device)
-            log_prob, entropy = ek.log_probs_and_entropy(
-                response_logits(model, batch),
+            with checkpointing(model, self._config.model.gradient_checkpointing):
+                hidden = response_hidden(model.get_decoder(), batch)
+                with watch.timed("loss"):  # cut out of the graph, so that it can be timed: the same gradients
+                    leaf = hidden.detach().requires_grad_()
+                    out = self._loss(leaf, batch, history, penalty_weight, normalizer)
+                    out.loss.backward()
+                hidden.backward(leaf.grad)
+            sums.append(out.metrics)
+        return sum(sums[1:], start=sums[0])
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        batch: MiniBatch,
+        history: ek.EntropyHistory,
+        penalty_weight: float,
+        normalizer: float,
+    ) -> ek.EPOOutput:
+        config, loss, head = self._config, self._config.loss, head_of(self._policy.model)
+        assert batch.advantages is not None
+        segments: dict[str, Any] = {}
+        if loss.band_scope == "segment":  # a turn of a sequence
+            rows = torch.arange(len(batch.turns), device=batch.turns.device)[:, None]
+            segments = {
+                "segment_ids": batch.turns.clamp(min=0) + rows * history.num_turns,
+                "num_segments": len(batch.turns) * history.num_turns,
+            }
+        longest = config.rollout.max_response_tokens
+        if config.rollout.layout == "episode":
+            longest *= history.num_turns
+        return ek.linear_epo_loss(
+            hidden,
+            head.weight,
+            batch.tokens,
+            batch.old_log_probs,
+            batch.advantages,
+            batch.mask,
+            self._loss_config,
+            bias=head.bias,
+            num_active=batch.num_sampled,
+            entropy_bounds=history.bounds(batch.turns, loss.band_low, loss.band_high),
+            **segments,
+            penalty_weight=penalty_weight,
+            ref_log_probs=batch.ref_log_probs if loss.kl_coeff else None,
+            is_weights=batch.is_weights,
+            normalizer=normalizer,
+            # Constant: the padded width differs from micro-batch to micro-batch.
+            max_length=longest,
+            logit_scale=head.logit_scale,
+            logit_softcap=head.logit_softcap,
+        )
+
+    @torch.no_grad()
+    def _scores(self, model: PreTrainedModel, samples: Sequence[Sample]) -> list[tuple[Tensor, Tensor]]:
+        """(log-probs, entropies) of each sample's tokens, (R,) float32 each; 0 where the policy didn't write."""
+        scores: dict[int, tuple[Tensor, Tensor]] = {}
+        head = head_of(model)
+        for indices in micro_batches(samples, self._config.optim.micro_batch_tokens):
+            batch = MiniBatch.of([samples[i] for i in indices], self._policy.pad_id, model.device)
+            log_probs, entropy = ek.linear_log_probs_and_entropy(
+                response_hidden(model.get_decoder(), batch),
+                head.weight,
                 batch.tokens,
+                bias=head.bias,
+                num_active=batch.num_sampled,
                 mask=batch.mask,
                 temperature=self._loss_config.temperature,
                 entropy_grad=False,
+                logit_scale=head.logit_scale,
+                logit_softcap=head.logit_softcap,
             )
             assert entropy is not None
+            log_probs, entropy = log_probs.cpu(), entropy.cpu()
             for row, index in enumerate(indices):
                 length = len(samples[index].response_ids)
-                log_probs[index], entropies[index] = log_prob[row, :length].cpu(), entropy[row, :length].cpu()
-        return [log_probs[i] for i in range(len(samples))], [entropies[i] for i in range(len(samples))]
+                scores[index] = log_probs[row, :length].clone(), entropy[row, :length].clone()
+        return [scores[i] for i in range(len(samples))]
 
-    def _named(self, sums: dict[str, float], norms: list[float], skipped: int, lr: float) -> dict[str, float]:
-        updates = len(norms) + skipped
+    def _named(self, sums: dict[str, float], updates: int) -> dict[str, float]:
         named = {
             "actor/loss": sums["loss"] / updates,
             "actor/pg_loss": sums["pg_loss"] / updates,
             "actor/pg_clipfrac": sums["pg_clipfrac"],
             "actor/pg_clipfrac_lower": sums["pg_clipfrac_lower"],
             "actor/ppo_kl": sums["ppo_kl"],
-            "actor/lr": lr,
-            "actor/skipped_updates": skipped,
             "epo/band_low_share": sums["below_band_fraction"],
             "epo/band_high_share": sums["above_band_fraction"],
         }
-        if norms:
-            named["actor/grad_norm"] = sum(norms) / len(norms)
         if self._loss_config.penalty not in ("none", "gate"):  # a gate has no value to tell
             named["epo/penalty"] = sums["penalty"] / updates
         if self._loss_config.kl_coeff:

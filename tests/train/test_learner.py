@@ -4,10 +4,14 @@ import pytest
 import torch
 
 import epo_kernels as ek
+from epo_kernels.train import data
 from epo_kernels.train.config import load_config
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
 from epo_kernels.train.envs.pool import EnvironmentPool
-from epo_kernels.train.learner import Learner, cosine_with_warmup
+from epo_kernels.train.learner import Learner
+from epo_kernels.train.optimizer import StepOptimizer, cosine_with_warmup
+from epo_kernels.train.step_metrics import sampled_entropy
+from epo_kernels.train.stopwatch import Stopwatch
 from tests.train.conftest import SMALL
 from tests.train.test_rollout import episodes_of, rollout_of
 
@@ -20,12 +24,11 @@ def played(cloned, suite):
     return episodes
 
 
-def samples_of(episodes):
-    return [
-        Sample(turn.prompt_ids, turn.response_ids, number, advantage=float(index % 3 - 1))
-        for index, episode in enumerate(episodes)
-        for number, turn in enumerate(episode.turns)
-    ]
+def samples_of(episodes, layout="turn"):
+    samples = data.samples_of(episodes, layout)
+    for sample in samples:
+        sample.advantages = torch.full((len(sample.turns),), float(sample.episode % 3 - 1))
+    return samples
 
 
 def learner_of(policy, *settings):
@@ -49,9 +52,8 @@ def test_micro_batches_add_up_to_the_whole(policy, played, mode):
         learner = learner_of(
             trained, f"loss.loss_agg_mode={mode}", f"optim.micro_batch_tokens={tokens}", "loss.penalty=hinge"
         )
-        entropies = learner.score(samples)
-        history = history_of(samples, entropies)
-        metrics = learner._backward(samples, history, 1.5)
+        learner.score(samples)
+        metrics = learner._backward(samples, history_of(samples), 1.5, Stopwatch(torch.device("cpu")))
         gradient = torch.cat([p.grad.flatten() for p in trained.model.parameters()])
         weights.append((gradient, metrics.to_floats()))
     (whole, one), (parts, many) = weights
@@ -60,10 +62,10 @@ def test_micro_batches_add_up_to_the_whole(policy, played, mode):
         assert one[name] == pytest.approx(many[name], rel=1e-4, abs=1e-6)
 
 
-def history_of(samples, entropies):
+def history_of(samples):
     history = ek.EntropyHistory(16)
-    turns = torch.cat([torch.full((len(s.response_ids),), s.turn) for s in samples])
-    history.update(turns, torch.cat(entropies), torch.ones_like(turns))
+    turns, entropy = sampled_entropy(samples)
+    history.update(turns, entropy, torch.ones_like(turns))
     history.commit()
     return history
 
@@ -71,22 +73,23 @@ def history_of(samples, entropies):
 def test_an_update_makes_good_actions_likelier(policy, played):
     samples = samples_of(played)
     learner = learner_of(policy, "optim.epochs=2", "optim.minibatches=3", "steps=1")
-    before = [s.old_log_probs for s in (learner.score(samples), samples)[1]]
-    metrics = learner.update(samples, history_of(samples, learner.score(samples)), 1.0, seed=(0,))
     learner.score(samples)
-    moved = sum(s.advantage * float((s.old_log_probs - old).sum()) for s, old in zip(samples, before, strict=True))
+    before = [s.old_log_probs for s in samples]
+    metrics = learner.update(samples, history_of(samples), 1.0, seed=(0,))
+    learner.score(samples)
+    moved = sum(float((s.advantages * (s.old_log_probs - old)).sum()) for s, old in zip(samples, before, strict=True))
     assert moved > 0
     assert metrics["actor/grad_norm"] > 0
     assert 0 <= metrics["actor/pg_clipfrac"] <= 1
     assert metrics["actor/skipped_updates"] == 0
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the only update of this test is skipped
 def test_a_gradient_that_is_not_finite_is_left_out(policy, played):
     samples = samples_of(played)[:4]
     learner = learner_of(policy, "optim.minibatches=1")
-    history = history_of(samples, learner.score(samples))
-    samples[0].advantage = float("inf")
+    learner.score(samples)
+    history = history_of(samples)
+    samples[0].advantages[0] = float("inf")
     before = copy.deepcopy(policy.model.state_dict())
     metrics = learner.update(samples, history, 1.0, seed=(0,))
     assert metrics["actor/skipped_updates"] == 1
@@ -103,8 +106,9 @@ def test_the_reference_model_pulls_back(policy, played):
             parameter.mul_(1.05)
     learner = Learner(policy, reference, config)
     for sample in samples:
-        sample.advantage = 0.0
-    history = history_of(samples, learner.score(samples))
+        sample.advantages.zero_()
+    learner.score(samples)
+    history = history_of(samples)
     first = learner.update(samples, history, 1.0, seed=(0,))["actor/kl_loss"]
     for _ in range(4):
         learner.score(samples)
@@ -113,23 +117,52 @@ def test_the_reference_model_pulls_back(policy, played):
 
 
 def test_padding_of_a_minibatch():
-    samples = [Sample([1, 2, 3], [4], 0), Sample([5], [6, 7], 2)]
+    samples = [Sample.of_turn([1, 2, 3], [4], 0), Sample.of_turn([5], [6, 7], 2, advantage=0.5)]
     batch = MiniBatch.of(samples, pad_id=0, device=torch.device("cpu"))
     assert batch.input_ids.tolist() == [[1, 2, 3, 4], [0, 0, 5, 6]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
     assert batch.tokens.tolist() == [[4, 0], [6, 7]]
     assert batch.mask.tolist() == [[True, False], [True, True]]
+    assert batch.turns.tolist() == [[0, data.ENVIRONMENT], [2, 2]]
+    assert batch.num_sampled == 3
+    assert batch.advantages.tolist() == [[0.0, 0.0], [0.5, 0.5]]
     assert batch.old_log_probs is None
 
 
 def test_micro_batches_hold_all_and_keep_to_the_limit():
-    samples = [Sample([0] * length, [0] * (1 + length % 3), 0) for length in (5, 40, 7, 7, 90, 3, 33)]
+    samples = [Sample.of_turn([0] * length, [0] * (1 + length % 3), 0) for length in (5, 40, 7, 7, 90, 3, 33)]
     batches = list(micro_batches(samples, 60))
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     for batch in batches:
         widths = max(len(samples[i].prompt_ids) for i in batch) + max(len(samples[i].response_ids) for i in batch)
         assert len(batch) == 1 or len(batch) * widths <= 60
+
+
+def test_the_size_or_the_number_of_minibatches():
+    def sizes(**settings):
+        config = load_config("practice", [f"optim.{name}={value}" for name, value in settings.items()]).optim
+        optimizer = StepOptimizer([torch.nn.Parameter(torch.zeros(1))], config, config, steps=4)
+        samples = [Sample.of_turn([0], [0], number) for number in range(10)]
+        found = list(optimizer.minibatches(samples, seed=(0,)))
+        assert sorted(s.turns[0] for batch in found for s in batch) == sorted([*range(10)] * config.epochs)
+        return [len(batch) for batch in found]
+
+    assert sizes(minibatches=3) == [4, 3, 3]
+    assert sizes(minibatches=99) == [1] * 10
+    assert sizes(minibatch_size=4) == [4, 3, 3]  # as even as they can be, none larger
+    assert sizes(minibatch_size=64, epochs=2) == [10, 10]
+
+
+def test_the_schedule_spans_the_run_whatever_the_number_of_updates():
+    config = load_config("practice", ["optim.lr=1.0", "optim.minibatches=2"]).optim
+    optimizer = StepOptimizer([torch.nn.Parameter(torch.zeros(1))], config, config, steps=10)
+    rates = []
+    for _ in range(10):
+        for _ in optimizer.minibatches([Sample.of_turn([0], [0], 0)] * 8, seed=(0,)):
+            rates.append(optimizer.metrics("actor")["actor/lr"])
+    assert rates == [cosine_with_warmup(n, 20, config.warmup_ratio, config.min_lr_ratio) for n in range(20)]
+    assert optimizer.state_dict()["steps_done"] == 10
 
 
 def test_learning_rate_schedule():

@@ -46,7 +46,7 @@ def cloning_samples(
             past.append(Turn(seen, [], [], [], action, valid=True, result=result))
         for number, (prompt_ids, ids) in enumerate(zip(prompts.encode(states), responses, strict=True)):
             response_ids = [*ids, policy.tokenizer.eos_token_id][:max_response_tokens]
-            samples.append(Sample(prompt_ids, response_ids, number))
+            samples.append(Sample.of_turn(prompt_ids, response_ids, number))
     return samples
 
 

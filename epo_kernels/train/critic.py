@@ -1,0 +1,114 @@
+"""PPO's critic: what return to expect from a state on.
+
+A copy of the policy's backbone of its own with a value head, as verl and verl-agent have it (they load the same model
+a second time): the value loss, far larger than the policy's at first, then never pulls on the weights that act, and has
+a learning rate of its own. It costs the memory of a second model.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epo_kernels.train.algorithms import value_states
+from epo_kernels.train.config import TrainConfig
+from epo_kernels.train.data import MiniBatch, Sample, micro_batches
+from epo_kernels.train.optimizer import StepOptimizer
+from epo_kernels.train.policies.policy import Policy, checkpointing, response_hidden
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """Half the squared error, clipped as PPO's first code and verl do: the worse of the value and the clipped value.
+
+    Args:
+        values, old_values, returns: (N,) float32.
+        clip_range: a value counts as at most so far from the old one.
+
+    Returns:
+        (loss, clipped): (N,) float32, and (N,) bool where the clipped value decides.
+    """
+    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    plain, clipped = (values - returns).square(), (near - returns).square()
+    return 0.5 * torch.maximum(plain, clipped), clipped > plain
+
+
+class Critic:
+    """Owns backbone, value head and optimiser. New values are 0: the head starts at 0.
+
+    Args:
+        policy: whose backbone is copied.
+        config: of the run; `critic`, `optim` and `algorithm.gae` count.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        self._config = config
+        self._pad_id = policy.pad_id
+        self._backbone = copy.deepcopy(policy.model.get_decoder())
+        self._head = nn.Linear(policy.model.config.get_text_config().hidden_size, 1).to(policy.model.device)
+        nn.init.zeros_(self._head.weight)
+        nn.init.zeros_(self._head.bias)
+        self._network = nn.ModuleDict({"backbone": self._backbone, "head": self._head})
+        self._optimizer = StepOptimizer(self._network.parameters(), config.optim, config.critic, config.steps)
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Sample]) -> None:
+        """Set each sample's `values`: of the state before each of its response tokens."""
+        for indices in micro_batches(samples, self._config.optim.micro_batch_tokens):
+            values = self._values(self._batch([samples[i] for i in indices])).cpu()
+            for row, index in enumerate(indices):
+                samples[index].values = values[row, : len(samples[index].response_ids)].clone()
+
+    def update(self, samples: Sequence[Sample], seed: tuple[int, ...]) -> dict[str, float]:
+        """All epochs and minibatches of a step, towards the samples' `returns`. Returns the metrics `critic/*`."""
+        losses, clipped, states = [], [], 0.0
+        for minibatch in self._optimizer.minibatches(samples, seed):
+            loss, clips, count = self._backward(minibatch)
+            self._optimizer.apply(loss)
+            losses.append(loss)
+            clipped.append(clips)
+            states += count
+        return {
+            "critic/vf_loss": float(torch.stack(losses).mean()),
+            "critic/vf_clipfrac": float(torch.stack(clipped).sum()) / states,
+            **self._optimizer.metrics("critic"),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"network": self._network.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._network.load_state_dict(state["network"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def _backward(self, samples: list[Sample]) -> tuple[Tensor, Tensor, float]:
+        """Adds the gradient of one minibatch's mean loss; returns that loss, clipped states, and their number."""
+        level = self._config.algorithm.gae
+        count = float(sum(int(value_states(sample, level).sum()) for sample in samples))
+        total, clips = torch.zeros(()), torch.zeros(())
+        for indices in micro_batches(samples, self._config.optim.micro_batch_tokens):
+            chosen = [samples[i] for i in indices]
+            batch = self._batch(chosen)
+            states = nn.utils.rnn.pad_sequence([value_states(sample, level) for sample in chosen], batch_first=True)
+            states = states.to(batch.tokens.device)
+            assert batch.values is not None
+            assert batch.returns is not None
+            with checkpointing(self._backbone, self._config.model.gradient_checkpointing):
+                losses, clipped = value_loss(
+                    self._values(batch)[states],
+                    batch.values[states],
+                    batch.returns[states],
+                    self._config.critic.clip_range,
+                )
+                loss = losses.sum() / count
+                loss.backward()
+            total, clips = total + loss.detach().cpu(), clips + clipped.sum().cpu()
+        return total, clips, count
+
+    def _batch(self, samples: Sequence[Sample]) -> MiniBatch:
+        return MiniBatch.of(samples, self._pad_id, self._head.weight.device)
+
+    def _values(self, batch: MiniBatch) -> Tensor:
+        """(B, R) float32."""
+        return self._head(response_hidden(self._backbone, batch).float())[..., 0]
