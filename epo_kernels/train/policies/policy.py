@@ -25,7 +25,9 @@ from epo_kernels.train.envs import Demonstration
 USER, ACT = "<|user|>", "<|act|>"
 TINY_VOCABULARY = 1000
 TINY_CHAT_TEMPLATE = (
-    f"{{% for message in messages %}}{USER}{{{{ message['content'] }}}}{{% endfor %}}"
+    f"{{% for message in messages %}}"
+    f"{{% if message['role'] == 'assistant' %}}{ACT}{{{{ message['content'] + eos_token }}}}"
+    f"{{% else %}}{USER}{{{{ message['content'] }}}}{{% endif %}}{{% endfor %}}"
     f"{{% if add_generation_prompt %}}{ACT}{{% endif %}}"
 )
 
