@@ -111,4 +111,6 @@ class Critic:
 
     def _values(self, batch: MiniBatch) -> Tensor:
         """(B, R) float32."""
-        return self._head(response_hidden(self._backbone, batch).float())[..., 0]
+        hidden = response_hidden(self._backbone, batch).float()
+        with torch.autocast(hidden.device.type, enabled=False):  # 8 bits are too few for a value
+            return self._head(hidden)[..., 0]

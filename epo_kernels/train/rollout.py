@@ -12,7 +12,7 @@ from epo_kernels.train.envs import EnvironmentFailure, Observation, StepResult
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.policies.generate import Engine, Request
 from epo_kernels.train.policies.policy import Policy
-from epo_kernels.train.policies.prompts import PromptBuilder, parse_action
+from epo_kernels.train.policies.prompts import Prompts, parse_action
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Rollout:
         pool: EnvironmentPool,
         policy: Policy,
         engine: Engine,
-        prompts: PromptBuilder,
+        prompts: Prompts,
         *,
         max_turns: int,
         cohorts: int,

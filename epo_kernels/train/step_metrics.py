@@ -1,7 +1,8 @@
 """What a training step tells of itself, under the names people know from verl and verl-agent."""
 
-from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -54,7 +55,8 @@ def episode_metrics(episodes: Sequence[Episode], played: Sequence[Episode]) -> d
 
 def token_metrics(samples: Sequence[Sample], limit: int) -> dict[str, Value]:
     """Of the samples learned from; response lengths are those of turns."""
-    responses = [count for sample in samples for count in _turn_lengths(sample)]
+    turns = [response for sample in samples for response in _responses(sample)]
+    responses = [len(response) for response in turns]
     prompts = [len(sample.prompt_ids) for sample in samples]
     sampled = torch.cat([s.rollout_log_probs[s.mask] for s in samples if s.rollout_log_probs is not None])
     scored = torch.cat([s.old_log_probs[s.mask] for s in samples if s.old_log_probs is not None])
@@ -63,7 +65,7 @@ def token_metrics(samples: Sequence[Sample], limit: int) -> dict[str, Value]:
         "response_length/mean": _mean(responses),
         "response_length/max": max(responses),
         "response_length/clip_ratio": _mean([length >= limit for length in responses]),
-        "response/repeated_token_share": repeated_share([sample.response_ids for sample in samples]),
+        "response/repeated_token_share": repeated_share(turns),
         "prompt_length/mean": _mean(prompts),
         "prompt_length/max": max(prompts),
         "training/rollout_probs_diff_mean": float(gap.mean()),
@@ -72,8 +74,10 @@ def token_metrics(samples: Sequence[Sample], limit: int) -> dict[str, Value]:
     }
 
 
-def _turn_lengths(sample: Sample) -> list[int]:
-    return [count for turn, count in Counter(sample.turns).items() if turn != ENVIRONMENT]
+def _responses(sample: Sample) -> list[list[int]]:
+    """The token ids of each turn."""
+    ids = zip(sample.turns, sample.response_ids, strict=True)
+    return [[token for _, token in own] for turn, own in groupby(ids, itemgetter(0)) if turn != ENVIRONMENT]
 
 
 def _list(values: Tensor) -> list[float | None]:

@@ -32,9 +32,10 @@ from epo_kernels.train.envs import EnvironmentFailure, make_suite
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.evaluate import Record, panel_starts, summarize
 from epo_kernels.train.learner import Learner
+from epo_kernels.train.policies.dialogue import DialogueBuilder
 from epo_kernels.train.policies.generate import StopRule, TransformersEngine
 from epo_kernels.train.policies.policy import Policy, build_tiny, load_policy, precision
-from epo_kernels.train.policies.prompts import PromptBuilder
+from epo_kernels.train.policies.prompts import PromptBuilder, Prompts
 from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
 from epo_kernels.train.post_mortem import NonFiniteError, save_batch
 from epo_kernels.train.report import write_report
@@ -307,7 +308,11 @@ class Trainer:
         policy = build_tiny(demonstrations, model, seed) if is_tiny else load_policy(model.name_or_path, model)
         if demonstrations and not dry:
             samples = cloning_samples(
-                demonstrations, policy, self._prompts(policy), self.config.rollout.max_response_tokens
+                demonstrations,
+                policy,
+                self._prompts(policy),
+                self.config.rollout.max_response_tokens,
+                self.config.rollout.layout,
             )
             with self._bar("cloning", warm_start.epochs) as bar, precision(policy.model, model.dtype):
                 losses = clone(policy, samples, warm_start, seed, bar)
@@ -316,15 +321,18 @@ class Trainer:
             )
         return policy
 
-    def _prompts(self, policy: Policy) -> PromptBuilder:
+    def _prompts(self, policy: Policy) -> Prompts:
         rollout = self.config.rollout
-        return PromptBuilder(
+        window = PromptBuilder(
             policy.tokenizer,
             rollout.history,
             rollout.history_results,
             rollout.max_prompt_tokens,
             rollout.response_format,
         )
+        if rollout.layout == "turn":
+            return window
+        return DialogueBuilder(window, policy.tokenizer, rollout.max_prompt_tokens)
 
     def _reference(self, checkpoint: Path | None, dry: bool) -> PreTrainedModel | None:
         """The frozen starting policy, for the KL term; kept in the run's folder."""

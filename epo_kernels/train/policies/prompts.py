@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +14,12 @@ THINK_ACTION_INSTRUCTION = (
     "action inside <action> </action>."
 )
 _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+
+
+class Prompts(Protocol):
+    def encode(self, states: Sequence[tuple[Observation, Sequence[Turn]]]) -> list[list[int]]:
+        """Prompt ids of many (observation, past turns), in order."""
+        ...
 
 
 class PromptTooLong(ValueError):

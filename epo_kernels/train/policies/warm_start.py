@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from epo_kernels.train.config import ConfigError, WarmStartConfig
-from epo_kernels.train.data import Draw, MiniBatch, Sample, Turn
+from epo_kernels.train.data import Draw, Episode, MiniBatch, Sample, Turn, samples_of
 from epo_kernels.train.envs import Demonstration, Suite
 from epo_kernels.train.policies.policy import Policy, response_logits
-from epo_kernels.train.policies.prompts import PromptBuilder
+from epo_kernels.train.policies.prompts import Prompts
 
 
 def demonstrate(suite: Suite, count: int) -> list[Demonstration]:
@@ -31,23 +31,26 @@ def demonstrate(suite: Suite, count: int) -> list[Demonstration]:
 
 
 def cloning_samples(
-    demonstrations: Sequence[Demonstration], policy: Policy, prompts: PromptBuilder, max_response_tokens: int
+    demonstrations: Sequence[Demonstration],
+    policy: Policy,
+    prompts: Prompts,
+    max_response_tokens: int,
+    layout: str = "turn",
 ) -> list[Sample]:
-    """One sample a turn: the prompt as the rollout would build it, the gold action and the end token."""
-    samples = []
+    """Samples as the rollout would make them, had it played the gold actions: prompts, actions and end tokens."""
+    episodes = []
     for demonstration in demonstrations:
         responses = policy.tokenizer(demonstration.actions, add_special_tokens=False)["input_ids"]
         past: list[Turn] = []
-        states = []
         for index, (seen, action) in enumerate(zip(demonstration.observations, demonstration.actions, strict=True)):
-            states.append((seen, list(past)))
+            (prompt_ids,) = prompts.encode([(seen, past)])
+            response_ids = [*responses[index], policy.tokenizer.eos_token_id][:max_response_tokens]
             is_last = index + 1 == len(demonstration.actions)
             result = "" if is_last else demonstration.observations[index + 1].text
-            past.append(Turn(seen, [], [], [], action, valid=True, result=result))
-        for number, (prompt_ids, ids) in enumerate(zip(prompts.encode(states), responses, strict=True)):
-            response_ids = [*ids, policy.tokenizer.eos_token_id][:max_response_tokens]
-            samples.append(Sample.of_turn(prompt_ids, response_ids, number))
-    return samples
+            log_probs = [0.0] * len(response_ids)  # nobody sampled them
+            past.append(Turn(seen, prompt_ids, response_ids, log_probs, action, valid=True, result=result))
+        episodes.append(Episode(demonstration.task, 0, (0, Draw.CLONING, 0, 0), turns=past))
+    return samples_of(episodes, layout)
 
 
 def clone(
