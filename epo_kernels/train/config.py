@@ -36,6 +36,8 @@ class WarmStartConfig:
 
 @dataclass
 class ModelConfig:
+    """The policy: which model, in which precision, how much of it is trained."""
+
     name_or_path: str = "tiny"  # a folder, a hub id, or "tiny": 0.5M parameters from scratch, made for warm_start
     dtype: str = "float32"  # of matrix products: float32 | bfloat16; the weights stay float32
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
@@ -49,6 +51,8 @@ class ModelConfig:
 
 @dataclass
 class RolloutConfig:
+    """How episodes are played, and what of them a prompt shows."""
+
     engine: str = "transformers"  # what samples: transformers
     environments: int = 16  # live at a time (ScienceWorld: a JVM each)
     cohorts: int = 2  # groups of environments: one acts while the policy writes for another
@@ -120,6 +124,8 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
+    """AdamW, its schedule, and a step's updates; the critic's too, where critic doesn't say otherwise."""
+
     lr: float = 1e-4  # AdamW: the peak, after the warm-up
     min_lr_ratio: float = 0.2  # the cosine ends at lr * min_lr_ratio
     warmup_ratio: float = 0.1  # share of all updates
@@ -136,6 +142,8 @@ class OptimConfig:
 
 @dataclass
 class EvaluateConfig:
+    """Evaluation on fixed tasks, before, after and between."""
+
     panels: list[str] = field(default_factory=lambda: ["iid"])  # of iid, ood, train
     episodes: int = 64  # a panel: the first tasks of the split, in its fixed order
     decoding: list[str] = field(default_factory=lambda: ["greedy", "sampled"])
@@ -144,6 +152,8 @@ class EvaluateConfig:
 
 @dataclass
 class CheckpointConfig:
+    """run_dir/checkpoints/global_step_N: what a run goes on from."""
+
     every: int = 10  # steps; 0: only at the end
     keep: int = 2  # the latest ones
 
@@ -262,9 +272,31 @@ def _is_among(name: str, listed: tuple[str, ...]) -> bool:
     return any(name == entry or name.startswith(f"{entry}.") for entry in listed)
 
 
+def preset_titles() -> dict[str, str]:
+    """{name: what it is}, by each preset's first comment."""
+    folder = files("epo_kernels.train") / "presets"
+    texts = {name: (folder / f"{name}.yaml").read_text(encoding="utf-8") for name in preset_names()}
+    return {name: text.splitlines()[0].removeprefix("# ") for name, text in texts.items()}
+
+
 def describe_settings() -> str:
-    """Every setting with its default and what it means: the dataclasses' own lines and comments."""
+    """Every setting with its default and what it means, by groups: the dataclasses' own lines and comments."""
     return "\n".join(_describe(TrainConfig))
+
+
+PUBLISHED_PROMPT, NEEDED_PROMPT = 2048, 6144
+
+
+def warnings_of(config: TrainConfig) -> list[str]:
+    """Settings that are allowed, but known to hurt."""
+    rollout, found = config.rollout, []
+    if rollout.response_format == "think_action" and rollout.max_prompt_tokens <= PUBLISHED_PROMPT:
+        found.append(
+            f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} is the published {PUBLISHED_PROMPT} or less, with "
+            f"which its authors' runs crashed on long observations (they went to {NEEDED_PROMPT} later); here such "
+            f"prompts lose history and the end of what is seen instead. Set rollout.max_prompt_tokens={NEEDED_PROMPT}"
+        )
+    return found
 
 
 def _describe(group: Any, prefix: str = "") -> list[str]:
@@ -272,7 +304,8 @@ def _describe(group: Any, prefix: str = "") -> list[str]:
     lines = []
     for setting in fields(group):
         if is_dataclass(setting.type):
-            lines += ["", *_describe(setting.type, f"{prefix}{setting.name}.")]
+            about = (inspect.getdoc(setting.type) or "").splitlines()[0]
+            lines += ["", f"{prefix}{setting.name}: {about}", *_describe(setting.type, f"{prefix}{setting.name}.")]
             continue
         default = setting.default
         if setting.default_factory is not MISSING:
