@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from epo_kernels.train.config import ConfigError, TrainConfig, describe_settings, load_config, preset_names, to_yaml
+from epo_kernels.train.config import ConfigError, TrainConfig, describe_settings, load_config, preset_titles, to_yaml, warnings_of
 from epo_kernels.train.text import printable
 
 if TYPE_CHECKING:
@@ -19,7 +19,13 @@ HELP = """usage: python -m epo_kernels.train [PRESET or FILE.yaml] [GROUP.KEY=VA
 
 Trains a language-model agent by reinforcement learning in a text environment, with the EPO loss.
 
-PRESET is one of: {presets} (default: quickstart). Settings given after it win over it.
+A setting comes from the last of these that gives it: the defaults below, the preset or file, the command line.
+
+presets (without one: quickstart):
+
+{presets}
+
+options:
 
   --print-config   show all settings as they would hold, as YAML, and end
   --dry-run        build everything, play nothing, say what would run
@@ -29,6 +35,9 @@ examples:
   python -m epo_kernels.train practice                       a first look: no Java, two to three minutes
   python -m epo_kernels.train quickstart                     real ScienceWorld on a CPU
   python -m epo_kernels.train quickstart steps=100 loss.penalty=hinge run_dir=runs/hinge
+  python -m epo_kernels.train practice algorithm.name=ppo    PPO with a critic; rloo and gigpo as well
+  python -m epo_kernels.train practice loss.penalty=none     without EPO's band; loss.entropy_coeff=0: no entropy term
+  python -m epo_kernels.train scienceworld_ppo_7b --print-config
   python -m epo_kernels.train my.yaml seed=3 resume=never
 
 The folder run_dir receives config.yaml, metrics.jsonl (a line a step), evaluation.json, episodes/ to read,
@@ -47,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in words or "-h" in words:
-        sys.stdout.write(HELP.format(presets=", ".join(preset_names())) + describe_settings() + "\n")
+        presets = "\n".join(f"  {name:<24}{title}" for name, title in preset_titles().items())
+        sys.stdout.write(HELP.format(presets=presets) + describe_settings() + "\n")
         return 0
     try:
         config, flags = _parse(words)
@@ -86,6 +96,8 @@ def _run(config: TrainConfig, dry: bool) -> int:
     display = Display()
     try:
         with StopRequest() as stop, display, Trainer(config, display, dry, stop) as trainer:
+            for warning in warnings_of(config):
+                display.say(f"warning: {warning}")
             if dry:
                 display.say(_plan(trainer))
                 return 0
