@@ -9,7 +9,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from epo_kernels.train.config import ConfigError, TrainConfig, describe_settings, load_config, preset_titles, to_yaml, warnings_of
+from epo_kernels.train.config import (
+    ConfigError,
+    TrainConfig,
+    describe_settings,
+    load_config,
+    preset_titles,
+    to_yaml,
+    warnings_of,
+)
 from epo_kernels.train.text import printable
 
 if TYPE_CHECKING:
