@@ -1,10 +1,13 @@
 """A small policy on the practice environment, made once: knows little, but its shapes are those of real runs."""
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import TrainConfig, load_config
 from epo_kernels.train.envs import Suite, make_suite
 from epo_kernels.train.policies.generate import StopRule, TransformersEngine
@@ -26,6 +29,38 @@ SMALL = [
     "evaluate.episodes=4",
     "checkpoint.every=1",
 ]
+
+
+WHOLE = ["steps=4", "checkpoint.keep=9", "evaluate.every=2", "loss.kl_coeff=0.01"]  # of the run `whole_run`
+TIMING = ("timing_s/", "perf/throughput", "perf/loss_share")
+
+
+def command(*arguments):
+    return ["practice", *SMALL, "optim.lr=3e-4", *map(str, arguments)]
+
+
+def train(*arguments):
+    return main(command(*arguments))
+
+
+def lines_of(run_dir):
+    """metrics.jsonl without what a clock measured."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(TIMING)} for line in lines]
+
+
+def weights_of(run_dir, step):
+    from safetensors.torch import load_file
+
+    return load_file(Path(run_dir) / "checkpoints" / f"global_step_{step}" / "actor" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """Four steps without a stop, under the settings WHOLE."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    assert train(f"run_dir={run_dir}", *WHOLE) == 0
+    return run_dir
 
 
 @pytest.fixture(scope="session")

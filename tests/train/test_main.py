@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,33 +11,7 @@ import torch
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.checkpoint import find_checkpoint
 from epo_kernels.train.config import ConfigError, load_config
-from tests.train.conftest import SMALL
-
-TIMING = ("timing_s/", "perf/throughput")
-
-
-def train(*arguments):
-    return main(["practice", *SMALL, "optim.lr=3e-4", *map(str, arguments)])
-
-
-def lines_of(run_dir):
-    """metrics.jsonl without what a clock measured."""
-    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(TIMING)} for line in lines]
-
-
-def weights_of(run_dir, step):
-    from safetensors.torch import load_file
-
-    return load_file(Path(run_dir) / "checkpoints" / f"global_step_{step}" / "actor" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """Four steps without a stop."""
-    run_dir = tmp_path_factory.mktemp("whole")
-    assert train(f"run_dir={run_dir}", "steps=4", "checkpoint.keep=9", "evaluate.every=2", "loss.kl_coeff=0.01") == 0
-    return run_dir
+from tests.train.conftest import WHOLE, lines_of, train, weights_of
 
 
 def test_a_run_leaves_what_it_promises(whole_run):
@@ -81,46 +54,15 @@ def test_a_run_leaves_what_it_promises(whole_run):
 
 
 def test_the_same_seed_gives_the_same_run(whole_run, tmp_path):
-    settings = ("steps=4", "checkpoint.keep=9", "evaluate.every=2", "loss.kl_coeff=0.01")
-    assert train(f"run_dir={tmp_path}", *settings) == 0
+    assert train(f"run_dir={tmp_path}", *WHOLE) == 0
     assert lines_of(tmp_path) == lines_of(whole_run)
-    assert train(f"run_dir={tmp_path / 'other'}", *settings, "seed=1") == 0
+    assert train(f"run_dir={tmp_path / 'other'}", *WHOLE, "seed=1") == 0
     assert lines_of(tmp_path / "other") != lines_of(whole_run)
-
-
-KILLED = """
-import os, signal, sys
-from epo_kernels.train import trainer
-from epo_kernels.train.__main__ import main
-import torch
-torch.set_num_threads(1)
-step = trainer.Trainer._train_step
-def dies(self, number):
-    if number == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, number)
-trainer.Trainer._train_step = dies
-main(sys.argv[1:])
-"""
-
-
-def test_a_killed_run_goes_on_to_the_last_bit(whole_run, tmp_path):
-    settings = ["steps=4", "checkpoint.keep=9", "evaluate.every=2", "loss.kl_coeff=0.01", f"run_dir={tmp_path}"]
-    command = [sys.executable, "-c", KILLED, "practice", *SMALL, "optim.lr=3e-4", *settings, "checkpoint.every=2"]
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode == -9
-    assert [line["training/global_step"] for line in lines_of(tmp_path)] == [1, 2]
-    assert train(*settings) == 0
-    assert lines_of(tmp_path) == lines_of(whole_run)
-    resumed, whole = weights_of(tmp_path, 4), weights_of(whole_run, 4)
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    records = [json.loads((folder / "evaluation.json").read_text()) for folder in (tmp_path, whole_run)]
-    assert records[0] == records[1]
 
 
 def test_a_checkpoint_of_another_run_can_be_gone_on_with(whole_run, tmp_path):
     checkpoint = whole_run / "checkpoints" / "global_step_3"
-    settings = ("steps=4", "evaluate.every=2", "loss.kl_coeff=0.01")
-    assert train(f"run_dir={tmp_path}", *settings, f"resume={checkpoint}") == 0
+    assert train(f"run_dir={tmp_path}", *WHOLE, f"resume={checkpoint}") == 0
     assert lines_of(tmp_path) == lines_of(whole_run)[3:]
 
 
@@ -129,20 +71,32 @@ def test_an_evaluation_cut_short_goes_on_with_what_is_missing(whole_run, tmp_pat
     path = tmp_path / "run" / "evaluation.json"
     records = json.loads(path.read_text())
     path.write_text(json.dumps(records[:-1]))
-    assert train(f"run_dir={tmp_path / 'run'}", "steps=4", "evaluate.every=2", "loss.kl_coeff=0.01") == 0
+    assert train(f"run_dir={tmp_path / 'run'}", *WHOLE) == 0
     assert json.loads(path.read_text()) == records
+
+
+def test_bfloat16_loses_no_small_update(tmp_path):
+    """AdamW's first update moves each weight by about lr, here some 1e-5 of it: bfloat16 keeps 4e-3."""
+    settings = ("model.dtype=bfloat16", "optim.lr=2e-7", "optim.warmup_ratio=0", "steps=1", "evaluate.panels=[]")
+    assert train(f"run_dir={tmp_path}", *settings) == 0
+    before, after = weights_of(tmp_path, 0), weights_of(tmp_path, 1)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert after[name].dtype == torch.float32
+    moved = (after[name] - before[name]).abs()
+    assert float((moved > 5e-8).float().mean()) > 0.9
+    assert float((moved / before[name].abs()).median()) < 5e-5
+    assert lines_of(tmp_path)[0]["training/rollout_probs_diff_max"] > 1e-5, "the products did run in bfloat16"
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole_run, capsys):
     before = (whole_run / "metrics.jsonl").read_bytes()
-    settings = ("steps=4", "evaluate.every=2", "loss.kl_coeff=0.01")
-    assert train(f"run_dir={whole_run}", *settings) == 0
+    assert train(f"run_dir={whole_run}", *WHOLE) == 0
     assert (whole_run / "metrics.jsonl").read_bytes() == before
     assert "0 of 4 steps to do" in capsys.readouterr().out
 
 
 def test_resuming_with_other_settings_is_refused(whole_run, capsys):
-    assert train(f"run_dir={whole_run}", "steps=4", "evaluate.every=2", "loss.kl_coeff=0.01", "optim.lr=0.5") == 2
+    assert train(f"run_dir={whole_run}", *WHOLE, "optim.lr=0.5") == 2
     assert capsys.readouterr().err.splitlines()[1:] == ["  setting   saved   now", "  optim.lr  0.0003  0.5"]
 
 

@@ -1,0 +1,62 @@
+"""Driver processes with a fault inside, forked from a server that has imported everything: each starts at once."""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["epo_kernels.train.trainer", "tests.train.faults"])
+
+
+def start(arguments, fault=None, log=os.devnull):
+    """A process that runs the driver; `fault` is (signal, "module:Class.method", n): what it sends itself, and when."""
+    process = _CONTEXT.Process(target=_run, args=(list(map(str, arguments)), fault, str(log)))
+    process.start()
+    return process
+
+
+def end_of(process, timeout=120):
+    """Its exit code, negative for a signal."""
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError("the driver didn't end")
+    return process.exitcode
+
+
+def _run(arguments, fault, log):
+    import torch
+
+    from epo_kernels.train.__main__ import main
+
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if fault:
+        _plant(*fault)
+    with open(log, "a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            code = main(arguments)
+    os._exit(code)
+
+
+def _plant(number, place, call):
+    module, _, path = place.partition(":")
+    owner = importlib.import_module(module)
+    *classes, name = path.split(".")
+    for part in classes:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), 0
+
+    def faulty(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, faulty)

@@ -1,0 +1,296 @@
+"""Every fault that the driver promises to survive, injected into a real run."""
+
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+import epo_kernels.train.checkpoint as checkpoint_module
+from epo_kernels.train.__main__ import main
+from epo_kernels.train.checkpoint import list_checkpoints, load_state, step_of
+from epo_kernels.train.envs.practice import PracticeEnvironment
+from epo_kernels.train.learner import Learner
+from epo_kernels.train.post_mortem import load_batch
+from tests.train import faults
+from tests.train.conftest import WHOLE, command, lines_of, train, weights_of
+
+
+def steps_of(run_dir):
+    return [step_of(path) for path in list_checkpoints(run_dir / "checkpoints")]
+
+
+def assert_equal_runs(run_dir, whole):
+    assert lines_of(run_dir) == lines_of(whole)
+    last, wanted = weights_of(run_dir, 4), weights_of(whole, 4)
+    assert all(torch.equal(last[name], wanted[name]) for name in wanted)
+    records = [json.loads((folder / "evaluation.json").read_text()) for folder in (run_dir, whole)]
+    assert records[0] == records[1]
+
+
+TRAIN = "epo_kernels.train."
+KILLS = {
+    "cloning": (TRAIN + "trainer:clone", 1),
+    "while the first checkpoint is written": (TRAIN + "checkpoint:_flush", 2),
+    "before the first checkpoint has its name": (TRAIN + "checkpoint:os.rename", 1),
+    "in the evaluation before": (TRAIN + "trainer:summarize", 1),
+    "in a rollout": (TRAIN + "rollout:Rollout._act", 20),
+    "in an update": (TRAIN + "learner:Learner.update", 3),
+    "with a step logged, unsaved": (TRAIN + "trainer:Trainer._watch", 2),
+    "while a later checkpoint is written": (TRAIN + "checkpoint:torch.save", 4),
+    "in an evaluation between": (TRAIN + "trainer:summarize", 4),
+    "while old checkpoints go": (TRAIN + "checkpoint:list_checkpoints", 9),
+    "in the evaluation after": (TRAIN + "trainer:summarize", 5),
+    "while the report is written": (TRAIN + "trainer:write_report", 4),
+}
+
+
+@pytest.mark.parametrize("moment", ["in an update", "while a later checkpoint is written", "in an evaluation between"])
+def test_a_killed_run_goes_on_to_the_last_bit(whole_run, tmp_path, moment):
+    arguments = command(f"run_dir={tmp_path}", *WHOLE)
+    assert faults.end_of(faults.start(arguments, (signal.SIGKILL, *KILLS[moment]))) == -9
+    assert train(f"run_dir={tmp_path}", *WHOLE) == 0
+    assert_equal_runs(tmp_path, whole_run)
+
+
+def test_a_run_killed_again_and_again_goes_on_to_the_last_bit(whole_run, tmp_path):
+    """At every moment of the list, then at random ones: the next process goes on from what the last one left."""
+    arguments = command(f"run_dir={tmp_path}", *WHOLE)
+    for moment, fault in KILLS.items():
+        code = faults.end_of(faults.start(arguments, (signal.SIGKILL, *fault)))
+        assert code in (-9, 0), moment  # 0: a moment that lay before what was saved
+        if code == 0:
+            shutil.rmtree(tmp_path)
+    rng = random.Random(0)
+    for _ in range(6):
+        process = faults.start(arguments)
+        time.sleep(rng.uniform(0.1, 2.0))
+        process.kill()
+        faults.end_of(process)
+    assert faults.end_of(faults.start(arguments)) == 0
+    assert_equal_runs(tmp_path, whole_run)
+
+
+@pytest.mark.parametrize("place", ["in a rollout", "in an update", "in an evaluation between"])
+def test_sigterm_saves_and_ends_with_0(whole_run, tmp_path, place):
+    log = tmp_path / "log"
+    arguments = command(f"run_dir={tmp_path / 'run'}", *WHOLE, "checkpoint.every=0")
+    process = faults.start(arguments, (signal.SIGTERM, *KILLS[place]), log)
+    assert faults.end_of(process) == 0, log.read_text()
+    assert "stopped by SIGTERM; the same command goes on from the last checkpoint" in log.read_text()
+    run_dir = tmp_path / "run"
+    lines = lines_of(run_dir)
+    assert steps_of(run_dir)[-1] == len(lines) < 4
+    assert (run_dir / "report.html").exists()
+    assert train(f"run_dir={run_dir}", *WHOLE) == 0
+    assert_equal_runs(run_dir, whole_run)
+
+
+def test_ctrl_c_saves_too_and_a_second_signal_ends_at_once(tmp_path):
+    log = tmp_path / "log"
+    arguments = command(f"run_dir={tmp_path / 'run'}", *WHOLE, "checkpoint.every=0")
+    process = faults.start(arguments, (signal.SIGINT, *KILLS["in an update"]), log)
+    assert faults.end_of(process) == 130
+    assert "stopped by SIGINT" in log.read_text()
+    assert steps_of(tmp_path / "run")[-1] == 3
+    slow = faults.start(command(f"run_dir={tmp_path / 'slow'}", "steps=10000"), None, log)
+    while not (tmp_path / "slow" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    slow.terminate()
+    slow.terminate()
+    assert faults.end_of(slow) in (-signal.SIGTERM, 0)  # 0: it stopped between the two
+
+
+def failing_at(calls):
+    """PracticeEnvironment.step, but that these of the rollouts' calls raise."""
+    play, count = PracticeEnvironment.step, itertools.count(1)
+
+    def step(self, action):
+        if threading.current_thread().name.startswith("environment-") and next(count) in calls:
+            raise MemoryError("a bug in the game")
+        return play(self, action)
+
+    return step
+
+
+def test_too_many_failures_in_a_row_stop_the_run_with_everything_saved(whole_run, tmp_path, monkeypatch, capsys):
+    settings = (f"run_dir={tmp_path}", *WHOLE, "checkpoint.every=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(PracticeEnvironment, "step", failing_at(range(70, 1000)))  # from step 2 on
+        assert train(*settings, "env.max_failures=20") == 1
+    error = capsys.readouterr().err
+    assert "20 episodes in a row were lost to their environments (env.max_failures)" in error
+    assert "MemoryError: a bug in the game" in error
+    assert steps_of(tmp_path)[-1] == len(lines_of(tmp_path)) > 0
+    assert (tmp_path / "report.html").exists()
+    assert train(*settings) == 0
+    assert_equal_runs(tmp_path, whole_run)
+
+
+def test_a_few_failures_cost_their_episodes_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(PracticeEnvironment, "step", failing_at((5, 9)))
+    assert train(f"run_dir={tmp_path}", "steps=2", "evaluate.panels=[]") == 0
+    assert [line["episode/failed"] for line in lines_of(tmp_path)] == [2, 0]
+
+
+@contextmanager
+def files_at_most(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_that_the_disk_refuses_leaves_the_old_checkpoint_whole(whole_run, tmp_path, capsys):
+    with files_at_most(3_000_000):  # the weights fit, and the optimiser's state doesn't once it has one
+        assert train(f"run_dir={tmp_path}", *WHOLE) == 1
+    error = capsys.readouterr().err
+    assert "the checkpoint of step 1 could not be written" in error
+    assert "global_step_0 is whole. Make room" in error
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["global_step_0"]
+    assert train(f"run_dir={tmp_path}", *WHOLE) == 0
+    assert_equal_runs(tmp_path, whole_run)
+
+
+@pytest.mark.parametrize("full", ["torch.save", "save_pretrained", "fsync", "metrics"])
+def test_a_full_disk_stops_the_run_and_says_what_to_do(tmp_path, monkeypatch, capsys, full):
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    assert train(f"run_dir={tmp_path}", "steps=1", "evaluate.panels=[]") == 0
+    (tmp_path / "config.yaml").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "global_step_1")
+    with monkeypatch.context() as patch:
+        if full == "torch.save":
+            patch.setattr(checkpoint_module.torch, "save", no_space)
+        elif full == "save_pretrained":
+            patch.setattr("transformers.PreTrainedModel.save_pretrained", no_space)
+        elif full == "fsync":
+            patch.setattr(checkpoint_module, "_flush", no_space)
+        else:
+            patch.setattr("epo_kernels.train.tracking.Tracker.log", no_space)
+        assert train(f"run_dir={tmp_path}", "steps=1", "evaluate.panels=[]") == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "make room" in error.lower()
+    assert error.count("\n") == 1
+    assert steps_of(tmp_path) == [0]
+    assert load_state(tmp_path / "checkpoints" / "global_step_0")["step"] == 0
+
+
+def test_updates_without_a_finite_gradient_stop_the_run_and_keep_their_batch(whole_run, tmp_path, monkeypatch, capsys):
+    update, calls = Learner.update, 0
+
+    def poisoned(self, samples, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            for sample in samples:
+                sample.old_log_probs = torch.full_like(sample.old_log_probs, float("nan"))
+        return update(self, samples, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "update", poisoned)
+        assert train(f"run_dir={tmp_path}", *WHOLE, "optim.max_skipped_updates=3") == 1
+    error = capsys.readouterr().err
+    assert "step 2: 3 updates in a row had no finite loss and gradient (loss nan, gradient norm nan" in error
+    assert "all weights are finite" in error
+    folder = tmp_path / "nonfinite" / "step_00002"
+    assert str(folder) in error
+    samples = load_batch(folder)
+    assert samples
+    assert all(sample.old_log_probs.isnan().all() for sample in samples)
+    assert all(len(sample.old_log_probs) == len(sample.response_ids) > 0 for sample in samples)
+    assert json.loads((folder / "circumstances.json").read_text())["nonfinite_weights"] == []
+    assert steps_of(tmp_path)[-1] == 1
+    assert train(f"run_dir={tmp_path}", *WHOLE) == 0
+    assert_equal_runs(tmp_path, whole_run)
+
+
+def test_a_collapse_is_told_and_stops_the_run_where_asked(whole_run, tmp_path, capsys):
+    watched = (f"run_dir={tmp_path}", *WHOLE, "watch.entropy_high=0.01", "watch.patience=2", "checkpoint.every=0")
+    assert train(*watched, "watch.stop=true") == 1
+    told = capsys.readouterr()
+    assert "warning: step 2: entropy 0." in told.out
+    assert "stopped at step 2, as watch.stop asks: entropy 0." in told.err
+    assert steps_of(tmp_path)[-1] == 2
+    assert train(*watched) == 0
+    assert "warning" not in capsys.readouterr().out, "once for each spell, over the resume too"
+    assert_equal_runs(tmp_path, whole_run)
+
+
+SCIENCEWORLD = [
+    "quickstart",
+    "env.max_turns=4",
+    "model.warm_start.demonstrations=1",
+    "model.warm_start.epochs=1",
+    "rollout.environments=4",
+    "algorithm.groups=2",
+    "evaluate.panels=[]",
+    "checkpoint.every=1",
+]
+
+
+@pytest.mark.scienceworld
+def test_jvms_that_die_hang_starve_or_never_start_cost_their_episodes_alone(tmp_path, monkeypatch):
+    from epo_kernels.train.envs import EnvironmentFailure
+    from epo_kernels.train.envs.scienceworld import ScienceWorldEnvironment, ScienceWorldSuite
+
+    play = ScienceWorldEnvironment.step
+    started, played = [], []
+    memory = {2: "24m", 3: "16m"}  # not enough for the game; not enough for the JVM, which ends at once
+
+    def troubled_make(self):
+        started.append(None)
+        number = len(started) - 2  # the first lists the tasks, the second plays the demonstration
+        if number == 1:
+            raise EnvironmentFailure("ScienceWorld needs Java 8 or newer and none runs")
+        return ScienceWorldEnvironment(replace(self._config, jvm_memory=memory.get(number, self._config.jvm_memory)))
+
+    def troubled_step(self, action):
+        if len(started) > 2:
+            played.append(None)
+            if len(played) in (3, 6):
+                os.kill(self.process_id, signal.SIGKILL if len(played) == 3 else signal.SIGSTOP)
+        return play(self, action)
+
+    monkeypatch.setattr(ScienceWorldSuite, "make", troubled_make)
+    monkeypatch.setattr(ScienceWorldEnvironment, "step", troubled_step)
+    settings = [f"run_dir={tmp_path / 'run'}", f"env.cache_dir={tmp_path / 'cache'}", "steps=2", "env.step_timeout=6"]
+    assert main([*SCIENCEWORLD, *settings, "algorithm.group_size=6"]) == 0
+    first, second = lines_of(tmp_path / "run")
+    assert (first["episode/failed"], second["episode/failed"]) == (5, 0)
+
+
+@pytest.mark.scienceworld
+def test_a_killed_scienceworld_run_goes_on_with_the_same_tasks_seeds_and_state(tmp_path):
+    arguments = [*SCIENCEWORLD, f"run_dir={tmp_path / 'run'}", f"env.cache_dir={tmp_path}", "steps=2"]
+    arguments += ["algorithm.group_size=2"]
+    process = faults.start(arguments, (signal.SIGKILL, TRAIN + "trainer:Trainer._watch", 2), tmp_path / "log")
+    assert faults.end_of(process) == -9, (tmp_path / "log").read_text()
+    run_dir = tmp_path / "run"
+    path = run_dir / "episodes" / "train_step_00002.jsonl"
+
+    def drawn():
+        return [(episode["task"], episode["seed"]) for episode in map(json.loads, path.read_text().splitlines())]
+
+    before, lines, state = drawn(), lines_of(run_dir), load_state(run_dir / "checkpoints" / "global_step_1")
+    path.unlink()
+    assert steps_of(run_dir)[-1] == 1
+    assert main(arguments) == 0
+    assert drawn() == before
+    assert lines_of(run_dir)[0] == lines[0]
+    assert lines_of(run_dir)[1]["actor/lr"] == lines[1]["actor/lr"]
+    assert load_state(run_dir / "checkpoints" / "global_step_1")["rng"]["cpu"].equal(state["rng"]["cpu"])
+    assert steps_of(run_dir)[-1] == 2
