@@ -1,0 +1,468 @@
+"""EPO inside verl 0.9: `VERL_USE_EXTERNAL_MODULES=epo_kernels.integrations.verl` makes every verl process import this.
+
+Importing it does four things, each by a hook that verl resolves at run time:
+
+- `policy_loss.epo.*` becomes a set of keys of verl's config (`EPOSettings`), checked before any worker starts.
+- The actor's worker becomes `EPOTrainingWorker`. With `policy_loss.loss_mode=epo` it gives the engine `EngineLoss` in
+  the place of verl's `ppo_loss`, closes the entropy history after each update, and keeps it with verl's checkpoints.
+- "epo" becomes a registered policy loss, for callers that know no more than log-probs. No entropy and no turns reach a
+  registered loss, so a penalty is refused there.
+- "epo" becomes a backend of verl's fused head on the FSDP engines (`model.use_fused_kernels=true` with
+  `model.fused_kernel_options.impl_backend=epo`): `linear_log_probs_and_entropy`, so logits never exist.
+
+Clip, dual clip, entropy_coeff, KL, aggregation mode and rollout weights are verl's own keys, and are normalised over
+micro-batches and data-parallel ranks as verl normalises them: with penalty "none" the loss is verl's vanilla one.
+
+A training step is one call of verl's `update_actor`: its entropies, of every epoch and mini-batch as the update itself
+computes them, make one step of the history, summed over the data-parallel group. The band of a step knows the steps
+before it. Turns are the runs of 1s in verl's response_mask, or a field of the batch (`EPOSettings.turns`); a rejection
+of single tokens (`rollout_correction`) cuts runs in two, so give a field there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+
+from epo_kernels.config import BandScope, EPOConfig, KLType, Penalty
+from epo_kernels.functional import epo_loss_from_log_probs, linear_log_probs_and_entropy
+from epo_kernels.history import EntropyHistory, HistoryScope, HistoryWeighting
+from epo_kernels.reference import EPOOutput
+from epo_kernels.schedule import phase_weight
+
+try:
+    from verl.models.transformers import monkey_patch
+    from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+    from verl.utils import tensordict_utils
+    from verl.utils.experimental import torch_functional
+    from verl.utils.metric import AggregationType, Metric
+    from verl.workers import config as verl_config
+    from verl.workers import engine_workers
+    from verl.workers.utils.losses import ppo_loss
+    from verl.workers.utils.padding import no_padding_2_padding
+except ImportError as error:
+    try:
+        found = f"verl {metadata.version('verl')}, whose import failed: {error}"
+    except metadata.PackageNotFoundError:
+        found = "none"
+    raise ImportError(
+        f"epo_kernels.integrations.verl needs verl 0.9, found {found}. Install: pip install 'epo-kernels[verl]'"
+    ) from error
+
+logger = logging.getLogger(__name__)
+
+LOSS_MODE = FUSED_BACKEND = "epo"
+KEYS = "actor_rollout_ref.actor.policy_loss.epo"
+RESPONSE_MASK = "response_mask"
+HISTORY_FILE = "epo_entropy_history.pt"
+
+KL_TYPES: dict[str, KLType] = {
+    "kl": "k1",
+    "k1": "k1",
+    "abs": "abs",
+    "mse": "k2",
+    "k2": "k2",
+    "low_var_kl": "k3",
+    "k3": "k3",
+}
+
+
+@dataclass(frozen=True)
+class EPOSettings:
+    """The keys under `actor_rollout_ref.actor.policy_loss.epo`; see `EPOConfig` and `EntropyHistory` for the maths.
+
+    Attributes:
+        penalty, penalty_alpha, smooth_coeff, band_scope: as in `EPOConfig`.
+        band_low: κ_l: the band's lower bound as a share of the history's mean entropy.
+        band_high: κ_r.
+        num_turns: turns that the history tells apart; more of them in a batch is an error.
+        turns: "response_mask" (the runs of 1s of a response are its turns), or the name of an integer field of the
+            batch, one a sample (where each turn is a sample of its own) or one a response token.
+        history_scope, history_weighting: scope and weighting of `EntropyHistory`.
+        history_window: steps that count; None: all.
+        phase_schedule: weight of the penalty over the steps, see `phase_weight`.
+        phase_horizon: steps it spans; None: verl's total_training_steps.
+    """
+
+    penalty: Penalty = "none"
+    penalty_alpha: float = 0.1
+    smooth_coeff: float = 1.0
+    band_scope: BandScope = "token"
+    band_low: float = 0.0
+    band_high: float = 2.0
+    num_turns: int = 64
+    turns: str = RESPONSE_MASK
+    history_scope: HistoryScope = "turn"
+    history_weighting: HistoryWeighting = "token"
+    history_window: int | None = None
+    phase_schedule: Literal["constant", "paper", "official"] = "constant"
+    phase_horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        EPOConfig(**self._loss_keys())
+        self.make_history().bounds(torch.zeros(0, dtype=torch.int64), self.band_low, self.band_high)
+        phase_weight(0, 1 if self.phase_horizon is None else self.phase_horizon, self.phase_schedule)
+
+    @classmethod
+    def of(cls, keys: Mapping[str, Any] | None) -> EPOSettings:
+        """The settings of a config's keys.
+
+        Raises:
+            ValueError: an unknown key, with the one that is meant, or a value out of range.
+            TypeError: a value of the wrong type.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in keys or {}:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise ValueError(f"{KEYS}.{key} is no key of EPO; {hint}")
+        return cls(**(keys or {}))
+
+    def make_history(self) -> EntropyHistory:
+        return EntropyHistory(self.num_turns, self.history_window, self.history_scope, self.history_weighting)
+
+    def loss_config(self, actor: Any, loss_agg_mode: str) -> EPOConfig:
+        """The library's config: these keys, and verl's own of an ActorConfig.
+
+        Raises:
+            ValueError: a combination that can't be served; the message names verl's key.
+        """
+        if self.penalty != "none" and actor.entropy_coeff == 0:
+            raise ValueError(
+                f"{KEYS}.penalty={self.penalty} does nothing without an entropy term: "
+                "set actor_rollout_ref.actor.entropy_coeff (the paper's is 0.001)"
+            )
+        if actor.use_kl_loss and actor.kl_loss_type not in KL_TYPES:
+            raise ValueError(
+                f"actor_rollout_ref.actor.kl_loss_type must be one of {', '.join(KL_TYPES)} with "
+                f"policy_loss.loss_mode={LOSS_MODE}, got {actor.kl_loss_type!r}"
+            )
+        low, high = (actor.clip_ratio if own is None else own for own in (actor.clip_ratio_low, actor.clip_ratio_high))
+        return EPOConfig(
+            clip_ratio_low=low,
+            clip_ratio_high=high,
+            clip_ratio_c=actor.clip_ratio_c,
+            entropy_coeff=actor.entropy_coeff,
+            kl_coeff=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+            kl_type=KL_TYPES[actor.kl_loss_type] if actor.use_kl_loss else "k3",
+            loss_agg_mode="token-mean" if loss_agg_mode == "token-sum" else loss_agg_mode,  # type: ignore[arg-type]
+            **self._loss_keys(),
+        )
+
+    def _loss_keys(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("penalty", "penalty_alpha", "smooth_coeff", "band_scope")}
+
+
+@dataclass
+class EPOPolicyLossConfig(verl_config.PolicyLossConfig):
+    """verl's `policy_loss` section with one more, optional: `epo`, the keys of `EPOSettings`."""
+
+    epo: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        EPOSettings.of(self.epo)
+        if self.epo and self.loss_mode != LOSS_MODE:
+            raise ValueError(
+                f"{KEYS} is set, but not used: actor_rollout_ref.actor.policy_loss.loss_mode is {self.loss_mode!r}, "
+                f"it must be {LOSS_MODE!r}"
+            )
+
+
+class EngineLoss:
+    """The loss that verl's engine calls for every micro-batch, in the place of `ppo_loss`.
+
+    Args:
+        actor: verl's ActorConfig.
+
+    Raises:
+        ValueError: settings that can't be served.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self.settings = EPOSettings.of(actor.policy_loss.get("epo"))
+        self._config = self.settings.loss_config(actor, actor.loss_agg_mode)
+        self.history = self.settings.make_history() if self.settings.penalty != "none" else None
+        horizon = self.settings.phase_horizon
+        self._horizon = actor.optim.total_training_steps if horizon is None else horizon
+        if self.settings.phase_schedule != "constant" and self._horizon < 1:
+            raise ValueError(
+                f"{KEYS}.phase_horizon must be set: verl's optim.total_training_steps is {self._horizon}, and "
+                f"phase_schedule={self.settings.phase_schedule} needs the length of the training"
+            )
+
+    def __call__(self, model_output: Mapping[str, Tensor], data: Any, dp_group: Any = None) -> tuple[Tensor, dict]:
+        """(loss, metrics) of a micro-batch, as verl's `ppo_loss` returns them.
+
+        Args:
+            model_output: "log_probs" and, where entropy counts, "entropy", nested over prompt and response.
+            data: the micro-batch.
+            dp_group: part of verl's protocol; ranks meet when the history closes.
+        """
+        actor, settings = self._actor, self.settings
+        batch_info = {name: data[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
+        batch_info["loss_scale_factor"] = actor.loss_scale_factor
+        log_probs = no_padding_2_padding(model_output["log_probs"], data)
+        entropy = self._entropy(model_output, data, log_probs)
+        fields = ("response_mask", "old_log_probs", "advantages", "rollout_is_weights", "ref_log_prob")
+        padded = data.select(*(name for name in fields if name in data)).to_padded_tensor()
+        mask = padded["response_mask"].bool()
+        band: dict[str, Any] = {}
+        if self.history is not None:
+            turns = self._turns(data, mask)
+            rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
+            band = {
+                "entropy_bounds": self.history.bounds(turns, settings.band_low, settings.band_high),
+                "segment_ids": turns + settings.num_turns * rows,
+                "num_segments": settings.num_turns * mask.shape[0],
+                "penalty_weight": self.penalty_weight(),
+            }
+            if torch.is_grad_enabled():  # verl may ask for the loss in evaluation, too
+                self.history.update(turns, entropy, mask)
+        out = epo_loss_from_log_probs(
+            log_probs,
+            entropy,
+            padded["old_log_probs"],
+            padded["advantages"],
+            mask,
+            self._config,
+            ref_log_probs=padded["ref_log_prob"] if actor.use_kl_loss else None,
+            is_weights=padded.get("rollout_is_weights", None),
+            **band,
+            **_normalization(actor.loss_agg_mode, **batch_info),
+        )
+        metrics = self._metrics(out)
+        if "entropy" in model_output:
+            entropy_loss = agg_loss(entropy.detach(), mask, actor.loss_agg_mode, **batch_info)
+            metrics["actor/entropy_loss"] = Metric(AggregationType.SUM, entropy_loss)
+        return out.loss, metrics
+
+    def penalty_weight(self) -> float:
+        """β of the step that is open."""
+        step = 0 if self.history is None else len(self.history)
+        return phase_weight(step, max(self._horizon, 1), self.settings.phase_schedule)
+
+    def _entropy(self, model_output: Mapping[str, Tensor], data: Any, log_probs: Tensor) -> Tensor:
+        if "entropy" in model_output:
+            return no_padding_2_padding(model_output["entropy"], data)
+        if self._config.entropy_coeff:
+            raise ValueError("verl's engine gave no entropy: calculate_entropy must be true in the batch")
+        return torch.zeros_like(log_probs)  # its coefficient is 0: it enters nothing
+
+    def _turns(self, data: Any, mask: Tensor) -> Tensor:
+        """Turn of each response token, int64 like mask; anything where the mask is 0."""
+        name = self.settings.turns
+        if name == RESPONSE_MASK:
+            turns = turns_of_mask(mask)
+        else:
+            values = tensordict_utils.get(data, name)
+            if values is None:
+                raise ValueError(f"{KEYS}.turns={name}: the batch has no such field, it has {', '.join(data.keys())}")
+            turns = torch.as_tensor(values, device=mask.device)
+            turns = turns.to_padded_tensor(0) if turns.is_nested else turns
+            turns = turns[:, None].expand(mask.shape) if turns.shape == mask.shape[:1] else turns
+            if turns.shape != mask.shape:
+                raise ValueError(
+                    f"{KEYS}.turns={name}: the field must hold an integer a sample ({mask.shape[0]},) or a response "
+                    f"token {tuple(mask.shape)}, got {tuple(turns.shape)}"
+                )
+        counted = turns[mask]
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < self.settings.num_turns:
+            raise ValueError(
+                f"a turn of this batch is {int(counted.min())} and another {int(counted.max())}, they must be in "
+                f"[0, {self.settings.num_turns}): set {KEYS}.num_turns"
+            )
+        return turns
+
+    def _metrics(self, out: EPOOutput) -> dict[str, Any]:
+        """verl's names and aggregation for what verl has, and `epo/*`; verl puts "actor/" before what lacks it."""
+        sums = out.metrics.to_floats()
+        tokens = max(sums["tokens"], 1.0)
+        total, mean = {"actor/pg_loss": sums["pg_loss"]}, _policy_metrics(sums)
+        if self._actor.use_kl_loss:
+            total["kl_loss"] = sums["kl_loss"]
+            mean["kl_coef"] = self._actor.kl_loss_coef
+        if self.history is not None:
+            mean["epo/band_low_share"] = sums["below_band_tokens"] / tokens
+            mean["epo/band_high_share"] = sums["above_band_tokens"] / tokens
+            mean["epo/penalty_weight"] = self.penalty_weight()
+            if self.settings.penalty != "gate":  # a gate has no value to tell
+                total["epo/penalty"] = sums["penalty"]
+        return {
+            **Metric.from_dict(mean, aggregation=AggregationType.MEAN),
+            **Metric.from_dict(total, aggregation=AggregationType.SUM),
+        }
+
+
+class EPOTrainingWorker(engine_workers.TrainingWorker):
+    """verl's training worker, which serves `policy_loss.loss_mode=epo` and is verl's own for every other loss."""
+
+    _epo: EngineLoss | None = None
+
+    @functools.wraps(engine_workers.TrainingWorker.set_loss_fn)  # wraps: verl's dispatch marks are attributes
+    def set_loss_fn(self, loss_fn):
+        self._epo = None
+        if isinstance(loss_fn, functools.partial) and loss_fn.func is ppo_loss:
+            actor = loss_fn.keywords["config"]
+            if actor.policy_loss.get("loss_mode") == LOSS_MODE:
+                loss_fn = self._epo = EngineLoss(actor)
+        super().set_loss_fn(loss_fn)
+
+    @functools.wraps(engine_workers.TrainingWorker.train_mini_batch)
+    def train_mini_batch(self, data):
+        output = super().train_mini_batch(data)
+        if self._epo is not None and self._epo.history is not None:
+            self._epo.history.commit(self.engine.get_data_parallel_group())
+        return output
+
+    @functools.wraps(engine_workers.TrainingWorker.save_checkpoint)
+    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
+        history = None if self._epo is None else self._epo.history
+        if history is not None and self.engine.is_mp_src_rank_with_outputs():
+            # Every rank that has it writes the same content, so that it is on every node that may want it again.
+            path = os.path.join(local_path, HISTORY_FILE)
+            torch.save(history.state_dict(), f"{path}.{torch.distributed.get_rank()}")
+            os.replace(f"{path}.{torch.distributed.get_rank()}", path)
+
+    @functools.wraps(engine_workers.TrainingWorker.load_checkpoint)
+    def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=False):
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
+        if local_path is None or self._epo is None or self._epo.history is None:
+            return
+        path = os.path.join(local_path, HISTORY_FILE)
+        if os.path.exists(path):
+            self._epo.history.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            logger.warning("no entropy history beside the checkpoint in %s: it begins anew, without a band", local_path)
+
+
+class EPOFusedLinear(torch_functional.FusedLinearForPPO):
+    """verl's fused head with one more backend, "epo": log-prob and entropy of each token, both differentiable."""
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        super().__init__(chunk_size, "torch" if impl_backend == FUSED_BACKEND else impl_backend)
+        self.impl_backend = impl_backend
+
+    def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+        """(…, D), (V, D), (…) int -> log-probs and entropies (…) float32."""
+        if self.impl_backend != FUSED_BACKEND:
+            return super().forward(hidden_states, vocab_weights, input_ids, temperature)
+        return linear_log_probs_and_entropy(
+            hidden_states, vocab_weights, input_ids.to(torch.int64), temperature=temperature
+        )
+
+
+def turns_of_mask(mask: Tensor) -> Tensor:
+    """Turn of each token, (B, T) int64: the runs of True in a row of mask (B, T), from 0."""
+    starts = mask & ~F.pad(mask, (1, -1))
+    return starts.cumsum(dim=1) - 1
+
+
+def _normalization(
+    loss_agg_mode: str,
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+) -> dict[str, Any]:
+    """What verl's `agg_loss` divides by, as arguments of the library. Gradients are averaged over the ranks later."""
+    normalizer = batch_num_tokens if loss_agg_mode == "token-mean" else global_batch_size
+    if loss_agg_mode == "token-sum":
+        normalizer = 1
+    if normalizer is None and dp_size > 1:
+        raise ValueError(f"verl gave no size of the global batch, with {dp_size} data-parallel ranks")
+    return {"normalizer": normalizer, "loss_scale": float(dp_size), "max_length": loss_scale_factor}
+
+
+@register_policy_loss(LOSS_MODE)
+def policy_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The clipped policy gradient alone: the caller adds entropy and KL, so no band can be held here.
+
+    All per-token arguments are (B, T); see verl's `register_policy_loss`.
+
+    Raises:
+        ValueError: the settings want a penalty.
+    """
+    settings = EPOSettings.of(config.policy_loss.get("epo"))
+    if settings.penalty != "none":
+        raise ValueError(
+            f"{KEYS}.penalty={settings.penalty} can't be held here: this way of training (distillation, a worker that "
+            "isn't EPOTrainingWorker) gives its policy loss neither entropies nor turns"
+        )
+    out = epo_loss_from_log_probs(
+        log_prob,
+        torch.zeros_like(log_prob),  # of no account, as its coefficient is 0
+        old_log_prob,
+        advantages,
+        response_mask,
+        settings.loss_config(config, loss_agg_mode),
+        entropy_coeff=0.0,
+        kl_coeff=0.0,
+        is_weights=rollout_is_weights,
+        **_normalization(loss_agg_mode, **config.global_batch_info),
+    )
+    return out.loss, _policy_metrics(out.metrics.to_floats())
+
+
+def _policy_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """What verl's policy losses report: means over the tokens of a micro-batch, 0 where it has none."""
+    tokens = max(sums["tokens"], 1.0)
+    return {
+        "actor/pg_clipfrac": sums["clipped_tokens"] / tokens,
+        "actor/ppo_kl": sums["ppo_kl_sum"] / tokens,
+        "actor/pg_clipfrac_lower": sums["dual_clipped_tokens"] / tokens,
+    }
+
+
+_patch_forward = monkey_patch.patch_forward_with_backends
+
+
+@functools.wraps(_patch_forward)
+def patch_forward_with_backends(model, use_fused_kernels=False, fused_kernels_backend=None):
+    """verl's, which knows "epo" too: its "torch" forward, whose head is then `EPOFusedLinear`."""
+    if not use_fused_kernels or fused_kernels_backend != FUSED_BACKEND:
+        return _patch_forward(model, use_fused_kernels, fused_kernels_backend)
+    _patch_forward(model, use_fused_kernels, "torch")
+    model._verl_fused_kernels_backend = FUSED_BACKEND  # what that forward asks for its head
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def with_gathered_head(self, *args, **kwargs):
+        # FSDP2 gathers a weight when its module is called, and the head never is; verl makes it a unit of its own.
+        head = self.lm_head if isinstance(self.lm_head, FSDPModule) else None
+        if head is not None:
+            head.unshard()
+        output = forward(self, *args, **kwargs)
+        if head is not None and not torch.is_grad_enabled():
+            head.reshard()  # what backward does otherwise
+        return output
+
+    type(model).forward = with_gathered_head
+
+
+verl_config.PolicyLossConfig = EPOPolicyLossConfig
+engine_workers.ActorRolloutRefWorker.actor_worker_cls = EPOTrainingWorker
+torch_functional.FusedLinearForPPO = EPOFusedLinear
+monkey_patch.patch_forward_with_backends = patch_forward_with_backends
