@@ -21,6 +21,7 @@ from epo_kernels.train.checkpoint import list_checkpoints, load_state, step_of
 from epo_kernels.train.envs.practice import PracticeEnvironment
 from epo_kernels.train.learner import Learner
 from epo_kernels.train.post_mortem import load_batch
+from epo_kernels.train.tracking import Tracker
 from tests.train import faults
 from tests.train.conftest import WHOLE, command, lines_of, train, weights_of
 
@@ -110,12 +111,12 @@ def test_ctrl_c_saves_too_and_a_second_signal_ends_at_once(tmp_path):
     assert faults.end_of(slow) in (-signal.SIGTERM, 0)  # 0: it stopped between the two
 
 
-def failing_at(calls):
-    """PracticeEnvironment.step, but that these of the rollouts' calls raise."""
-    play, count = PracticeEnvironment.step, itertools.count(1)
+def failing_where(holds):
+    """PracticeEnvironment.step, but that it raises in a rollout where `holds()`."""
+    play = PracticeEnvironment.step
 
     def step(self, action):
-        if threading.current_thread().name.startswith("environment-") and next(count) in calls:
+        if threading.current_thread().name.startswith("environment-") and holds():
             raise MemoryError("a bug in the game")
         return play(self, action)
 
@@ -125,19 +126,22 @@ def failing_at(calls):
 def test_too_many_failures_in_a_row_stop_the_run_with_everything_saved(whole_run, tmp_path, monkeypatch, capsys):
     settings = (f"run_dir={tmp_path}", *WHOLE, "checkpoint.every=0")
     with monkeypatch.context() as patch:
-        patch.setattr(PracticeEnvironment, "step", failing_at(range(70, 1000)))  # from step 2 on
+        log, logged = Tracker.log, []
+        patch.setattr(Tracker, "log", lambda self, step, metrics: logged.append(log(self, step, metrics)))
+        patch.setattr(PracticeEnvironment, "step", failing_where(lambda: logged))  # from step 2 on
         assert train(*settings, "env.max_failures=20") == 1
     error = capsys.readouterr().err
     assert "20 episodes in a row were lost to their environments (env.max_failures)" in error
     assert "MemoryError: a bug in the game" in error
-    assert steps_of(tmp_path)[-1] == len(lines_of(tmp_path)) > 0
+    assert steps_of(tmp_path)[-1] == len(lines_of(tmp_path)) == 1
     assert (tmp_path / "report.html").exists()
     assert train(*settings) == 0
     assert_equal_runs(tmp_path, whole_run)
 
 
 def test_a_few_failures_cost_their_episodes_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(PracticeEnvironment, "step", failing_at((5, 9)))
+    count = itertools.count(1)
+    monkeypatch.setattr(PracticeEnvironment, "step", failing_where(lambda: next(count) in (5, 9)))
     assert train(f"run_dir={tmp_path}", "steps=2", "evaluate.panels=[]") == 0
     assert [line["episode/failed"] for line in lines_of(tmp_path)] == [2, 0]
 
