@@ -1,7 +1,8 @@
 """EPO inside TRL 1.16: in a GRPO script, `EPOTrainer` for `GRPOTrainer` and `EPOTrainerConfig` for `GRPOConfig`.
 
 TRL generates, scores rewards and makes advantages; this replaces its loss. Each micro-batch goes from the model's last
-hidden states to the loss through `linear_epo_loss`, so logits never exist. With entropy_coef 0 the loss is TRL's own:
+hidden states to the loss through `linear_epo_loss` (with a reference, beta > 0, through `linear_log_probs_and_entropy`),
+so logits never exist. With entropy_coef 0 the loss is TRL's own:
 
     loss = Σ w_i (importance ratio · pg_i + β KL_i) − entropy_coef · Σ u_i (H_i − phase · smooth_coeff · P_i)
 
@@ -234,9 +235,6 @@ class EPOTrainer(GRPOTrainer):
         self._refuse_model()
         self.history = args.new_history()
         self._banded = args.penalty != "none" and args.entropy_coef != 0.0
-        # The library's KL knows neither TRL's factor, the ratio, nor weights of its own beside the entropy's ("grpo"):
-        # it is added to the loss of log-probs then, and the head's logits are computed again in backward.
-        self._kl_apart = self.beta != 0.0 and (args.use_bias_correction_kl or args.loss_type == "grpo")
         self._entropy_from_loss = False
         self._first_scored: tuple[Tensor, Tensor] | None = None
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -401,10 +399,10 @@ class EPOTrainer(GRPOTrainer):
         if self.args.cast_lm_head_to_fp32:
             hidden, context = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
         with context:
-            if not self._kl_apart:
-                if self.beta != 0.0:
-                    terms |= {"ref_log_probs": inputs["ref_per_token_logps"], "kl_coeff": self.beta * batch.share[0]}
+            if self.beta == 0.0:
                 return ek.linear_epo_loss(hidden, weight, tokens, **terms, **head)
+            # TRL's KL isn't the library's: unclamped, with the policy's weights, and times the ratio unless asked
+            # otherwise. It is added to the loss of log-probs, whose logits are computed again in backward.
             log_probs, entropy = ek.linear_log_probs_and_entropy(
                 hidden, weight, tokens, mask=mask, temperature=self._loss_config.temperature, **head
             )

@@ -93,7 +93,11 @@ def assert_same(ours, theirs, rtol=2e-5, atol=2e-6):
     torch.testing.assert_close(ours[0], theirs[0], rtol=rtol, atol=atol)
     assert ours[1].keys() == theirs[1].keys()
     for name, gradient in theirs[1].items():
-        torch.testing.assert_close(ours[1][name], gradient, rtol=rtol * 10, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[1][name], gradient, rtol=rtol * 10, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert theirs[2].keys() <= ours[2].keys()
     for name, value in theirs[2].items():
-        torch.testing.assert_close(ours[2][name], value, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[2][name], value, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )

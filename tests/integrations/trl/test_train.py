@@ -1,0 +1,103 @@
+"""Whole runs through `trainer.train()`: single- and multi-turn, with adapters, resumed."""
+
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.integrations.trl.pairs import make
+
+
+def test_a_run_learns_and_logs(folder, tmp_path):
+    sizes = {"per_device_train_batch_size": 32, "num_generations": 16, "max_steps": 24}
+    trainer = make(folder, tmp_path, gradient_checkpointing=True, **sizes)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    first, last = (sum(entry["reward"] for entry in part) / 4 for part in (logs[:4], logs[-4:]))
+    assert last > first
+    names = {"loss", "grad_norm", "entropy", "clip_ratio/region_mean", "policy_loss", "entropy_coef"}
+    names |= {"epo/penalty", "epo/band_low_share", "epo/band_high_share", "epo/phase_weight", "epo/history"}
+    assert names <= logs[-1].keys()
+    assert logs[0]["epo/history"] is None  # nothing was known
+    assert logs[-1]["epo/history"] > 0
+    assert logs[0]["epo/phase_weight"] == 2.0 > logs[-1]["epo/phase_weight"] > 1.0
+
+
+def test_epo_changes_the_run(folder, tmp_path):
+    """At the same seed: without the band the same weights as TRL's bonus, with it others."""
+    weights = []
+    for changes in ({"penalty": "none"}, {"penalty": "hinge", "penalty_alpha": 30.0, "band_high": 1.0}):
+        trainer = make(folder, tmp_path, entropy_coef=0.1, **changes)
+        trainer.train()
+        weights.append(trainer.model.lm_head.weight.detach().clone())
+    assert not torch.allclose(*weights, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_iterations": 2, "beta": 0.1}, {"history_includes_current": True}], ids=str
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, changes):
+    changes = {"entropy_coef": 0.1, "band_high": 1.0, "penalty_alpha": 5.0, "save_strategy": "steps"} | changes
+    whole = make(folder, tmp_path / "whole", save_steps=2, **changes)
+    whole.train()
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    resumed = make(folder, tmp_path / "resumed", save_steps=100, **changes)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert torch.equal(resumed.history.means().nan_to_num(), whole.history.means().nan_to_num())
+    assert len(resumed.history) == len(whole.history)
+    for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
+
+
+def test_a_checkpoint_without_history_warns(folder, tmp_path):
+    trainer = make(folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "epo_history.pt").unlink()
+    resumed = make(folder, tmp_path, max_steps=2)
+    with pytest.warns(UserWarning, match="begins anew"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_adapters_train_and_nothing_else(folder, tmp_path):
+    trainer = make(folder, tmp_path, trainer={"peft_config": LoraConfig(r=4, target_modules="all-linear")})
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) != ("lora_B" in name or "lora_A" in name), name
+
+
+def two_turns(prompts, trainer):
+    """A rollout of two turns with the environment's answer between them, by the trainer's own model."""
+    tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
+    answer = tokenizer(" ok ")["input_ids"]
+    rollout = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "env_mask": []}
+    for prompt in prompts:
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        completion, mask = [], []
+        for turn in range(2):
+            ids = torch.tensor([prompt_ids + completion])
+            with torch.no_grad():
+                written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=True)
+            new = written[0, ids.shape[1] :].tolist()
+            completion, mask = completion + new, mask + [1] * len(new)
+            if turn == 0:
+                completion, mask = completion + answer, mask + [0] * len(answer)
+        rollout["prompt_ids"].append(prompt_ids)
+        rollout["completion_ids"].append(completion)
+        rollout["logprobs"].append([0.0] * len(completion))
+        rollout["env_mask"].append(mask)
+    return rollout
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_iterations": 2}, {"band_scope": "segment"}], ids=str)
+def test_a_multi_turn_rollout(folder, tmp_path, changes):
+    trainer = make(folder, tmp_path, trainer={"rollout_func": two_turns}, entropy_coef=0.1, **changes)
+    trainer.train()
+    means = trainer.history.means()
+    assert means[:2].isfinite().all()
+    assert means[2:].isnan().all()
+    assert means[0] != means[1]
+    assert torch.isfinite(trainer.model.lm_head.weight).all()
+    shutil.rmtree(tmp_path, ignore_errors=True)
