@@ -165,8 +165,8 @@ class Trainer:
                     learned |= self.critic.update(samples, seed)
             horizon = config.loss.phase_horizon or config.steps
             phase_weight = ek.phase_weight(step - 1, horizon, config.loss.phase_schedule)
-            if not self.critic or step > config.critic.warmup_steps:
-                with _timed(seconds, "update_actor"):
+            with _timed(seconds, "update_actor"):
+                if not self.critic or step > config.critic.warmup_steps:
                     learned |= self.learner.update(samples, history, phase_weight, seed)
             if not config.loss.history_includes_current:
                 self._commit_history(step)
