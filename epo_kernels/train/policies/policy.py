@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from epo_kernels.train.config import ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
 from epo_kernels.train.envs import Demonstration
+from epo_kernels.train.policies.lora import require_peft, train_adapters_alone
 
 USER, ACT = "<|user|>", "<|act|>"
 TINY_VOCABULARY = 1000
@@ -72,8 +73,9 @@ def load_policy(source: str, config: ModelConfig) -> Policy:
     """A policy saved with `save_pretrained`, or from the hub.
 
     Raises:
-        ConfigError: nothing to load there, or a tokenizer without a chat template.
+        ConfigError: nothing to load there, a tokenizer without a chat template, or adapters without PEFT.
     """
+    require_peft(config)
     device = resolve_device(config.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -82,6 +84,8 @@ def load_policy(source: str, config: ModelConfig) -> Policy:
         raise ConfigError(f"model.name_or_path={source!r} is not to be loaded: {error}") from error
     if tokenizer.chat_template is None:
         raise ConfigError(f"model.name_or_path={source!r}: its tokenizer has no chat template; use a chat model")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        train_adapters_alone(model)
     return Policy(_placed(model, device), tokenizer)
 
 
