@@ -1,0 +1,60 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by PEFT: a few million weights are trained instead of all."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from epo_kernels.train.config import ConfigError, ModelConfig
+
+INSTALL = 'pip install --constraint constraints.txt "epo-kernels[lora]"'
+
+
+def require_peft(config: ModelConfig) -> None:
+    """Raises ConfigError where adapters are asked for and PEFT isn't installed."""
+    if config.lora_rank:
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"model.lora_rank={config.lora_rank} needs the package peft; {INSTALL}") from error
+
+
+def add_adapters(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Put an adapter on each target, in place. They change nothing yet; from here on they alone are trained.
+
+    Raises:
+        ConfigError: PEFT is missing, or the model has no such targets.
+    """
+    require_peft(config)
+    from peft import LoraConfig
+
+    names = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+    targets = "all-linear" if config.lora_targets == "all-linear" else names
+    adapters = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+    )
+    try:
+        model.add_adapter(adapters)
+    except ValueError as error:
+        raise ConfigError(f"model.lora_targets={config.lora_targets}: {error}") from error
+    train_adapters_alone(model)
+
+
+def train_adapters_alone(model: PreTrainedModel) -> None:
+    """Freeze everything else: adapters that were loaded come frozen themselves."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+@contextmanager
+def without_adapters(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Inside, the model is what it was before its adapters."""
+    model.disable_adapters()
+    try:
+        yield model
+    finally:
+        model.enable_adapters()
