@@ -34,6 +34,7 @@ from epo_kernels.train.evaluate import Record, panel_starts, summarize
 from epo_kernels.train.learner import Learner
 from epo_kernels.train.policies.dialogue import DialogueBuilder
 from epo_kernels.train.policies.generate import StopRule, TransformersEngine
+from epo_kernels.train.policies.lora import add_adapters, require_peft
 from epo_kernels.train.policies.policy import Policy, build_tiny, load_policy, precision
 from epo_kernels.train.policies.prompts import PromptBuilder, Prompts
 from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
@@ -226,6 +227,7 @@ class Trainer:
 
     def _build(self, stack: ExitStack, dry: bool) -> None:
         config = self.config
+        require_peft(config.model)
         if config.model.threads:
             torch.set_num_threads(config.model.threads)
         checkpoint = find_checkpoint(config)
@@ -319,6 +321,12 @@ class Trainer:
             self.display.say(
                 f"cloned {len(samples)} turns for {warm_start.epochs} epochs: loss {losses[0]:.3f} to {losses[-1]:.3f}"
             )
+        if model.lora_rank:
+            if (is_tiny or demonstrations) and not dry:  # checkpoints hold adapters alone: keep what they belong to
+                base = (self.run_dir / "base").resolve()
+                policy.save(base)
+                policy = load_policy(str(base), model)
+            add_adapters(policy.model, model)
         return policy
 
     def _prompts(self, policy: Policy) -> Prompts:
@@ -338,6 +346,8 @@ class Trainer:
         """The frozen starting policy, for the KL term; kept in the run's folder."""
         if dry or not (self.config.loss.kl_coeff or self.config.algorithm.kl_reward_coeff):
             return None
+        if self.config.model.lora_rank:
+            return self.policy.model  # without its adapters
         folder = self.run_dir / "reference"
         if checkpoint is None:
             self.policy.save(folder)
