@@ -448,6 +448,11 @@ def _check_combinations(config: TrainConfig) -> None:
         f"algorithm.group_over=turns is for grpo and rloo, not for {algorithm.name}",
     )
     _that(
+        not config.model.lora_rank or rollout.engine == "transformers",
+        f"model.lora_rank={config.model.lora_rank} needs rollout.engine=transformers: {rollout.engine} would have to be "
+        "given merged weights",
+    )
+    _that(
         not (algorithm.kl_reward_coeff and loss.kl_coeff),
         f"algorithm.kl_reward_coeff={algorithm.kl_reward_coeff} and loss.kl_coeff={loss.kl_coeff} count the same KL "
         "twice; set one of them to 0",
