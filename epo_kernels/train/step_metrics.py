@@ -44,11 +44,13 @@ def episode_metrics(episodes: Sequence[Episode], played: Sequence[Episode]) -> d
         "episode/reward/mean": _mean(rewards),
         "episode/reward/max": max(rewards),
         "episode/reward/min": min(rewards),
+        "episode/reward/std": float(np.std(rewards)),
         "episode/score/mean": _mean([episode.score for episode in played]),
         "episode/success_rate": _mean([episode.success for episode in played]),
         "episode/official_success_rate": _mean([episode.official_success for episode in played]),
         "episode/length/mean": _mean(lengths),
         "episode/valid_action_ratio": _mean([turn.valid for turn in turns]),
+        "episode/played": len(played),
         "episode/failed": len(episodes) - len(played),
     }
 
