@@ -1,7 +1,7 @@
 """EPO inside TRL 1.16: in a GRPO script, `EPOTrainer` for `GRPOTrainer` and `EPOTrainerConfig` for `GRPOConfig`.
 
 TRL generates, scores rewards and makes advantages; this replaces its loss. Each micro-batch goes from the model's last
-hidden states to the loss through `linear_epo_loss` (with a reference, beta > 0, through `linear_log_probs_and_entropy`),
+hidden states to the loss through `linear_epo_loss` (with a reference, beta > 0, `linear_log_probs_and_entropy`),
 so logits never exist. With entropy_coef 0 the loss is TRL's own:
 
     loss = Σ w_i (importance ratio · pg_i + β KL_i) − entropy_coef · Σ u_i (H_i − phase · smooth_coeff · P_i)
@@ -30,7 +30,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import epo_kernels as ek
 from epo_kernels.config import BandScope, Penalty
@@ -496,8 +495,7 @@ def _add_loss_head(model: PreTrainedModel) -> None:
         kwargs.pop("labels", None)  # PEFT hands them on
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         head = self.get_output_embeddings()
-        weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
-        return loss_head(hidden.to(weight.device), weight, bias)
+        return loss_head(hidden.to(head.weight.device), head.weight, head.bias)
 
     model.forward = types.MethodType(forward, model)
 

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=256,
+        max_position_embeddings=4096,
         tie_word_embeddings=False,
         initializer_range=0.3,  # entropies that differ from token to token
         pad_token_id=0,
