@@ -449,8 +449,8 @@ def _check_combinations(config: TrainConfig) -> None:
     )
     _that(
         not config.model.lora_rank or rollout.engine == "transformers",
-        f"model.lora_rank={config.model.lora_rank} needs rollout.engine=transformers, got {rollout.engine}, which would "
-        "sample without the adapters",
+        f"model.lora_rank={config.model.lora_rank} needs rollout.engine=transformers, got {rollout.engine}, which "
+        "would sample without the adapters",
     )
     _that(
         not (algorithm.kl_reward_coeff and loss.kl_coeff),
