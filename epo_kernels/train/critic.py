@@ -76,11 +76,18 @@ class Critic:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"network": self._network.state_dict(), "optimizer": self._optimizer.state_dict()}
+        trained = {name: parameter.detach() for name, parameter in self._trained()}
+        return {"network": trained, "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._network.load_state_dict(state["network"])
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(state["network"][name])
         self._optimizer.load_state_dict(state["optimizer"])
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """What isn't, beside adapters, is the policy's and comes with it."""
+        return [(name, parameter) for name, parameter in self._network.named_parameters() if parameter.requires_grad]
 
     def _backward(self, samples: list[Sample]) -> tuple[Tensor, Tensor, float]:
         """Adds the gradient of one minibatch's mean loss; returns that loss, clipped states, and their number."""

@@ -5,6 +5,7 @@ tokens that the policy didn't write are dropped before the head.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import epo_kernels as ek
 from epo_kernels.train.config import TrainConfig, epo_config
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
 from epo_kernels.train.optimizer import StepOptimizer
+from epo_kernels.train.policies.lora import without_adapters
 from epo_kernels.train.policies.policy import Policy, check_head, checkpointing, head_of, response_hidden
 from epo_kernels.train.post_mortem import Circumstances, NonFiniteError
 from epo_kernels.train.stopwatch import Stopwatch
@@ -25,7 +27,8 @@ class Learner:
 
     Args:
         policy: trained in place.
-        reference: frozen model of the KL term; needed where the KL counts in loss or reward.
+        reference: frozen model of the KL term, needed where the KL counts in loss or reward. The policy's own model
+            where it has adapters: it is then asked without them.
         config: of the run.
 
     Raises:
@@ -45,8 +48,10 @@ class Learner:
         for sample, scores in zip(samples, self._scores(self._policy.model, samples), strict=True):
             sample.old_log_probs, sample.entropy = scores
         if self._reference is not None:
-            for sample, scores in zip(samples, self._scores(self._reference, samples), strict=True):
-                sample.ref_log_probs = scores[0]
+            adapted = self._reference is self._policy.model
+            with without_adapters(self._reference) if adapted else nullcontext():
+                for sample, scores in zip(samples, self._scores(self._reference, samples), strict=True):
+                    sample.ref_log_probs = scores[0]
 
     def update(
         self, samples: Sequence[Sample], history: ek.EntropyHistory, penalty_weight: float, seed: tuple[int, ...]

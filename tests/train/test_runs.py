@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -48,3 +49,9 @@ def test_ppo_goes_on_to_the_last_bit(tmp_path):
     assert lines_of(tmp_path / "stopped") == lines_of(tmp_path / "whole")
     text = (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert 0 < json.loads(text.splitlines()[-1])["perf/loss_share"] < 1
+
+
+def test_adapters_without_their_package_give_the_install_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert train(f"run_dir={tmp_path}", "model.lora_rank=4") == 2
+    assert 'pip install --constraint constraints.txt "epo-kernels[lora]"' in capsys.readouterr().err
