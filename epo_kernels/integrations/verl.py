@@ -28,7 +28,6 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Literal
 
 import torch
@@ -43,6 +42,7 @@ from epo_kernels.reference import EPOOutput
 from epo_kernels.schedule import phase_weight
 
 try:
+    import verl
     from verl.models.transformers import monkey_patch
     from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
     from verl.utils import tensordict_utils
@@ -52,13 +52,12 @@ try:
     from verl.workers import engine_workers
     from verl.workers.utils.losses import ppo_loss
     from verl.workers.utils.padding import no_padding_2_padding
+
+    if tuple(map(int, verl.__version__.split(".")[:2])) < (0, 9):
+        raise ImportError(f"this is verl {verl.__version__}")
 except ImportError as error:
-    try:
-        found = f"verl {metadata.version('verl')}, whose import failed: {error}"
-    except metadata.PackageNotFoundError:
-        found = "none"
     raise ImportError(
-        f"epo_kernels.integrations.verl needs verl 0.9, found {found}. Install: pip install 'epo-kernels[verl]'"
+        f"epo_kernels.integrations.verl needs verl 0.9 ({error}). Install: pip install 'epo-kernels[verl]'"
     ) from error
 
 logger = logging.getLogger(__name__)

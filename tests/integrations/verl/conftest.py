@@ -1,18 +1,3 @@
-"""verl with its real FSDP engine on the CPU: see cpu_platform. All is set before verl is first imported."""
-
-import os
-
-os.environ.update(
-    VERL_PLATFORM="cpu",
-    VERL_ENGINE_DEVICE="cuda",
-    VERL_USE_EXTERNAL_MODULES="tests.integrations.verl.cpu_platform,epo_kernels.integrations.verl",
-    RANK="0",
-    WORLD_SIZE="1",
-    LOCAL_RANK="0",
-    MASTER_ADDR="127.0.0.1",
-    MASTER_PORT="0",
-)
-
 import pytest
 
 from tests.integrations.verl import harness

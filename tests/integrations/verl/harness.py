@@ -1,13 +1,27 @@
-"""A tiny model, a batch of agents' episodes, and verl's real training worker over them."""
+"""A tiny model, a batch of agents' episodes, and verl's real training worker over them, on the CPU (cpu_platform)."""
 
 from __future__ import annotations
 
+import os
+
+os.environ.update(  # before verl's first import
+    VERL_PLATFORM="cpu",
+    VERL_ENGINE_DEVICE="cuda",
+    VERL_USE_EXTERNAL_MODULES="tests.integrations.verl.cpu_platform,epo_kernels.integrations.verl",
+    MASTER_ADDR="127.0.0.1",
+    MASTER_PORT="0",
+)
+os.environ.setdefault("RANK", "0")
+os.environ.setdefault("WORLD_SIZE", "1")
+os.environ.setdefault("LOCAL_RANK", "0")
+
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 
 import numpy as np
 import torch
-import verl  # noqa: F401 (imports the plug-ins that the environment names, before anything of verl asks its platform)
+import verl  # noqa: F401 (brings the plug-ins in, before anything of verl asks for its platform)
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from verl.protocol import DataProto
 from verl.trainer.config import CheckpointConfig
@@ -51,6 +65,18 @@ def save_tiny_model(path):
     return path
 
 
+@contextmanager
+def forward_of_its_own(worker):
+    """verl gives the model's class another forward; with this, only the model that the worker makes inside has it."""
+    forward = Qwen2ForCausalLM.forward
+    try:
+        yield
+        model = getattr(worker, "actor", worker).engine.module
+        model.forward = MethodType(Qwen2ForCausalLM.forward, model)
+    finally:
+        Qwen2ForCausalLM.forward = forward
+
+
 def make_worker(model_path, remove_padding=False, fused=None):
     """The class of worker that verl gives the actor, over the FSDP2 engine in float32. fused: backend of the head."""
     config = TrainingWorkerConfig(
@@ -76,11 +102,8 @@ def make_worker(model_path, remove_padding=False, fused=None):
         checkpoint_config=CheckpointConfig(),
     )
     worker = ActorRolloutRefWorker.actor_worker_cls(config)
-    forward = Qwen2ForCausalLM.forward
-    worker.reset()
-    # verl gives the model's class another forward: here this worker alone keeps it.
-    worker.engine.module.forward = MethodType(Qwen2ForCausalLM.forward, worker.engine.module)
-    Qwen2ForCausalLM.forward = forward
+    with forward_of_its_own(worker):
+        worker.reset()
     worker.gradients = None
     step = worker.engine.optimizer_step
 

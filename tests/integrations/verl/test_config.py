@@ -1,0 +1,122 @@
+"""The keys: the README's command line through verl's own config, and what is refused."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import verl
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from verl.utils import tensordict_utils
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import FSDPActorConfig, McoreActorConfig
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+from epo_kernels.integrations.verl import EngineLoss, EPOSettings
+from tests.integrations.verl.harness import actor_config, batch_of, episodes, forward_of_its_own
+
+README = Path(__file__).parents[3] / "README.md"
+EPO = "actor_rollout_ref.actor.policy_loss.epo"
+HINGE = ["actor_rollout_ref.actor.policy_loss.loss_mode=epo", f"+{EPO}.penalty=hinge"]
+ENGINE = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2", "actor_rollout_ref.actor.entropy_coeff=0.1"]
+
+
+def composed(overrides):
+    folder = Path(verl.__file__).parent / "trainer" / "config"
+    with initialize_config_dir(config_dir=str(folder), version_base=None):
+        return compose("ppo_trainer", overrides=overrides)
+
+
+def actor_of(overrides):
+    return omega_conf_to_dataclass(composed([*ENGINE, *overrides]).actor_rollout_ref.actor)
+
+
+def readme_overrides():
+    """What the README's command line says after `python -m verl.trainer.main_ppo`, and its environment variable."""
+    block = re.search(r"```\n(export VERL_USE_EXTERNAL_MODULES=.*?)```", README.read_text(), re.DOTALL).group(1)
+    export, command = block.split("\n", 1)
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:3] == ["python", "-m", "verl.trainer.main_ppo"]
+    return shlex.split(export, comments=True)[1], words[3:]
+
+
+def test_the_readmes_command_line_trains(model_path, tmp_path):
+    """Its overrides through verl's config into verl's actor worker, with the model and the sizes of a test."""
+    export, overrides = readme_overrides()
+    assert export == "VERL_USE_EXTERNAL_MODULES=epo_kernels.integrations.verl"
+    small = [
+        f"actor_rollout_ref.model.path={model_path}",
+        "+actor_rollout_ref.model.load_tokenizer=false",
+        "+actor_rollout_ref.model.override_config.attn_implementation=eager",
+        "actor_rollout_ref.actor.strategy=fsdp2",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
+        "actor_rollout_ref.actor.fsdp_config.use_torch_compile=false",
+        "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",
+        "actor_rollout_ref.actor.optim.total_training_steps=10",
+        "actor_rollout_ref.actor.optim.lr=0.001",
+    ]
+    worker = ActorRolloutRefWorker(composed([*overrides, *small]).actor_rollout_ref, role="actor")
+    with forward_of_its_own(worker):
+        worker.init_model()
+    steps = []
+    for _ in range(2):
+        output = worker.update_actor(batch_of(episodes()))
+        steps.append({name: values[0] for name, values in tensordict_utils.get(output, "metrics").items()})
+    assert steps[0]["epo/band_low_share"] == steps[0]["epo/band_high_share"] == 0  # nothing is known yet
+    assert steps[1]["actor/entropy_loss"] != steps[0]["actor/entropy_loss"]  # it learns
+    worker.save_checkpoint(str(tmp_path))
+    saved = torch.load(tmp_path / "epo_entropy_history.pt", weights_only=True)
+    assert saved["num_turns"] == 30
+    assert saved["num_steps"] == 2
+
+
+def test_the_readmes_way_into_a_running_ray_cluster():
+    (override,) = re.findall(r"`(\+ray_kwargs\S+)`", README.read_text())
+    environment = composed([override]).ray_kwargs.ray_init.runtime_env.env_vars
+    assert environment == {"VERL_USE_EXTERNAL_MODULES": "epo_kernels.integrations.verl"}
+
+
+def test_the_readme_names_every_key_and_no_other():
+    section = README.read_text().split("## Inside verl")[1].split("\n## ")[0]
+    keys = re.search(r"stand the band's: (.*?)\. An\s", section, re.DOTALL).group(1)
+    assert re.findall(r"`(\w+)`", keys) == list(EPOSettings.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(("engine", "kind"), [("dp", FSDPActorConfig), ("megatron", McoreActorConfig)])
+def test_the_keys_arrive_for_every_engine(engine, kind):
+    actor = actor_of([f"model_engine={engine}", *HINGE, f"+{EPO}.band_low=0.5", f"+{EPO}.history_window=4"])
+    assert isinstance(actor, kind)
+    settings = EngineLoss(actor).settings
+    assert (settings.penalty, settings.band_low, settings.history_window) == ("hinge", 0.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([*HINGE, f"+{EPO}.penalty_alhpa=2"], "epo.penalty_alhpa is no key of EPO; did you mean 'penalty_alpha'"),
+        ([*HINGE, f"+{EPO}.xyz=2"], "epo.xyz is no key of EPO; known: penalty, penalty_alpha"),
+        ([*HINGE[:1], f"+{EPO}.penalty=hing"], "penalty must be one of none, hinge"),
+        ([*HINGE, f"+{EPO}.band_low=3"], "low and high must satisfy"),
+        ([*HINGE, f"+{EPO}.num_turns=0"], "num_turns must be at least 1"),
+        ([*HINGE, f"+{EPO}.phase_schedule=cosine"], "schedule must be one of"),
+        (HINGE[1:], "epo is set, but not used: .*loss_mode is 'vanilla', it must be 'epo'"),
+    ],
+)
+def test_bad_keys_are_refused_where_verl_checks_its_config(overrides, message):
+    with pytest.raises(InstantiationException, match=message):
+        actor_of(overrides)
+
+
+def test_what_cannot_be_served_names_verls_key():
+    with pytest.raises(ValueError, match="does nothing without an entropy term"):
+        EngineLoss(actor_config(epo={"penalty": "hinge"}))
+    with pytest.raises(ValueError, match=r"kl_loss_type must be one of kl, .* got 'k3\+'"):
+        EngineLoss(actor_config(use_kl_loss=True, kl_loss_type="k3+"))
+    actor = actor_config(epo={"penalty": "hinge", "phase_schedule": "paper"}, entropy_coeff=0.1)
+    actor.optim._mutable_fields.add("total_training_steps")
+    actor.optim.total_training_steps = -1
+    with pytest.raises(ValueError, match="phase_horizon must be set"):
+        EngineLoss(actor)
