@@ -194,7 +194,7 @@ void cpu_gradient(const Rows& rows, const Statistics& statistics, const Upstream
                                  statistics.maximum[i], statistics.sum[i]};
             const float a = upstream.log_probs.at(row.b(), row.t());
             const float b = upstream.entropy ? upstream.entropy.at(row.b(), row.t()) : 0.0f;
-            const float spread = row.valid() ? a : NAN;
+            const float spread = stats.log_prob == stats.log_prob ? a : NAN;
             write_gradient(rows, row, row.logits(scratch), stats, spread, b, row.transform(), out, stream, sweeps);
         }
     });

@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kMostThreads) gradient_kernel(const __grid_con
         const Statistics& saved = args.statistics;
         const RowStats stats{saved.log_probs[i], saved.entropy ? saved.entropy[i] : 0.0f, saved.maximum[i],
                              saved.sum[i]};
-        const float a = token < 0 ? NAN : args.upstream.log_probs.at(at.b, at.t);
+        const float a = stats.log_prob == stats.log_prob ? args.upstream.log_probs.at(at.b, at.t) : NAN;
         const float b = args.upstream.entropy ? args.upstream.entropy.at(at.b, at.t) : 0.0f;
         __syncthreads();  // every thread has read its token's logit
         write_gradient<Element, Softcap>(rows, args.out, at, view, stats, a, b, token, y_token);

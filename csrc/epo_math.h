@@ -209,7 +209,7 @@ EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& tok
             loss.d_log_prob += c.kl * kl.derivative;
         }
     }
-    if (log_prob != log_prob) loss.d_log_prob = log_prob;  // NaN: the whole row's gradient is
+    if (loss.total != loss.total) loss.d_log_prob = loss.total;  // NaN: the whole row's gradient is
     return loss;
 }
 

@@ -52,8 +52,9 @@ struct Terms {
     Penalty penalty;
 };
 
-// (B, T) float32, contiguous; entropy may be null. maximum and sum are for the gradient of the same kernels: the sum and
-// not its logarithm, whose rounding every p would share.
+// (B, T) float32, contiguous; entropy may be null. maximum is of y, and the sum is kept and not its logarithm, whose
+// rounding every p would share. The gradient takes them as they are, also those of a row of which it sees only a part:
+// then the token may lie out of [0, vocab_size). A log-prob of NaN makes the whole row's gradient NaN.
 struct Statistics {
     float *log_probs, *entropy, *maximum, *sum;
 };

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from epo_kernels.backends import choose_backend
+from epo_kernels.backends import Backend, choose_backend
 from epo_kernels.config import EPOConfig
 from epo_kernels.inputs import (
     Layout,
@@ -17,7 +20,12 @@ from epo_kernels.inputs import (
     check_tokens,
     check_transform,
 )
+from epo_kernels.placements import local_head, local_logits
 from epo_kernels.reference import EPOOutput, loss_of_given_statistics
+from epo_kernels.sharded import Shard, check_replicated, find_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MAX_CHUNK_BYTES = 1 << 30
 
@@ -48,6 +56,7 @@ def epo_loss(
     logit_scale: float | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> EPOOutput:
     """Clipped policy-gradient loss with entropy bonus, entropy band and KL, in one pass over the logits.
 
@@ -58,6 +67,7 @@ def epo_loss(
 
     Args:
         logits: (B, T, V), or packed (N, V), any strides; bfloat16, float16, float32 (float64 on the reference backend).
+            A DTensor behaves as its whole: split by columns it is computed so (`group`), else it is gathered.
         tokens: (B, T) or (N,) int64, the sampled tokens.
         old_log_probs: like tokens, float, log-probs under the policy that sampled; None: on-policy, where the ratio is
             1 and has its gradient.
@@ -93,6 +103,9 @@ def epo_loss(
         inplace: allows a backend to overwrite logits with their gradient, which halves the memory; don't use the logits
             afterwards.
         backend: a name of `available_backends`, or "auto".
+        group: ranks among which the vocabulary is split: logits are then this rank's columns, those that follow the
+            columns of the rank before, in any number; all else is the same on every rank, and so is what is returned.
+            Every rank must make the call. vocab_size is the whole vocabulary's. Not under `torch.compile`.
 
     Returns:
         `EPOOutput(loss, metrics, log_probs, entropy)`.
@@ -101,9 +114,14 @@ def epo_loss(
         TypeError, ValueError: an argument is wrong; the message names it, what it must be and what it is. Values of
             CUDA tensors aren't read: there a bad one makes the loss NaN, counts in `metrics.invalid_tokens`, and raises
             with the environment variable EPO_KERNELS_CHECK=1.
-        RuntimeError: a backend asked for by name can't run here.
+        RuntimeError: a backend asked for by name can't run here, or group= under `torch.compile`.
     """
-    rows, layout = check_rows(logits, tokens, cu_seqlens)
+    logits, group = local_logits(logits, group)
+    rows, layout = check_rows(logits, tokens, cu_seqlens, least_width=1 if group is None else 0)
+    chosen, shard, width = _over_ranks(
+        choose_backend(backend, rows.device, rows.dtype), group, rows, rows.shape[-1], mask,
+        function="epo_loss", vocab_size=vocab_size, cfg=cfg, bounds=entropy_bounds is not None,
+    )  # fmt: skip
     transform, inputs, coefficients = check_loss(
         layout,
         cfg,
@@ -111,7 +129,7 @@ def epo_loss(
         old_log_probs,
         advantages,
         mask,
-        width=rows.shape[-1],
+        width=width,
         entropy_bounds=entropy_bounds,
         segment_ids=segment_ids,
         num_segments=num_segments,
@@ -128,9 +146,8 @@ def epo_loss(
         logit_softcap=logit_softcap,
         logit_scale=logit_scale,
     )
-    return choose_backend(backend, rows.device, rows.dtype).epo_loss(
-        rows, transform, inputs, coefficients, cfg, inplace=inplace
-    )
+    check_replicated(shard, inputs.mask, temperature=transform.temperature, **vars(inputs))
+    return chosen.epo_loss(rows, transform, inputs, coefficients, cfg, inplace=inplace)
 
 
 def linear_epo_loss(
@@ -163,6 +180,7 @@ def linear_epo_loss(
     logit_softcap: float | None = None,
     logit_scale: float | None = None,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> EPOOutput:
     """`epo_loss` of the logits hidden weightᵀ + bias, which never exist whole (but on the reference backend).
 
@@ -173,20 +191,33 @@ def linear_epo_loss(
 
     Args:
         hidden: (B, T, D), or packed (N, D), any strides: the last hidden states.
-        weight: (V, D), any strides: `model.lm_head.weight`. Its gradient is added up in float32.
+        weight: (V, D), any strides: `model.lm_head.weight`. Its gradient is added up in float32. DTensors behave as
+            their whole (hidden and bias too): see `group`.
         bias: (V,) or None.
         logits_dtype: dtype of the logits; None: that of the products (autocast's, or what hidden and weight promote
             to). torch.float32 is the fp32 head of a bfloat16 model.
         num_active: number of tokens whose mask is 1, where the caller knows it; saves the one host sync. A wrong number
             raises where values are read (on the CPU), and elsewhere makes loss, metrics and gradients NaN.
         max_chunk_bytes: bound on the live logits, in bytes.
+        group: ranks among which the vocabulary is split: weight and bias are then this rank's rows, those that follow
+            the rows of the rank before, in any number; all else is the same on every rank, and so are the results and
+            the gradient of hidden; those of weight and bias are the rank's own. A weight that is a DTensor Shard(0)
+            beside hidden states that are a DTensor Replicate of the same mesh is computed so too. Other DTensors are
+            gathered: their gradients are averaged over the mesh where hidden is plain (a rank's own batch, as under
+            FSDP), else every rank keeps its share.
         (the others): as in `epo_loss`.
 
     Returns, raises:
         as `epo_loss`.
     """
+    hidden, weight, bias, group = local_head(hidden, weight, bias, group)
     rows, layout = check_rows(hidden, tokens, cu_seqlens, name="hidden")
     projection = check_projection(rows, weight, bias, logits_dtype)
+    chosen, shard, width = _over_ranks(
+        choose_backend(backend, rows.device, projection.logits_dtype), group, rows, weight.shape[0], mask,
+        function="linear_epo_loss", vocab_size=vocab_size, cfg=cfg, bounds=entropy_bounds is not None,
+        dtype_of_logits=projection.logits_dtype, max_chunk_bytes=max_chunk_bytes,
+    )  # fmt: skip
     transform, inputs, coefficients = check_loss(
         layout,
         cfg,
@@ -194,7 +225,7 @@ def linear_epo_loss(
         old_log_probs,
         advantages,
         mask,
-        width=weight.shape[0],
+        width=width,
         entropy_bounds=entropy_bounds,
         segment_ids=segment_ids,
         num_segments=num_segments,
@@ -212,8 +243,15 @@ def linear_epo_loss(
         logit_scale=logit_scale,
     )
     check_chunking(num_active, max_chunk_bytes, inputs.mask)
-    return choose_backend(backend, rows.device, projection.logits_dtype).linear_epo_loss(
-        projection, transform, inputs, coefficients, cfg, num_active=num_active, max_chunk_bytes=max_chunk_bytes
+    check_replicated(shard, inputs.mask, hidden=rows, temperature=transform.temperature, **vars(inputs))
+    return chosen.linear_epo_loss(
+        replace(projection, shard=shard),
+        transform,
+        inputs,
+        coefficients,
+        cfg,
+        num_active=num_active,
+        max_chunk_bytes=max_chunk_bytes,
     )
 
 
@@ -299,6 +337,7 @@ def log_probs_and_entropy(
     logit_softcap: float | None = None,
     logit_scale: float | None = None,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each token and entropy of its distribution, both differentiable in logits.
 
@@ -316,19 +355,23 @@ def log_probs_and_entropy(
     Raises:
         TypeError, ValueError, RuntimeError: as `epo_loss`.
     """
-    rows, layout = check_rows(logits, tokens, cu_seqlens=None)
+    logits, group = local_logits(logits, group)
+    rows, layout = check_rows(logits, tokens, cu_seqlens=None, least_width=1 if group is None else 0)
+    chosen, shard, width = _over_ranks(
+        choose_backend(backend, rows.device, rows.dtype), group, rows, rows.shape[-1], mask,
+        function="log_probs_and_entropy", vocab_size=vocab_size, entropy=entropy,
+    )  # fmt: skip
     transform = check_transform(
         layout,
-        width=rows.shape[-1],
+        width=width,
         temperature=temperature,
         vocab_size=vocab_size,
         logit_softcap=logit_softcap,
         logit_scale=logit_scale,
     )
     token_rows, counted = check_tokens(layout, tokens, mask, transform)
-    log_probs, entropies = choose_backend(backend, rows.device, rows.dtype).log_probs_and_entropy(
-        rows, transform, token_rows, counted, entropy=entropy
-    )
+    check_replicated(shard, counted, tokens=token_rows, temperature=transform.temperature)
+    log_probs, entropies = chosen.log_probs_and_entropy(rows, transform, token_rows, counted, entropy=entropy)
     return _like_tokens(layout, log_probs, entropies, entropy_grad)
 
 
@@ -349,6 +392,7 @@ def linear_log_probs_and_entropy(
     logit_softcap: float | None = None,
     logit_scale: float | None = None,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`log_probs_and_entropy` of the logits hidden weightᵀ + bias, which never exist whole (but on the reference).
 
@@ -356,17 +400,23 @@ def linear_log_probs_and_entropy(
     one chunk alive. With gradient the logits are computed again in backward, 8·N·D·V in all.
 
     Args:
-        hidden, weight, bias, logits_dtype, num_active, max_chunk_bytes: as in `linear_epo_loss`.
+        hidden, weight, bias, logits_dtype, num_active, max_chunk_bytes, group: as in `linear_epo_loss`.
         (the others): as in `log_probs_and_entropy`.
 
     Returns, raises:
         as `log_probs_and_entropy`.
     """
+    hidden, weight, bias, group = local_head(hidden, weight, bias, group)
     rows, layout = check_rows(hidden, tokens, cu_seqlens=None, name="hidden")
     projection = check_projection(rows, weight, bias, logits_dtype)
+    chosen, shard, width = _over_ranks(
+        choose_backend(backend, rows.device, projection.logits_dtype), group, rows, weight.shape[0], mask,
+        function="linear_log_probs_and_entropy", vocab_size=vocab_size, entropy=entropy,
+        dtype_of_logits=projection.logits_dtype, max_chunk_bytes=max_chunk_bytes,
+    )  # fmt: skip
     transform = check_transform(
         layout,
-        width=weight.shape[0],
+        width=width,
         temperature=temperature,
         vocab_size=vocab_size,
         logit_softcap=logit_softcap,
@@ -374,8 +424,9 @@ def linear_log_probs_and_entropy(
     )
     token_rows, counted = check_tokens(layout, tokens, mask, transform)
     check_chunking(num_active, max_chunk_bytes, counted)
-    log_probs, entropies = choose_backend(backend, rows.device, projection.logits_dtype).linear_log_probs_and_entropy(
-        projection,
+    check_replicated(shard, counted, hidden=rows, tokens=token_rows, temperature=transform.temperature)
+    log_probs, entropies = chosen.linear_log_probs_and_entropy(
+        replace(projection, shard=shard),
         transform,
         token_rows,
         counted,
@@ -384,6 +435,29 @@ def linear_log_probs_and_entropy(
         max_chunk_bytes=max_chunk_bytes,
     )
     return _like_tokens(layout, log_probs, entropies, entropy_grad)
+
+
+def _over_ranks(
+    backend: Backend, group: ProcessGroup | None, rows: Tensor, width: int, mask: Tensor | None, **facts: object
+) -> tuple[Backend, Shard | None, int]:
+    """(backend, shard, width of the whole logits): as given, or of a vocabulary split over group.
+
+    facts: what the ranks must agree on, lest one waits for what another never sends.
+    """
+    if group is None:
+        return backend, None, width
+    shard = find_shard(
+        group,
+        rows.device,
+        width,
+        mask if isinstance(mask, Tensor) else None,
+        number_of_tokens=rows.shape[0] * rows.shape[1],
+        dtype=rows.dtype,
+        backend=backend.name,
+        gradient=torch.is_grad_enabled() and rows.requires_grad,
+        **facts,
+    )
+    return backend.sharded(shard), shard, shard.total
 
 
 def _like_tokens(

@@ -15,13 +15,16 @@ import math
 import numbers
 import os
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from epo_kernels.config import BandScope, EPOConfig
+
+if TYPE_CHECKING:
+    from epo_kernels.sharded import Shard
 
 Scalar: TypeAlias = float | Tensor
 INVALID_TOKEN = -1  # what an inconsistent mask or segment id is turned into where it can't raise
@@ -88,6 +91,7 @@ class Projection:
         bias: (V,) or None.
         product_dtype: dtype in which both enter a product: that of autocast where it is on, else what they promote to.
         logits_dtype: dtype in which logits are kept: the products' own, or a wider one.
+        shard: the part of a vocabulary that weight and bias are; None where they are all of it.
     """
 
     hidden: Tensor
@@ -95,6 +99,7 @@ class Projection:
     bias: Tensor | None
     product_dtype: torch.dtype
     logits_dtype: torch.dtype
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,8 @@ def check_tensor(name: str, value: Tensor, shape: torch.Size, device: torch.devi
     """Raises TypeError or ValueError unless value is a tensor of that shape on that device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if hasattr(value, "device_mesh"):
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor; give {name}.full_tensor()")
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != device:
@@ -192,7 +199,9 @@ def check_scalar(name: str, value: Scalar, low: float = -math.inf, open_low: boo
     return float(value)
 
 
-def check_rows(rows: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logits") -> tuple[Tensor, Layout]:
+def check_rows(
+    rows: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logits", *, least_width: int = 1
+) -> tuple[Tensor, Layout]:
     """Logits (or hidden states) as (B, T, width), a view, and the layout of everything that goes with them.
 
     Raises:
@@ -203,7 +212,7 @@ def check_rows(rows: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, name: st
             raise TypeError(f"{label} must be a tensor, got {type(value).__name__}")
     if rows.dtype not in LOGIT_DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {rows.dtype}")
-    if rows.dim() not in (2, 3) or rows.shape[-1] == 0:
+    if rows.dim() not in (2, 3) or rows.shape[-1] < least_width:
         raise ValueError(
             f"{name} must be (batch, time, width) or packed (tokens, width) with width > 0, got {tuple(rows.shape)}"
         )
@@ -226,7 +235,7 @@ def check_projection(
     if not isinstance(weight, Tensor) or weight.dtype not in LOGIT_DTYPES:
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight must be a float32, float16, bfloat16 or float64 tensor, got {kind}")
-    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(
             f"weight must be (vocabulary, {width}) beside hidden's width {width}, got {tuple(weight.shape)}"
         )
@@ -259,6 +268,8 @@ def check_transform(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it is.
     """
+    if width < 1:
+        raise ValueError("weight must have a row for each entry of the vocabulary, it has none")
     if vocab_size is None:
         vocab_size = width
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= width:

@@ -13,7 +13,7 @@ Alive at a time: one chunk of logits, and ∂weight in float32. Every fused back
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from epo_kernels.backends.rows import ROW_SUMS, RowKernels, RowLoss, Rows, RowStatistics, Terms
 from epo_kernels.inputs import LogitTransform, Projection
 from epo_kernels.ops import SPENT
+from epo_kernels.sharded import PartialSums, Shard
 
 ROW_MULTIPLE = 128  # rows of a matrix product's tile
 _TILE_COLUMNS = 256
@@ -99,6 +100,7 @@ class Head:
         product_dtype, logits_dtype: see `Projection`.
         active: the tokens that count.
         max_chunk_bytes: bound on the live logits.
+        shard: see `Projection`. Chunks are those of the widest rank, and so the same on all.
     """
 
     def __init__(
@@ -111,17 +113,21 @@ class Head:
         logits_dtype: torch.dtype,
         active: Active,
         max_chunk_bytes: int,
+        shard: Shard | None = None,
     ) -> None:
         self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), bias
         self.active = active
+        self.shard = shard
         self.logits_dtype = logits_dtype
         self.product_weight = self.weight.to(product_dtype)
         self._product_bias = None if bias is None else bias.detach().to(logits_dtype)
         width, hidden_size = weight.shape
-        row_bytes = width * logits_dtype.itemsize
+        widest = width if shard is None else max(shard.widths)
+        row_bytes = widest * logits_dtype.itemsize
         if logits_dtype != product_dtype:  # ∂logits is cast for the two products
-            row_bytes += width * product_dtype.itemsize
-        self._rows = chunk_rows(len(active), row_bytes, max_chunk_bytes, hidden_size, _processors(hidden.device))
+            row_bytes += widest * product_dtype.itemsize
+        processors = _processors(hidden.device) if shard is None else 1  # ranks may have different chips
+        self._rows = chunk_rows(len(active), row_bytes, max_chunk_bytes, hidden_size, processors)
         self._buffer = hidden.new_empty(min(self._rows, len(active)), width, dtype=logits_dtype)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -145,7 +151,10 @@ class Head:
 
 
 class HeadGradients:
-    """∂hidden, ∂weight and ∂bias, added up chunk by chunk; None where none is wanted."""
+    """∂hidden, ∂weight and ∂bias, added up chunk by chunk; None where none is wanted.
+
+    Of a shard's columns ∂hidden is a part: float32, added up over the ranks, and rounded once.
+    """
 
     def __init__(self, head: Head, needs: Needs) -> None:
         self._head = head
@@ -153,26 +162,48 @@ class HeadGradients:
         self._hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self._weight = torch.zeros_like(head.product_weight, dtype=wide) if needs[1] else None
         self._bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if needs[2] else None
+        self._sums = None if head.shard is None else PartialSums(head.shard)
 
     def add(self, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
         """Add those of a chunk with hidden (c, D) and grad_logits (c, V)."""
         if self._bias is not None:
             self._bias += grad_logits.sum(dim=0, dtype=self._bias.dtype)
         grad_logits = grad_logits.to(hidden.dtype)
-        if self._hidden is not None:
-            places = self._head.active[part]
-            grad_hidden = grad_logits @ self._head.product_weight
-            self._hidden[places.rows, places.columns] = grad_hidden.to(self._hidden.dtype)
+        if self._hidden is not None and self._sums is None:
+            self._put([(part, grad_logits @ self._head.product_weight)])
+        elif self._hidden is not None and self._sums is not None:
+            wide = torch.promote_types(grad_logits.dtype, torch.float32)
+            self._put(self._sums.exchange(part, _wide_product(grad_logits, self._head.product_weight, wide)))
         if self._weight is not None:
             _add_product(self._weight, grad_logits.t(), hidden)
 
     def finish(self, multiply: Callable[[Tensor, torch.dtype], Tensor]) -> tuple[Tensor | None, ...]:
         """multiply(gradient, dtype of its input) of each; they are given away to it, so call this once."""
+        if self._sums is not None:
+            self._put(self._sums.finish())
         inputs = self._head.hidden, self._head.weight, self._head.bias
         return tuple(
             None if gradient is None or value is None else multiply(gradient, value.dtype)
             for gradient, value in zip((self._hidden, self._weight, self._bias), inputs, strict=True)
         )
+
+    def _put(self, parts: Iterable[tuple[slice, Tensor]]) -> None:
+        assert self._hidden is not None
+        for part, grad_hidden in parts:
+            places = self._head.active[part]
+            self._hidden[places.rows, places.columns] = grad_hidden.to(self._hidden.dtype)
+
+
+def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in a dtype that may be wider than theirs."""
+    if dtype == right.dtype:
+        return left @ right
+    if right.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    total = left.new_zeros(left.shape[0], right.shape[1], dtype=dtype)
+    for tile in _tiles(right.shape[0], right.shape[1] * dtype.itemsize):
+        total.addmm_(left[:, tile].to(dtype), right[tile].to(dtype))
+    return total
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -206,12 +237,12 @@ def statistics_of_head(kernels: RowKernels, head: Head, rows_of: RowsOf, *, entr
     if not chunks:
         nothing = torch.zeros(1, 0, dtype=torch.float32, device=head.hidden.device)
         return RowStatistics(nothing, nothing if entropy else None, nothing, nothing)
-    log_probs, entropies, maximum, log_sum = zip(*chunks, strict=True)
+    log_probs, entropies, maximum, total = zip(*chunks, strict=True)
     return RowStatistics(
         torch.cat(log_probs, dim=1),
         torch.cat(entropies, dim=1) if entropy else None,
         torch.cat(maximum, dim=1),
-        torch.cat(log_sum, dim=1),
+        torch.cat(total, dim=1),
     )
 
 
@@ -231,7 +262,7 @@ def gradients_of_head(
             statistics.log_probs[:, part],
             None if statistics.entropy is None else statistics.entropy[:, part],
             statistics.maximum[:, part],
-            statistics.log_sum[:, part],
+            statistics.sum[:, part],
         )
         grad_entropies = None if grad_entropy is None else grad_entropy[:, part]
         kernels.gradient(rows_of(part, logits), chunk, grad_log_probs[:, part], grad_entropies, logits[None])
@@ -391,6 +422,7 @@ def head_maker(projection: Projection, active: Active, max_chunk_bytes: int) -> 
         logits_dtype=projection.logits_dtype,
         active=active,
         max_chunk_bytes=max_chunk_bytes,
+        shard=projection.shard,
     )
 
 

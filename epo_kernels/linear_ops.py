@@ -92,14 +92,14 @@ def linear_statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     statistics = statistics_of_head(call.kernels, call.head, call.rows_of, entropy=entropy)
     log_probs = call.put(statistics.log_probs)
     entropies = log_probs.new_empty(0) if statistics.entropy is None else call.put(statistics.entropy)
-    return log_probs, entropies, call.put(statistics.maximum), call.put(statistics.log_sum)
+    return log_probs, entropies, call.put(statistics.maximum), call.put(statistics.sum)
 
 
 @linear_statistics.register_fake
 def _(hidden, weight, bias, tokens, *rest):
-    log_probs, maximum, log_sum = (tokens.new_empty(tokens.shape, dtype=torch.float32) for _ in range(3))
+    log_probs, maximum, total = (tokens.new_empty(tokens.shape, dtype=torch.float32) for _ in range(3))
     entropy = rest[-1]
-    return log_probs, log_probs.new_empty(tokens.shape if entropy else 0), maximum, log_sum
+    return log_probs, log_probs.new_empty(tokens.shape if entropy else 0), maximum, total
 
 
 @torch.library.custom_op(
@@ -115,9 +115,9 @@ def linear_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *common, saved, grad_log_probs, grad_entropy, needs = arguments
     call = _Call(*common)
 
-    log_probs, entropy, maximum, log_sum = saved
+    log_probs, entropy, maximum, total = saved
     statistics = RowStatistics(
-        call.take(log_probs), call.take(entropy) if entropy.numel() else None, call.take(maximum), call.take(log_sum)
+        call.take(log_probs), call.take(entropy) if entropy.numel() else None, call.take(maximum), call.take(total)
     )
     gradients = gradients_of_head(
         call.kernels,

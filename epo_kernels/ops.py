@@ -204,14 +204,14 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`RowStatistics` of logits (B, T, V), fields (B, T) float32; an empty tensor for an entropy not asked for."""
     rows = Rows(logits, tokens, mask, LogitTransform(vocab_size, temperature, softcap, scale))
-    log_probs, entropies, maximum, log_sum = KERNELS[backend]().statistics(rows, entropy=entropy)
-    return log_probs, log_probs.new_empty(0) if entropies is None else entropies, maximum, log_sum
+    log_probs, entropies, maximum, total = KERNELS[backend]().statistics(rows, entropy=entropy)
+    return log_probs, log_probs.new_empty(0) if entropies is None else entropies, maximum, total
 
 
 @row_statistics.register_fake
 def _(logits, tokens, mask, temperature, vocab_size, softcap, scale, entropy, backend):
-    log_probs, maximum, log_sum = (torch.empty_like(tokens, dtype=torch.float32).contiguous() for _ in range(3))
-    return log_probs, log_probs.new_empty(tokens.shape if entropy else 0), maximum, log_sum
+    log_probs, maximum, total = (torch.empty_like(tokens, dtype=torch.float32).contiguous() for _ in range(3))
+    return log_probs, log_probs.new_empty(tokens.shape if entropy else 0), maximum, total
 
 
 @torch.library.custom_op(
@@ -234,11 +234,11 @@ def row_gradient(
 ) -> Tensor:
     """Gradient of logits (B, T, V) for those of log-prob and entropy (B, T), from what `row_statistics` returned."""
     rows = Rows(logits, tokens, mask, LogitTransform(vocab_size, temperature, softcap, scale))
-    log_probs, entropies, maximum, log_sum = statistics
+    log_probs, entropies, maximum, total = statistics
     out = torch.empty_like(logits)
     KERNELS[backend]().gradient(
         rows,
-        RowStatistics(log_probs, entropies if entropies.numel() else None, maximum, log_sum),
+        RowStatistics(log_probs, entropies if entropies.numel() else None, maximum, total),
         grad_log_probs.contiguous(),
         None if grad_entropy is None else grad_entropy.contiguous(),
         out,

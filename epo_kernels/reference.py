@@ -18,17 +18,18 @@ Conventions at the edges, which every backend keeps:
   that of k3, passes its gradient on [-20, 20], both ends included, and none outside; so does k3 on values up to 10.
 - At the very bound of the band the penalty and its derivative are 0 (hinge, quadratic); the indicator and the gate
   count the bound as outside.
+- A counted token whose loss is NaN, whatever made it so (a NaN old_log_prob, say), makes the gradient of its row NaN.
 - A term whose coefficient is 0 is skipped, not multiplied.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from epo_kernels.config import EPOConfig, KLType, Penalty
+from epo_kernels.config import BandScope, EPOConfig, KLType, Penalty
 from epo_kernels.inputs import Coefficients, LogitTransform, Scalar, TokenInputs, compute_dtype
 from epo_kernels.metrics import METRIC_NAMES, LossMetrics
 from epo_kernels.weights import sequence_lengths, token_weights
@@ -51,6 +52,25 @@ class EPOOutput(NamedTuple):
     metrics: LossMetrics
     log_probs: Tensor
     entropy: Tensor
+
+
+class LossSettings(Protocol):
+    """What the loss of a token reads of an `EPOConfig`; here a number may be a 0-d tensor too, and c be +inf."""
+
+    @property
+    def clip_ratio_low(self) -> Scalar: ...
+    @property
+    def clip_ratio_high(self) -> Scalar: ...
+    @property
+    def clip_ratio_c(self) -> Scalar | None: ...
+    @property
+    def penalty_alpha(self) -> Scalar: ...
+    @property
+    def penalty(self) -> Penalty: ...
+    @property
+    def kl_type(self) -> KLType: ...
+    @property
+    def band_scope(self) -> BandScope: ...
 
 
 class PolicyLoss(NamedTuple):
@@ -92,13 +112,44 @@ def log_probs_and_entropy(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return log_prob, log_s - u / s
 
 
+def merge_statistics(
+    log_probs: Tensor, entropy: Tensor | None, maximum: Tensor, total: Tensor, rate: Scalar, owner: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Statistics of whole rows from those of their parts: log_prob, entropy, maximum and sum, each (B, T).
+
+    With π_r = e^(rate (m_r - m)) s_r / s the probability of part r:  log_prob = log_prob_r + log π_r  of the token's
+    own part, and by the chain rule  H = Σ_r π_r (H_r - log π_r),  a sum of positive terms, in which nothing cancels.
+    Parts wholly -inf have π_r = 0 and add nothing; NaN in one of them makes everything NaN.
+
+    Args:
+        log_probs, entropy, maximum, total: (parts, B, T), see `RowStatistics`; log_probs are read in own parts alone.
+        rate: of maxima, see `RowKernels.rate`.
+        owner: (B, T) int64, the part that holds the token; -1, which makes log_prob NaN, for none.
+    """
+    whole_maximum = maximum.amax(dim=0)
+    shift = rate * (maximum - whole_maximum)
+    weights = shift.exp() * total
+    whole_total = weights.sum(dim=0)
+    log_share = shift + total.log() - whole_total.log()
+    place = owner.clamp(min=0)[None]
+    own_share = log_share.gather(0, place)[0]
+    # A token in a part wholly -inf has no log-prob there: in the row it is that of what can't be.
+    log_prob = torch.where(own_share == float("-inf"), own_share, log_probs.gather(0, place)[0] + own_share)
+    log_prob = torch.where(owner < 0, float("nan"), log_prob)
+    if entropy is None:
+        return log_prob, None, whole_maximum, whole_total
+    share = weights / whole_total
+    entropy = torch.where(share == 0, 0.0, share * (entropy - log_share)).sum(dim=0)
+    return log_prob, entropy, whole_maximum, whole_total
+
+
 def policy_loss(
     log_probs: Tensor,
     old_log_probs: Tensor | None,
     advantages: Tensor,
-    clip_ratio_low: float,
-    clip_ratio_high: float,
-    clip_ratio_c: float | None,
+    clip_ratio_low: Scalar,
+    clip_ratio_high: Scalar,
+    clip_ratio_c: Scalar | None,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss with dual clip. old_log_probs None: on-policy, ratio 1 with its gradient."""
     old = log_probs.detach() if old_log_probs is None else old_log_probs
@@ -106,7 +157,8 @@ def policy_loss(
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     # Strict comparisons and `where`: at a tie the whole gradient is the unclipped ratio's.
-    bounded = -advantages * ratio.detach().clamp(1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
+    low, high = 1.0 - clip_ratio_low, 1.0 + clip_ratio_high
+    bounded = -advantages * ratio.detach().clamp(low, high)  # type: ignore[arg-type] # both numbers, or both tensors
     clipped = bounded > unclipped
     pg = torch.where(clipped, bounded, unclipped)
     dual_clipped = torch.zeros_like(clipped)
@@ -135,7 +187,7 @@ def outside_band(entropy: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return ~((lower < entropy) & (entropy < upper))
 
 
-def band_penalty(entropy: Tensor, lower: Tensor, upper: Tensor, penalty: Penalty, alpha: float) -> Tensor:
+def band_penalty(entropy: Tensor, lower: Tensor, upper: Tensor, penalty: Penalty, alpha: Scalar) -> Tensor:
     """P of each token or segment; 0 for "none" and for "gate", which has no P of its own."""
     if penalty in ("none", "gate"):
         return torch.zeros_like(entropy)
@@ -186,6 +238,18 @@ def loss_of_statistics(
     weights, lengths = loss_weights(inputs, coefficients, cfg, log_probs.dtype)
     loss = (weights * _at(mask, losses.total)).sum()
 
+    sums = row_sums(log_probs.detach(), entropy.detach(), weights, losses, inputs, vocab_size)
+    sums["sequences"] = (lengths > 0).sum(dtype=torch.float64)
+    sums["recomputed_tokens"] = torch.zeros_like(sums["tokens"])
+    metrics = LossMetrics(torch.stack([sums[name] for name in METRIC_NAMES]))
+    return EPOOutput(loss, metrics, log_probs.detach().reshape(inputs.shape), entropy.detach().reshape(inputs.shape))
+
+
+def row_sums(
+    log_probs: Tensor, entropy: Tensor, weights: Tensor, losses: TokenLosses, inputs: TokenInputs, vocab_size: int
+) -> dict[str, Tensor]:
+    """The sums over counted tokens that metrics are made of, 0-d float64; log_probs and entropy are detached."""
+    mask = inputs.mask
     invalid = mask & ~_in_vocabulary(inputs.tokens, vocab_size)
     logged = {
         "tokens": mask,
@@ -204,11 +268,7 @@ def loss_of_statistics(
         "nonfinite_tokens": ~(torch.isfinite(losses.total) & torch.isfinite(entropy)) & ~invalid,
         "invalid_tokens": invalid,
     }
-    sums = {name: _at(mask, values.detach()).sum(dtype=torch.float64) for name, values in logged.items()}
-    sums["sequences"] = (lengths > 0).sum(dtype=torch.float64)
-    sums["recomputed_tokens"] = torch.zeros_like(sums["tokens"])
-    metrics = LossMetrics(torch.stack([sums[name] for name in METRIC_NAMES]))
-    return EPOOutput(loss, metrics, log_probs.detach().reshape(inputs.shape), entropy.detach().reshape(inputs.shape))
+    return {name: _at(mask, values.detach()).sum(dtype=torch.float64) for name, values in logged.items()}
 
 
 def loss_of_given_statistics(
@@ -234,7 +294,7 @@ class TokenLosses(NamedTuple):
 
 
 def token_losses(
-    log_probs: Tensor, entropy: Tensor, inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig
+    log_probs: Tensor, entropy: Tensor, inputs: TokenInputs, coefficients: Coefficients, cfg: LossSettings
 ) -> TokenLosses:
     """ℓ = is_weight pg - λ (gate H - β k P) + kl_coeff KL of each token, before its weight."""
     mask = inputs.mask
@@ -261,6 +321,9 @@ def token_losses(
         kl = kl_penalty(log_probs.detach(), ref, cfg.kl_type)
         if _may_be_on(coefficients.kl):
             total = total + _term(coefficients.kl, kl_penalty(_source(coefficients.kl, log_probs), ref, cfg.kl_type))
+    # Clamps and comparisons stop the gradient of NaN as they stop others; here it must reach the row.
+    lost = mask & total.isnan()
+    total = torch.where(lost, log_probs * torch.where(lost, float("nan"), 0.0), total)
     return TokenLosses(total, pg, kl, policy, band)
 
 
@@ -310,7 +373,7 @@ class Band(NamedTuple):
     above: Tensor
 
 
-def band_of_tokens(entropy: Tensor, inputs: TokenInputs, cfg: EPOConfig) -> Band:
+def band_of_tokens(entropy: Tensor, inputs: TokenInputs, cfg: LossSettings) -> Band:
     """Hold each token's entropy, or its segment's mean, against the band."""
     if inputs.lower is None or inputs.upper is None:
         nowhere = torch.zeros_like(inputs.mask)

@@ -17,6 +17,7 @@ from epo_kernels.backends.reference import ReferenceBackend
 from epo_kernels.config import EPOConfig
 from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs
 from epo_kernels.reference import EPOOutput
+from epo_kernels.sharded import Shard
 
 
 class Backend(Protocol):
@@ -31,6 +32,9 @@ class Backend(Protocol):
 
     def why_unavailable(self) -> str | None:
         """None where it can run on this machine, else why not and what would cure it."""
+
+    def sharded(self, shard: Shard) -> Backend:
+        """The same for a rank's part of the vocabulary: logits, weight and bias; the transform is the whole's."""
 
     def epo_loss(
         self,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from epo_kernels.backends.fused import PlainHelpers
-from epo_kernels.backends.native import array, maybe_array, native, native_rows, native_terms
+from epo_kernels.backends.native import array, maybe_array, native, native_rate, native_rows, native_terms
 from epo_kernels.backends.rows import ROW_SUMS, RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.inputs import LogitTransform, Scalar
 
 
 class CpuRows(PlainHelpers):
@@ -47,7 +48,7 @@ class CpuRows(PlainHelpers):
             array(statistics.log_probs),
             maybe_array(statistics.entropy),
             array(statistics.maximum),
-            array(statistics.log_sum),
+            array(statistics.sum),
             array(grad_log_probs),
             maybe_array(grad_entropy),
             array(out),
@@ -70,6 +71,9 @@ class CpuRows(PlainHelpers):
             self._instructions,
         )
         return RowLoss(log_probs, entropy, sums, sums[ROW_SUMS.index("loss")].to(torch.float32))
+
+    def rate(self, transform: LogitTransform) -> Scalar:
+        return native_rate(transform)
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         value = float(factor)

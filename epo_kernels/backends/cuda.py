@@ -12,13 +12,14 @@ from epo_kernels.backends.native import (
     array,
     maybe_array,
     native,
+    native_rate,
     native_rows,
     native_terms,
     number,
     why_not_built,
 )
 from epo_kernels.backends.rows import ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
-from epo_kernels.inputs import Scalar
+from epo_kernels.inputs import LogitTransform, Scalar
 from epo_kernels.weights import sequence_lengths
 
 
@@ -87,7 +88,7 @@ class CudaRows:
             array(statistics.log_probs),
             maybe_array(statistics.entropy),
             array(statistics.maximum),
-            array(statistics.log_sum),
+            array(statistics.sum),
             array(grad_log_probs),
             maybe_array(grad_entropy),
             array(out),
@@ -144,6 +145,9 @@ class CudaRows:
             *_place(mask),
         )
         return prepared
+
+    def rate(self, transform: LogitTransform) -> Scalar:
+        return native_rate(transform)
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         if gradient.is_contiguous():

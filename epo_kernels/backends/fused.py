@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -14,6 +15,7 @@ from epo_kernels.backends.rows import COEFFICIENTS, Prepared, RowKernels, RowLos
 from epo_kernels.config import EPOConfig
 from epo_kernels.inputs import Coefficients, LogitTransform, Projection, Scalar, TokenInputs
 from epo_kernels.metrics import LossMetrics
+from epo_kernels.sharded import Shard, ShardedRows
 from epo_kernels.weights import sequence_lengths, token_weights
 
 # float16: the largest token weight, times the scale of the gradient, lies in [2^(this - 1), 2^this).
@@ -49,6 +51,12 @@ class FusedBackend:
     @cached_property
     def kernels(self) -> RowKernels:
         return self._load()
+
+    def sharded(self, shard: Shard) -> FusedBackend:
+        """The same over a rank's part of the vocabulary."""
+        backend = copy.copy(self)
+        backend.kernels = ShardedRows(self.kernels, shard)
+        return backend
 
     @property
     def device_types(self) -> tuple[str, ...]:

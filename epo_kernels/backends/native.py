@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epo_kernels.backends.rows import Rows, Terms
-from epo_kernels.inputs import Scalar
+from epo_kernels.inputs import LogitTransform, Scalar
 
 try:
     import epo_kernels._native as _native
@@ -85,6 +85,13 @@ def native_rows(rows: Rows) -> _native.Rows:
         transform.scale,
         transform.softcap,
     )
+
+
+def native_rate(transform: LogitTransform) -> Scalar:
+    """`RowKernels.rate`: the `outer` of csrc/epo_math.h."""
+    if transform.softcap is not None:
+        return transform.softcap / transform.temperature
+    return abs(1.0 if transform.scale is None else transform.scale) / transform.temperature
 
 
 def native_terms(rows: _native.Rows, terms: Terms) -> _native.Terms:

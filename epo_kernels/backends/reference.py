@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,12 +11,19 @@ from torch.nn import functional as F
 from epo_kernels import reference
 from epo_kernels.config import EPOConfig
 from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs
+from epo_kernels.sharded import GatheredColumns, ReplicatedInput, Shard
 
 
 class ReferenceBackend:
     name = "reference"
     device_types: tuple[str, ...] = ()  # any
     dtypes: tuple[torch.dtype, ...] = ()  # any
+
+    def __init__(self, shard: Shard | None = None) -> None:
+        self._shard = shard
+
+    def sharded(self, shard: Shard) -> ReferenceBackend:
+        return ReferenceBackend(shard)
 
     def why_unavailable(self) -> str | None:
         return None
@@ -30,12 +39,12 @@ class ReferenceBackend:
         inplace: bool,
     ) -> reference.EPOOutput:
         # inplace is a permission, and autograd has no use for it.
-        return reference.epo_loss(logits, transform, inputs, coefficients, cfg)
+        return reference.epo_loss(self._whole(logits), transform, inputs, coefficients, cfg)
 
     def log_probs_and_entropy(
         self, logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        log_probs, entropies = reference.masked_log_probs_and_entropy(logits, transform, tokens, mask)
+        log_probs, entropies = reference.masked_log_probs_and_entropy(self._whole(logits), transform, tokens, mask)
         return log_probs, entropies if entropy else None
 
     def linear_epo_loss(
@@ -50,8 +59,8 @@ class ReferenceBackend:
         max_chunk_bytes: int,
     ) -> reference.EPOOutput:
         # Neither chunks nor dropped rows: the whole logits, as the other ways to compute them are tested against.
-        logits = project(projection, inputs.mask)
-        return reference.epo_loss(logits, transform, inputs, coefficients, cfg)
+        logits = self._project(projection, inputs.mask)
+        return self.epo_loss(logits, transform, inputs, coefficients, cfg, inplace=False)
 
     def linear_log_probs_and_entropy(
         self,
@@ -64,7 +73,15 @@ class ReferenceBackend:
         num_active: int | None,
         max_chunk_bytes: int,
     ) -> tuple[Tensor, Tensor | None]:
-        return self.log_probs_and_entropy(project(projection, mask), transform, tokens, mask, entropy=entropy)
+        return self.log_probs_and_entropy(self._project(projection, mask), transform, tokens, mask, entropy=entropy)
+
+    def _whole(self, logits: Tensor) -> Tensor:
+        return logits if self._shard is None else GatheredColumns.apply(logits, self._shard)
+
+    def _project(self, projection: Projection, mask: Tensor) -> Tensor:
+        if self._shard is not None:
+            projection = replace(projection, hidden=ReplicatedInput.apply(projection.hidden, self._shard))
+        return project(projection, mask)
 
 
 def project(projection: Projection, mask: Tensor) -> Tensor:

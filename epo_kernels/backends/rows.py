@@ -138,16 +138,16 @@ class Prepared(NamedTuple):
 class RowStatistics(NamedTuple):
     """(B, T) float32, contiguous; log_probs and entropy are 0 where the mask is 0.
 
-    maximum is m = max z and log_sum is log Σ e^(z - m): kept apart, because p from a rounded sum of both doesn't add up
-    to 1. Only `gradient` of the same kernels reads them, so m may be kept before its division by the temperature, and
-    the sum itself in place of its logarithm.
+    z = rate y, with the `RowKernels.rate` of the kernels: maximum is that of y, before anything is rounded, and sum is
+    Σ e^(z - max z), kept and not its logarithm, whose rounding every p would share. A row wholly -inf has maximum -inf
+    and sum 0; one with NaN or +inf has sum NaN.
     entropy is None where it wasn't asked for.
     """
 
     log_probs: Tensor
     entropy: Tensor | None
     maximum: Tensor
-    log_sum: Tensor
+    sum: Tensor
 
 
 class RowLoss(NamedTuple):
@@ -181,6 +181,8 @@ class RowKernels(Protocol):
     ) -> None:
         """Gradient of the raw logits for given upstream gradients (B, T) float32, contiguous.
 
+        statistics: those of the rows, or of longer rows that these are a part of; then a token may lie in none of their
+        columns. A row whose log-prob is NaN, as an invalid token's is, has a gradient of NaN.
         grad_entropy None: none flows to the entropy, and only then may `statistics.entropy` be None. Writes every
         element of out: 0 in masked rows and past vocab_size.
         """
@@ -190,6 +192,9 @@ class RowKernels(Protocol):
 
     def prepare(self, rows: Rows, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
         """Weights, and coefficients in the order of COEFFICIENTS, on the device. Plainly: `fused.PlainHelpers`."""
+
+    def rate(self, transform: LogitTransform) -> Scalar:
+        """What a difference of maxima is multiplied by to be one of z; (B, T) where the temperature is."""
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         """gradient (B, T, V) *= factor in float32, factor 0-d on its device; touches no memory where factor is 1."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from epo_kernels.backends.fused import FP16_WEIGHT_BITS, FusedBackend
 from epo_kernels.backends.rows import COEFFICIENTS, ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
-from epo_kernels.inputs import Scalar
+from epo_kernels.inputs import LogitTransform, Scalar
 from epo_kernels.weights import sequence_lengths
 
 Mode = Literal["statistics", "gradient", "loss"]
@@ -175,12 +175,12 @@ class TritonRows:
         self._plan = plan
 
     def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
-        log_probs, maximum, log_sum = (_per_token(rows) for _ in range(3))
+        log_probs, maximum, total = (_per_token(rows) for _ in range(3))
         entropies = _per_token(rows) if entropy else None
         if rows.tokens.numel() > 0:
             plan = self._plan_of("statistics", rows, None)
-            self._launch("statistics", plan, rows, None, log_probs, entropies, maximum, log_sum)
-        return RowStatistics(log_probs, entropies, maximum, log_sum)
+            self._launch("statistics", plan, rows, None, log_probs, entropies, maximum, total)
+        return RowStatistics(log_probs, entropies, maximum, total)
 
     def gradient(
         self,
@@ -197,7 +197,8 @@ class TritonRows:
             self._plan_of("gradient", rows, out),
             rows,
             out,
-            *(statistics.entropy, statistics.maximum, statistics.log_sum, grad_log_probs, grad_entropy),
+            *statistics,
+            *(grad_log_probs, grad_entropy),
             *(out, *out.stride()),
         )
 
@@ -271,6 +272,9 @@ class TritonRows:
                 num_warps=4,
             )
         return prepared
+
+    def rate(self, transform: LogitTransform) -> Scalar:
+        return 1.0 / transform.temperature
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         if gradient.numel() == 0:

@@ -345,7 +345,7 @@ def token_loss(
         grad_log_prob = grad_log_prob + tl.where(kl_coeff != 0.0, kl_coeff * kl_slope, 0.0)
         sums = slot(sums, 4, weight * kl)
     # Clamps stop the gradient of a NaN as they stop others; here it must reach the row.
-    grad_log_prob = tl.where(log_prob == log_prob, grad_log_prob, float("nan"))
+    grad_log_prob = tl.where(loss == loss, grad_log_prob, float("nan"))
 
     finite = (tl.abs(loss) < float("inf")) & (tl.abs(entropy) < float("inf"))
     sums = slot(sums, 0, 1.0)
@@ -407,7 +407,7 @@ def row_statistics_kernel(
     temperature, temperatures, temperature_b, temperature_t,  # a number; in its place (B, T) floats, or None
     scale, softcap,  # numbers or None
     rows, length, width, vocab_size,  # B * T, T, V
-    log_probs, entropies, maximums, log_sums,  # (B, T) float32, contiguous; entropies may be None
+    log_probs, entropies, maximums, totals,  # (B, T) float32, contiguous; entropies may be None
     DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
     UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr,  # V strides are 1; the vocabulary is narrower than a row
 ):  # fmt: skip
@@ -415,7 +415,7 @@ def row_statistics_kernel(
     ENTROPY: tl.constexpr = entropies is not None
     for i in range(tl.program_id(0), rows, tl.num_programs(0)):
         batch, time = i // length, i % length
-        log_prob, entropy, m, log_sum = 0.0, 0.0, 0.0, 0.0
+        log_prob, entropy, m, s = 0.0, 0.0, 0.0, 0.0
         if tl.load(at(mask, batch, time, mask_b, mask_t)) != 0:
             row = at(logits, batch, time, logits_b, logits_t)
             _, _, sampled = load_sampled(row, logits_v, at(tokens, batch, time, tokens_b, tokens_t), vocab_size)
@@ -425,11 +425,10 @@ def row_statistics_kernel(
                 DEPTH, LANES, VECTOR, STAGES, UNIT_STRIDE, PADDED, "evict_first",
             )  # fmt: skip
             sampled = transformed(sampled, scale, softcap)
-            log_prob, entropy, log2_s = log_prob_and_entropy(sampled, m, s, u, inverse, ENTROPY)
-            log_sum = log2_s * LN2
+            log_prob, entropy, _ = log_prob_and_entropy(sampled, m, s, u, inverse, ENTROPY)
         tl.store(log_probs + i, log_prob)
         tl.store(maximums + i, m)
-        tl.store(log_sums + i, log_sum)
+        tl.store(totals + i, s)
         if ENTROPY:
             tl.store(entropies + i, entropy)
 
@@ -442,7 +441,7 @@ def row_gradient_kernel(
     temperature, temperatures, temperature_b, temperature_t,  # a number; in its place (B, T) floats, or None
     scale, softcap,  # numbers or None
     rows, length, width, vocab_size,  # B * T, T, V
-    entropies, maximums, log_sums,  # (B, T) float32, contiguous, from the statistics; entropies may be None
+    log_probs, entropies, maximums, totals,  # (B, T) float32, contiguous, of the whole rows; entropies may be None
     grad_log_probs, grad_entropies,  # (B, T) float32, contiguous; None: none flows to the entropy
     out, out_b, out_t, out_v,  # (B, T, V)
     DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
@@ -455,15 +454,16 @@ def row_gradient_kernel(
         out_row = at(out, batch, time, out_b, out_t)
         if tl.load(at(mask, batch, time, mask_b, mask_t)) != 0:
             token = tl.load(at(tokens, batch, time, tokens_b, tokens_t))
-            valid = (token >= 0) & (token < vocab_size)
-            grad_log_prob = tl.where(valid, tl.load(grad_log_probs + i), float("nan"))
+            log_prob = tl.load(log_probs + i)
+            grad_log_prob = tl.where(log_prob == log_prob, tl.load(grad_log_probs + i), float("nan"))
+            token = tl.where((token >= 0) & (token < vocab_size), token, -1)  # in 32 bits, it must not become another
             grad_entropy, entropy = 0.0, 0.0
             if ENTROPY:
                 grad_entropy, entropy = tl.load(grad_entropies + i), tl.load(entropies + i)
             inverse = inverse_of(temperature, temperatures, batch, time, temperature_b, temperature_t)
             sweep_gradient(
                 at(logits, batch, time, logits_b, logits_t), logits_v, out_row, out_v, width, vocab_size,
-                token.to(tl.int32), tl.load(maximums + i), tl.load(log_sums + i) * LOG2E, inverse, scale, softcap,
+                token.to(tl.int32), tl.load(maximums + i), tl.log2(tl.load(totals + i)), inverse, scale, softcap,
                 entropy, grad_log_prob, grad_entropy, ENTROPY,
                 DEPTH, LANES, VECTOR, STAGES, UNIT_STRIDE, PADDED, False,
             )  # fmt: skip
