@@ -21,10 +21,18 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written. The message says what is still whole, and how to go on."""
 
 
-def save_checkpoint(folder: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    policy: Policy,
+    state: dict[str, Any],
+    keep: int,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> Path:
     """Write `folder`/global_step_N under another name, rename it, then drop all but the last `keep`.
 
-    A checkpoint of this step that is there already is left as it is.
+    A checkpoint of this step that is there already is left as it is. `weights` stand in for those of a model that is
+    split over ranks.
 
     Raises:
         SaveError: nothing was saved, and nothing that was there before is lost.
@@ -37,7 +45,7 @@ def save_checkpoint(folder: Path, step: int, policy: Policy, state: dict[str, An
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed while it saved
             shutil.rmtree(left)
-        policy.save(temporary / "actor")
+        policy.save(temporary / "actor", weights)
         torch.save(state, temporary / "trainer.pt")
         for path in temporary.rglob("*"):
             _flush(path)
@@ -65,6 +73,14 @@ def _save_failed(folder: Path, step: int, error: Exception) -> str:
         else "there is no earlier one. Make room, or choose a run_dir on another disk, and begin again"
     )
     return f"the checkpoint of step {step} could not be written to {folder} ({reason}); {rest}"
+
+
+def copy_records(run_dir: Path, to: Path) -> Path:
+    """What a run has told so far, for a process that only reads it; returns `to`."""
+    for name in ("metrics.jsonl", "evaluation.json"):
+        if (run_dir / name).is_file():
+            shutil.copy(run_dir / name, to / name)
+    return to
 
 
 def drop_later_checkpoints(folder: Path, step: int) -> None:
