@@ -51,8 +51,9 @@ class Policy:
         """Fills batches up; always masked, so any id will do where the tokenizer names none."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.end_ids)
 
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """As `load_policy` reads it. `weights` stand in for the model's own."""
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
 
