@@ -42,6 +42,7 @@ class ModelConfig:
     dtype: str = "float32"  # of matrix products: float32 | bfloat16; the weights stay float32
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     threads: int = 0  # of torch on the CPU; 0: a thread a core. Small models are fastest with 1
+    fsdp: bool = True  # under torchrun: split layers over the processes (FSDP2); false: each keeps the whole model
     gradient_checkpointing: bool = False  # keep a layer's input alone and compute it again in backward: less memory
     lora_rank: int = 0  # train low-rank adapters (PEFT) of this rank instead of all weights; 0: all weights
     lora_alpha: float = 32.0  # their scale is alpha / rank
