@@ -1,5 +1,6 @@
 """The training loop, to be read from top to bottom."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,6 +17,7 @@ from epo_kernels.history import HistoryScope, HistoryWeighting
 from epo_kernels.train.algorithms import assign_advantages, leave_out_truncated
 from epo_kernels.train.checkpoint import (
     clear_run,
+    copy_records,
     drop_later_checkpoints,
     find_checkpoint,
     load_state,
@@ -28,6 +30,7 @@ from epo_kernels.train.collect import Collector
 from epo_kernels.train.config import ConfigError, TrainConfig, to_yaml
 from epo_kernels.train.critic import Critic
 from epo_kernels.train.data import Draw, samples_of
+from epo_kernels.train.distributed import Ranks, SharedRollout, full_tensors
 from epo_kernels.train.envs import EnvironmentFailure, make_suite
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.evaluate import Record, panel_starts, summarize
@@ -55,15 +58,22 @@ class Trainer:
         display: where progress shows.
         dry: build all parts without training any (no cloning) and write nothing.
         stop: asked at every move of a bar, and before each step, whether to go on.
+        ranks: the processes that train together, of which the first writes the run's folder; None: this one alone.
 
     Raises:
         ConfigError: the settings don't fit the environment, the model, or the run they are to go on with.
     """
 
     def __init__(
-        self, config: TrainConfig, display: Display, dry: bool = False, stop: StopRequest | None = None
+        self,
+        config: TrainConfig,
+        display: Display,
+        dry: bool = False,
+        stop: StopRequest | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.display = display
         self.stop = stop or StopRequest()
         self.run_dir = Path(config.run_dir)
@@ -106,7 +116,7 @@ class Trainer:
             self._evaluate("before", 0)
         self._evaluate_if_due(self.step)
         for step in range(self.step + 1, config.steps + 1):
-            self.stop.check()
+            self.ranks.check(self.stop)
             metrics = self._train_step(step)
             self.step = step
             self.tracker.log(step, metrics)
@@ -152,7 +162,8 @@ class Trainer:
                     self.critic.score(samples)
 
             turns, entropy = sampled_entropy(samples)
-            history.update(turns, entropy, torch.ones_like(turns))
+            own = slice(self.ranks.rank, None, self.ranks.size)  # committing adds up what all ranks hold
+            history.update(turns[own], entropy[own], torch.ones_like(turns[own]))
             if config.loss.history_includes_current:
                 self._commit_history(step)
 
@@ -185,7 +196,7 @@ class Trainer:
 
     def _commit_history(self, step: int) -> None:
         try:
-            self.history.commit()
+            self.history.commit(self.ranks.group)
         except ValueError as error:
             raise RuntimeError(f"step {step}: {error}; the last checkpoint is whole") from error
 
@@ -223,7 +234,10 @@ class Trainer:
             "history": self.history.state_dict(),
             "rng": rng_state(),
         }
-        save_checkpoint(self.run_dir / "checkpoints", self.step, self.policy, state, self.config.checkpoint.keep)
+        weights = full_tensors(self.policy.model.state_dict()) if self.ranks.fsdp else None
+        if self.ranks.is_first:
+            folder = self.run_dir / "checkpoints"
+            save_checkpoint(folder, self.step, self.policy, state, self.config.checkpoint.keep, weights)
 
     def _build(self, stack: ExitStack, dry: bool) -> None:
         config = self.config
@@ -232,6 +246,9 @@ class Trainer:
             torch.set_num_threads(config.model.threads)
         checkpoint = find_checkpoint(config)
         state = load_state(checkpoint) if checkpoint else None
+        if not self.ranks.is_first:  # writes where nobody looks
+            self.run_dir = copy_records(self.run_dir, Path(stack.enter_context(TemporaryDirectory())))
+        self.ranks.wait()  # from here on the first one changes the run's folder
         if state is not None and (changed := refuse_differences(state["config"], config)):
             self.display.say(
                 f"warning: {', '.join(changed)} changed: the same draws are rounded otherwise, so later steps differ "
@@ -249,7 +266,10 @@ class Trainer:
         self.panels = {panel: self.suite.tasks(panel)[: config.evaluate.episodes] for panel in config.evaluate.panels}
         self.suite.close()  # the simulator that listed them
 
-        self.policy = load_policy(str(checkpoint / "actor"), config.model) if checkpoint else self._first_policy(dry)
+        if checkpoint:
+            self.policy = load_policy(str(checkpoint / "actor"), config.model)
+        else:
+            self.policy = self._first_policy(dry) if dry else self._shared_policy()
         rollout = config.rollout
         self.pool = EnvironmentPool(
             self.suite,
@@ -260,7 +280,7 @@ class Trainer:
         )
         stack.callback(self.pool.close)
         stop = StopRule(self.policy.tokenizer, self.policy.end_ids, rollout.response_format)
-        self.rollout = Rollout(
+        rollouts = Rollout(
             self.pool,
             self.policy,
             TransformersEngine(
@@ -271,6 +291,7 @@ class Trainer:
             cohorts=rollout.cohorts,
             response_format=rollout.response_format,
         )
+        self.rollout = SharedRollout(rollouts, self.ranks, self.policy.model)
         self.collector = Collector(self.tasks, self.rollout, config)
         loss = config.loss
         self.history = ek.EntropyHistory(
@@ -283,8 +304,9 @@ class Trainer:
             clear_run(self.run_dir)
         if not dry and state is not None:
             drop_later_checkpoints(self.run_dir / "checkpoints", state["step"])
-        self.learner = Learner(self.policy, self._reference(checkpoint, dry), config)
-        self.critic = Critic(self.policy, config) if config.algorithm.name == "ppo" else None
+        reference = self._reference(checkpoint, dry)
+        self.critic = Critic(self.policy, config, self.ranks) if config.algorithm.name == "ppo" else None
+        self.learner = Learner(self.policy, reference, config, self.ranks)
         if state is not None:
             self.step = state["step"]
             self.learner.load_state_dict(state["learner"])
@@ -298,6 +320,21 @@ class Trainer:
             stack.callback(self.tracker.close)
             self.watch, _ = watched(read_metrics(self.run_dir), config.watch)
             write_atomically(self.run_dir / "config.yaml", to_yaml(config))
+
+    def _shared_policy(self) -> Policy:
+        """The policy before RL, made by the first rank and read by the others."""
+        start = Path(self.config.run_dir) / "start"
+        if self.ranks.is_first:
+            policy = self._first_policy(dry=False)
+            if self.ranks.size > 1:
+                policy.save(start)
+        self.ranks.wait()
+        if not self.ranks.is_first:
+            policy = load_policy(str(start), self.config.model)
+        self.ranks.wait()
+        if self.ranks.is_first:
+            shutil.rmtree(start, ignore_errors=True)
+        return policy
 
     def _first_policy(self, dry: bool) -> Policy:
         """The policy before RL: loaded or made, and cloned from demonstrations where asked for."""
@@ -348,11 +385,12 @@ class Trainer:
             return None
         if self.config.model.lora_rank:
             return self.policy.model  # without its adapters
-        folder = self.run_dir / "reference"
-        if checkpoint is None:
+        folder = Path(self.config.run_dir) / "reference"
+        if self.ranks.is_first and checkpoint is None:
             self.policy.save(folder)
-        elif not folder.is_dir():  # resumed from another run's checkpoint
+        elif self.ranks.is_first and checkpoint and not folder.is_dir():  # resumed from another run's checkpoint
             load_policy(str(checkpoint.parent.parent / "reference"), self.config.model).save(folder)
+        self.ranks.wait()
         return load_policy(str(folder), self.config.model).model.requires_grad_(False)
 
     def close(self) -> None:
