@@ -21,6 +21,7 @@ from epo_kernels.train.config import (
 from epo_kernels.train.text import printable
 
 if TYPE_CHECKING:
+    from epo_kernels.train.distributed import Ranks
     from epo_kernels.train.trainer import Trainer
 
 HELP = """usage: python -m epo_kernels.train [PRESET or FILE.yaml] [GROUP.KEY=VALUE ...] [--print-config | --dry-run]
@@ -47,6 +48,7 @@ examples:
   python -m epo_kernels.train practice loss.penalty=none     without EPO's band; loss.entropy_coeff=0: no entropy term
   python -m epo_kernels.train scienceworld_ppo_7b --print-config
   python -m epo_kernels.train my.yaml seed=3 resume=never
+  torchrun --nproc-per-node 8 -m epo_kernels.train my.yaml   on all GPUs of a machine (model.fsdp)
 
 The folder run_dir receives config.yaml, metrics.jsonl (a line a step), evaluation.json, episodes/ to read,
 checkpoints/global_step_N/actor, tensorboard/ and report.html. An interrupted run goes on where it stopped when the
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--print-config" in flags:
             sys.stdout.write(to_yaml(config))
             return 0
-        return _run(config, dry="--dry-run" in flags)
+        return _launch(config, dry="--dry-run" in flags)
     except ConfigError as error:
         return _fail(error, 2)
 
@@ -89,8 +91,16 @@ def _parse(words: list[str]) -> tuple[TrainConfig, set[str]]:
     return load_config(sources[0] if sources else "quickstart", overrides), flags
 
 
-def _run(config: TrainConfig, dry: bool) -> int:
+def _launch(config: TrainConfig, dry: bool) -> int:
     # Imported late: wrong settings and --help answer at once.
+    from epo_kernels.train.distributed import launched
+
+    with launched(config.model.fsdp, config.model.device) as ranks:
+        return _run(config, dry, ranks)
+
+
+def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
+    from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
     from epo_kernels.train.envs import EnvironmentFailure
@@ -101,9 +111,9 @@ def _run(config: TrainConfig, dry: bool) -> int:
 
     disable_progress_bar()
     _keep_freed_memory()
-    display = Display()
+    display = Display(None if ranks.is_first else Console(quiet=True))
     try:
-        with StopRequest() as stop, display, Trainer(config, display, dry, stop) as trainer:
+        with StopRequest() as stop, display, Trainer(config, display, dry, stop, ranks) as trainer:
             for warning in warnings_of(config):
                 display.say(f"warning: {warning}")
             if dry:
