@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from epo_kernels.train.algorithms import value_states
 from epo_kernels.train.config import TrainConfig
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
+from epo_kernels.train.distributed import Ranks, full_tensors, split_like
 from epo_kernels.train.optimizer import StepOptimizer
 from epo_kernels.train.policies.policy import Policy, checkpointing, response_hidden
 
@@ -38,27 +39,36 @@ class Critic:
     """Owns backbone, value head and optimiser. New values are 0: the head starts at 0.
 
     Args:
-        policy: whose backbone is copied.
+        policy: whose backbone is copied, before it is split over ranks.
         config: of the run; `critic`, `optim` and `algorithm.gae` count.
+        ranks: that train together; None: this process alone.
     """
 
-    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+    def __init__(self, policy: Policy, config: TrainConfig, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
         self._config = config
         self._pad_id = policy.pad_id
         self._backbone = copy.deepcopy(policy.model.get_decoder())
         self._head = nn.Linear(policy.model.config.get_text_config().hidden_size, 1).to(policy.model.device)
         nn.init.zeros_(self._head.weight)
         nn.init.zeros_(self._head.bias)
+        self._ranks.shard(self._backbone)
         self._network = nn.ModuleDict({"backbone": self._backbone, "head": self._head})
-        self._optimizer = StepOptimizer(self._network.parameters(), config.optim, config.critic, config.steps)
+        self._optimizer = StepOptimizer(
+            self._network.parameters(), config.optim, config.critic, config.steps, self._ranks
+        )
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> None:
         """Set each sample's `values`: of the state before each of its response tokens."""
-        for indices in micro_batches(samples, self._config.optim.micro_batch_tokens):
+        found: dict[int, Tensor] = {}
+        for indices, _ in self._ranks.deal(list(micro_batches(samples, self._config.optim.micro_batch_tokens))):
             values = self._values(self._batch([samples[i] for i in indices])).cpu()
             for row, index in enumerate(indices):
-                samples[index].values = values[row, : len(samples[index].response_ids)].clone()
+                found[index] = values[row, : len(samples[index].response_ids)].clone()
+        for own in self._ranks.gather(found):
+            for index, values in own.items():
+                samples[index].values = values
 
     def update(self, samples: Sequence[Sample], seed: tuple[int, ...]) -> dict[str, float]:
         """All epochs and minibatches of a step, towards the samples' `returns`. Returns the metrics `critic/*`."""
@@ -77,12 +87,12 @@ class Critic:
 
     def state_dict(self) -> dict[str, Any]:
         trained = {name: parameter.detach() for name, parameter in self._trained()}
-        return {"network": trained, "optimizer": self._optimizer.state_dict()}
+        return {"network": full_tensors(trained), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for name, parameter in self._trained():
-                parameter.copy_(state["network"][name])
+                parameter.copy_(split_like(state["network"][name], parameter))
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -94,7 +104,8 @@ class Critic:
         level = self._config.algorithm.gae
         count = float(sum(int(value_states(sample, level).sum()) for sample in samples))
         total, clips = torch.zeros(()), torch.zeros(())
-        for indices in micro_batches(samples, self._config.optim.micro_batch_tokens):
+        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
+        for indices, counts in self._ranks.deal(batches):
             chosen = [samples[i] for i in indices]
             batch = self._batch(chosen)
             states = nn.utils.rnn.pad_sequence([value_states(sample, level) for sample in chosen], batch_first=True)
@@ -108,9 +119,10 @@ class Critic:
                     batch.returns[states],
                     self._config.critic.clip_range,
                 )
-                loss = losses.sum() / count
+                loss = float(counts) * losses.sum() / count
                 loss.backward()
-            total, clips = total + loss.detach().cpu(), clips + clipped.sum().cpu()
+            total, clips = total + loss.detach().cpu(), clips + float(counts) * clipped.sum().cpu()
+        total, clips = torch.stack([torch.stack(part) for part in self._ranks.gather((total, clips))]).sum(dim=0)
         return total, clips, count
 
     def _batch(self, samples: Sequence[Sample]) -> MiniBatch:

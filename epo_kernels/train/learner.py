@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import epo_kernels as ek
+from epo_kernels.metrics import METRIC_NAMES
 from epo_kernels.train.config import TrainConfig, epo_config
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
+from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.optimizer import StepOptimizer
 from epo_kernels.train.policies.lora import without_adapters
 from epo_kernels.train.policies.policy import Policy, check_head, checkpointing, head_of, response_hidden
@@ -30,18 +32,27 @@ class Learner:
         reference: frozen model of the KL term, needed where the KL counts in loss or reward. The policy's own model
             where it has adapters: it is then asked without them.
         config: of the run.
+        ranks: that train together; None: this process alone.
 
     Raises:
         ConfigError: a model whose logits aren't a linear map of its hidden states.
     """
 
-    def __init__(self, policy: Policy, reference: PreTrainedModel | None, config: TrainConfig) -> None:
+    def __init__(
+        self, policy: Policy, reference: PreTrainedModel | None, config: TrainConfig, ranks: Ranks | None = None
+    ) -> None:
         self._policy = policy
         self._reference = reference
         self._config = config
         self._loss_config = epo_config(config)
+        self._ranks = ranks or Ranks()
         check_head(policy.model)
-        self._optimizer = StepOptimizer(policy.model.parameters(), config.optim, config.optim, config.steps)
+        self._ranks.shard(policy.model.get_decoder())
+        if reference is not None and reference is not policy.model:
+            self._ranks.shard(reference.get_decoder())
+        self._optimizer = StepOptimizer(
+            policy.model.parameters(), config.optim, config.optim, config.steps, self._ranks
+        )
 
     def score(self, samples: Sequence[Sample]) -> None:
         """Set each sample's `old_log_probs` and `entropy` (and `ref_log_probs`), in one pass without gradient."""
@@ -91,19 +102,20 @@ class Learner:
         """Add the gradient of one minibatch, by micro-batches whose losses add up to it exactly."""
         per_token = self._config.loss.loss_agg_mode == "token-mean"
         normalizer = float(sum(s.num_sampled for s in samples) if per_token else len(samples))
-        sums: list[ek.LossMetrics] = []
         model = self._policy.model
-        for indices in micro_batches(samples, self._config.optim.micro_batch_tokens):
+        sums = ek.LossMetrics(torch.zeros(len(METRIC_NAMES), dtype=torch.float64, device=model.device))
+        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
+        for indices, counts in self._ranks.deal(batches):
             batch = MiniBatch.of([samples[i] for i in indices], self._policy.pad_id, model.device)
             with checkpointing(model, self._config.model.gradient_checkpointing):
                 hidden = response_hidden(model.get_decoder(), batch)
                 with watch.timed("loss"):  # cut out of the graph, so that it can be timed: the same gradients
                     leaf = hidden.detach().requires_grad_()
                     out = self._loss(leaf, batch, history, penalty_weight, normalizer)
-                    out.loss.backward()
+                    (out.loss if counts else 0.0 * out.loss).backward()
                 hidden.backward(leaf.grad)
-            sums.append(out.metrics)
-        return sum(sums[1:], start=sums[0])
+            sums = sums + out.metrics if counts else sums
+        return sums.all_reduce() if self._ranks.size > 1 else sums
 
     def _loss(
         self,
@@ -152,7 +164,8 @@ class Learner:
         """(log-probs, entropies) of each sample's tokens, (R,) float32 each; 0 where the policy didn't write."""
         scores: dict[int, tuple[Tensor, Tensor]] = {}
         head = head_of(model)
-        for indices in micro_batches(samples, self._config.optim.micro_batch_tokens):
+        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
+        for indices, _ in self._ranks.deal(batches):
             batch = MiniBatch.of([samples[i] for i in indices], self._policy.pad_id, model.device)
             log_probs, entropy = ek.linear_log_probs_and_entropy(
                 response_hidden(model.get_decoder(), batch),
@@ -171,6 +184,8 @@ class Learner:
             for row, index in enumerate(indices):
                 length = len(samples[index].response_ids)
                 scores[index] = log_probs[row, :length].clone(), entropy[row, :length].clone()
+        for others in self._ranks.gather(scores):
+            scores |= others
         return [scores[i] for i in range(len(samples))]
 
     def _named(self, sums: dict[str, float], updates: int) -> dict[str, float]:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from epo_kernels.train.config import CriticConfig, OptimConfig
 from epo_kernels.train.data import Sample
+from epo_kernels.train.distributed import Ranks, full_tensors, split_like
 
 
 def cosine_with_warmup(update: int, total: int, warmup_ratio: float, min_ratio: float) -> float:
@@ -29,6 +31,7 @@ class StepOptimizer:
         config: of AdamW, the schedule and clipping.
         passes: whose lr, epochs, minibatches and minibatch_size hold.
         steps: of the run; the schedule ends with them.
+        ranks: whose gradients are added up.
     """
 
     def __init__(
@@ -37,14 +40,22 @@ class StepOptimizer:
         config: OptimConfig,
         passes: OptimConfig | CriticConfig,
         steps: int,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._config = config
         self._passes = passes
         self._steps = steps
         self._steps_done = 0
+        split = [parameter for parameter in self._parameters if isinstance(parameter, DTensor)]
+        whole = [parameter for parameter in self._parameters if not isinstance(parameter, DTensor)]
+        self._groups = [group for group in (whole, split) if group]  # no operation takes both kinds at once
         self._adamw = torch.optim.AdamW(
-            self._parameters, lr=passes.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+            [{"params": group} for group in self._groups],
+            lr=passes.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
         )
         self._norms: list[float] = []
         self._skipped = 0
@@ -68,7 +79,8 @@ class StepOptimizer:
 
     def apply(self, loss: Tensor) -> float:
         """Update by the gradients there are, unless they or the loss aren't finite. Drops them, returns their norm."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
+        self._ranks.add_gradients(self._parameters)
+        norm = self._clip()
         if math.isfinite(norm) and bool(loss.isfinite()):
             self._adamw.step()
             self._norms.append(norm)
@@ -87,16 +99,32 @@ class StepOptimizer:
         return named
 
     def state_dict(self) -> dict[str, Any]:
+        """Whole tensors by the parameters' order: a run may go on with another number of ranks. All ranks call it."""
         return {
-            "adamw": self._adamw.state_dict(),
+            "adamw": [full_tensors(self._adamw.state[parameter]) for parameter in self._parameters],
             "steps_done": self._steps_done,
             "skipped_in_row": self.skipped_in_row,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._adamw.load_state_dict(state["adamw"])
+        for parameter, own in zip(self._parameters, state["adamw"], strict=True):
+            self._adamw.state[parameter] = {
+                name: split_like(value.to(parameter.device), parameter) if value.shape == parameter.shape else value
+                for name, value in own.items()
+            }
         self._steps_done = state["steps_done"]
         self.skipped_in_row = state["skipped_in_row"]
+
+    def _clip(self) -> float:
+        """Clip the gradients to `max_grad_norm`; returns the norm that they had."""
+        norms = []
+        for group in self._groups:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        for group in self._groups:
+            torch.nn.utils.clip_grads_with_norm_(group, self._config.max_grad_norm, total)
+        return float(total)
 
     def _set_rate(self, update: int, total: int) -> None:
         factor = cosine_with_warmup(update, total, self._config.warmup_ratio, self._config.min_lr_ratio)

@@ -7,6 +7,7 @@ import epo_kernels as ek
 from epo_kernels.train import data
 from epo_kernels.train.config import load_config
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
+from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.learner import Learner
 from epo_kernels.train.optimizer import StepOptimizer, cosine_with_warmup
@@ -142,7 +143,7 @@ def test_micro_batches_hold_all_and_keep_to_the_limit():
 def test_the_size_or_the_number_of_minibatches():
     def sizes(**settings):
         config = load_config("practice", [f"optim.{name}={value}" for name, value in settings.items()]).optim
-        optimizer = StepOptimizer([torch.nn.Parameter(torch.zeros(1))], config, config, steps=4)
+        optimizer = StepOptimizer([torch.nn.Parameter(torch.zeros(1))], config, config, steps=4, ranks=Ranks())
         samples = [Sample.of_turn([0], [0], number) for number in range(10)]
         found = list(optimizer.minibatches(samples, seed=(0,)))
         assert sorted(s.turns[0] for batch in found for s in batch) == sorted([*range(10)] * config.epochs)
@@ -156,7 +157,7 @@ def test_the_size_or_the_number_of_minibatches():
 
 def test_the_schedule_spans_the_run_whatever_the_number_of_updates():
     config = load_config("practice", ["optim.lr=1.0", "optim.minibatches=2"]).optim
-    optimizer = StepOptimizer([torch.nn.Parameter(torch.zeros(1))], config, config, steps=10)
+    optimizer = StepOptimizer([torch.nn.Parameter(torch.zeros(1))], config, config, steps=10, ranks=Ranks())
     rates = []
     for _ in range(10):
         for _ in optimizer.minibatches([Sample.of_turn([0], [0], 0)] * 8, seed=(0,)):

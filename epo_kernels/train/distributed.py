@@ -1,0 +1,230 @@
+"""Several processes of one machine (`torchrun`), each with its GPU: who plays, scores and updates what.
+
+Every rank plays its share of the episodes and then knows all of them, so that history, advantages and minibatches are
+the same everywhere; of each minibatch a rank computes its share of micro-batches, and gradients are added up. Weights
+are kept whole, or each layer's are split over the ranks (FSDP2). The first rank alone writes the run's folder.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from epo_kernels.train.data import Episode
+from epo_kernels.train.envs import EnvironmentFailure
+from epo_kernels.train.rollout import Rollout
+from epo_kernels.train.stopping import Stopped, StopRequest
+
+Item = TypeVar("Item")
+TIMEOUT = timedelta(hours=2)  # of waiting for the other ranks: a rollout of theirs, or the first one's cloning
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together. Alone, nothing here communicates.
+
+    Attributes:
+        fsdp: split the weights of layers (`shard`) instead of keeping all of them on every rank.
+    """
+
+    rank: int = 0
+    size: int = 1
+    fsdp: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD if self.size > 1 else None
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, own: Item) -> list[Item]:
+        """What each rank has, in their order."""
+        if self.size == 1:
+            return [own]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, own)
+        return found
+
+    def check(self, stop: StopRequest) -> None:
+        """Raises Stopped on every rank where one was asked to stop, so that none is left waiting."""
+        own: Stopped | None = None
+        try:
+            stop.check()
+        except Stopped as stopped:
+            own = stopped
+        _raise_together(own, self.gather(_told(own)))
+
+    def deal(self, items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
+        """This rank's share of the items, as many for every rank, since each takes part in every collective.
+
+        Where they don't come out even, an item is dealt once more with False: compute it, don't count it.
+        """
+        for start in range(0, len(items), self.size):
+            index = start + self.rank
+            yield (items[index], True) if index < len(items) else (items[start], False)
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum over the ranks, but for those that FSDP has summed in backward."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if not isinstance(parameter, DTensor):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+
+    def shard(self, decoder: PreTrainedModel) -> None:
+        """Split every layer's weights over the ranks, in place; embedding, last norm and head stay whole.
+
+        The head stays whole because the loss wants all of it for every chunk of tokens.
+        """
+        if not self.fsdp:
+            return
+        mesh = init_device_mesh(next(decoder.parameters()).device.type, (self.size,))
+        layers = cast(Sequence[nn.Module], decoder.layers)
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        whole = {parameter for parameter in decoder.parameters() if not isinstance(parameter, DTensor)}
+        fully_shard(decoder, mesh=mesh, ignored_params=whole)
+        for module in decoder.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # sums, as everywhere here: the loss has the whole's normaliser
+
+    @contextmanager
+    def whole(self, model: nn.Module) -> Iterator[None]:
+        """Inside, every rank has all weights and may run the model as often as it likes."""
+        shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in shards:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in shards:
+                module.set_reshard_after_forward(True, recurse=False)
+                module.reshard()
+
+
+@contextmanager
+def launched(fsdp: bool, device: str) -> Iterator[Ranks]:
+    """The ranks of a `torchrun`, or this process alone without one.
+
+    Args:
+        fsdp: see `Ranks`.
+        device: model.device of the configuration; a GPU for each rank where it is "auto" or "cuda" and there are any.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Objects travel by gloo; where tensors are on a GPU, they by NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    try:
+        yield Ranks(dist.get_rank(), size, fsdp)
+    finally:
+        dist.destroy_process_group()
+
+
+class SharedRollout:
+    """A rollout whose episodes are played by all ranks, each its share; afterwards every rank has all of them.
+
+    Args:
+        rollout: this rank's.
+        ranks: all of them.
+        model: what the engine samples with, whole while it does; None where it has weights of its own.
+    """
+
+    def __init__(self, rollout: Rollout, ranks: Ranks, model: nn.Module | None) -> None:
+        self._rollout = rollout
+        self._ranks = ranks
+        self._model = model
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self._rollout.seconds
+
+    def prefetch(self, episodes: Sequence[Episode]) -> None:
+        self._rollout.prefetch(episodes[self._ranks.rank :: self._ranks.size])
+
+    def play(self, episodes: Sequence[Episode], report: Callable[[int], None] = lambda done: None) -> None:
+        """As `Rollout.play`. What stops one rank stops all, once the others have played.
+
+        Raises:
+            Stopped, EnvironmentFailure: as it does, on all ranks alike.
+            RuntimeError: another rank failed.
+        """
+        ranks, size = self._ranks, self._ranks.size
+        own = episodes[ranks.rank :: size]
+        failure: Exception | None = None
+        with ranks.whole(self._model) if self._model is not None else nullcontext():
+            try:
+                self._rollout.play(own, lambda done: report(min(done * size, len(episodes))))
+            except Exception as error:
+                failure = error
+        answers = ranks.gather((own, _told(failure)))
+        _raise_together(failure, [told for _, told in answers])
+        for rank, (played, _) in enumerate(answers):
+            for episode, result in zip(episodes[rank::size], played, strict=True):
+                vars(episode).update(vars(result))
+
+
+def _told(failure: Exception | None) -> tuple[str, str | int] | None:
+    """What the other ranks are told of an exception."""
+    if isinstance(failure, Stopped):
+        return "stopped", failure.signal
+    return None if failure is None else (type(failure).__name__, str(failure))
+
+
+def _raise_together(own: Exception | None, told: Sequence[tuple[str, str | int] | None]) -> None:
+    """Raise this rank's own exception, or that of the first rank that has one."""
+    if own:
+        raise own
+    for rank, failure in enumerate(told):
+        if failure:
+            kind, detail = failure
+            if kind == "stopped":
+                raise Stopped(int(detail))
+            if kind == "EnvironmentFailure":
+                raise EnvironmentFailure(f"rank {rank}: {detail}")
+            raise RuntimeError(f"rank {rank} failed: {kind}: {detail}")
+
+
+def full_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """A state (nested dicts and lists) with tensors that are split over ranks made whole. All ranks must call it."""
+    return {name: _full(value) for name, value in state.items()}
+
+
+def split_like(whole: Tensor, like: Tensor) -> Tensor:
+    """The tensor, split over ranks as `like` is. All ranks must call it."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+
+
+def _full(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        with torch.no_grad():
+            return value.full_tensor().cpu()
+    if isinstance(value, dict):
+        return full_tensors(value)
+    return [_full(item) for item in value] if isinstance(value, list) else value
