@@ -21,23 +21,20 @@ of single tokens (`rollout_correction`) cuts runs in two, so give a field there.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
-from epo_kernels.config import BandScope, EPOConfig, KLType, Penalty
 from epo_kernels.functional import epo_loss_from_log_probs, linear_log_probs_and_entropy
-from epo_kernels.history import EntropyHistory, HistoryScope, HistoryWeighting
+from epo_kernels.integrations.verl_keys import KEYS, LOSS_MODE, RESPONSE_MASK, EPOSettings
 from epo_kernels.reference import EPOOutput
 from epo_kernels.schedule import phase_weight
 
@@ -62,107 +59,8 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-LOSS_MODE = FUSED_BACKEND = "epo"
-KEYS = "actor_rollout_ref.actor.policy_loss.epo"
-RESPONSE_MASK = "response_mask"
+FUSED_BACKEND = "epo"
 HISTORY_FILE = "epo_entropy_history.pt"
-
-KL_TYPES: dict[str, KLType] = {
-    "kl": "k1",
-    "k1": "k1",
-    "abs": "abs",
-    "mse": "k2",
-    "k2": "k2",
-    "low_var_kl": "k3",
-    "k3": "k3",
-}
-
-
-@dataclass(frozen=True)
-class EPOSettings:
-    """The keys under `actor_rollout_ref.actor.policy_loss.epo`; see `EPOConfig` and `EntropyHistory` for the maths.
-
-    Attributes:
-        penalty, penalty_alpha, smooth_coeff, band_scope: as in `EPOConfig`.
-        band_low: κ_l: the band's lower bound as a share of the history's mean entropy.
-        band_high: κ_r.
-        num_turns: turns that the history tells apart; more of them in a batch is an error.
-        turns: "response_mask" (the runs of 1s of a response are its turns), or the name of an integer field of the
-            batch, one a sample (where each turn is a sample of its own) or one a response token.
-        history_scope, history_weighting: scope and weighting of `EntropyHistory`.
-        history_window: steps that count; None: all.
-        phase_schedule: weight of the penalty over the steps, see `phase_weight`.
-        phase_horizon: steps it spans; None: verl's total_training_steps.
-    """
-
-    penalty: Penalty = "none"
-    penalty_alpha: float = 0.1
-    smooth_coeff: float = 1.0
-    band_scope: BandScope = "token"
-    band_low: float = 0.0
-    band_high: float = 2.0
-    num_turns: int = 64
-    turns: str = RESPONSE_MASK
-    history_scope: HistoryScope = "turn"
-    history_weighting: HistoryWeighting = "token"
-    history_window: int | None = None
-    phase_schedule: Literal["constant", "paper", "official"] = "constant"
-    phase_horizon: int | None = None
-
-    def __post_init__(self) -> None:
-        EPOConfig(**self._loss_keys())
-        self.make_history().bounds(torch.zeros(0, dtype=torch.int64), self.band_low, self.band_high)
-        phase_weight(0, 1 if self.phase_horizon is None else self.phase_horizon, self.phase_schedule)
-
-    @classmethod
-    def of(cls, keys: Mapping[str, Any] | None) -> EPOSettings:
-        """The settings of a config's keys.
-
-        Raises:
-            ValueError: an unknown key, with the one that is meant, or a value out of range.
-            TypeError: a value of the wrong type.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in keys or {}:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise ValueError(f"{KEYS}.{key} is no key of EPO; {hint}")
-        return cls(**(keys or {}))
-
-    def make_history(self) -> EntropyHistory:
-        return EntropyHistory(self.num_turns, self.history_window, self.history_scope, self.history_weighting)
-
-    def loss_config(self, actor: Any, loss_agg_mode: str) -> EPOConfig:
-        """The library's config: these keys, and verl's own of an ActorConfig.
-
-        Raises:
-            ValueError: a combination that can't be served; the message names verl's key.
-        """
-        if self.penalty != "none" and actor.entropy_coeff == 0:
-            raise ValueError(
-                f"{KEYS}.penalty={self.penalty} does nothing without an entropy term: "
-                "set actor_rollout_ref.actor.entropy_coeff (the paper's is 0.001)"
-            )
-        if actor.use_kl_loss and actor.kl_loss_type not in KL_TYPES:
-            raise ValueError(
-                f"actor_rollout_ref.actor.kl_loss_type must be one of {', '.join(KL_TYPES)} with "
-                f"policy_loss.loss_mode={LOSS_MODE}, got {actor.kl_loss_type!r}"
-            )
-        low, high = (actor.clip_ratio if own is None else own for own in (actor.clip_ratio_low, actor.clip_ratio_high))
-        return EPOConfig(
-            clip_ratio_low=low,
-            clip_ratio_high=high,
-            clip_ratio_c=actor.clip_ratio_c,
-            entropy_coeff=actor.entropy_coeff,
-            kl_coeff=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
-            kl_type=KL_TYPES[actor.kl_loss_type] if actor.use_kl_loss else "k3",
-            loss_agg_mode="token-mean" if loss_agg_mode == "token-sum" else loss_agg_mode,  # type: ignore[arg-type]
-            **self._loss_keys(),
-        )
-
-    def _loss_keys(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("penalty", "penalty_alpha", "smooth_coeff", "band_scope")}
 
 
 @dataclass
@@ -309,28 +207,28 @@ class EngineLoss:
 class EPOTrainingWorker(engine_workers.TrainingWorker):
     """verl's training worker, which serves `policy_loss.loss_mode=epo` and is verl's own for every other loss."""
 
-    _epo: EngineLoss | None = None
+    epo: EngineLoss | None = None
 
     @functools.wraps(engine_workers.TrainingWorker.set_loss_fn)  # wraps: verl's dispatch marks are attributes
     def set_loss_fn(self, loss_fn):
-        self._epo = None
+        self.epo = None
         if isinstance(loss_fn, functools.partial) and loss_fn.func is ppo_loss:
             actor = loss_fn.keywords["config"]
             if actor.policy_loss.get("loss_mode") == LOSS_MODE:
-                loss_fn = self._epo = EngineLoss(actor)
+                loss_fn = self.epo = EngineLoss(actor)
         super().set_loss_fn(loss_fn)
 
     @functools.wraps(engine_workers.TrainingWorker.train_mini_batch)
     def train_mini_batch(self, data):
         output = super().train_mini_batch(data)
-        if self._epo is not None and self._epo.history is not None:
-            self._epo.history.commit(self.engine.get_data_parallel_group())
+        if self.epo is not None and self.epo.history is not None:
+            self.epo.history.commit(self.engine.get_data_parallel_group())
         return output
 
     @functools.wraps(engine_workers.TrainingWorker.save_checkpoint)
     def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
-        history = None if self._epo is None else self._epo.history
+        history = None if self.epo is None else self.epo.history
         if history is not None and self.engine.is_mp_src_rank_with_outputs():
             # Every rank that has it writes the same content, so that it is on every node that may want it again.
             path = os.path.join(local_path, HISTORY_FILE)
@@ -340,11 +238,11 @@ class EPOTrainingWorker(engine_workers.TrainingWorker):
     @functools.wraps(engine_workers.TrainingWorker.load_checkpoint)
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=False):
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
-        if local_path is None or self._epo is None or self._epo.history is None:
+        if local_path is None or self.epo is None or self.epo.history is None:
             return
         path = os.path.join(local_path, HISTORY_FILE)
         if os.path.exists(path):
-            self._epo.history.load_state_dict(torch.load(path, weights_only=True))
+            self.epo.history.load_state_dict(torch.load(path, weights_only=True))
         else:
             logger.warning("no entropy history beside the checkpoint in %s: it begins anew, without a band", local_path)
 

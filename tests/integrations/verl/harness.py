@@ -77,7 +77,7 @@ def forward_of_its_own(worker):
         Qwen2ForCausalLM.forward = forward
 
 
-def make_worker(model_path, remove_padding=False, fused=None):
+def make_worker(model_path, remove_padding=False, fused=None, lr=0.0):
     """The class of worker that verl gives the actor, over the FSDP2 engine in float32. fused: backend of the head."""
     config = TrainingWorkerConfig(
         model_type="language_model",
@@ -98,7 +98,7 @@ def make_worker(model_path, remove_padding=False, fused=None):
             micro_batch_size_per_gpu=2,
             infer_micro_batch_size_per_gpu=2,
         ),
-        optimizer_config=FSDPOptimizerConfig(lr=0.0, weight_decay=0.0, total_training_steps=10, clip_grad=1e9),
+        optimizer_config=FSDPOptimizerConfig(lr=lr, weight_decay=0.0, total_training_steps=10, clip_grad=1e9),
         checkpoint_config=CheckpointConfig(),
     )
     worker = ActorRolloutRefWorker.actor_worker_cls(config)
@@ -158,11 +158,27 @@ def episodes(seed=1, first=0, last=4):
     return {name: value[first:last] for name, value in tensors.items()}
 
 
+def nested(tensors):
+    """The same episodes without padding, as verl's TransferQueue trainer holds them."""
+    attention = tensors["attention_mask"].bool()
+    parts = {"prompts": attention[:, :PROMPT], "input_ids": attention, "position_ids": attention}
+    data = {}
+    for name, value in tensors.items():
+        keep = parts.get(name, attention[:, PROMPT:])
+        if name != "attention_mask":
+            rows = [row[kept] for row, kept in zip(value, keep, strict=True)]
+            data[name] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    return data | {"loss_mask": data["response_mask"]}
+
+
 def batch_of(tensors, *, turn=None, epochs=1, mini_batch_size=4, calculate_entropy=True, **engine):
     """What verl's trainer sends to `update_actor`. engine: keys of the engine, in place of the worker's."""
     fields = {} if turn is None else {"turn": np.array(turn, dtype=object)}
-    data = DataProto.from_dict(tensors={k: v.clone() for k, v in tensors.items()}, non_tensors=fields)
-    data = left_right_2_no_padding(data.to_tensordict())
+    if tensors["prompts"].is_nested:
+        data = tensordict_utils.get_tensordict(dict(tensors))
+    else:
+        data = DataProto.from_dict(tensors={k: v.clone() for k, v in tensors.items()}, non_tensors=fields)
+        data = left_right_2_no_padding(data.to_tensordict())
     tensordict_utils.assign_non_tensor(
         data,
         calculate_entropy=calculate_entropy,

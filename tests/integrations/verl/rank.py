@@ -12,9 +12,10 @@ EPO = {"penalty": "hinge", "penalty_alpha": 2.0, "band_low": 0.9, "band_high": 1
 def two_updates(worker, mode, tensors):
     """(metrics and gradients of the second update, H̄ of each turn), whose band comes from the first."""
     actor = harness.actor_config(epo=EPO, entropy_coeff=0.3, loss_agg_mode=mode)
-    harness.update(worker, actor, tensors)
-    metrics = harness.update_again(worker, tensors)
-    return metrics, worker.gradients, worker._epo.history.means()
+    micro_batches = {"micro_batch_size_per_gpu": 1, "use_dynamic_bsz": False}  # two of them a rank
+    harness.update(worker, actor, tensors, **micro_batches)
+    metrics = harness.update_again(worker, tensors, **micro_batches)
+    return metrics, worker.gradients, worker.epo.history.means()
 
 
 def main(rank, store, model_path, output):

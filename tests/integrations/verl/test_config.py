@@ -14,7 +14,8 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import FSDPActorConfig, McoreActorConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from epo_kernels.integrations.verl import EngineLoss, EPOSettings
+from epo_kernels.integrations.verl import EngineLoss
+from epo_kernels.integrations.verl_keys import EPOSettings
 from tests.integrations.verl.harness import actor_config, batch_of, episodes, forward_of_its_own
 
 README = Path(__file__).parents[3] / "README.md"

@@ -8,7 +8,16 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
 import epo_kernels as ek
 from epo_kernels.integrations.verl import EPOTrainingWorker, turns_of_mask
-from tests.integrations.verl.harness import PROMPT, actor_config, batch_of, episodes, update, update_again
+from tests.integrations.verl.harness import (
+    PROMPT,
+    actor_config,
+    batch_of,
+    episodes,
+    make_worker,
+    nested,
+    update,
+    update_again,
+)
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 POLICY = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 1.5}
@@ -163,19 +172,19 @@ def test_turns_come_from_a_field_where_each_turn_is_a_sample(workers):
     worker, tensors = workers(), episodes()
     actor = actor_config(epo={**HINGE, "turns": "turn", "num_turns": 8}, entropy_coeff=0.1)
     update(worker, actor, tensors, turn=[3, 0, 3, 7])
-    known = ~torch.isnan(worker._epo.history.means())
+    known = ~torch.isnan(worker.epo.history.means())
     assert known.nonzero().flatten().tolist() == [0, 3, 7]
-    assert worker._epo.history.state_dict()["total"][1, 3] == tensors["response_mask"][[0, 2]].sum()
+    assert worker.epo.history.state_dict()["total"][1, 3] == tensors["response_mask"][[0, 2]].sum()
 
 
 def test_a_field_may_hold_the_turn_of_each_token(workers):
     worker, tensors = workers(), episodes()
     runs = update(worker, actor_config(epo=HINGE, entropy_coeff=0.1), tensors), update_again(worker, tensors)
-    of_runs = worker._epo.history.means()
+    of_runs = worker.epo.history.means()
     tensors["turn_ids"] = turns_of_mask(tensors["response_mask"].bool())
     actor = actor_config(epo={**HINGE, "turns": "turn_ids"}, entropy_coeff=0.1)
     field = update(worker, actor, tensors), update_again(worker, tensors)
-    assert_close(worker._epo.history.means(), of_runs, equal_nan=True)
+    assert_close(worker.epo.history.means(), of_runs, equal_nan=True)
     assert [metrics["loss"] for metrics in field] == pytest.approx([metrics["loss"] for metrics in runs])
 
 
@@ -196,21 +205,21 @@ def test_the_band_stands_still_within_a_step_of_several_epochs_and_mini_batches(
     actor = actor_config(epo=HINGE, entropy_coeff=0.1)
     metrics = update(worker, actor, tensors, epochs=2, mini_batch_size=2)
     assert metrics["epo/band_low_share"] == metrics["epo/band_high_share"] == 0
-    history = worker._epo.history
+    history = worker.epo.history
     assert len(history) == 1
     assert history.state_dict()["total"][1].sum() == 2 * tensors["response_mask"].sum()
     update(worker, actor, tensors)
-    assert_close(history.means(), worker._epo.history.means(), equal_nan=True)  # the weights never moved
+    assert_close(history.means(), worker.epo.history.means(), equal_nan=True)  # the weights never moved
     assert update_again(worker, tensors)["epo/band_low_share"] > 0
 
 
 def test_evaluation_adds_nothing_to_the_history(workers):
     worker, tensors = workers(), episodes()
     update(worker, actor_config(epo=HINGE, entropy_coeff=0.1), tensors)
-    before = worker._epo.history.state_dict()
+    before = worker.epo.history.state_dict()
     worker.infer_batch(batch_of(tensors))
-    assert worker._epo.history.state_dict()["open"] is None
-    assert_close(worker._epo.history.state_dict()["total"], before["total"], rtol=0, atol=0)
+    assert worker.epo.history.state_dict()["open"] is None
+    assert_close(worker.epo.history.state_dict()["total"], before["total"], rtol=0, atol=0)
 
 
 def test_dynamic_batches_give_the_same_update(workers):
@@ -223,6 +232,18 @@ def test_dynamic_batches_give_the_same_update(workers):
     metrics = update_again(worker, tensors, use_dynamic_bsz=True, max_token_len_per_gpu=16)
     assert metrics["loss"] == pytest.approx(fixed["loss"], rel=2e-5)
     assert_same_gradients(worker.gradients, expected)
+
+
+def test_nested_batches_give_the_same_update(workers):
+    worker, tensors = workers(True), episodes()
+    tensors["turn_ids"] = turns_of_mask(tensors["response_mask"].bool())
+    for turns in ("response_mask", "turn_ids"):
+        actor = actor_config(epo={**HINGE, "band_scope": "segment", "turns": turns}, entropy_coeff=0.3)
+        update(worker, actor, tensors)
+        padded = update_again(worker, tensors)
+        expected = worker.gradients
+        update(worker, actor, nested(tensors))
+        assert_same_update(worker, update_again(worker, nested(tensors)), padded, expected)
 
 
 # ---- the worker -----------------------------------------------------------------------------------------------------
@@ -238,7 +259,7 @@ def test_the_history_goes_with_the_checkpoint(workers, tmp_path, caplog):
 
     update(worker, actor, episodes(seed=5))  # another history, in a loss of its own
     worker.load_checkpoint(str(tmp_path / "global_step_1" / "actor"))
-    assert len(worker._epo.history) == 1
+    assert len(worker.epo.history) == 1
     assert_same_update(worker, update_again(worker, tensors), expected, gradients)
 
     (tmp_path / "global_step_1" / "actor" / "epo_entropy_history.pt").unlink()
@@ -251,7 +272,7 @@ def test_the_worker_is_verls_own_for_other_losses(workers, tmp_path):
     assert isinstance(worker, EPOTrainingWorker)
     update(worker, actor_config(epo=HINGE, entropy_coeff=0.1), episodes())
     update(worker, actor_config("vanilla", entropy_coeff=0.1), episodes())
-    assert worker._epo is None
+    assert worker.epo is None
     worker.save_checkpoint(str(tmp_path / "actor"), None, 1)
     assert not (tmp_path / "actor" / "epo_entropy_history.pt").exists()
 
@@ -265,8 +286,24 @@ def test_the_fused_head_equals_verls_own(workers, remove_padding):
     plain = update(workers(remove_padding), actor, tensors)
     expected = workers(remove_padding).gradients
     worker = workers(remove_padding, "epo")
-    for _ in range(2):  # the gathered weight is the step's own
-        assert_same_update(worker, update(worker, actor, tensors), plain, expected)
+    assert_same_update(worker, update(worker, actor, tensors), plain, expected)
+
+
+def test_the_fused_head_follows_the_weights(model_path):
+    """Each pass gathers the head anew, after an update and after a pass without gradient."""
+    actor, tensors = actor_config("vanilla", **POLICY, entropy_coeff=0.3), episodes()
+    seen = []
+    for fused in (None, "epo"):
+        worker = make_worker(model_path, remove_padding=True, fused=fused, lr=0.01)
+        steps = []
+        for _ in range(3):
+            metrics = update(worker, actor, tensors)
+            scores = worker.infer_batch(batch_of(tensors))
+            steps.append((metrics["loss"], metrics["actor/entropy_loss"], scores["log_probs"].values().sum().item()))
+        seen.append(steps)
+    assert seen[0][0] != pytest.approx(seen[0][1])
+    for plain, own in zip(*seen, strict=True):
+        assert own == pytest.approx(plain, rel=1e-3)
 
 
 def test_the_fused_head_makes_no_logits(workers, monkeypatch):
