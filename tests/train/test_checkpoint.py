@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from epo_kernels.train.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from epo_kernels.train.config import ModelConfig
+from epo_kernels.train.config import ConfigError, ModelConfig
 from epo_kernels.train.policies.policy import load_policy
 
 
@@ -79,11 +81,38 @@ def test_what_a_kill_left_behind_is_no_checkpoint(cloned, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["global_step_7"]
 
 
-def test_strange_pickles_are_refused(tmp_path):
-    (tmp_path / "global_step_1").mkdir()
-    torch.save({"step": print}, tmp_path / "global_step_1" / "trainer.pt")
-    with pytest.raises(Exception, match="weights_only"):
-        load_state(tmp_path / "global_step_1")
+class Malicious:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("content", ["malicious", "a function", "truncated", "no pickle"])
+def test_pickles_of_strangers_are_refused_and_not_run(cloned, tmp_path, content):
+    folder = save_checkpoint(tmp_path, 1, cloned, {"step": 1, "tensor": torch.ones(1000)}, keep=1)
+    path, trace = folder / "trainer.pt", tmp_path / "trace"
+    if content == "malicious":
+        torch.save({"step": 1, "learner": Malicious(trace)}, path)
+    elif content == "a function":
+        torch.save({"step": print}, path)
+    elif content == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.write_bytes(b"#!/bin/sh\n")
+    with pytest.raises(ConfigError, match=r"trainer\.pt is not read.*go on from another checkpoint with resume=FOLDER"):
+        load_state(folder)
+    assert not trace.exists()
+
+
+def test_weights_of_strangers_are_read_from_safetensors_alone(cloned, tmp_path):
+    cloned.save(tmp_path / "actor")
+    (tmp_path / "actor" / "model.safetensors").unlink()
+    torch.save(Malicious(tmp_path / "trace"), tmp_path / "actor" / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="is not to be loaded"):
+        load_policy(str(tmp_path / "actor"), ModelConfig())
+    assert not (tmp_path / "trace").exists()
 
 
 def test_names_that_are_none(tmp_path):

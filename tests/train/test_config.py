@@ -11,6 +11,7 @@ from epo_kernels.train.config import (
     epo_config,
     flatten,
     load_config,
+    only_rounding,
     preset_names,
     to_yaml,
 )
@@ -56,6 +57,9 @@ def test_every_preset_is_valid(preset):
         (["rollout.response_format=think_action"], ["rollout.response_format=plain"]),
         (["evaluate.panels=[ood]", "env.name=scienceworld"], ["env.ood_task_names"]),
         (["checkpoint.keep=0"], ["checkpoint.keep must be at least 1"]),
+        (["loss.phase_horizon=0"], ["loss.phase_horizon must be at least 1 or null, got 0"]),
+        (["watch.entropy_low=5"], ["watch.entropy_low must be below watch.entropy_high", "5.0 and 4.0"]),
+        (["env.max_failures=0"], ["env.max_failures must be at least 1"]),
         (["optim.warmup_ratio=1.5"], ["optim.warmup_ratio must be in [0, 1], got 1.5"]),
     ],
 )
@@ -88,8 +92,46 @@ def test_loss_settings_are_those_of_the_library():
 
 def test_differences_name_the_settings_that_count():
     saved = to_yaml(load_config("practice", ["optim.lr=1e-4", "run_dir=a", "checkpoint.every=1"]))
-    now = load_config("practice", ["optim.lr=2e-4", "run_dir=b", "checkpoint.every=2"])
-    assert differences(saved, now) == {"optim.lr": (1e-4, 2e-4)}
+    operational = [
+        "run_dir=b",
+        "resume=never",
+        "checkpoint.every=2",
+        "evaluate.episodes=7",
+        "evaluate.panels=[]",
+        "watch.stop=true",
+        "env.step_timeout=1",
+        "env.start_timeout=1",
+        "env.jvm_memory=1g",
+        "env.cache_dir=c",
+        "env.max_failures=1",
+        "optim.max_skipped_updates=1",
+    ]
+    changed = differences(saved, load_config("practice", ["optim.lr=2e-4", *operational]))
+    assert changed == {"optim.lr": (1e-4, 2e-4)}
+    assert not only_rounding(changed)
+
+
+def test_settings_that_only_round_otherwise_are_told_from_the_others():
+    saved = to_yaml(load_config("practice", []))
+    rounding = [
+        "rollout.environments=3",
+        "rollout.cohorts=1",
+        "optim.micro_batch_tokens=99",
+        "model.device=cpu",
+        "model.threads=2",
+    ]
+    changed = differences(saved, load_config("practice", rounding))
+    assert [f"{name}={now}" for name, (_, now) in sorted(changed.items())] == sorted(rounding)
+    assert only_rounding(changed)
+
+
+def test_a_setting_newer_than_the_run_had_its_default():
+    saved = "\n".join(line for line in to_yaml(load_config("practice", [])).splitlines() if "phase_horizon" not in line)
+    assert differences(saved, load_config("practice", [])) == {}
+    assert differences(saved, load_config("practice", ["loss.phase_horizon=150"])) == {
+        "loss.phase_horizon": (None, 150)
+    }
+    assert differences(saved + "\nsince_removed: 3\n", load_config("practice", [])) == {"since_removed": (3, None)}
 
 
 def test_every_setting_is_explained():

