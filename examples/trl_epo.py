@@ -37,7 +37,7 @@ def main(model: str | None = None) -> EPOTrainer:
         bf16=model is not None,
         use_cpu=model is None,
         # What EPO adds; all of it has defaults, the paper's.
-        entropy_coef=0.01,
+        entropy_coef=0.03,
         penalty="hinge",
         penalty_alpha=2.0,
         band_low=0.8,
