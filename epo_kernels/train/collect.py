@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Protocol
 
 import numpy as np
 
@@ -11,7 +12,15 @@ from epo_kernels.train.algorithms import drop_groups_without_spread
 from epo_kernels.train.config import TrainConfig
 from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.envs import Task
-from epo_kernels.train.rollout import Rollout
+
+
+class Player(Protocol):
+    """A `Rollout`, or one shared among ranks."""
+
+    @property
+    def seconds(self) -> dict[str, float]: ...
+
+    def play(self, episodes: Sequence[Episode], report: Callable[[int], None]) -> None: ...
 
 
 @dataclass
@@ -39,7 +48,7 @@ class Collector:
     same are dropped, and as many drawn anew, up to that many times; then what there is must do.
     """
 
-    def __init__(self, tasks: Sequence[Task], rollout: Rollout, config: TrainConfig) -> None:
+    def __init__(self, tasks: Sequence[Task], rollout: Player, config: TrainConfig) -> None:
         self._tasks = tasks
         self._rollout = rollout
         self._config = config
