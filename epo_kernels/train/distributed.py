@@ -105,7 +105,9 @@ class Ranks:
         fully_shard(decoder, mesh=mesh, ignored_params=whole)
         for module in decoder.modules():
             if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # sums, as everywhere here: the loss has the whole's normaliser
+                # Sums, as everywhere here, since the loss has the whole's normaliser; and by plain ones, as gloo wants.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
 
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:
