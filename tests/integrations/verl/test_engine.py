@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from transformers import Qwen2ForCausalLM
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
@@ -299,6 +300,7 @@ def test_the_fused_head_follows_the_weights(model_path):
         for _ in range(3):
             metrics = update(worker, actor, tensors)
             scores = worker.infer_batch(batch_of(tensors))
+            assert isinstance(worker.engine.module.lm_head.weight, DTensor)  # no whole head stays behind
             steps.append((metrics["loss"], metrics["actor/entropy_loss"], scores["log_probs"].values().sum().item()))
         seen.append(steps)
     assert seen[0][0] != pytest.approx(seen[0][1])
