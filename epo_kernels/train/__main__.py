@@ -110,7 +110,7 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
     from epo_kernels.train.trainer import Trainer
 
     disable_progress_bar()
-    _keep_freed_memory()
+    keep_freed_memory()
     display = Display(None if ranks.is_first else Console(quiet=True))
     try:
         with StopRequest() as stop, display, Trainer(config, display, dry, stop, ranks) as trainer:
@@ -165,7 +165,7 @@ def _plan(trainer: Trainer) -> str:
     )
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep freed blocks: activations come and go in megabytes, and mapping them anew halves the speed."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
