@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from epo_kernels.integrations.trl import HISTORY_FILE, _turns
+from epo_kernels.integrations.trl import _turns
 from tests.integrations.trl.pairs import loss_and_gradients, make, micro_batch
 
 
@@ -175,4 +175,3 @@ def test_evaluation_leaves_the_history_alone(folder, tmp_path):
     after = trainer.history.state_dict()
     assert torch.equal(before["total"], after["total"])
     assert after["open"] is None
-    assert HISTORY_FILE == "epo_history.pt"

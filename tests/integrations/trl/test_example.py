@@ -1,7 +1,12 @@
-"""The example script, as its reader would run it."""
+"""The example script and the README's, as their reader would run them."""
 
+import re
 import runpy
 from pathlib import Path
+
+from datasets import Dataset
+
+from tests.integrations.trl.pairs import length_reward
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "trl_epo.py"
 
@@ -12,3 +17,14 @@ def test_the_example_learns(tmp_path, monkeypatch):
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert rewards[-1] > 1.5 * rewards[0]
     assert trainer.history.means()[0] > 0
+
+
+def test_the_readmes_snippet_runs(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = (SCRIPT.parents[1] / "README.md").read_text().split("## Inside TRL")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", folder).replace('"runs/epo",', '"runs/epo", use_cpu=True,')
+    names = {"my_reward": length_reward, "my_prompts": Dataset.from_dict({"prompt": ["ab"]})}
+    exec(code, names)
+    assert names["trainer"].state.global_step == 3
+    assert len(names["trainer"].history) == 3

@@ -5,7 +5,9 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig
+from trl import GRPOTrainer
 
+from epo_kernels.integrations.trl import HISTORY_FILE, EPOTrainer
 from tests.integrations.trl.pairs import make
 
 
@@ -22,6 +24,23 @@ def test_a_run_learns_and_logs(folder, tmp_path):
     assert logs[0]["epo/history"] is None  # nothing was known
     assert logs[-1]["epo/history"] > 0
     assert logs[0]["epo/phase_weight"] == 2.0 > logs[-1]["epo/phase_weight"] > 1.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "beta": 0.05}, {"loss_type": "grpo"}],
+    ids=["default", "minibatches-kl", "grpo"],
+)
+def test_with_epo_off_the_run_is_trls(folder, tmp_path, changes):
+    runs = []
+    for kind, own in ((GRPOTrainer, {}), (EPOTrainer, {"entropy_coef": 0.0})):  # one by one: each sets the seed
+        runs.append(make(folder, tmp_path, kind, optim="sgd", learning_rate=0.1, **changes, **own))
+        runs[-1].train()
+    theirs, ours = (trainer.model.lm_head.weight.detach() for trainer in runs)
+    assert float((theirs - make(folder, tmp_path).model.lm_head.weight.detach()).abs().max()) > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    rewards = [[entry["reward"] for entry in t.state.log_history if "reward" in entry] for t in runs]
+    assert rewards[0] == rewards[1]
 
 
 def test_epo_changes_the_run(folder, tmp_path):
@@ -50,11 +69,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, changes):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
 
 
+def test_a_generation_that_a_checkpoint_cuts_is_sampled_anew(folder, tmp_path):
+    """And so it is in the history: what was open of it is dropped with it."""
+    changes = {"steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    make(folder, tmp_path, **changes).train()
+    resumed = make(folder, tmp_path, **changes)
+    state = torch.load(tmp_path / "checkpoint-1" / HISTORY_FILE, weights_only=True)
+    assert (state["num_steps"], state["open"]) == (0, None)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert len(resumed.history) == 1  # updates 2 and 3
+
+
 def test_a_checkpoint_without_history_warns(folder, tmp_path):
     trainer = make(folder, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
     checkpoint = tmp_path / "checkpoint-1"
-    (checkpoint / "epo_history.pt").unlink()
+    (checkpoint / HISTORY_FILE).unlink()
     resumed = make(folder, tmp_path, max_steps=2)
     with pytest.warns(UserWarning, match="begins anew"):
         resumed.train(resume_from_checkpoint=str(checkpoint))
