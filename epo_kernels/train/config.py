@@ -146,7 +146,7 @@ class EvaluateConfig:
     """Evaluation on fixed tasks, before, after and between."""
 
     panels: list[str] = field(default_factory=lambda: ["iid"])  # of iid, ood, train
-    episodes: int = 64  # a panel: the first tasks of the split, in its fixed order
+    episodes: int = 128  # a panel: the first tasks of the split, in its fixed order
     decoding: list[str] = field(default_factory=lambda: ["greedy", "sampled"])
     every: int = 0  # steps; 0: only before and after
 
@@ -232,6 +232,11 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
     return _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
+def read_settings(saved: str) -> dict[str, Any]:
+    """{"a.b": value} of a saved config.yaml; what it lacks has its default."""
+    return flatten(TrainConfig()) | _flatten(OmegaConf.to_container(OmegaConf.create(saved)))
+
+
 # What may change when a run is resumed, since it changes nothing that is computed; a name stands for its group too.
 OPERATIONAL = (
     "run_dir",
@@ -256,8 +261,7 @@ def differences(saved: str, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
 
     A setting that the file lacks, because it is newer, had its default.
     """
-    before, now = _flatten(OmegaConf.to_container(OmegaConf.create(saved))), flatten(config)
-    before = flatten(TrainConfig()) | before
+    before, now = read_settings(saved), flatten(config)
     return {
         name: (before[name], now.get(name))
         for name in before

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from omegaconf import OmegaConf
 
 from epo_kernels.train import charts
 from epo_kernels.train.charts import Grid, Series, percent
-from epo_kernels.train.config import TrainConfig, flatten
+from epo_kernels.train.config import WatchConfig, read_settings
 from epo_kernels.train.evaluate import Z_95, Comparison, Record, compare, verdict, wilson
 from epo_kernels.train.text import printable
 from epo_kernels.train.tracking import read_episodes, read_evaluation, read_metrics, read_versions, write_atomically
@@ -34,7 +34,7 @@ def write_report(run_dir: Path) -> Path:
     metrics, records = read_metrics(run_dir), read_evaluation(run_dir)
     path = run_dir / "config.yaml"
     config_text = path.read_text(encoding="utf-8") if path.exists() else ""
-    settings = _settings(config_text)
+    settings = read_settings(config_text)
     comparisons = sorted(compare(records), key=lambda c: (c.panel, c.decoding != "sampled"))
     html = _template().render(
         title=run_dir.resolve().name,
@@ -73,13 +73,6 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.jinja")
 
 
-def _settings(config_text: str) -> dict[str, Any]:
-    """Every setting by its full name; those that the file lacks have their default."""
-    given = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.create(config_text)) if config_text else None
-    config: Any = OmegaConf.to_object(given) if given is not None else TrainConfig()
-    return flatten(config) | {"": config}
-
-
 def _subtitle(settings: dict[str, Any], metrics: Metrics) -> str:
     done = metrics[-1]["training/global_step"] if metrics else 0
     return (
@@ -108,7 +101,8 @@ def _ends(comparison: Comparison, records: Sequence[Record]) -> tuple[Record, Re
 
 
 def _alarms(metrics: Metrics, settings: dict[str, Any]) -> list[Alarm]:
-    return watched(metrics, settings[""].watch)[1]
+    config = WatchConfig(**{setting.name: settings[f"watch.{setting.name}"] for setting in fields(WatchConfig)})
+    return watched(metrics, config)[1]
 
 
 def _points(metrics: Metrics, name: str) -> list[tuple[float, float]]:

@@ -154,7 +154,7 @@ class Simulator:
             said = " ".join((complaint + errors.read()).decode(errors="replace").split())[:500]
             raise EnvironmentFailure(
                 f"a ScienceWorld JVM didn't start within {timeout:g} s (it said: {said or 'nothing'}). "
-                "Check env.jvm_memory, raise env.start_timeout or lower the number of environments."
+                "Check env.jvm_memory, raise env.start_timeout or lower rollout.environments."
             ) from None
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -179,7 +179,7 @@ class Simulator:
         if isinstance(getattr(error, "cause", None), TimeoutError):
             return (
                 f"a ScienceWorld JVM (process {self.process.pid}) didn't answer within {self._timeout:g} s; "
-                "if it was only slow, raise env.step_timeout or lower the number of environments"
+                "if it was only slow, raise env.step_timeout or lower rollout.environments"
             )
         try:
             code = self.process.wait(timeout=1)

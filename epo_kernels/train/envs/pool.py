@@ -58,7 +58,7 @@ class _Worker:
             self.abandon(
                 EnvironmentFailure(
                     f"an environment didn't answer within {late.limit:g} s and is replaced; "
-                    f"if it was only slow, raise {late.hint} or lower the number of environments"
+                    f"if it was only slow, raise {late.hint} or lower rollout.environments"
                 )
             )
 
