@@ -107,7 +107,7 @@ def stacked_chart(title: str, steps: Sequence[float], layers: Sequence[tuple[str
     legend = [
         (f"f{i}", label, f"{number(mean)} s") for i, ((label, _), mean) in enumerate(zip(layers, means, strict=True), 1)
     ]
-    return _figure(title, [*parts, _axes(x, y, number)], legend)
+    return _figure(title, [_axes(x, y, number), *parts], legend)
 
 
 Grid = Sequence[Sequence[float | None]]  # a row a step, in it a value a turn; None: nobody got that far

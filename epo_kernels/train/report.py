@@ -253,6 +253,8 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, Draw], ...]], ...] = (
                 "nats a token",
                 _lines({"actor/ppo_kl": "to the sampling policy", "actor/kl_loss": "to the start (loss term)"}),
             ),
+            ("Critic's error", "squared, a state", _lines({"critic/vf_loss": "loss"})),
+            ("Critic's insight", "share of the returns' variance", _lines({"critic/vf_explained_var": "explained"})),
             ("Gradient norm", "before clipping", _lines({"actor/grad_norm": "norm"})),
             ("Learning rate", "", _lines({"actor/lr": "rate"})),
             (
