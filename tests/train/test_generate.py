@@ -23,6 +23,27 @@ def test_draws_do_not_depend_on_the_batch(cloned):
             assert completion.log_probs == pytest.approx(together[i].log_probs, abs=1e-5)
 
 
+def test_equal_prompts_are_read_once_and_drawn_from_apart(cloned, monkeypatch):
+    engine, (first, second, *_) = engine_of(cloned, temperature=2.0, max_tokens=12), requests_of(cloned)
+    requests = [
+        Request(prompt.prompt_ids, (7, row)) for row, prompt in enumerate((first, second, first, first, second))
+    ]
+    alone = [engine.generate([request])[0] for request in requests]
+    widths, forward = [], type(cloned.model).forward
+
+    def counting(model, *, input_ids, **rest):
+        widths.append(len(input_ids))
+        return forward(model, input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(type(cloned.model), "forward", counting)
+    together = engine.generate(requests)
+    assert widths[:2] == [2, 5]
+    assert len({tuple(completion.token_ids) for completion in together}) > 2
+    for one, other in zip(alone, together, strict=True):
+        assert other.token_ids == one.token_ids
+        assert other.log_probs == pytest.approx(one.log_probs, abs=1e-5)
+
+
 def test_log_probs_are_those_of_a_plain_forward_pass(cloned):
     for temperature in (1.0, 0.7):
         for request, completion in zip(

@@ -1,4 +1,7 @@
-"""The transformers engine: one batch of prompts in, sampled token ids with their log-probs out."""
+"""The transformers engine: one batch of prompts in, sampled token ids with their log-probs out.
+
+Equal prompts are read once and share their keys and values: a group's episodes begin alike, and many meet again.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +84,8 @@ class TransformersEngine:
             np.stack([np.random.default_rng(r.seed).random(self._max_tokens) for r in requests])
         ).to(device)
         greedy = torch.tensor([r.greedy for r in requests], device=device)
-        input_ids, seen, position = (part.to(device) for part in self._pad([r.prompt_ids for r in requests]))
+        prompt_of, prompts = _distinct([r.prompt_ids for r in requests])
+        input_ids, seen, position = (part.to(device) for part in self._pad(prompts))
         completions = [Completion([], []) for _ in requests]
         rows = list(range(len(requests)))  # the request of each row still in the batch
         live = set(rows)
@@ -95,8 +99,12 @@ class TransformersEngine:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            cache = output.past_key_values
-            log_probs = torch.log_softmax(output.logits[:, -1].float() / self._temperature, dim=-1)
+            cache, logits = output.past_key_values, output.logits[:, -1]
+            if length == 0 and len(prompts) < len(requests):
+                spread = torch.tensor(prompt_of, device=device)
+                cache.batch_select_indices(spread)
+                logits, position, seen = logits[spread], position[spread], seen[spread]
+            log_probs = torch.log_softmax(logits.float() / self._temperature, dim=-1)
             tokens = _choose(log_probs, draws[rows, length], greedy[rows])
             chosen = log_probs.gather(1, tokens[:, None])[:, 0]
             for row, token, log_prob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
@@ -122,6 +130,13 @@ class TransformersEngine:
         ids = torch.tensor([[self._pad_id] * (width - len(p)) + p for p in prompts])
         seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         return ids, seen, (seen.cumsum(1) - 1).clamp(min=0)
+
+
+def _distinct(prompts: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """(index of each prompt among the distinct ones, the distinct ones in order of appearance)."""
+    places: dict[tuple[int, ...], int] = {}
+    indices = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    return indices, [list(prompt) for prompt in places]
 
 
 def _choose(log_probs: Tensor, draws: Tensor, greedy: Tensor) -> Tensor:
