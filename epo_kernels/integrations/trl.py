@@ -202,8 +202,9 @@ class _MicroBatch:
 class EPOTrainer(GRPOTrainer):
     """`GRPOTrainer` with the EPO loss; see the module's text. Takes what that takes, with `EPOTrainerConfig` as args.
 
-    Logs what TRL logs, and: `epo/penalty` (mean P), `epo/band_low_share`, `epo/band_high_share` (of tokens outside
-    the band), `epo/phase_weight`, `epo/history` (mean H̄ of the turns seen so far). Checkpoints hold the history.
+    Logs what TRL logs, and: `epo/band_low_share`, `epo/band_high_share` (of tokens outside the band), `epo/penalty`
+    (mean P; a gate has none), `epo/phase_weight`, `epo/history` (mean H̄ of the turns seen). Checkpoints hold the
+    history.
 
     Raises:
         TypeError: args is another config.
@@ -261,11 +262,10 @@ class EPOTrainer(GRPOTrainer):
 
     def _note_entropy(self, output: dict[str, Any]) -> None:
         """Add a new generation's entropies to the history, unless the loss is to."""
-        entropy = None
-        if "old_per_token_logps" in output and self._first_scored is not None:
-            log_probs, entropy = self._first_scored
-            assert log_probs is output["old_per_token_logps"], "TRL scores old log-probs first"
-        elif self.args.history_includes_current:
+        old, entropy = output.get("old_per_token_logps"), None
+        if old is not None and self._first_scored is not None and self._first_scored[0] is old:
+            entropy = self._first_scored[1]
+        elif old is not None or self.args.history_includes_current:
             entropy = self._score_entropy(output)
         self._first_scored = None
         self._entropy_from_loss = entropy is None
@@ -439,10 +439,11 @@ class EPOTrainer(GRPOTrainer):
         sums = {name: torch.where(mask, value, 0).sum() for name, value in values.items()}
         if self._banded:
             sums |= {
-                "epo/penalty": out.metrics.penalty * batch.normalizer,
                 "epo/band_low_share": out.metrics.below_band_tokens,
                 "epo/band_high_share": out.metrics.above_band_tokens,
             }
+            if self.args.penalty != "gate":  # which has no value to tell
+                sums["epo/penalty"] = out.metrics.penalty * batch.normalizer
         totals = torch.stack([total.double() for total in (*sums.values(), mask.sum())])
         *totals, count = self.accelerator.reduce(totals, reduction="sum").tolist()
         logged = {name: total / max(count, 1.0) for name, total in zip(sums, totals, strict=True)}
