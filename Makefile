@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: venv train test test-integrations lint bench bench-gpu bench-compare gpu-check clean
+.PHONY: venv train evidence test test-integrations lint bench bench-gpu bench-compare gpu-check clean
 
 venv: $(STAMP)
 
@@ -18,6 +18,11 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc
 
 train: venv
 	$(RUN) -m epo_kernels.train quickstart $(ARGS)
+
+# Does RL lift success? Three seeds, two controls, every run counted: docs/evidence.md. Interrupted, it goes on.
+# make evidence (ScienceWorld, up to 90 minutes on two quiet cores), make evidence ARGS=practice (half an hour)
+evidence: venv
+	$(RUN) -m bench.evidence $(or $(ARGS),scienceworld)
 
 test: venv
 	$(RUN) -m pytest -n 2 $(ARGS)
