@@ -1,0 +1,251 @@
+"""Does RL with this driver lift success? `python -m bench.evidence practice | scienceworld`, `--report` for the page.
+
+Fixed before any run: the seeds, the arms, the panel, and the primary figure, which is the success of sampled actions
+on a fixed held-out panel after training, minus that before it, for the same tasks and draws. Every run of every seed
+counts. Its intervals are `paired_interval`'s, over the episodes of one seed and over those of all seeds.
+
+Runs lie in runs/evidence/EXPERIMENT/ARM-SEED, each a run of the driver: what was interrupted goes on, what is complete
+stays. The outcome of each episode goes to bench/results/evidence/EXPERIMENT.json, from which docs/evidence.md is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from epo_kernels.train.__main__ import keep_freed_memory
+from epo_kernels.train.config import TrainConfig, load_config
+from epo_kernels.train.evaluate import paired_interval
+from epo_kernels.train.tracking import read_evaluation, write_atomically
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE, RUNS = (
+    Path(__file__).parent / "results" / "evidence",
+    ROOT / "docs" / "evidence.md",
+    Path("runs/evidence"),
+)
+PANEL, DECODING = "iid", "sampled"
+RL, CLONING, NO_ENTROPY = "RL with EPO", "more cloning", "RL without entropy term"
+ARMS = {  # settings over the preset's; cloning's epochs follow from what RL of the same seed spent
+    RL: [],
+    CLONING: ["steps=0"],
+    NO_ENTROPY: ["loss.entropy_coeff=0", "loss.penalty=none"],
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is run, fixed beforehand."""
+
+    preset: str
+    title: str
+    jobs: int  # runs at a time on two cores
+    seeds: tuple[int, ...] = (0, 1, 2)
+    overrides: tuple[str, ...] = ("evaluate.panels=[iid]", "evaluate.decoding=[sampled]", "evaluate.every=0")
+
+
+EXPERIMENTS = {
+    "practice": Experiment("practice", "The practice environment", jobs=2),
+    "scienceworld": Experiment("evidence_scienceworld", "ScienceWorld", jobs=1),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One evaluation of one run: a record of the results' JSON."""
+
+    arm: str
+    seed: int
+    when: str  # before | after
+    episodes: int
+    successes: list[bool | None]  # of the panel's tasks in their order; None: lost to the environment
+    scores: list[float | None]  # 0..100
+    cpu_seconds: float  # of the whole run, simulators included, both evaluations too
+    load: float  # tasks that wanted a core of this machine when the run ended (15 minutes' mean)
+    settings: list[str]  # over the preset's
+    date: str
+    commit: str
+    machine: str
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", nargs="?", choices=EXPERIMENTS)
+    parser.add_argument("--report", action="store_true", help="write docs/evidence.md from the results there are")
+    parser.add_argument("--only", nargs=2, metavar=("ARM", "SEED"), help="one run, in this process; no results")
+    given = parser.parse_args(words)
+    if given.report == bool(given.experiment):
+        parser.error(f"give one of {', '.join(EXPERIMENTS)}, or --report")
+    if given.only:
+        run_one(given.experiment, given.only[0], int(given.only[1]))
+        return 0
+    if given.experiment:
+        run_all(given.experiment)
+    write_page()
+    return 0
+
+
+def run_all(name: str) -> None:
+    """Every arm of every seed, then the results' file.
+
+    Raises:
+        subprocess.CalledProcessError: a run stopped; the same command goes on with it.
+    """
+    experiment = EXPERIMENTS[name]
+
+    def run(arm: str, seed: int) -> None:
+        command = [sys.executable, "-m", "bench.evidence", name, "--only", arm, str(seed)]
+        log = folder(name, arm, seed).with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as out:
+            subprocess.run(command, check=True, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+        print(f"{name}: {arm}, seed {seed} is complete")
+
+    for arms in ((RL,), (CLONING, NO_ENTROPY)):  # what RL spent decides how much the other clones
+        with ThreadPoolExecutor(experiment.jobs) as threads:
+            list(threads.map(run, *zip(*((arm, seed) for seed in experiment.seeds for arm in arms), strict=True)))
+    outcomes = [outcome for seed in experiment.seeds for arm in ARMS for outcome in outcomes_of(name, arm, seed)]
+    lines = ",\n".join(json.dumps(asdict(outcome)) for outcome in outcomes)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_atomically(RESULTS / f"{name}.json", f"[\n{lines}\n]\n")
+
+
+def run_one(name: str, arm: str, seed: int) -> None:
+    """One run of the driver, from where it was left; what it spent goes to cost.jsonl, a line a process."""
+    # Imported late: the page needs none of it.
+    from transformers.utils.logging import disable_progress_bar
+
+    from epo_kernels.train.stopping import StopRequest
+    from epo_kernels.train.tracking import Display
+    from epo_kernels.train.trainer import Trainer
+
+    place = folder(name, arm, seed)
+    if is_complete(place, config_of(name, arm, seed)):
+        return
+    config = config_of(name, arm, seed)
+    disable_progress_bar()
+    keep_freed_memory()
+    start = built = cpu_seconds()
+    display = Display()
+    try:
+        with StopRequest() as stop, display, Trainer(config, display, stop=stop) as trainer:
+            built = cpu_seconds()
+            display.table(trainer.run())
+    finally:
+        cost = {"start": built - start, "run": cpu_seconds() - built, "load": os.getloadavg()[2], "commit": commit()}
+        with (place / "cost.jsonl").open("a") as file:
+            file.write(json.dumps(cost) + "\n")
+
+
+def config_of(name: str, arm: str, seed: int) -> TrainConfig:
+    """The run's settings. Cloning's epochs need RL's run of this seed to be complete."""
+    return load_config(EXPERIMENTS[name].preset, [f"run_dir={folder(name, arm, seed)}", *settings(name, arm, seed)])
+
+
+def settings(name: str, arm: str, seed: int) -> list[str]:
+    experiment = EXPERIMENTS[name]
+    own = [*experiment.overrides, f"seed={seed}", *ARMS[arm]]
+    if arm == CLONING:
+        # From scratch, with the learning rate's schedule spread over all of it: the best that cloning can do with what
+        # RL spent, both its evaluations included.
+        first, *later = costs(name, RL, seed)
+        extra = first["run"] + sum(cost["start"] + cost["run"] for cost in later)
+        epochs = load_config(experiment.preset, []).model.warm_start.epochs
+        own.append(f"model.warm_start.epochs={math.ceil(epochs * (1 + extra / first['start']))}")
+    return own
+
+
+def folder(name: str, arm: str, seed: int) -> Path:
+    return RUNS / name / f"{arm.replace(' ', '_')}-{seed}"
+
+
+def is_complete(place: Path, config: TrainConfig) -> bool:
+    wanted = "after" if config.steps else "before"
+    return any(record.when == wanted for record in read_evaluation(place)) and (place / "cost.jsonl").exists()
+
+
+def costs(name: str, arm: str, seed: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder(name, arm, seed) / "cost.jsonl").read_text().splitlines()]
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those it has waited for."""
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+def outcomes_of(name: str, arm: str, seed: int) -> list[Outcome]:
+    """Before and after of a complete run. More cloning begins where RL does: its "before" is that of RL."""
+    spent = costs(name, arm, seed)
+    own = {record.when: record for record in read_evaluation(folder(name, arm, seed))}
+    if arm == CLONING:
+        rl = {record.when: record for record in read_evaluation(folder(name, RL, seed))}
+        own = {"before": rl["before"], "after": own["before"]}
+    return [
+        Outcome(
+            arm=arm,
+            seed=seed,
+            when=when,
+            episodes=own[when].episodes,
+            successes=own[when].successes,
+            scores=own[when].scores,
+            cpu_seconds=round(sum(cost["start"] + cost["run"] for cost in spent), 1),
+            load=round(spent[-1]["load"], 1),
+            settings=settings(name, arm, seed),
+            date=datetime.now(UTC).date().isoformat(),
+            commit=spent[-1]["commit"],
+            machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        )
+        for when in ("before", "after")
+    ]
+
+
+def read(name: str) -> list[Outcome]:
+    """The results of an experiment; empty where it has none yet."""
+    path = RESULTS / f"{name}.json"
+    return [Outcome(**record) for record in json.loads(path.read_text())] if path.exists() else []
+
+
+def write_page() -> None:
+    from bench.evidence_page import page, plot
+
+    results = {name: outcomes for name in EXPERIMENTS if (outcomes := read(name))}
+    PAGE.parent.mkdir(exist_ok=True)
+    for name, outcomes in results.items():
+        plot(outcomes, PAGE.parent / f"evidence_{name}.png")
+    write_atomically(PAGE, page(results))
+
+
+def difference(pairs: Sequence[tuple[Outcome, Outcome]]) -> tuple[float, float, float]:
+    """(mean, low, high) of success, second minus first of each pair, over all their episodes, in points of 100.
+
+    Episodes that either lost to its environment are left out.
+    """
+    both = [
+        (100.0 * first, 100.0 * second)
+        for one, other in pairs
+        for first, second in zip(one.successes, other.successes, strict=True)
+        if first is not None and second is not None
+    ]
+    return paired_interval([first for first, _ in both], [second for _, second in both])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The evidence page says what the records say, and what is fixed beforehand stays fixed."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from bench import evidence, evidence_page
+from epo_kernels.train.config import load_config
+
+BEFORE = evidence.Outcome(
+    arm=evidence.RL,
+    seed=0,
+    when="before",
+    episodes=4,
+    successes=[True, False, False, False],
+    scores=[100.0, 50.0, 0.0, 0.0],
+    cpu_seconds=90.0,
+    load=1.5,
+    settings=["seed=0"],
+    date="2026-11-21",
+    commit="abc1234",
+    machine="x86_64, 2 cores",
+)
+AFTER = replace(BEFORE, when="after", successes=[True, True, True, None], episodes=3)
+
+
+def outcomes(arms=tuple(evidence.ARMS), seeds=(0, 1)):
+    return [replace(one, arm=arm, seed=seed) for arm in arms for seed in seeds for one in (BEFORE, AFTER)]
+
+
+def test_page_is_in_step_with_the_results():
+    results = {name: found for name in evidence.EXPERIMENTS if (found := evidence.read(name))}
+    assert evidence_page.page(results) == evidence.PAGE.read_text(), "run: python -m bench.evidence --report"
+
+
+@pytest.mark.parametrize("name", evidence.EXPERIMENTS)
+def test_committed_results_are_whole(name):
+    experiment, found = evidence.EXPERIMENTS[name], evidence.read(name)
+    if found:
+        assert {(o.arm, o.seed) for o in found} == {(arm, seed) for arm in evidence.ARMS for seed in experiment.seeds}
+    for seed in experiment.seeds:  # all arms of a seed begin with one policy
+        assert len({tuple(o.successes) for o in found if o.seed == seed and o.when == "before"}) <= 1
+
+
+@pytest.mark.parametrize("name", evidence.EXPERIMENTS)
+def test_what_is_fixed_beforehand(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "RUNS", tmp_path)
+    experiment = evidence.EXPERIMENTS[name]
+    assert len(experiment.seeds) >= 3
+    config = evidence.config_of(name, evidence.RL, 0)
+    assert config.evaluate.episodes >= 128
+    assert (config.evaluate.panels, config.evaluate.decoding) == ([evidence.PANEL], [evidence.DECODING])
+    assert config.loss.entropy_coeff > 0
+    assert config.loss.penalty != "none"
+    assert evidence.config_of(name, evidence.NO_ENTROPY, 0).loss.entropy_coeff == 0
+    preset = load_config(experiment.preset, [])
+    assert (preset.steps, preset.optim, preset.algorithm) == (config.steps, config.optim, config.algorithm)
+
+
+def test_more_cloning_gets_what_rl_spent(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "RUNS", tmp_path)
+    place = evidence.folder("practice", evidence.RL, 1)
+    place.mkdir(parents=True)
+    spent = [{"start": 10.0, "run": 12.0}, {"start": 3.0, "run": 5.0}]  # interrupted once
+    (place / "cost.jsonl").write_text("".join(json.dumps(cost) + "\n" for cost in spent))
+    config = evidence.config_of("practice", evidence.CLONING, 1)
+    epochs = load_config("practice", []).model.warm_start.epochs
+    assert config.steps == 0
+    assert config.model.warm_start.epochs == pytest.approx(epochs * 3, abs=1)
+
+
+def test_difference_leaves_lost_episodes_out():
+    value, low, high = evidence.difference([(BEFORE, AFTER)])
+    assert value == pytest.approx(200 / 3)
+    assert 0 <= low <= value <= high == 100
+    twice = evidence.difference([(BEFORE, AFTER), (BEFORE, AFTER)])
+    assert twice[0] == pytest.approx(value)
+    assert twice[2] - twice[1] < high - low
+
+
+def test_page_shows_every_arm_and_seed():
+    text = evidence_page.page({"practice": outcomes()})
+    for arm in evidence.ARMS:
+        for seed in (0, 1):
+            assert f"| {arm} | {seed} | 25.0 (4.6 to 69.9) | 100.0 (43.9 to 100.0) | +66.7 (" in text
+    assert "No results are committed yet." in text  # of the other experiment
+    assert "commit abc1234" in text
+
+
+def test_records_survive_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    (tmp_path / "practice.json").write_text(json.dumps([asdict(one) for one in outcomes()]))
+    assert evidence.read("practice") == outcomes()
+    assert evidence.read("scienceworld") == []
+
+
+def test_plot_is_a_picture(tmp_path):
+    path: Path = tmp_path / "plot.png"
+    evidence_page.plot(outcomes(), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
