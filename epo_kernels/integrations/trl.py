@@ -71,7 +71,7 @@ class EPOTrainerConfig(GRPOConfig):
 
     What TRL names keeps its name and meaning: epsilon, epsilon_high, delta (the dual clip), beta, loss_type,
     temperature and entropy_coef, which is λ of bonus and penalty. The fields added here are `EPOConfig`'s and the
-    history's; their defaults are the paper's second version.
+    history's; by default they make the paper's hinge. docs/entropy_control.md tells when to take which.
 
     Raises:
         ValueError: an option that this loss doesn't serve, or a value out of range; the message names the cure.
@@ -410,14 +410,13 @@ class EPOTrainer(GRPOTrainer):
         return out._replace(loss=out.loss + self.beta * self._weighted_kl(log_probs, batch))
 
     def _weighted_kl(self, log_probs: Tensor, batch: _MicroBatch) -> Tensor:
-        kl = torch.where(batch.mask, self._kl(log_probs, batch.inputs), 0.0)
-        return (batch.share[:, None] * kl).sum() / batch.normalizer
+        return (batch.share[:, None] * self._kl(log_probs, batch)).sum() / batch.normalizer
 
-    def _kl(self, log_probs: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """TRL's KL to the reference (k3), times the ratio where use_bias_correction_kl is set."""
-        difference = inputs["ref_per_token_logps"] - log_probs
+    def _kl(self, log_probs: Tensor, batch: _MicroBatch) -> Tensor:
+        """TRL's KL to the reference (k3), times the ratio where use_bias_correction_kl is set; 0 at masked tokens."""
+        difference = torch.where(batch.mask, batch.inputs["ref_per_token_logps"] - log_probs, 0.0)
         kl = difference.exp() - difference - 1
-        return kl * _ratio(log_probs, inputs) if self.args.use_bias_correction_kl else kl
+        return kl * _ratio(log_probs, batch) if self.args.use_bias_correction_kl else kl
 
     @torch.no_grad()
     def _log_loss(self, batch: _MicroBatch, out: ek.EPOOutput) -> None:
@@ -425,7 +424,7 @@ class EPOTrainer(GRPOTrainer):
         inputs, mask = batch.inputs, batch.mask
         mode = "train" if self.model.training else "eval"
         advantages = inputs["advantages"] if inputs["advantages"].dim() == 2 else inputs["advantages"][:, None]
-        ratio = _ratio(out.log_probs, inputs)
+        ratio = _ratio(out.log_probs, batch)
         low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
         high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
         values = {
@@ -435,7 +434,7 @@ class EPOTrainer(GRPOTrainer):
             "clip_ratio/region_mean": low | high,
         }
         if self.beta != 0.0:
-            values["kl"] = self._kl(out.log_probs, inputs)
+            values["kl"] = self._kl(out.log_probs, batch)
         sums = {name: torch.where(mask, value, 0).sum() for name, value in values.items()}
         if self._banded:
             sums |= {
@@ -472,8 +471,10 @@ def _loss_mask(inputs: dict[str, Any]) -> Tensor:
     return (mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]).bool()
 
 
-def _ratio(log_probs: Tensor, inputs: dict[str, Any]) -> Tensor:
-    return (log_probs - inputs.get("old_per_token_logps", log_probs.detach())).exp()
+def _ratio(log_probs: Tensor, batch: _MicroBatch) -> Tensor:
+    """Importance ratio of each token, (B, T), 1 at masked ones."""
+    old = batch.inputs.get("old_per_token_logps", log_probs.detach())
+    return torch.where(batch.mask, log_probs - old, 0.0).exp()
 
 
 def _turns(mask: Tensor) -> Tensor:

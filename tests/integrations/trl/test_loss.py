@@ -74,6 +74,19 @@ def test_nothing_counts(folder, tmp_path):
     assert_same(loss_and_gradients(ours, inputs), loss_and_gradients(theirs, inputs))
 
 
+@pytest.mark.parametrize("garbage", [float("nan"), -1e4])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_masked_tokens_are_never_read(folder, tmp_path, garbage, beta):
+    """What a tool wrote may be as unlikely as it likes."""
+    trainer = make(folder, tmp_path, beta=beta)
+    inputs = micro_batch(tools=True, ref=True)
+    expected = loss_and_gradients(trainer, inputs)
+    mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+    for name in ("old_per_token_logps", "ref_per_token_logps"):
+        inputs[name] = torch.where(mask, inputs[name], garbage)
+    assert_same(loss_and_gradients(trainer, inputs), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(4, 9), (4, 1)], ids=["token", "sequence"])
 def test_importance_weights_of_a_rollout_engine(folder, tmp_path, shape):
     theirs, ours = both(folder, tmp_path)
