@@ -1,7 +1,8 @@
 """A whole training step by phases: what share of it the loss has, with eager PyTorch and with this library.
 
 The driver's own pieces on its practice environment: rollout, old log-probs, and an update of one epoch, whose loss is
-cut out by detaching the logits: model forward, loss with its backward, model backward, optimiser.
+cut out by detaching the hidden states, from which the driver makes it: model forward, head and loss with their
+backward, model backward, optimiser.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -72,6 +73,7 @@ class Step:
         self._trainer = Trainer(load_config("practice", list(overrides)), Display(), dry=True)
         self._model = self._trainer.policy.model
         self._model.resize_token_embeddings(case.vocabulary, mean_resizing=False)
+        self._head = self._model.get_output_embeddings().weight
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=0.0)
 
     def close(self) -> None:
@@ -118,32 +120,35 @@ class Step:
 
         return MiniBatch.of(samples, self._trainer.policy.pad_id, self._device)
 
-    def _logits(self, batch: MiniBatch) -> torch.Tensor:
-        from epo_kernels.train.policies.policy import response_logits
+    def _hidden(self, batch: MiniBatch) -> torch.Tensor:
+        from epo_kernels.train.policies.policy import response_hidden
 
-        return response_logits(self._model, batch)
+        return response_hidden(self._model.get_decoder(), batch)
 
     @torch.no_grad()
     def _score(self, phases: Phases, samples: list[Sample], backend: str) -> None:
         batch = self._batch(samples)
         with phases.timed("old log-probs: model"):
-            logits = self._logits(batch)
+            hidden = self._hidden(batch)
         with phases.timed("old log-probs: scores"):
-            scores, _ = ek.log_probs_and_entropy(logits, batch.tokens, mask=batch.mask, backend=backend)
+            scores, _ = ek.linear_log_probs_and_entropy(
+                hidden, self._head, batch.tokens, mask=batch.mask, num_active=batch.num_sampled, backend=backend
+            )
         for sample, own in zip(samples, scores.cpu(), strict=True):
             sample.old_log_probs = own[: len(sample.response_ids)]
 
     def _backward(self, phases: Phases, samples: list[Sample], backend: str, tokens: float) -> float:
         batch = self._batch(samples)
         with phases.timed("update: model"):
-            logits = self._logits(batch)
+            hidden = self._hidden(batch)
         with phases.timed("update: loss"):
-            leaf = logits.detach().requires_grad_()
-            per_token = (batch.tokens, batch.old_log_probs, batch.advantages, batch.mask)
-            out = ek.epo_loss(leaf, *per_token, POLICY_AND_ENTROPY, normalizer=tokens, backend=backend)
+            leaf = hidden.detach().requires_grad_()
+            per_token: Any = (batch.tokens, batch.old_log_probs, batch.advantages, batch.mask)
+            shared: dict[str, Any] = {"normalizer": tokens, "num_active": batch.num_sampled, "backend": backend}
+            out = ek.linear_epo_loss(leaf, self._head, *per_token, POLICY_AND_ENTROPY, **shared)
             out.loss.backward()
         with phases.timed("update: model"):
-            logits.backward(leaf.grad)
+            hidden.backward(leaf.grad)
         return out.loss.item()
 
 

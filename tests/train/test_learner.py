@@ -63,6 +63,36 @@ def test_micro_batches_add_up_to_the_whole(policy, played, mode):
         assert one[name] == pytest.approx(many[name], rel=1e-4, abs=1e-6)
 
 
+def test_importance_weights_reach_the_loss(policy, played):
+    losses = {}
+    for weight in (None, 0.0, 2.0):
+        samples = samples_of(played)
+        learner = learner_of(policy, "loss.entropy_coeff=0", "loss.penalty=none")
+        learner.score(samples)
+        for sample in samples:
+            sample.is_weights = None if weight is None else torch.full((len(sample.turns),), weight)
+        watch = Stopwatch(torch.device("cpu"))
+        losses[weight] = float(learner._backward(samples, history_of(samples), 1.0, watch).loss)
+        assert 0 < watch.read()["loss"] < 60
+    assert losses[0.0] == 0
+    assert losses[2.0] == pytest.approx(2 * losses[None])
+    assert losses[None] != 0
+
+
+def test_dr_grpo_divides_by_a_constant_length(policy, played):
+    """Ratio 1 and advantage 1: each token's loss is -1; over samples times max_response_tokens, whatever they took."""
+    samples = samples_of(played)
+    for sample in samples:
+        sample.advantages.fill_(1.0)
+    settings = ("loss.loss_agg_mode=seq-mean-token-sum-norm", "loss.entropy_coeff=0", "loss.penalty=none")
+    for micro in (100_000, 300):
+        learner = learner_of(policy, *settings, f"optim.micro_batch_tokens={micro}")
+        learner.score(samples)
+        loss = learner._backward(samples, history_of(samples), 1.0, Stopwatch(torch.device("cpu"))).loss
+        tokens = sum(sample.num_sampled for sample in samples)
+        assert float(loss) == pytest.approx(-tokens / (len(samples) * 6), rel=1e-5)
+
+
 def history_of(samples):
     history = ek.EntropyHistory(16)
     turns, entropy = sampled_entropy(samples)
