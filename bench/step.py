@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -143,9 +143,19 @@ class Step:
             hidden = self._hidden(batch)
         with phases.timed("update: loss"):
             leaf = hidden.detach().requires_grad_()
-            per_token: Any = (batch.tokens, batch.old_log_probs, batch.advantages, batch.mask)
-            shared: dict[str, Any] = {"normalizer": tokens, "num_active": batch.num_sampled, "backend": backend}
-            out = ek.linear_epo_loss(leaf, self._head, *per_token, POLICY_AND_ENTROPY, **shared)
+            assert batch.advantages is not None
+            out = ek.linear_epo_loss(
+                leaf,
+                self._head,
+                batch.tokens,
+                batch.old_log_probs,
+                batch.advantages,
+                batch.mask,
+                POLICY_AND_ENTROPY,
+                normalizer=tokens,
+                num_active=batch.num_sampled,
+                backend=backend,
+            )
             out.loss.backward()
         with phases.timed("update: model"):
             hidden.backward(leaf.grad)
