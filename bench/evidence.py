@@ -43,6 +43,7 @@ ARMS = {  # settings over the preset's; cloning's epochs follow from what RL of 
     CLONING: ["steps=0"],
     NO_ENTROPY: ["loss.entropy_coeff=0", "loss.penalty=none"],
 }
+QUEUE = (RL, NO_ENTROPY, CLONING)  # what RL spent decides how much the last clones
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def run_all(name: str) -> None:
     experiment = EXPERIMENTS[name]
 
     def run(arm: str, seed: int) -> None:
+        if arm == CLONING:
+            pending[RL, seed].result()
         command = [sys.executable, "-m", "bench.evidence", name, "--only", arm, str(seed)]
         log = folder(name, arm, seed).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -113,9 +116,10 @@ def run_all(name: str) -> None:
             subprocess.run(command, check=True, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
         print(f"{name}: {arm}, seed {seed} is complete")
 
-    for arms in ((RL,), (CLONING, NO_ENTROPY)):  # what RL spent decides how much the other clones
-        with ThreadPoolExecutor(experiment.jobs) as threads:
-            list(threads.map(run, *zip(*((arm, seed) for seed in experiment.seeds for arm in arms), strict=True)))
+    with ThreadPoolExecutor(experiment.jobs) as threads:
+        pending = {(arm, seed): threads.submit(run, arm, seed) for arm in QUEUE for seed in experiment.seeds}
+        for future in pending.values():
+            future.result()
     outcomes = [outcome for seed in experiment.seeds for arm in ARMS for outcome in outcomes_of(name, arm, seed)]
     lines = ",\n".join(json.dumps(asdict(outcome)) for outcome in outcomes)
     RESULTS.mkdir(parents=True, exist_ok=True)
