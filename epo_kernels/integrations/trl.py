@@ -41,6 +41,7 @@ require("trl", at_least="1.16", below="1.17")
 from accelerate.utils import is_peft_model  # noqa: E402  (the package, and what it brings, after the check)
 from transformers import PreTrainedModel, ProcessorMixin  # noqa: E402
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # noqa: E402  (every family's)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
@@ -238,16 +239,13 @@ class EPOTrainer(GRPOTrainer):
         self._entropy_from_loss = False
         self._first_scored: tuple[Tensor, Tensor] | None = None
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self._logit_softcap, self._logit_scale = _logit_transform(base.config.get_text_config())
+        self._text_config = base.config.get_text_config()
+        self._logit_softcap, self._logit_scale = _logit_transform(self._text_config)
         _add_loss_head(base)
 
     def _refuse_model(self) -> None:
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError("EPOTrainer serves text alone: give a tokenizer as processing_class, not a processor")
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "EPOTrainer doesn't add the load-balancing loss of mixtures of experts: set router_aux_loss_coef=0.0"
-            )
         if is_deepspeed_zero3_enabled():
             raise ValueError("EPOTrainer needs the head's weight whole: take DeepSpeed's stage 2 or FSDP, not stage 3")
 
@@ -341,16 +339,31 @@ class EPOTrainer(GRPOTrainer):
             normalizer=mask.sum().clamp(min=1) * accumulated,
             phase_weight=self.args.phase_weight(self.state.global_step, self.state.max_steps),
         )
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         with self.accelerator.autocast():
-            out = model(
+            out, router_logits = model(
                 input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-                attention_mask=torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+                attention_mask=attention_mask,
                 loss_head=functools.partial(self._loss_of_head, batch=batch),
+                **({"output_router_logits": True} if self.aux_loss_enabled else {}),
             )
         if training and self._banded and self._entropy_from_loss:
             self.history.update(batch.turns, out.entropy, mask)
         self._log_loss(batch, out)
-        return out.loss
+        if not self.aux_loss_enabled:
+            return out.loss
+        balance = self._expert_balance(router_logits, attention_mask)
+        mean = self.accelerator.gather_for_metrics(balance.detach()).mean().item()
+        self._metrics["train" if training else "eval"]["aux_loss"].append(mean)
+        return out.loss + self.router_aux_loss_coef * balance / accumulated
+
+    def _expert_balance(self, router_logits: Any, attention_mask: Tensor) -> Tensor:
+        """The load-balancing loss of a mixture of experts, before its coefficient."""
+        config = self._text_config
+        return cast(
+            Tensor,
+            load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask),
+        )
 
     def _policy_share(self, inputs: dict[str, Any], mask: Tensor) -> Tensor:
         """w / u: what a token weighs in TRL's loss_type over what it weighs in the mean over the micro-batch, (B,)."""
@@ -486,7 +499,8 @@ def _turns(mask: Tensor) -> Tensor:
 def _add_loss_head(model: PreTrainedModel) -> None:
     """Let `model(..., loss_head=f)` return f(last hidden states, head's weight, bias), and not project by itself.
 
-    Within the model's own forward, because wrappers (DDP, FSDP, PEFT, autocast) do their work around it.
+    Beside it come the router's logits of a mixture of experts, or None. All within the model's own forward, because
+    wrappers (DDP, FSDP, PEFT, autocast) do their work around it.
     """
     original = model.forward
 
@@ -495,9 +509,9 @@ def _add_loss_head(model: PreTrainedModel) -> None:
         if loss_head is None:
             return original(*args, **kwargs)
         kwargs.pop("labels", None)  # PEFT hands them on
-        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        head = self.get_output_embeddings()
-        return loss_head(hidden.to(head.weight.device), head.weight, head.bias)
+        outputs, head = self.base_model(*args, **{**kwargs, "use_cache": False}), self.get_output_embeddings()
+        loss = loss_head(outputs.last_hidden_state.to(head.weight.device), head.weight, head.bias)
+        return loss, getattr(outputs, "router_logits", None)
 
     model.forward = types.MethodType(forward, model)
 

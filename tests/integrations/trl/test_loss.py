@@ -12,6 +12,8 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import epo_kernels as ek
@@ -148,6 +150,18 @@ def test_logit_transforms(folder, tmp_path, model_class, config):
     PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "model")
     _, ours = compare(str(tmp_path / "model"), tmp_path, micro_batch(), temperature=0.8)
     assert (ours._logit_softcap, ours._logit_scale) in ((3.0, None), (None, 0.4), (None, 0.25))
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.5, 0.0])
+def test_mixtures_of_experts(folder, tmp_path, coefficient):
+    config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+    torch.manual_seed(1)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "model")
+    changes = {"router_aux_loss_coef": coefficient}
+    _, ours = compare(str(tmp_path / "model"), tmp_path, micro_batch(), accumulated=2, **changes)
+    assert ours.aux_loss_enabled == (coefficient != 0.0)
+    make(str(tmp_path / "model"), tmp_path, max_steps=1, **changes).train()
 
 
 class Largest(TorchDispatchMode):

@@ -3,11 +3,10 @@
 import dataclasses
 
 import pytest
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig
 
 from epo_kernels.integrations.trl import EPOTrainer, EPOTrainerConfig
-from tests.integrations.trl.pairs import length_reward, make, settings
+from tests.integrations.trl.pairs import length_reward, settings
 
 # What the loss reads, here or through TRL's batch.
 SERVED = """
@@ -15,12 +14,13 @@ SERVED = """
     num_iterations steps_per_generation gradient_accumulation_steps per_device_train_batch_size max_completion_length
     vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max
     vllm_importance_sampling_clip_min vllm_importance_sampling_cap mask_truncated_completions use_vllm
+    router_aux_loss_coef
 """
 
 # One value alone goes; or what belongs to a refused one.
 REFUSED = """
     importance_sampling_level top_entropy_quantile use_adaptive_entropy off_policy_mask_threshold torch_compile
-    router_aux_loss_coef sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg
+    sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg
     vespo_lambda_neg entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target torch_compile_backend
     torch_compile_mode ds3_gather_for_generation log_multimodal
 """
@@ -109,28 +109,6 @@ def test_trls_own_config_is_refused(folder, tmp_path):
 def test_the_defaults_are_the_papers():
     args = EPOTrainerConfig("EPO", bf16=False, use_cpu=True)
     assert (args.penalty, args.entropy_coef, args.band_low, args.band_high) == ("hinge", 1e-3, 0.0, 2.0)
-
-
-def test_mixtures_of_experts_need_their_own_loss_off(folder, tmp_path):
-    config = Qwen3MoeConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_experts=4,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
-    tokenizer = make(folder, tmp_path).processing_class
-    tokenizer.save_pretrained(tmp_path / "moe")
-    with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.0"):
-        make(str(tmp_path / "moe"), tmp_path)
-    make(str(tmp_path / "moe"), tmp_path, router_aux_loss_coef=0.0, max_steps=1).train()
 
 
 def test_the_command_line_knows_the_settings(tmp_path):
