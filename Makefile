@@ -32,7 +32,8 @@ test-integrations: .venv-integrations/.installed .venv-verl/.installed
 	.venv-integrations/bin/python -m pytest -n 2 tests/integrations --ignore=tests/integrations/verl $(ARGS)
 	.venv-verl/bin/python -m pytest -n 2 tests/integrations/verl $(ARGS)
 
-.venv-%/.installed: tests/integrations/install-%.sh pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/* python/*)
+.venv-%/.installed: tests/integrations/install-%.sh $(wildcard tests/integrations/constraints-*.txt) pyproject.toml setup.py \
+		constraints.txt CMakeLists.txt $(wildcard csrc/* python/*)
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	bash $< .venv-$*/bin/python
 	touch $@

@@ -14,7 +14,7 @@ def run(code, **environment):
         env=kept | environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
         check=False,
     )
 

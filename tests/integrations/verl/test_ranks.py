@@ -27,7 +27,7 @@ def ranks(model_path, tmp_path_factory):
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
     return [torch.load(f"{folder / 'result'}.{rank}", weights_only=False) for rank in range(2)]
