@@ -14,6 +14,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import FSDPActorConfig, McoreActorConfig
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+import epo_kernels as ek
 from epo_kernels.integrations.verl import EngineLoss
 from epo_kernels.integrations.verl_keys import EPOSettings
 from tests.integrations.verl.harness import actor_config, batch_of, episodes, forward_of_its_own
@@ -84,6 +85,17 @@ def test_the_readme_names_every_key_and_no_other():
     section = README.read_text().split("## Inside verl")[1].split("\n## ")[0]
     keys = re.search(r"stand the band's: (.*?)\. An\s", section, re.DOTALL).group(1)
     assert re.findall(r"`(\w+)`", keys) == list(EPOSettings.__dataclass_fields__)
+
+
+def test_the_readmes_settings_of_the_paper():
+    words = re.search(r"The paper's\s+are `(.*?)`", README.read_text(), re.DOTALL).group(1).split()
+    overrides = [f"+{EPO}.{word}" for word in words]
+    verls = ["entropy_coeff=0.001", "use_kl_loss=true", "kl_loss_coef=0.01"]
+    actor = actor_of([HINGE[0], *overrides, *(f"actor_rollout_ref.actor.{word}" for word in verls)])
+    settings = EPOSettings.of(actor.policy_loss.epo)
+    assert settings.loss_config(actor, actor.loss_agg_mode) == ek.EPOConfig.paper("scienceworld")
+    assert (settings.band_low, settings.band_high) == (0, 2)
+    assert (settings.history_weighting, settings.phase_schedule) == ("step", "paper")
 
 
 @pytest.mark.parametrize(("engine", "kind"), [("dp", FSDPActorConfig), ("megatron", McoreActorConfig)])
