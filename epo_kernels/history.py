@@ -11,12 +11,18 @@ from torch import Tensor
 HistoryScope = Literal["turn", "global"]
 HistoryWeighting = Literal["token", "step"]
 
+_GRID = 2.0**32  # to the nat
+
 
 class EntropyHistory:
     """Mean entropy H̄ of each turn over the committed training steps, and its band (κ_l H̄, κ_r H̄).
 
     A training step adds the entropies of its micro-batches with `update` and closes with `commit`; `bounds` knows
     committed steps alone, so every micro-batch and epoch of a step sees the same band.
+
+    Entropies are taken to the nearest 2^-32 nat, so that float64 adds them up without rounding (to 2 million nats a turn
+    and step): however a step's tokens are spread over micro-batches and ranks, and in whatever order they come, H̄ is
+    the same to the last bit.
 
     Args:
         num_turns: number of turns told apart, at least 1; turns are numbered from 0.
@@ -81,6 +87,7 @@ class EntropyHistory:
         in_range = (index >= 0) & (index < self.num_turns)
         index = torch.where(counted & in_range, index, torch.full_like(index, self.num_turns))
         value = torch.where(counted, entropy.detach().reshape(-1).double(), 0.0)
+        value = (value * _GRID).round() / _GRID
         step = torch.zeros(2, self.num_turns + 1, dtype=torch.float64, device=entropy.device)
         step[0].index_add_(0, index, value)
         step[1].index_add_(0, index, counted.double())

@@ -162,25 +162,28 @@ class HeadGradients:
         self._hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self._weight = torch.zeros_like(head.product_weight, dtype=wide) if needs[1] else None
         self._bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if needs[2] else None
-        self._sums = None if head.shard is None else PartialSums(head.shard)
+        self._sums = PartialSums(head.shard) if head.shard is not None and needs[0] else None
 
     def add(self, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
         """Add those of a chunk with hidden (c, D) and grad_logits (c, V)."""
         if self._bias is not None:
             self._bias += grad_logits.sum(dim=0, dtype=self._bias.dtype)
         grad_logits = grad_logits.to(hidden.dtype)
-        if self._hidden is not None and self._sums is None:
+        if self._sums is None and self._hidden is not None:
             self._put([(part, grad_logits @ self._head.product_weight)])
-        elif self._hidden is not None and self._sums is not None:
+        elif self._sums is not None:
             wide = torch.promote_types(grad_logits.dtype, torch.float32)
             self._put(self._sums.exchange(part, _wide_product(grad_logits, self._head.product_weight, wide)))
         if self._weight is not None:
             _add_product(self._weight, grad_logits.t(), hidden)
 
-    def finish(self, multiply: Callable[[Tensor, torch.dtype], Tensor]) -> tuple[Tensor | None, ...]:
-        """multiply(gradient, dtype of its input) of each; they are given away to it, so call this once."""
+    def complete(self) -> None:
+        """After the last chunk: wait for what other ranks add."""
         if self._sums is not None:
             self._put(self._sums.finish())
+
+    def finish(self, multiply: Callable[[Tensor, torch.dtype], Tensor]) -> tuple[Tensor | None, ...]:
+        """multiply(gradient, dtype of its input) of each; they are given away to it, so call this once."""
         inputs = self._head.hidden, self._head.weight, self._head.bias
         return tuple(
             None if gradient is None or value is None else multiply(gradient, value.dtype)
@@ -267,6 +270,7 @@ def gradients_of_head(
         grad_entropies = None if grad_entropy is None else grad_entropy[:, part]
         kernels.gradient(rows_of(part, logits), chunk, grad_log_probs[:, part], grad_entropies, logits[None])
         gradients.add(part, hidden, logits)
+    gradients.complete()
     return gradients
 
 
@@ -389,6 +393,7 @@ class LinearLoss(torch.autograd.Function):
             sums += result.sums
             if any(needs):
                 gradients.add(part, hidden_chunk, logits)
+        gradients.complete()
         ctx.gradients, ctx.kernels, ctx.gradient_scale = gradients, kernels, terms.gradient_scale
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(log_probs, entropy, sums)

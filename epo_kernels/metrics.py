@@ -75,7 +75,10 @@ class LossMetrics:
         return LossMetrics(replaced)
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> LossMetrics:
-        """The sum over the ranks of `group` (None: the default group)."""
+        """The sum over the ranks of `group` (None: the default group).
+
+        Counts are exact; sums are float64's, a rounding (2^-53 of their terms) from those of one process.
+        """
         values = self.values.clone()
         torch.distributed.all_reduce(values, group=group)
         return LossMetrics(values)

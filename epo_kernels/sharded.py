@@ -86,7 +86,7 @@ class Shard:
 def gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(...) of one shape on every rank -> (ranks, ...), in the order of the ranks."""
     gathered = values.new_empty(dist.get_world_size(group), *values.shape)
-    dist.all_gather_into_tensor(gathered.flatten(), values.contiguous().flatten(), group=group)
+    dist.all_gather(list(gathered.unbind()), values.contiguous(), group=group)
     return gathered
 
 

@@ -76,7 +76,7 @@ class FusedBackend:
         inplace: bool,
     ) -> reference.EPOOutput:
         rows = Rows(logits, inputs.tokens, inputs.mask, transform)
-        if torch.compiler.is_compiling() or (cfg.band_scope == "segment" and inputs.lower is not None):
+        if torch.compiler.is_compiling() or _holds_means(inputs, cfg):
             # A band needs its segment's mean before any gradient: statistics, the maths per token, then the gradient.
             # Compiled graphs go the same way, because it leaves nothing to multiply in backward.
             log_probs, entropy = self._statistics(rows, entropy=True, inplace=inplace)
@@ -86,7 +86,7 @@ class FusedBackend:
             rows, weighing_of(inputs, coefficients, cfg), coefficients_of(coefficients, cfg)
         )
         result = ops.fused_loss(self.kernels, rows, terms_of(inputs, prepared, cfg), inplace=inplace)
-        return _output(result, prepared, inputs)
+        return _output(result, prepared, inputs, cfg)
 
     def log_probs_and_entropy(
         self, logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor, *, entropy: bool
@@ -104,7 +104,7 @@ class FusedBackend:
         num_active: int | None,
         max_chunk_bytes: int,
     ) -> reference.EPOOutput:
-        if torch.compiler.is_compiling() or (cfg.band_scope == "segment" and inputs.lower is not None):
+        if torch.compiler.is_compiling() or _holds_means(inputs, cfg):
             log_probs, entropy = self.linear_log_probs_and_entropy(
                 projection,
                 transform,
@@ -136,7 +136,7 @@ class FusedBackend:
             num_active=num_active,
             max_chunk_bytes=max_chunk_bytes,
         )
-        return _output(result, prepared, inputs)
+        return _output(result, prepared, inputs, cfg)
 
     def linear_log_probs_and_entropy(
         self,
@@ -170,9 +170,18 @@ class FusedBackend:
         return ops.fused_statistics(self.kernels, rows, entropy=entropy, inplace=inplace)
 
 
-def _output(result: RowLoss, prepared: Prepared, inputs: TokenInputs) -> reference.EPOOutput:
+def _holds_means(inputs: TokenInputs, cfg: EPOConfig) -> bool:
+    """Whether the gradient depends on the mean entropies of segments."""
+    return cfg.band_scope == "segment" and cfg.penalty != "none" and inputs.lower is not None
+
+
+def _output(result: RowLoss, prepared: Prepared, inputs: TokenInputs, cfg: EPOConfig) -> reference.EPOOutput:
     sums, extras = result.sums, prepared.extras
     metrics = LossMetrics(torch.cat([sums[:1], extras[:1], sums[1:], extras[1:]]))
+    if cfg.band_scope == "segment" and inputs.lower is not None:  # a band without a penalty is only looked at
+        band = reference.band_of_tokens(result.entropy, inputs, cfg)
+        below, above = ((side & inputs.mask).sum() for side in (band.below, band.above))
+        metrics = metrics.replace(below_band_tokens=below, above_band_tokens=above)
     return reference.EPOOutput(
         result.loss, metrics, result.log_probs.reshape(inputs.shape), result.entropy.reshape(inputs.shape)
     )
@@ -204,14 +213,15 @@ def weighing_of(inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig)
 
 
 def terms_of(inputs: TokenInputs, prepared: Prepared, cfg: EPOConfig) -> Terms:
+    by_token = cfg.band_scope == "token"
     return Terms(
         weights=prepared.weights,
         advantages=inputs.advantages,
         old_log_probs=inputs.old_log_probs,
         ref_log_probs=inputs.ref_log_probs,
         is_weights=inputs.is_weights,
-        lower=inputs.lower,
-        upper=inputs.upper,
+        lower=inputs.lower if by_token else None,
+        upper=inputs.upper if by_token else None,
         coefficients=prepared.coefficients,
         gradient_scale=prepared.gradient_scale,
         ticket=prepared.ticket,

@@ -16,7 +16,10 @@ import torch
 from torch.testing import assert_close
 
 import epo_kernels as ek
+from epo_kernels import backends, reference
+from epo_kernels.backends.rows import Rows, RowStatistics
 from epo_kernels.config import KLType, LossAggMode, Penalty
+from epo_kernels.inputs import LogitTransform
 from tests.cases import assert_identical, metrics_of, random_case, run, to_packed
 
 INF = math.inf
@@ -245,6 +248,62 @@ class BackendMatrix:
         assert not gradient[..., 690:].any()
         gradient[0, 1] = 0
         assert gradient.isfinite().all()
+
+    @pytest.mark.parametrize("name", ["old_log_probs", "ref_log_probs", "advantages", "is_weights"])
+    @pytest.mark.parametrize("kl_type", get_args(KLType))
+    def test_a_loss_of_nan_has_a_gradient_of_nan(self, name, kl_type):
+        case = busy_case(replace(BUSY, kl_type=kl_type), vocab=30, is_weights=torch.ones(3, 5))
+        case["mask"][0, 1] = True
+        case[name][0, 1] = math.nan
+        out, gradient = self.run(case)
+        assert out.loss.isnan()
+        assert metrics_of(out)["nonfinite_tokens"] == 1
+        assert gradient[0, 1].isnan().all()
+        gradient[0, 1] = 0
+        assert gradient.isfinite().all()
+
+    @pytest.mark.parametrize("arguments", [{}, {"logit_scale": -1.5}, {"logit_softcap": 3.0, "temperature": 0.7}])
+    def test_rows_in_parts(self, arguments):
+        """Each part's statistics merge into the row's; with those, gradients of the parts are parts of the row's."""
+        kernels = backends._BACKENDS[self.backend].kernels
+        logits = (3 * torch.randn(1, 6, 300)).to(self.device)
+        hopeless = INF if arguments.get("logit_scale", 1.0) < 0 else -INF
+        logits[0, :2, 200:] = hopeless  # a part without hope, and in the second row the token's own
+        tokens = torch.tensor([[5, 299, 100, 199, 200, 299]]).to(self.device)
+        mask = torch.tensor([[True, True, True, True, True, False]]).to(self.device)
+        a, b = torch.randn(2, 1, 6).to(self.device)
+        settings = {"temperature": 1.0, "logit_softcap": None, "logit_scale": None, **arguments}
+        scale, softcap = settings["logit_scale"], settings["logit_softcap"]
+        transforms = [LogitTransform(width, settings["temperature"], softcap, scale) for width in (100, 100, 90, 290)]
+        starts = (0, 100, 200)
+        parts = [
+            Rows(logits[..., start : start + 100], tokens - start, mask, transform)
+            for start, transform in zip(starts, transforms[:3], strict=True)
+        ]
+        log_probs, entropy, maximum, total = (
+            torch.stack(values) for values in zip(*(kernels.statistics(p, entropy=True) for p in parts), strict=True)
+        )
+        owner = torch.where(tokens < 290, tokens // 100, -1)
+        whole = reference.merge_statistics(log_probs, entropy, maximum, total, kernels.rate(transforms[0]), owner)
+        merged = RowStatistics(*(torch.where(mask, value, 0) for value in whole))
+        expected = kernels.statistics(Rows(logits, tokens, mask, transforms[3]), entropy=True)
+        assert_close(merged.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert_close(merged.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
+        assert_close(merged.maximum[mask], expected.maximum[mask], rtol=0, atol=0)
+        gradient = torch.full_like(logits, math.nan)
+        kernels.gradient(Rows(logits, tokens, mask, transforms[3]), expected, a, b, gradient)
+        assert gradient[0, 1, :290].isnan().all()  # its token is padding
+        for start, part in zip(starts, parts, strict=True):
+            out = torch.full_like(part.logits, math.nan)
+            kernels.gradient(part, merged, a, b, out)
+            assert_close(out, gradient[..., start : start + 100], rtol=1e-4, atol=1e-6, equal_nan=True)
+
+    def test_a_band_of_segments_without_a_penalty_costs_one_pass(self, monkeypatch):
+        cfg = ek.EPOConfig(band_scope="segment", entropy_coeff=0.5)
+        bounds = torch.full((3, 5), 0.9 * math.log(50)), torch.full((3, 5), 0.95 * math.log(50))
+        monkeypatch.setattr(type(backends._BACKENDS[self.backend].kernels), "statistics", None)
+        out, _ = self.check(busy_case(cfg, vocab=50, entropy_bounds=bounds))
+        assert metrics_of(out)["below_band_tokens"] > 0
 
     def test_invalid_tokens_are_counted_and_make_the_loss_nan(self, monkeypatch):
         monkeypatch.setattr("epo_kernels.inputs.checks_values", lambda device: False)
