@@ -16,7 +16,7 @@ def test_two_ranks(folder, tmp_path):
     script = Path(__file__).with_name("ranks.py")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*command, str(script), folder, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(script), folder, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
