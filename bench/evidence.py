@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from epo_kernels.train.__main__ import keep_freed_memory
@@ -99,12 +100,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run_all(name: str) -> None:
-    """Every arm of every seed, then the results' file.
+    """Every arm of every seed; the results' file grows with each that is complete.
 
     Raises:
         subprocess.CalledProcessError: a run stopped; the same command goes on with it.
     """
-    experiment = EXPERIMENTS[name]
+    experiment, writing = EXPERIMENTS[name], Lock()
 
     def run(arm: str, seed: int) -> None:
         if arm == CLONING:
@@ -114,14 +115,20 @@ def run_all(name: str) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as out:
             subprocess.run(command, check=True, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+        with writing:
+            write_results(name)
         print(f"{name}: {arm}, seed {seed} is complete")
 
     with ThreadPoolExecutor(experiment.jobs) as threads:
         pending = {(arm, seed): threads.submit(run, arm, seed) for arm in QUEUE for seed in experiment.seeds}
         for future in pending.values():
             future.result()
-    outcomes = [outcome for seed in experiment.seeds for arm in ARMS for outcome in outcomes_of(name, arm, seed)]
-    lines = ",\n".join(json.dumps(asdict(outcome)) for outcome in outcomes)
+
+
+def write_results(name: str) -> None:
+    """The results' file, from the runs that are complete."""
+    runs = [(arm, seed) for seed in EXPERIMENTS[name].seeds for arm in ARMS if is_complete(name, arm, seed)]
+    lines = ",\n".join(json.dumps(asdict(outcome)) for run in runs for outcome in outcomes_of(name, *run))
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomically(RESULTS / f"{name}.json", f"[\n{lines}\n]\n")
 
@@ -135,9 +142,9 @@ def run_one(name: str, arm: str, seed: int) -> None:
     from epo_kernels.train.tracking import Display
     from epo_kernels.train.trainer import Trainer
 
-    place = folder(name, arm, seed)
-    if is_complete(place, config_of(name, arm, seed)):
+    if is_complete(name, arm, seed):
         return
+    place = folder(name, arm, seed)
     config = config_of(name, arm, seed)
     disable_progress_bar()
     keep_freed_memory()
@@ -175,9 +182,9 @@ def folder(name: str, arm: str, seed: int) -> Path:
     return RUNS / name / f"{arm.replace(' ', '_')}-{seed}"
 
 
-def is_complete(place: Path, config: TrainConfig) -> bool:
-    wanted = "after" if config.steps else "before"
-    return any(record.when == wanted for record in read_evaluation(place)) and (place / "cost.jsonl").exists()
+def is_complete(name: str, arm: str, seed: int) -> bool:
+    place, last = folder(name, arm, seed), "before" if arm == CLONING else "after"
+    return (place / "cost.jsonl").exists() and any(record.when == last for record in read_evaluation(place))
 
 
 def costs(name: str, arm: str, seed: int) -> list[dict[str, Any]]:

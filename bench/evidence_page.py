@@ -49,12 +49,16 @@ def _section(name: str, outcomes: Sequence[Outcome]) -> str:
         [f"{RL} against {arm}", _shown(between), verdict(between)]
         for arm in (CLONING, NO_ENTROPY)
         if arm in arms and RL in arms
-        for between in [difference([(other[1], rl[1]) for other, rl in zip(arms[arm], arms[RL], strict=True)])]
+        for both in [_shared(arms[arm], arms[RL])]
+        if both
+        for between in [difference(both)]
     ]
     last = outcomes[0]
+    missing = [f"{arm}, seed {seed}" for arm, seed in _missing(name, outcomes)]
     loads = [outcome.load for outcome in outcomes]
     return "\n\n".join(
         [
+            *([f"**Not complete**: still to run are {'; '.join(missing)}."] if missing else []),
             f"![success before and after](evidence_{name}.png)",
             "All seeds together, after minus before:",
             markdown_table(["arm", "episodes", "points", "says"], whole),
@@ -67,6 +71,17 @@ def _section(name: str, outcomes: Sequence[Outcome]) -> str:
             "They are those of a whole run, cloning and evaluations included.\n",
         ]
     )
+
+
+def _missing(name: str, outcomes: Sequence[Outcome]) -> list[tuple[str, int]]:
+    present = {(outcome.arm, outcome.seed) for outcome in outcomes}
+    return [(arm, seed) for arm in ARMS for seed in EXPERIMENTS[name].seeds if (arm, seed) not in present]
+
+
+def _shared(others: Sequence[Pair], rl: Sequence[Pair]) -> list[Pair]:
+    """(the other's "after", RL's "after") of the seeds that both have."""
+    after = {pair[1].seed: pair[1] for pair in rl}
+    return [(other, after[other.seed]) for _, other in others if other.seed in after]
 
 
 def pairs_of(outcomes: Sequence[Outcome], arm: str) -> list[Pair]:
