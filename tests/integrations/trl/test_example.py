@@ -23,9 +23,8 @@ def test_the_readmes_snippet_runs(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     section = (SCRIPT.parents[1] / "README.md").read_text().split("## Inside TRL")[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
-    code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", folder).replace(
-        '"runs/epo",', '"runs/epo", use_cpu=True, max_completion_length=32,'
-    )
+    small = '"runs/epo", use_cpu=True, max_completion_length=32,'
+    code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", folder).replace('"runs/epo",', small)
     names = {"my_reward": length_reward, "my_prompts": Dataset.from_dict({"prompt": ["ab"]})}
     exec(code, names)
     assert names["trainer"].state.global_step == 3
