@@ -20,9 +20,9 @@ class EntropyHistory:
     A training step adds the entropies of its micro-batches with `update` and closes with `commit`; `bounds` knows
     committed steps alone, so every micro-batch and epoch of a step sees the same band.
 
-    Entropies are taken to the nearest 2^-32 nat, so that float64 adds them up without rounding (to 2 million nats a turn
-    and step): however a step's tokens are spread over micro-batches and ranks, and in whatever order they come, H̄ is
-    the same to the last bit.
+    Entropies are taken to the nearest 2^-32 nat, so that float64 adds them up without rounding (to 2 million nats a
+    turn and step): however a step's tokens are spread over micro-batches and ranks, and in whatever order they come,
+    H̄ is the same to the last bit.
 
     Args:
         num_turns: number of turns told apart, at least 1; turns are numbered from 0.

@@ -1,9 +1,17 @@
 """A vocabulary split over ranks, data-parallel ranks and DTensors, on 2 and 4 processes: cases in tests/sharded."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.sharded.launch import run_on_ranks
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "fsdp2.py"
 
 
 def assert_no_failures(failures):
@@ -23,6 +31,16 @@ def test_a_rank_that_dies_gives_the_others_an_error(tmp_path):
     *survivors, dead = run_on_ranks("tests.sharded.dying", 3, tmp_path, dies=2)
     assert_no_failures(survivors)
     assert dead is None
+
+
+def test_the_fsdp2_example_runs():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", EXAMPLE]
+    told = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert told.returncode == 0, told.stderr
+    losses = re.findall(r"-?\d+\.\d{4}", told.stdout)
+    assert len(losses) == 3, told.stdout
 
 
 @pytest.mark.gpu
