@@ -345,7 +345,7 @@ def check(config: TrainConfig) -> None:
         config.optim,
         config.evaluate,
     )
-    _one_of("env.name", config.env.name, ("scienceworld", "practice"))
+    _one_of("env.name", config.env.name, ("scienceworld", "alfworld", "practice"))
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
     _one_of("rollout.engine", rollout.engine, ("transformers",))
     _one_of("rollout.response_format", rollout.response_format, ("plain", "think_action"))

@@ -50,4 +50,8 @@ def make_suite(config: EnvConfig) -> Suite:
         from epo_kernels.train.envs.scienceworld import ScienceWorldSuite
 
         return ScienceWorldSuite(config)
-    raise ValueError(f"env.name must be 'scienceworld' or 'practice', not {config.name!r}")
+    if config.name == "alfworld":
+        from epo_kernels.train.envs.alfworld import ALFWorldSuite
+
+        return ALFWorldSuite(config)
+    raise ValueError(f"env.name must be 'scienceworld', 'alfworld' or 'practice', not {config.name!r}")

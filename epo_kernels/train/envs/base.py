@@ -102,7 +102,7 @@ class PracticeConfig:
 class EnvConfig:
     """The `env.*` part of the driver's configuration."""
 
-    name: str = "scienceworld"  # scienceworld | practice
+    name: str = "scienceworld"  # scienceworld | alfworld | practice
     task_names: list[str] = field(default_factory=list)  # task types of train and iid; empty: the suite's default
     ood_task_names: list[str] = field(default_factory=list)  # held-out task types; empty: the suite's default
     max_turns: int | None = None  # actions an episode; None: the suite's default
@@ -112,6 +112,7 @@ class EnvConfig:
     simplification: str = "easy"  # scienceworld: comma-separated, "" for none
     tick_limit: int = 100  # scienceworld: simulated moves that end an episode; 100 is the published limit
     progress_reward: float = 0.1  # scienceworld: share of the return that pays for partial score, 0..1
+    admissible_commands: bool = True  # alfworld: prompts list what can be done now, as published
     jvm_memory: str = "256m"  # scienceworld: heap limit of each JVM (-Xmx)
-    cache_dir: str | None = None  # demonstrations; None: $XDG_CACHE_HOME/epo_kernels
+    cache_dir: str | None = None  # demonstrations and authored games; None: $XDG_CACHE_HOME/epo_kernels
     practice: PracticeConfig = field(default_factory=PracticeConfig)

@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import zip_longest
 
 from epo_kernels.train.envs.base import (
@@ -205,7 +206,9 @@ def _demonstrate(environment: ScienceWorldEnvironment, task: Task) -> Demonstrat
 
 
 def unknown_task_name(name: str) -> str:
-    return f"ScienceWorld has no task type {name!r}; it has: {', '.join(TASK_NAMES)}"
+    close = get_close_matches(name, TASK_NAMES, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"ScienceWorld has no task type {name!r}; it has: {', '.join(TASK_NAMES)}{hint}"
 
 
 def _check(config: EnvConfig) -> None:

@@ -169,7 +169,7 @@ def test_difficulty_is_set_by_the_configuration():
         (EnvConfig(name="practice", practice=PracticeConfig(temptation=1.5)), "temptation"),
         (EnvConfig(name="practice", max_turns=0), "max_turns must be at least 1, not 0"),
         (EnvConfig(name="practice", step_timeout=0), "above 0, not 0 and 120"),
-        (EnvConfig(name="parctice"), "'scienceworld' or 'practice', not 'parctice'"),
+        (EnvConfig(name="parctice"), "'scienceworld', 'alfworld' or 'practice', not 'parctice'"),
     ],
 )
 def test_wrong_settings_are_refused_readably(config, message):

@@ -1,0 +1,112 @@
+"""A helper program in a process of its own that answers one JSON line to each: started, asked and ended, never
+blocking for good.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from epo_kernels.train.envs.base import EnvironmentFailure
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+class Worker:
+    """One process. Belongs to one thread at a time; only `close` may come from another.
+
+    Args:
+        program: the Python file to run. It says {"answer": "ready"}, then answers requests
+            {"call": name, "arguments": {...}} by {"answer": ...} or {"error": reason}, and ends with its input.
+        title: what it is, for messages, as in "an ALFWorld engine".
+        start_timeout: seconds it may take to start.
+        variables: additions to its environment.
+
+    Raises:
+        EnvironmentFailure: it didn't start.
+    """
+
+    def __init__(self, program: Path, title: str, start_timeout: float, variables: Mapping[str, str]) -> None:
+        self._title = title
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process has died)
+        self.process = subprocess.Popen(
+            # -P: this folder, where the program lies, must not shadow packages by the names of its modules.
+            [sys.executable, "-P", str(program)],
+            stdin=subprocess.PIPE,  # breaks when this process dies, and ends the worker
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, **variables},
+            start_new_session=True,  # Ctrl-C is for the driver, which then ends its environments itself
+        )
+        self._finalizer = weakref.finalize(self, _end, self.process)
+        self._unread = b""
+        try:
+            self._answer(start_timeout, "env.start_timeout")
+        except EnvironmentFailure:
+            self.close()
+            raise
+
+    def call(self, name: str, timeout: float, setting: str = "env.step_timeout", **arguments: Any) -> Any:
+        """What the program's call of that name returns.
+
+        Args:
+            timeout: seconds it may take; `setting` is what to raise when it was only slow.
+
+        Raises:
+            EnvironmentFailure: it died, didn't answer in time, or reported an error.
+        """
+        request = json.dumps({"call": name, "arguments": arguments}).encode() + b"\n"
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(request)
+            self.process.stdin.flush()
+        except (OSError, ValueError) as error:
+            raise EnvironmentFailure(self._obituary()) from error
+        return self._answer(timeout, setting)
+
+    def close(self) -> None:
+        """End the process at once. A call that waits in another thread then raises EnvironmentFailure."""
+        self._finalizer()
+
+    def _answer(self, timeout: float, setting: str) -> Any:
+        assert self.process.stdout is not None
+        pipe, deadline = self.process.stdout.fileno(), time.monotonic() + timeout
+        poll = select.poll()  # not select: that knows only the first 1,024 file numbers
+        poll.register(pipe, select.POLLIN)
+        while b"\n" not in self._unread:
+            if not poll.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
+                raise EnvironmentFailure(
+                    f"{self._title} (process {self.process.pid}) didn't answer within {timeout:g} s; "
+                    f"if it was only slow, raise {setting} or lower rollout.environments"
+                )
+            received = os.read(pipe, 1 << 16)
+            if not received:
+                raise EnvironmentFailure(self._obituary())
+            self._unread += received
+        line, _, self._unread = self._unread.partition(b"\n")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EnvironmentFailure(f"{self._title} failed: {answer['error']}")
+        return answer["answer"]
+
+    def _obituary(self) -> str:
+        try:
+            code = self.process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return f"{self._title} (process {self.process.pid}) closed its pipes and doesn't answer"
+        self._errors.seek(0)
+        said = " ".join(self._errors.read().decode(errors="replace").split())[-500:]
+        return (
+            f"{self._title} (process {self.process.pid}) ended with code {code} (it said: {said or 'nothing'}); "
+            "if it was killed for memory, lower rollout.environments"
+        )

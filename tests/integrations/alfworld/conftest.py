@@ -1,0 +1,18 @@
+"""A small authored set, shared by the tests of one process."""
+
+import pytest
+
+from epo_kernels.train.envs.alfworld_games import author_games
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alfworld")
+    author_games(folder, {"train": 6, "iid": 6, "ood": 6}, seed=3)
+    return folder
+
+
+@pytest.fixture
+def use_data(data, monkeypatch):
+    monkeypatch.setenv("ALFWORLD_DATA", str(data))
+    return data

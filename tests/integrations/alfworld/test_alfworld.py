@@ -1,0 +1,197 @@
+"""The real ALFWorld engine, in real processes, on games authored here."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from epo_kernels.train.envs import EnvConfig, EnvironmentFailure, Observation, make_suite
+from epo_kernels.train.envs.alfworld_games import DATA, TASK_NAMES, author_games
+from epo_kernels.train.envs.pool import EnvironmentPool
+
+
+@pytest.fixture
+def suite(use_data):
+    suite = make_suite(EnvConfig(name="alfworld"))
+    yield suite
+    suite.close()
+
+
+@pytest.fixture
+def environment(suite):
+    environment = suite.make()
+    yield environment
+    environment.close()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_panels_hold_all_six_types_in_turn(suite):
+    panels = {split: suite.tasks(split) for split in ("train", "iid", "ood")}
+    for tasks in panels.values():
+        assert [task.name for task in tasks] == list(TASK_NAMES)
+    everything = [task for tasks in panels.values() for task in tasks]
+    assert len(set(everything)) == 18, "no task is in two panels"
+
+
+def test_unseen_games_are_in_scenes_of_their_own(data):
+    def scenes(panel):
+        return {int(folder.name.rsplit("-", 1)[1]) for folder in (data / DATA / panel).iterdir()}
+
+    assert not scenes("valid_unseen") & (scenes("train") | scenes("valid_seen"))
+    assert all(scene % 100 <= 6 for scene in scenes("valid_unseen")), "ALFRED's test scenes"
+
+
+@pytest.mark.parametrize("split", ["train", "iid", "ood"])
+def test_plan_and_demonstration_win_every_game(suite, environment, split):
+    for task in suite.tasks(split):
+        for actions in (environment.actions("plan", task), suite.demonstrate(task).actions):
+            assert "look around" not in environment.reset(task).text.split(".")[0]
+            results = [environment.step(action) for action in actions]
+            assert all(result.valid for result in results)
+            assert [result.done for result in results] == [False] * (len(results) - 1) + [True]
+            last = results[-1]
+            assert (last.success, last.official_success, last.score) == (True, True, 100)
+            assert sum(result.reward for result in results) == 1
+
+
+def test_what_the_policy_sees(suite, environment, use_data):
+    task = suite.tasks("train")[0]
+    start = environment.reset(task)
+    assert start.text.startswith("You are in the middle of a room. Looking quickly around you, you see ")
+    assert "Welcome" not in start.text
+    assert "Your task" not in start.text
+    assert start.goal.startswith("Put ")
+    assert start.goal.endswith(".")
+    assert start.scene.startswith("You have: nothing. You can: go to ")
+    assert "help" not in start.scene
+    refused = environment.step("fly to the moon")
+    assert (refused.valid, refused.observation.text, refused.reward) == (False, "Nothing happens.", 0)
+    plain = make_suite(EnvConfig(name="alfworld", admissible_commands=False)).make()
+    assert plain.reset(task).scene.startswith("You have: nothing. Places: a ")
+    plain.close()
+    taking = next(index for index, action in enumerate(environment.actions("plan", task)) if action.startswith("take"))
+    environment.reset(task)
+    results = [environment.step(action) for action in environment.actions("plan", task)[: taking + 1]]
+    assert results[-1].observation.text.startswith("You pick up the ")
+    assert "You have: nothing" not in results[-1].observation.scene
+
+
+@pytest.mark.parametrize(
+    "action", [None, "", "\x00\n{}", "\ud800", "x" * 10**6, '"}\n{"call": "rules"}', "GO  TO\tshelf"]
+)
+def test_no_text_harms_the_engine(suite, environment, action):
+    task = suite.tasks("train")[0]
+    environment.reset(task)
+    result = environment.step(action)
+    assert (result.valid, result.done) == (False, False)
+    assert environment.step("  LOOK\n").valid
+
+
+def test_an_episode_is_the_same_each_time(suite, environment):
+    task = suite.tasks("ood")[3]
+    actions = environment.actions("plan", task)
+    other = suite.make()
+    assert environment.reset(task) == other.reset(task)
+    first = [environment.step(action) for action in actions]
+    assert [other.step(action) for action in actions] == first
+    other.close()
+    environment.reset(task)
+    assert [environment.step(action) for action in actions] == first, "a reset leaves nothing behind"
+    with pytest.raises(RuntimeError, match="reset"):
+        environment.step("look")
+
+
+def test_authoring_is_determined_by_its_seed(tmp_path):
+    counts = {"train": 2, "iid": 1, "ood": 1}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        author_games(tmp_path / name, counts, seed)
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    assert a == b
+    assert len(a) == 8, "a game and its description each, and nothing unfinished"
+    assert a != c
+    with pytest.raises(ValueError, match="exists already"):
+        author_games(tmp_path / "a", counts, 1)
+
+
+@pytest.mark.parametrize(("sign", "told"), [(signal.SIGKILL, "ended with code -9"), (signal.SIGSTOP, "within 3 s")])
+def test_an_engine_that_dies_or_hangs_is_replaced_and_reported(suite, sign, told):
+    suite._config.step_timeout = 3.0
+    tasks = suite.tasks("train")[:2]
+    made = []
+    make = suite.make
+    suite.make = lambda: made.append(make()) or made[-1]
+    with EnvironmentPool(suite, 2, step_timeout=4.0) as pool:
+        pool.reset_all(tasks)
+        victim = made[0].process_id
+        os.kill(victim, sign)
+        results = pool.step_all({0: "look", 1: "look"})
+        failures = [result for result in results.values() if isinstance(result, EnvironmentFailure)]
+        assert len(failures) == 1, "its neighbour goes on"
+        assert told in str(failures[0])
+        assert str(victim) in str(failures[0])
+        assert all(isinstance(seen, Observation) for seen in pool.reset_all(tasks))
+        assert pool.replaced == 1
+        assert all(result.valid for result in pool.step_all({0: "look", 1: "look"}).values())
+    for environment in made:
+        assert environment._worker.process.poll() is not None, "no engine is left behind"
+
+
+def test_sixteen_side_by_side(suite, environment):
+    tasks = [task for split in ("train", "iid", "ood") for task in suite.tasks(split)][:16]
+    scripts = [environment.actions("plan", task) for task in tasks]
+    won = set()
+    with EnvironmentPool(suite, 16, step_timeout=120, start_timeout=300) as pool:
+        assert all(isinstance(seen, Observation) for seen in pool.reset_all(tasks))
+        for turn in range(max(map(len, scripts))):
+            actions = {slot: script[turn] for slot, script in enumerate(scripts) if turn < len(script)}
+            won |= {slot for slot, result in pool.step_all(actions).items() if result.success}
+    assert won == set(range(16))
+
+
+def test_an_engine_imports_no_torch_and_ends_with_its_parent(suite, environment):
+    maps = Path(f"/proc/{environment.process_id}/maps").read_text()
+    assert "libdownward" in maps or environment.reset(suite.tasks("train")[0])
+    assert "torch" not in maps
+    program = (
+        "from epo_kernels.train.envs import EnvConfig, make_suite\n"
+        "import os, sys\n"
+        "environment = make_suite(EnvConfig(name='alfworld')).make()\n"
+        "print(environment.process_id, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    child = int(done.stdout)
+    for _ in range(600):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split(") ")[1][:1]:
+            return
+        signal.sigtimedwait([], 0.1)
+    pytest.fail("the engine outlives its parent")
+
+
+def test_missing_data_and_wrong_names_are_told(use_data, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="did you mean 'pick_heat_then_place_in_recep'"):
+        make_suite(EnvConfig(name="alfworld", task_names=["pick_heat_then_place"]))
+    one = make_suite(EnvConfig(name="alfworld", task_names=[TASK_NAMES[3]], ood_task_names=[TASK_NAMES[1]]))
+    assert {task.name for task in one.tasks("train") + one.tasks("iid")} == {TASK_NAMES[3]}
+    assert {task.name for task in one.tasks("ood")} == {TASK_NAMES[1]}
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"lacks json_2\.1\.1/train: `alfworld-download`"):
+        make_suite(EnvConfig(name="alfworld"))
+
+
+def test_games_that_the_package_leaves_out_are_left_out(data, tmp_path, monkeypatch):
+    shutil.copytree(data / DATA, tmp_path / DATA)
+    train = tmp_path / DATA / "train"
+    first, second, third, *_ = sorted(train.glob("*/*/game.tw-pddl"))
+    first.write_text(first.read_text().replace('"solvable": true', '"solvable": false'))
+    second.parent.parent.rename(train / second.parent.parent.name.replace("-None-", "Sliced-None-"))
+    (third.parent / "traj_data.json").unlink()
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    assert len(make_suite(EnvConfig(name="alfworld")).tasks("train")) == 3
