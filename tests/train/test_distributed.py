@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
     command = [*launcher, "-m", "tests.train.two_ranks", str(folder), "practice", *SMALL, *SETTINGS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [*command, f"run_dir={folder / 'two'}"], capture_output=True, text=True, timeout=300, env=environment
+        [*command, f"run_dir={folder / 'two'}"], capture_output=True, text=True, timeout=600, env=environment
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("step 2/2") == 1  # the first rank alone tells
