@@ -34,7 +34,8 @@ def page(results: Mapping[str, Sequence[Outcome]]) -> str:
         parts.append(f"## {experiment.title}\n")
         outcomes = results.get(name)
         parts.append(_section(name, outcomes) if outcomes else "No results are committed yet.\n")
-    return "\n".join(parts)
+        parts.append(experiment.tuning)
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def _section(name: str, outcomes: Sequence[Outcome]) -> str:
