@@ -451,11 +451,11 @@ def _over_ranks(
         rows.device,
         width,
         mask if isinstance(mask, Tensor) else None,
+        **facts,
         number_of_tokens=rows.shape[0] * rows.shape[1],
         dtype=rows.dtype,
         backend=backend.name,
         gradient=torch.is_grad_enabled() and rows.requires_grad,
-        **facts,
     )
     return backend.sharded(shard), shard, shard.total
 

@@ -204,6 +204,8 @@ def check_rows(
 ) -> tuple[Tensor, Layout]:
     """Logits (or hidden states) as (B, T, width), a view, and the layout of everything that goes with them.
 
+    least_width: 0 where a rank may hold no column of a vocabulary.
+
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it is.
     """

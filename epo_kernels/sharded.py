@@ -45,6 +45,8 @@ from epo_kernels.backends.rows import (
 from epo_kernels.config import BandScope, KLType, Penalty
 from epo_kernels.inputs import Coefficients, LogitTransform, Scalar, TokenInputs, compute_dtype
 
+_RECORD = 24  # integers that ranks compare, at most: one length, whatever each of them was called with
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -98,11 +100,11 @@ def find_shard(
     Args:
         width: columns of this rank.
         mask: of the tokens, on the device of the logits; None counts all of them.
-        facts: what else the ranks must agree on, by the name that an error gives it.
+        facts: what else the ranks must agree on, by the name that an error gives it; first what tells which there are.
 
     Raises:
-        RuntimeError: this process isn't in the group, or a graph is being compiled.
-        TypeError: group isn't a process group.
+        RuntimeError: a graph is being compiled.
+        TypeError: group isn't a process group with this process in it.
         ValueError: the ranks disagree, which raises on all of them.
     """
     if torch.compiler.is_compiling():
@@ -117,10 +119,11 @@ def find_shard(
         )
     words = {name: repr(fact) for name, fact in facts.items() if not isinstance(fact, int)}
     numbers = [fact if isinstance(fact, int) else zlib.crc32(words[name].encode()) for name, fact in facts.items()]
-    packed = torch.tensor([width, *numbers]).to(device)
-    counted = packed.new_zeros(1) if mask is None else torch.count_nonzero(mask).to(device)[None]
-    widths, *known = gather(torch.cat([packed, counted]), group).t().tolist()
-    for name, values in zip([*facts, "number of counted tokens"], known, strict=True):
+    record = torch.tensor([width, 0, *numbers, *[0] * (_RECORD - len(numbers))]).to(device)
+    if mask is not None:
+        record[1] = torch.count_nonzero(mask)
+    widths, counted, *known = gather(record, group).t().tolist()
+    for name, values in [*zip(facts, known, strict=False), ("number of counted tokens", counted)]:
         if len(set(values)) > 1:
             others = f"this one has {words[name]}" if name in words else f"they have {values}"
             raise ValueError(f"every rank of group must be called with the same {name.replace('_', ' ')}; {others}")
@@ -140,11 +143,12 @@ def check_replicated(shard: Shard | None, mask: Tensor, /, **arguments: object) 
     if shard is None or os.environ.get("EPO_KERNELS_CHECK", "0") != "1":
         return
     given = {name: value for name, value in {**arguments, "mask": mask}.items() if isinstance(value, Tensor)}
-    prints = [
-        _fingerprint(value if name == "mask" or value.shape[:2] != mask.shape else value[mask])
-        for name, value in given.items()
-    ]
-    for name, values in zip(given, shard.gather(torch.stack(prints)).t().tolist(), strict=True):
+    prints = torch.zeros(_RECORD, dtype=torch.int64, device=shard.device)
+    prints[0] = zlib.crc32(repr(list(given)).encode())
+    for place, (name, value) in enumerate(given.items(), 1):
+        prints[place] = _fingerprint(value if name == "mask" or value.shape[:2] != mask.shape else value[mask])
+    names = "what is given of the optional arguments", *given
+    for name, values in zip(names, shard.gather(prints).t().tolist(), strict=False):
         if len(set(values)) > 1:
             raise ValueError(
                 f"{name} must be the same on every rank of group, bit for bit where the mask is 1; it differs. Only "

@@ -19,16 +19,15 @@ def assert_no_failures(failures):
     assert not told, "\n".join(told)
 
 
-# One test for all cases of a module: a rank takes seconds to start.
+# One test for all cases: a rank takes seconds to start.
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("module", ["vocabulary", "data_parallel"])
-def test_on_ranks(module, world, tmp_path):
-    assert_no_failures(run_on_ranks(f"tests.sharded.{module}", world, tmp_path))
+def test_on_ranks(world, tmp_path):
+    assert_no_failures(run_on_ranks(["vocabulary", "data_parallel"], world, tmp_path))
 
 
 def test_a_rank_that_dies_gives_the_others_an_error(tmp_path):
     """Within the timeout of their group, which is 60 seconds here: a hang would be killed and have no report."""
-    *survivors, dead = run_on_ranks("tests.sharded.dying", 3, tmp_path, dies=2)
+    *survivors, dead = run_on_ranks(["dying"], 3, tmp_path, dies=2)
     assert_no_failures(survivors)
     assert dead is None
 
@@ -46,4 +45,4 @@ def test_the_fsdp2_example_runs():
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_on_gpus(tmp_path):
-    assert_no_failures(run_on_ranks("tests.sharded.gpus", 2, tmp_path, device="cuda"))
+    assert_no_failures(run_on_ranks(["gpus"], 2, tmp_path, device="cuda"))

@@ -1,4 +1,4 @@
-"""Ranks as processes of their own: each runs the cases of a module, up to one that fails, and says how it went."""
+"""Ranks as processes of their own: each runs the cases of some modules, up to one that fails, and says how it went."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Failures = dict[str, str]  # of one rank, by case: the traceback
 
 
 def run_on_ranks(
-    module: str, world: int, folder: Path, *, device: str = "cpu", seconds: int = 60, dies: int | None = None
+    modules: list[str], world: int, folder: Path, *, device: str = "cpu", seconds: int = 60, dies: int | None = None
 ) -> list[Failures | None]:
-    """The cases of a module on `world` ranks; what failed, by rank, None for the one that is to die."""
+    """The cases of tests.sharded.<module> on `world` ranks; what failed, by rank, None for the one that is to die."""
     context = mp.get_context("spawn")
-    settings = module, world, folder, device, seconds
+    settings = modules, world, folder, device, seconds
     ranks = [context.Process(target=_rank, args=(rank, *settings)) for rank in range(world)]
     for process in ranks:
         process.start()
@@ -38,7 +38,8 @@ def run_on_ranks(
 
 def cases_of(module: str) -> dict[str, Callable[[int, int], None]]:
     """The functions of a module whose names begin with case_: called as (rank, world) on every rank."""
-    return {name: value for name, value in vars(import_module(module)).items() if name.startswith("case_")}
+    found = vars(import_module(f"tests.sharded.{module}"))
+    return {name: value for name, value in found.items() if name.startswith("case_")}
 
 
 def _read(file: Path, exitcode: int | None) -> Failures:
@@ -47,7 +48,7 @@ def _read(file: Path, exitcode: int | None) -> Failures:
     raise RuntimeError(f"a rank ended with {exitcode} and no report ({file})")
 
 
-def _rank(rank: int, module: str, world: int, folder: Path, device: str, seconds: int) -> None:
+def _rank(rank: int, modules: list[str], world: int, folder: Path, device: str, seconds: int) -> None:
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     torch.set_num_threads(1)
     if device == "cuda":
@@ -60,7 +61,8 @@ def _rank(rank: int, module: str, world: int, folder: Path, device: str, seconds
         timeout=timedelta(seconds=seconds),
     )
     failures: Failures = {}
-    for name, case in cases_of(module).items():
+    cases = {name: case for module in modules for name, case in cases_of(module).items()}
+    for name, case in cases.items():
         torch.manual_seed(0)
         try:
             case(rank, world)

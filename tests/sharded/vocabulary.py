@@ -360,6 +360,19 @@ def case_ranks_that_disagree_all_raise(rank, world):
     refused(ValueError, "same gradient", lambda: ek.epo_loss(**part))
 
 
+def case_ranks_in_different_functions_all_raise(rank, world):
+    logits, tokens = torch.randn(1, 4, 3), torch.randint(3, (1, 4))
+    group = dist.group.WORLD
+
+    def call():
+        if rank == 0:
+            ek.log_probs_and_entropy(logits, tokens, group=group, backend=FUSED)
+        else:
+            ek.linear_log_probs_and_entropy(logits, torch.randn(3, 3), tokens, group=group, backend=FUSED)
+
+    refused(ValueError, "same function; this one has", call)
+
+
 def case_wrong_groups_are_refused(rank, world):
     case = busy_case(vocab=12)
     refused(TypeError, "group must be a torch.distributed process group", lambda: run({**case, "group": 3}, FUSED))
