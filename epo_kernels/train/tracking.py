@@ -221,10 +221,12 @@ class Display:
 
     def table(self, records: Sequence[Record]) -> None:
         """Before and after side by side, then what the paired intervals say of the difference."""
+        shown = [record for record in records if record.when in ("before", "after")]
+        if not shown:
+            return
         table = Table(title="Evaluation on the same held-out tasks", title_justify="left")
         for column in ("panel", "decoding", "when", "episodes", "mean score", "success (95 %)", "official success"):
             table.add_column(column, justify="left" if column in ("panel", "decoding", "when") else "right")
-        shown = [record for record in records if record.when in ("before", "after")]
         for record in sorted(shown, key=lambda r: (r.panel, r.decoding, r.step)):
             table.add_row(
                 record.panel,
