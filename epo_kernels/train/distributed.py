@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from epo_kernels.train.config import ConfigError
 from epo_kernels.train.data import Episode
 from epo_kernels.train.envs import EnvironmentFailure
 from epo_kernels.train.rollout import Rollout
@@ -94,9 +95,14 @@ class Ranks:
         """Split every layer's weights over the ranks, in place; embedding, last norm and head stay whole.
 
         The head stays whole because the loss wants all of it for every chunk of tokens.
+
+        Raises:
+            ConfigError: a model whose layers aren't found.
         """
         if not self.fsdp:
             return
+        if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+            raise ConfigError(f"model.fsdp: {type(decoder).__name__} doesn't keep its layers in `layers`; set it false")
         mesh = init_device_mesh(next(decoder.parameters()).device.type, (self.size,))
         layers = cast(Sequence[nn.Module], decoder.layers)
         for layer in layers:
