@@ -12,7 +12,8 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def use_data(data, monkeypatch):
-    monkeypatch.setenv("ALFWORLD_DATA", str(data))
-    return data
+@pytest.fixture(scope="session", autouse=True)
+def use_data(data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALFWORLD_DATA", str(data))
+        yield

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def test_a_run_on_the_embedded_games(use_data, tmp_path):
+def test_a_run_on_authored_games(tmp_path):
     small = ["steps=1", "model.warm_start={demonstrations: 2, epochs: 1}", "env.max_turns=30", "evaluate.episodes=2"]
     small += ["algorithm.groups=1", "algorithm.group_size=2", "rollout.environments=2", f"run_dir={tmp_path}/run"]
     command = [sys.executable, "-m", "epo_kernels.train", "alfworld", *small]
