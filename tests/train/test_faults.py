@@ -235,7 +235,7 @@ SCIENCEWORLD = [
     "model.warm_start.demonstrations=1",
     "model.warm_start.epochs=1",
     "rollout.environments=4",
-    "algorithm.groups=2",
+    "algorithm.groups=1",
     "evaluate.panels=[]",
     "checkpoint.every=1",
 ]
@@ -246,30 +246,45 @@ def test_jvms_that_die_hang_starve_or_never_start_cost_their_episodes_alone(tmp_
     from epo_kernels.train.envs import EnvironmentFailure
     from epo_kernels.train.envs.scienceworld import ScienceWorldEnvironment, ScienceWorldSuite
 
-    play = ScienceWorldEnvironment.step
-    started, played = [], []
-    memory = {2: "24m", 3: "16m"}  # not enough for the game; not enough for the JVM, which ends at once
+    play, started = ScienceWorldEnvironment.step, itertools.count(-1)  # -1 lists the tasks, 0 plays the demonstration
+    changes = {  # by the number of the environment
+        2: {"jvm_memory": "24m"},  # not enough for the game
+        3: {"jvm_memory": "16m"},  # not enough for the JVM, which ends at once
+        4: {"step_timeout": 4.0},
+    }
+    blows = {4: signal.SIGSTOP, 5: signal.SIGKILL}
 
     def troubled_make(self):
-        started.append(None)
-        number = len(started) - 2  # the first lists the tasks, the second plays the demonstration
+        number = next(started)
         if number == 1:
             raise EnvironmentFailure("ScienceWorld needs Java 8 or newer and none runs")
-        return ScienceWorldEnvironment(replace(self._config, jvm_memory=memory.get(number, self._config.jvm_memory)))
+        environment = ScienceWorldEnvironment(replace(self._config, **changes.get(number, {})))
+        environment.blow, environment.steps = blows.get(number), 0
+        return environment
 
     def troubled_step(self, action):
-        if len(started) > 2:
-            played.append(None)
-            if len(played) in (3, 6):
-                os.kill(self.process_id, signal.SIGKILL if len(played) == 3 else signal.SIGSTOP)
+        self.steps += 1
+        if self.steps == 2 and self.blow:
+            os.kill(self.process_id, self.blow)
         return play(self, action)
 
     monkeypatch.setattr(ScienceWorldSuite, "make", troubled_make)
     monkeypatch.setattr(ScienceWorldEnvironment, "step", troubled_step)
-    settings = [f"run_dir={tmp_path / 'run'}", f"env.cache_dir={tmp_path / 'cache'}", "steps=2", "env.step_timeout=6"]
-    assert main([*SCIENCEWORLD, *settings, "algorithm.group_size=6"]) == 0
+    settings = [f"run_dir={tmp_path / 'run'}", f"env.cache_dir={tmp_path / 'cache'}", "steps=2", "env.step_timeout=120"]
+    assert main([*SCIENCEWORLD, *settings, "algorithm.group_size=12"]) == 0
     first, second = lines_of(tmp_path / "run")
-    assert (first["episode/failed"], second["episode/failed"]) == (5, 0)
+    lines = (tmp_path / "run" / "episodes" / "train_step_00001.jsonl").read_text().splitlines()
+    reasons = [episode["finish"] for episode in map(json.loads, lines) if episode["failed"]]
+    for reason in (
+        "needs Java 8 or newer and none runs",
+        "ran out of its 24m of memory; raise env.jvm_memory",
+        "didn't start within 120 s (it said: Error occurred during initialization of VM",
+        "ended with code -9",
+        "didn't answer within 4 s",
+    ):
+        assert any(reason in told for told in reasons), (reason, reasons)
+    assert (first["episode/failed"], first["episode/played"]) == (5, 7)
+    assert (second["episode/failed"], second["episode/played"]) == (0, 12)
 
 
 @pytest.mark.scienceworld
