@@ -140,7 +140,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_reported(sign, told):
         assert pool.replaced == 1
         assert all(result.valid for result in pool.step_all({0: "look", 1: "look"}).values())
     for environment in made:
-        assert environment._worker.process.poll() is not None, "no engine is left behind"
+        assert environment._worker.process.wait(60) == -signal.SIGKILL, "no engine is left behind"
 
 
 def test_sixteen_side_by_side(suite, environment):
