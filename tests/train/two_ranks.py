@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from epo_kernels.train.__main__ import main
+from epo_kernels.train.__main__ import _parse, _run
 from epo_kernels.train.config import ModelConfig
 from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.distributed import Ranks, SharedRollout, launched
@@ -87,7 +87,8 @@ def inspect(ranks: Ranks) -> dict[str, object]:
 
 if __name__ == "__main__":
     folder, arguments = Path(sys.argv[1]), sys.argv[2:]
-    code = main(arguments)
-    with launched(fsdp=True, device="cpu") as ranks:
+    config, _ = _parse(arguments)
+    with launched(config.model.fsdp, config.model.device) as ranks:  # one process group for both
+        code = _run(config, dry=False, ranks=ranks)
         found = inspect(ranks)
         (folder / f"rank_{ranks.rank}.json").write_text(json.dumps({"code": code, **found}))
