@@ -266,8 +266,8 @@ def policy_loss(log_prob, old_log_prob, advantage, clip_low, clip_high, clip_c):
     ceiling = -advantage * clip_c
     dual_clipped = (advantage < 0.0) & (ceiling < pg)
     pg = tl.where(dual_clipped, ceiling, pg)
-    flows = (tl.abs(difference) <= LOG_RATIO_LIMIT) & (clipped == 0) & (dual_clipped == 0)
-    return pg, tl.where(flows, unclipped, 0.0), log_ratio, ratio, clipped, dual_clipped
+    stops = (tl.abs(difference) > LOG_RATIO_LIMIT) | clipped | dual_clipped  # NaN goes on
+    return pg, tl.where(stops, 0.0, unclipped), log_ratio, ratio, clipped, dual_clipped
 
 
 @triton.jit
@@ -275,18 +275,18 @@ def kl_penalty(log_prob, ref_log_prob, KL_TYPE: tl.constexpr):
     """(KL, ∂KL/∂log_prob)."""
     difference = log_prob - ref_log_prob
     if KL_TYPE == "k1":
-        return difference, 1.0
+        return difference, tl.where(difference == difference, 1.0, difference)
     elif KL_TYPE == "abs":
         sign = tl.where(difference > 0.0, 1.0, 0.0) - tl.where(difference < 0.0, 1.0, 0.0)
-        return tl.abs(difference), sign
+        return tl.abs(difference), tl.where(difference == difference, sign, difference)
     elif KL_TYPE == "k2":
         return 0.5 * difference * difference, difference
     else:
         exponent = clamped(-difference, LOG_RATIO_LIMIT)
         ratio = tl.exp(exponent)
         value = ratio - exponent - 1.0
-        flows = (tl.abs(difference) <= LOG_RATIO_LIMIT) & (tl.abs(value) <= K3_LIMIT)
-        return clamped(value, K3_LIMIT), tl.where(flows, 1.0 - ratio, 0.0)
+        stops = (tl.abs(difference) > LOG_RATIO_LIMIT) | (tl.abs(value) > K3_LIMIT)
+        return clamped(value, K3_LIMIT), tl.where(stops, 0.0, 1.0 - ratio)
 
 
 @triton.jit
@@ -345,7 +345,7 @@ def token_loss(
         grad_log_prob = grad_log_prob + tl.where(kl_coeff != 0.0, kl_coeff * kl_slope, 0.0)
         sums = slot(sums, 4, weight * kl)
     # Clamps stop the gradient of a NaN as they stop others; here it must reach the row.
-    grad_log_prob = tl.where(loss == loss, grad_log_prob, float("nan"))
+    grad_log_prob = tl.where(log_prob == log_prob, grad_log_prob, float("nan"))
 
     finite = (tl.abs(loss) < float("inf")) & (tl.abs(entropy) < float("inf"))
     sums = slot(sums, 0, 1.0)
