@@ -3,7 +3,7 @@
     python -m epo_kernels.train.envs.alfworld_games OUT_DIR [--train N] [--seen N] [--unseen N] [--seed S]
 
 They are games of the real engine in the layout of the real data, so that ALFWORLD_DATA=OUT_DIR serves them: all six
-task types in kitchens, bathrooms, bedrooms and living rooms of 7 to 10 places (ALFRED's have 15 to 40, so these are
+task types in kitchens, bathrooms, bedrooms and living rooms of 6 to 10 places (ALFRED's have 15 to 40, so these are
 the easier). A scene's furniture is fixed, a game's objects and where they lie are its own. Games of valid_seen are
 in scenes of train, those of valid_unseen in ALFRED's test scenes. Every game's plan was played and won.
 """

