@@ -29,7 +29,7 @@ POLICY_CONFIG = ek.EPOConfig(entropy_coeff=0.0, kl_coeff=1e-2, clip_ratio_c=None
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(ek.epo_loss).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("cu_seqlens", "inplace", "backend")
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("cu_seqlens", "inplace", "backend", "group")
 }
 
 # Beyond what bfloat16 logits move a log-prob by. Nearer to a kink of the loss than that (a clip, a bound of the band) a
