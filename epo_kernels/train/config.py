@@ -332,100 +332,93 @@ def epo_config(config: TrainConfig) -> ek.EPOConfig:
     return ek.EPOConfig(**values, temperature=config.rollout.temperature)
 
 
+_CHOICES = {
+    "env.name": ("scienceworld", "alfworld", "practice"),
+    "model.dtype": ("float32", "bfloat16"),
+    "rollout.engine": ("transformers",),
+    "rollout.response_format": ("plain", "think_action"),
+    "rollout.layout": ("turn", "episode"),
+    "algorithm.name": ("grpo", "rloo", "gigpo", "ppo"),
+    "algorithm.group_over": ("episodes", "turns"),
+    "algorithm.gae": ("turn", "token", "published"),
+    "loss.phase_schedule": ("constant", "paper", "official"),
+    "loss.history_scope": ("turn", "global"),
+    "loss.history_weighting": ("token", "step"),
+    "evaluate.panels": ("iid", "ood", "train"),
+    "evaluate.decoding": ("greedy", "sampled"),
+}
+_AT_LEAST_ONE = (
+    "rollout.environments",
+    "rollout.cohorts",
+    "rollout.max_prompt_tokens",
+    "rollout.max_response_tokens",
+    "algorithm.groups",
+    "algorithm.group_size",
+    "critic.epochs",
+    "critic.minibatches",
+    "optim.epochs",
+    "optim.minibatches",
+    "optim.micro_batch_tokens",
+    "optim.max_skipped_updates",
+    "model.warm_start.epochs",
+    "model.warm_start.batch_size",
+    "evaluate.episodes",  # for no evaluation: evaluate.panels=[]
+    "checkpoint.keep",
+    "env.max_failures",
+    "watch.patience",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "steps",
+    "rollout.history",
+    "rollout.history_results",
+    "model.threads",
+    "model.lora_rank",
+    "model.warm_start.demonstrations",
+    "algorithm.step_weight",
+    "algorithm.invalid_action_penalty",
+    "algorithm.kl_reward_coeff",
+    "algorithm.refills",
+    "critic.minibatch_size",
+    "critic.warmup_steps",
+    "optim.minibatch_size",
+    "optim.weight_decay",
+    "evaluate.every",
+    "checkpoint.every",
+)
+_SHARES = (
+    "optim.min_lr_ratio",
+    "optim.warmup_ratio",
+    "watch.uniform_groups",
+    "watch.repeated_tokens",
+    "algorithm.gamma",
+    "algorithm.lam",
+)
+_BELOW_ONE = ("optim.beta1", "optim.beta2")
+_POSITIVE = (
+    "optim.lr",
+    "optim.max_grad_norm",
+    "critic.lr",
+    "critic.clip_range",
+    "model.lora_alpha",
+    "model.warm_start.lr",
+)
+
+
 def check(config: TrainConfig) -> None:
     """Refuse what cannot work, before anything starts.
 
     Raises:
         ConfigError: naming the settings, what they must be and what they are.
     """
-    rollout, algorithm, loss, optim, evaluate = (
-        config.rollout,
-        config.algorithm,
-        config.loss,
-        config.optim,
-        config.evaluate,
-    )
-    _one_of("env.name", config.env.name, ("scienceworld", "alfworld", "practice"))
-    _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    _one_of("rollout.engine", rollout.engine, ("transformers",))
-    _one_of("rollout.response_format", rollout.response_format, ("plain", "think_action"))
-    _one_of("rollout.layout", rollout.layout, ("turn", "episode"))
-    _one_of("algorithm.name", algorithm.name, ("grpo", "rloo", "gigpo", "ppo"))
-    _one_of("algorithm.group_over", algorithm.group_over, ("episodes", "turns"))
-    _one_of("algorithm.gae", algorithm.gae, ("turn", "token", "published"))
-    _one_of("loss.phase_schedule", loss.phase_schedule, ("constant", "paper", "official"))
-    _one_of("loss.history_scope", loss.history_scope, ("turn", "global"))
-    _one_of("loss.history_weighting", loss.history_weighting, ("token", "step"))
-    for panel in evaluate.panels:
-        _one_of("evaluate.panels", panel, ("iid", "ood", "train"))
-    for decoding in evaluate.decoding:
-        _one_of("evaluate.decoding", decoding, ("greedy", "sampled"))
-    at_least_one = {
-        "rollout.environments": rollout.environments,
-        "rollout.cohorts": rollout.cohorts,
-        "rollout.max_prompt_tokens": rollout.max_prompt_tokens,
-        "rollout.max_response_tokens": rollout.max_response_tokens,
-        "algorithm.groups": algorithm.groups,
-        "algorithm.group_size": algorithm.group_size,
-        "critic.epochs": config.critic.epochs,
-        "critic.minibatches": config.critic.minibatches,
-        "optim.epochs": optim.epochs,
-        "optim.minibatches": optim.minibatches,
-        "optim.micro_batch_tokens": optim.micro_batch_tokens,
-        "model.warm_start.epochs": config.model.warm_start.epochs,
-        "model.warm_start.batch_size": config.model.warm_start.batch_size,
-        "evaluate.episodes": evaluate.episodes,  # for no evaluation: evaluate.panels=[]
-        "checkpoint.keep": config.checkpoint.keep,
-        "env.max_failures": config.env.max_failures,
-        "optim.max_skipped_updates": optim.max_skipped_updates,
-        "watch.patience": config.watch.patience,
-    }
-    not_negative = {
-        "seed": config.seed,
-        "steps": config.steps,
-        "rollout.history": rollout.history,
-        "rollout.history_results": rollout.history_results,
-        "model.threads": config.model.threads,
-        "model.lora_rank": config.model.lora_rank,
-        "algorithm.step_weight": algorithm.step_weight,
-        "algorithm.invalid_action_penalty": algorithm.invalid_action_penalty,
-        "algorithm.kl_reward_coeff": algorithm.kl_reward_coeff,
-        "algorithm.refills": algorithm.refills,
-        "critic.minibatch_size": config.critic.minibatch_size,
-        "critic.warmup_steps": config.critic.warmup_steps,
-        "optim.minibatch_size": optim.minibatch_size,
-        "model.warm_start.demonstrations": config.model.warm_start.demonstrations,
-        "optim.weight_decay": optim.weight_decay,
-        "evaluate.every": evaluate.every,
-        "checkpoint.every": config.checkpoint.every,
-    }
-    for name, value in at_least_one.items():
-        _that(value >= 1, f"{name} must be at least 1, got {value}")
-    for name, number in not_negative.items():
-        _that(number >= 0, f"{name} must be at least 0, got {number}")
-    ratios = {
-        "optim.min_lr_ratio": optim.min_lr_ratio,
-        "optim.warmup_ratio": optim.warmup_ratio,
-        "watch.uniform_groups": config.watch.uniform_groups,
-        "watch.repeated_tokens": config.watch.repeated_tokens,
-    }
-    for name, ratio in ratios.items():
-        _that(0 <= ratio <= 1, f"{name} must be in [0, 1], got {ratio}")
-    for name, discount in {"algorithm.gamma": algorithm.gamma, "algorithm.lam": algorithm.lam}.items():
-        _that(0 <= discount <= 1, f"{name} must be in [0, 1], got {discount}")
-    for name, beta in {"optim.beta1": optim.beta1, "optim.beta2": optim.beta2}.items():
-        _that(0 <= beta < 1, f"{name} must be in [0, 1), got {beta}")
-    positive = {
-        "optim.lr": optim.lr,
-        "optim.max_grad_norm": optim.max_grad_norm,
-        "critic.lr": config.critic.lr,
-        "critic.clip_range": config.critic.clip_range,
-        "model.lora_alpha": config.model.lora_alpha,
-        "model.warm_start.lr": config.model.warm_start.lr,
-    }
-    for name, number in positive.items():
-        _that(0 < number < math.inf, f"{name} must be positive and finite, got {number}")
-    _that(len(set(evaluate.panels)) == len(evaluate.panels), f"evaluate.panels names one twice: {evaluate.panels}")
+    settings = flatten(config)
+    for name, choices in _CHOICES.items():
+        given = settings[name]
+        for value in given if isinstance(given, list) else [given]:
+            _one_of(name, value, choices)
+    _check_numbers(settings)
+    panels = config.evaluate.panels
+    _that(len(set(panels)) == len(panels), f"evaluate.panels names one twice: {panels}")
     try:
         epo_config(config)
     except (TypeError, ValueError) as error:
@@ -434,6 +427,19 @@ def check(config: TrainConfig) -> None:
             message.replace("EPOConfig.temperature", "rollout.temperature").replace("EPOConfig.", "loss.")
         ) from error
     _check_combinations(config)
+
+
+def _check_numbers(settings: dict[str, Any]) -> None:
+    for name in _AT_LEAST_ONE:
+        _that(settings[name] >= 1, f"{name} must be at least 1, got {settings[name]}")
+    for name in _NOT_NEGATIVE:
+        _that(settings[name] >= 0, f"{name} must be at least 0, got {settings[name]}")
+    for name in _SHARES:
+        _that(0 <= settings[name] <= 1, f"{name} must be in [0, 1], got {settings[name]}")
+    for name in _BELOW_ONE:
+        _that(0 <= settings[name] < 1, f"{name} must be in [0, 1), got {settings[name]}")
+    for name in _POSITIVE:
+        _that(0 < settings[name] < math.inf, f"{name} must be positive and finite, got {settings[name]}")
 
 
 def _check_combinations(config: TrainConfig) -> None:
@@ -451,11 +457,6 @@ def _check_combinations(config: TrainConfig) -> None:
     _that(
         algorithm.group_over == "episodes" or algorithm.name in ("grpo", "rloo"),
         f"algorithm.group_over=turns is for grpo and rloo, not for {algorithm.name}",
-    )
-    _that(
-        not config.model.lora_rank or rollout.engine == "transformers",
-        f"model.lora_rank={config.model.lora_rank} needs rollout.engine=transformers, got {rollout.engine}, which "
-        "would sample without the adapters",
     )
     _that(
         not (algorithm.kl_reward_coeff and loss.kl_coeff),

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -270,28 +270,7 @@ class Trainer:
             self.policy = load_policy(str(checkpoint / "actor"), config.model)
         else:
             self.policy = self._first_policy(dry) if dry else self._shared_policy()
-        rollout = config.rollout
-        self.pool = EnvironmentPool(
-            self.suite,
-            rollout.environments,
-            step_timeout=config.env.step_timeout,
-            start_timeout=config.env.start_timeout,
-            max_failures=config.env.max_failures,
-        )
-        stack.callback(self.pool.close)
-        stop = StopRule(self.policy.tokenizer, self.policy.end_ids, rollout.response_format)
-        rollouts = Rollout(
-            self.pool,
-            self.policy,
-            TransformersEngine(
-                self.policy.model, self.policy.pad_id, stop, rollout.temperature, rollout.max_response_tokens
-            ),
-            self._prompts(self.policy),
-            max_turns=self.suite.max_turns,
-            cohorts=rollout.cohorts,
-            response_format=rollout.response_format,
-        )
-        self.rollout = SharedRollout(rollouts, self.ranks, self.policy.model)
+        self.rollout = SharedRollout(self._player(stack), self.ranks, self.policy.model)
         self.collector = Collector(self.tasks, self.rollout, config)
         loss = config.loss
         self.history = ek.EntropyHistory(
@@ -308,18 +287,45 @@ class Trainer:
         self.critic = Critic(self.policy, config, self.ranks) if config.algorithm.name == "ppo" else None
         self.learner = Learner(self.policy, reference, config, self.ranks)
         if state is not None:
-            self.step = state["step"]
-            self.learner.load_state_dict(state["learner"])
-            if self.critic:
-                self.critic.load_state_dict(state["critic"])
-            self.history.load_state_dict(state["history"])
-            set_rng_state(state["rng"])
+            self._restore(state)
         if not dry:
             self._save()  # the start is frozen: a run killed from here on goes on from the same weights
             self.tracker = Tracker(self.run_dir, self.step)
             stack.callback(self.tracker.close)
             self.watch, _ = watched(read_metrics(self.run_dir), config.watch)
             write_atomically(self.run_dir / "config.yaml", to_yaml(config))
+
+    def _player(self, stack: ExitStack) -> Rollout:
+        """This process's environments, and what plays in them."""
+        env, rollout = self.config.env, self.config.rollout
+        self.pool = EnvironmentPool(
+            self.suite,
+            rollout.environments,
+            step_timeout=env.step_timeout,
+            start_timeout=env.start_timeout,
+            max_failures=env.max_failures,
+        )
+        stack.callback(self.pool.close)
+        stop = StopRule(self.policy.tokenizer, self.policy.end_ids, rollout.response_format)
+        return Rollout(
+            self.pool,
+            self.policy,
+            TransformersEngine(
+                self.policy.model, self.policy.pad_id, stop, rollout.temperature, rollout.max_response_tokens
+            ),
+            self._prompts(self.policy),
+            max_turns=self.suite.max_turns,
+            cohorts=rollout.cohorts,
+            response_format=rollout.response_format,
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.learner.load_state_dict(state["learner"])
+        if self.critic:
+            self.critic.load_state_dict(state["critic"])
+        self.history.load_state_dict(state["history"])
+        set_rng_state(state["rng"])
 
     def _shared_policy(self) -> Policy:
         """The policy before RL, made by the first rank and read by the others."""
