@@ -96,6 +96,7 @@ class PracticeConfig:
     spare_turns: int = 8  # wrong turns that the time allows
     signs: int = 10  # kinds of sign, 1 to 12; the later ones are the rarer
     temptation: float = 0.5  # share of rooms with a short cut
+    demonstrator: str = "expert"  # expert | novice: knows the signs by day only
 
 
 @dataclass

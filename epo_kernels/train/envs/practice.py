@@ -9,6 +9,11 @@ settles early on following the glint is paid at once and can never win. Any othe
 Signs are not equally frequent, so that a policy cloned from a few demonstrations knows the common ones only. "walk"
 is what is trained; "long-walk", half as long again, with every sign as frequent as any other and nights as frequent
 as days, is the out-of-distribution panel. An episode is wholly determined by its Task and the configuration.
+
+Who demonstrates is a setting. The "expert" reads every sign right, so imitating it to the end is all one needs. The
+"novice" has learnt the signs by day only: by night it takes any way, each as likely, tries again after a dead end and
+is caught by gold as often as chance has it. Its episodes are shown whatever their end. So perfect imitation wins no
+more often than the novice does, however many demonstrations it gets, and what night means is learnt from reward alone.
 """
 
 import random
@@ -40,6 +45,7 @@ WAYS = {  # what each sign means by day, the most frequent first
 }
 SWAPPED = {"left": "right", "right": "left", "ahead": "ahead"}
 ACTIONS = ("go left", "go right", "go ahead")
+DEMONSTRATORS = ("expert", "novice")
 REWARDS = {"gold": 0.1, "silver": 0.03, "vault": 1.0}
 
 TRAIN_VARIATIONS = range(0, 512)
@@ -191,6 +197,10 @@ class PracticeSuite:
             raise ValueError(f"env.practice.signs must be 1 to {len(WAYS)}, not {practice.signs}")
         if not 0 <= practice.temptation <= 1:
             raise ValueError(f"env.practice.temptation must be in [0, 1], not {practice.temptation}")
+        if practice.demonstrator not in DEMONSTRATORS:
+            raise ValueError(
+                f"env.practice.demonstrator must be one of {', '.join(DEMONSTRATORS)}, not {practice.demonstrator!r}"
+            )
         self._config = practice
         self._names = {"train": names, "iid": names, "ood": held_out}
         longest = max(round(KINDS[name].stretch * practice.length) for name in [*names, *held_out])
@@ -206,13 +216,19 @@ class PracticeSuite:
         return PracticeEnvironment(self._config)
 
     def demonstrate(self, task: Task) -> Demonstration:
-        """The expert's episode: it reads every sign right."""
-        environment = self.make()
-        observations = [environment.reset(task)]
-        actions = [f"go {room.way}" for room in rooms(task, self._config)]
-        results = [environment.step(action) for action in actions]
-        observations += [result.observation for result in results[:-1]]
-        return Demonstration(task, observations, actions, results[-1].score)
+        """The demonstrator's episode, whatever its end; the same task is always shown the same way."""
+        walk, environment = rooms(task, self._config), self.make()
+        generator = random.Random(f"novice/{task.name}/{task.variation}/{task.seed}")
+        is_novice = self._config.demonstrator == "novice"
+        observations, actions, passed = [environment.reset(task)], [], 0
+        while True:
+            room = walk[passed]
+            actions.append(generator.choice(ACTIONS) if is_novice and room.night else f"go {room.way}")
+            result = environment.step(actions[-1])
+            if result.done:
+                return Demonstration(task, observations, actions, result.score)
+            observations.append(result.observation)
+            passed += actions[-1] == f"go {room.way}"
 
     def close(self) -> None:
         """Nothing is held."""
