@@ -121,6 +121,8 @@ class LossConfig:
     history_includes_current: bool = True  # False: the band knows earlier steps alone (the paper's second version)
     phase_schedule: str = "paper"  # weight of the penalty over the steps: constant | paper | official
     phase_horizon: int | None = None  # steps it spans; null: the run's. The published code's official one has 150
+    rollout_is: str = "auto"  # truncated importance weights: none | token | turn | auto (token, transformers: none)
+    rollout_is_cap: float = 2.0  # where they are truncated; inf: nowhere
 
 
 @dataclass
@@ -344,6 +346,7 @@ _CHOICES = {
     "loss.phase_schedule": ("constant", "paper", "official"),
     "loss.history_scope": ("turn", "global"),
     "loss.history_weighting": ("token", "step"),
+    "loss.rollout_is": ("auto", "none", "token", "turn"),
     "evaluate.panels": ("iid", "ood", "train"),
     "evaluate.decoding": ("greedy", "sampled"),
 }
@@ -366,6 +369,7 @@ _AT_LEAST_ONE = (
     "checkpoint.keep",
     "env.max_failures",
     "watch.patience",
+    "loss.rollout_is_cap",
 )
 _NOT_NEGATIVE = (
     "seed",

@@ -204,6 +204,8 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int) -> Iterator[list[i
 
 def _padded(rows: list[Tensor | None], device: torch.device) -> Tensor | None:
     present = [row for row in rows if row is not None]
-    if len(present) < len(rows):
+    if not present:
         return None
+    if len(present) < len(rows):
+        raise ValueError(f"{len(present)} of {len(rows)} samples have what all of them or none must have")
     return torch.nn.utils.rnn.pad_sequence(present, batch_first=True).to(device)

@@ -60,9 +60,6 @@ def token_metrics(samples: Sequence[Sample], limit: int) -> dict[str, Value]:
     turns = [response for sample in samples for response in _responses(sample)]
     responses = [len(response) for response in turns]
     prompts = [len(sample.prompt_ids) for sample in samples]
-    sampled = torch.cat([s.rollout_log_probs[s.mask] for s in samples if s.rollout_log_probs is not None])
-    scored = torch.cat([s.old_log_probs[s.mask] for s in samples if s.old_log_probs is not None])
-    gap = (sampled.exp() - scored.exp()).abs()
     return {
         "response_length/mean": _mean(responses),
         "response_length/max": max(responses),
@@ -70,8 +67,6 @@ def token_metrics(samples: Sequence[Sample], limit: int) -> dict[str, Value]:
         "response/repeated_token_share": repeated_share(turns),
         "prompt_length/mean": _mean(prompts),
         "prompt_length/max": max(prompts),
-        "training/rollout_probs_diff_mean": float(gap.mean()),
-        "training/rollout_probs_diff_max": float(gap.max()),
         "perf/total_num_tokens": sum(sample.length for sample in samples),
     }
 

@@ -44,6 +44,7 @@ from epo_kernels.train.policies.warm_start import clone, cloning_samples, demons
 from epo_kernels.train.post_mortem import NonFiniteError, save_batch
 from epo_kernels.train.report import write_report
 from epo_kernels.train.rollout import Rollout
+from epo_kernels.train.rollout_mismatch import mismatch_metrics, rollout_is_level, set_rollout_weights
 from epo_kernels.train.step_metrics import entropy_metrics, episode_metrics, sampled_entropy, token_metrics
 from epo_kernels.train.stopping import Stopped, StopRequest
 from epo_kernels.train.tracking import Display, Tracker, Value, read_metrics, write_atomically
@@ -145,7 +146,7 @@ class Trainer:
         return self.display.bar(name, total, self.stop.check)
 
     def _train_step(self, step: int) -> dict[str, Value]:
-        """Rollout, old log-probs and entropies, history, advantages, update."""
+        """Rollout, old log-probs and entropies, weights against the rollout's, history, advantages, update."""
         config, history = self.config, self.history
         seconds: dict[str, float] = {}
         with _timed(seconds, "step"):
@@ -157,6 +158,8 @@ class Trainer:
             samples = samples_of(collected.kept, config.rollout.layout)
             with _timed(seconds, "old_log_prob"):
                 self.learner.score(samples)
+            correction = rollout_is_level(config), config.loss.rollout_is_cap
+            set_rollout_weights(samples, *correction)
             if self.critic:
                 with _timed(seconds, "values"):
                     self.critic.score(samples)
@@ -190,6 +193,7 @@ class Trainer:
             **episode_metrics(collected.episodes, collected.played),
             **collected.metrics(),
             **token_metrics(samples, config.rollout.max_response_tokens),
+            **mismatch_metrics(samples, *correction),
             "perf/throughput": sum(s.length for s in samples) / seconds["step"],
             **{f"timing_s/{name}": spent for name, spent in seconds.items()},
         }

@@ -60,6 +60,8 @@ def test_every_preset_is_valid(preset):
         (["loss.phase_horizon=0"], ["loss.phase_horizon must be at least 1 or null, got 0"]),
         (["watch.entropy_low=5"], ["watch.entropy_low must be below watch.entropy_high", "5.0 and 4.0"]),
         (["env.max_failures=0"], ["env.max_failures must be at least 1"]),
+        (["loss.rollout_is=sequence"], ["loss.rollout_is must be one of auto, none, token, turn, got 'sequence'"]),
+        (["loss.rollout_is_cap=0.5"], ["loss.rollout_is_cap must be at least 1, got 0.5"]),
         (["optim.warmup_ratio=1.5"], ["optim.warmup_ratio must be in [0, 1], got 1.5"]),
     ],
 )

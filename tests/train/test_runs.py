@@ -9,25 +9,46 @@ import pytest
 from tests.train.conftest import lines_of
 from tests.train.test_main import train
 
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["algorithm.name=rloo", "loss.penalty=none", "algorithm.mask_truncated=true"],
-        ["algorithm.name=gigpo", "algorithm.gamma=0.95", "rollout.layout=episode", "rollout.max_prompt_tokens=400"],
-        ["algorithm.name=ppo", "algorithm.group_size=1", "algorithm.groups=8", "critic.warmup_steps=1"],
-        ["algorithm.name=ppo", "algorithm.gae=published", "loss.penalty=none", "algorithm.kl_reward_coeff=0.01"],
-        ["algorithm.refills=2", "optim.minibatch_size=8", "loss.clip_ratio_high=0.28", "model.dtype=bfloat16"],
+LONG_PROMPTS = "rollout.max_prompt_tokens=400"  # so that dialogues grow
+ALGORITHMS = {
+    "grpo": ["algorithm.refills=2", "optim.minibatch_size=8", "loss.clip_ratio_high=0.28", "model.dtype=bfloat16"],
+    "grpo over turns": ["algorithm.group_over=turns", "loss.rollout_is=token"],
+    "rloo": ["algorithm.name=rloo", "algorithm.mask_truncated=true"],
+    "gigpo": ["algorithm.name=gigpo", "algorithm.gamma=0.95", "rollout.layout=episode", LONG_PROMPTS],
+    "ppo": ["algorithm.name=ppo", "algorithm.group_size=1", "algorithm.groups=8", "critic.warmup_steps=1"],
+    "ppo by tokens": [
+        "algorithm.name=ppo",
+        "algorithm.gae=token",
+        "rollout.layout=episode",
+        LONG_PROMPTS,
+        "loss.rollout_is=turn",
     ],
-    ids=lambda settings: settings[0] + " " + settings[1],
-)
-def test_every_algorithm_runs(settings, tmp_path):
-    assert train(f"run_dir={tmp_path}", "evaluate.panels=[]", "algorithm.invalid_action_penalty=0.1", *settings) == 0
+    "ppo as published": ["algorithm.name=ppo", "algorithm.gae=published", "algorithm.kl_reward_coeff=0.01"],
+}
+EPO = {"with EPO": ["loss.penalty=hinge"], "without": ["loss.penalty=none", "loss.entropy_coeff=0"]}
+
+
+@pytest.fixture(scope="module")
+def start(cloned, tmp_path_factory):
+    """Settings that begin with a policy that is there: no run clones its own."""
+    folder = tmp_path_factory.mktemp("start") / "policy"
+    cloned.save(folder)
+    return [f"model.name_or_path={folder}", "model.warm_start.demonstrations=0"]
+
+
+@pytest.mark.parametrize("epo", EPO)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_runs(algorithm, epo, start, tmp_path):
+    settings = [*ALGORITHMS[algorithm], *EPO[epo]]
+    common = [f"run_dir={tmp_path}", "evaluate.panels=[]", "algorithm.invalid_action_penalty=0.1"]
+    assert train(*common, *start, *settings) == 0
     lines = lines_of(tmp_path)
     assert [line["training/global_step"] for line in lines] == [1, 2]
     last = lines[-1]
     assert last["actor/skipped_updates"] == 0
     assert last["actor/grad_norm"] > 0
+    assert last["actor/entropy"] > 0
+    assert ("epo/penalty" in last) == (epo == "with EPO")
     assert abs(last["critic/advantages/mean"]) < 1
     if "algorithm.name=ppo" in settings:
         assert last["critic/vf_loss"] > 0
@@ -37,6 +58,26 @@ def test_every_algorithm_runs(settings, tmp_path):
         assert ("actor/grad_norm" not in lines[0]) == warming_up
     if "algorithm.kl_reward_coeff=0.01" in settings:
         assert last["actor/reward_kl_penalty"] != 0
+    if any(setting.startswith("loss.rollout_is") for setting in settings):
+        assert last["training/rollout_is_mean"] == pytest.approx(1.0, abs=1e-3)  # the engine is the learner's own model
+        assert last["training/rollout_is_truncated_share"] == 0
+
+
+def test_a_corrected_run_goes_on_to_the_last_bit(start, tmp_path):
+    """In bfloat16, where engine and learner do differ."""
+    settings = [*start, "evaluate.panels=[]", "checkpoint.keep=9", "model.dtype=bfloat16"]
+    assert train(f"run_dir={tmp_path / 'none'}", *settings, "steps=1") == 0
+    settings += ["steps=3", "loss.rollout_is=token", "loss.rollout_is_cap=1"]
+    assert train(f"run_dir={tmp_path / 'whole'}", *settings) == 0
+    lines = lines_of(tmp_path / "whole")
+    assert 0 < lines[0]["training/rollout_is_truncated_share"] < 1
+    assert lines[0]["training/rollout_is_mean"] < 1
+    assert lines[0]["actor/pg_loss"] != lines_of(tmp_path / "none")[0]["actor/pg_loss"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / f"global_step_{step}")
+    assert train(f"run_dir={tmp_path / 'stopped'}", *settings) == 0
+    assert lines_of(tmp_path / "stopped") == lines
 
 
 def test_ppo_goes_on_to_the_last_bit(tmp_path):
