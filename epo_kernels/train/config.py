@@ -51,10 +51,19 @@ class ModelConfig:
 
 
 @dataclass
+class VllmConfig:
+    """The vLLM engine's share of the machine."""
+
+    memory_share: float = 0.4  # of the GPU's memory, for its weights and cache of keys and values while it plays
+    sleep: bool = True  # on a GPU: leave that memory to training between rollouts
+    cpu_cache_gb: float = 1.0  # on the CPU: of the cache of keys and values
+
+
+@dataclass
 class RolloutConfig:
     """How episodes are played, and what of them a prompt shows."""
 
-    engine: str = "transformers"  # what samples: transformers
+    engine: str = "transformers"  # what samples: transformers, with the training model itself | vllm, with a copy
     environments: int = 16  # live at a time (ScienceWorld: a JVM each)
     cohorts: int = 2  # groups of environments: one acts while the policy writes for another
     temperature: float = 1.0  # of sampling, and of every log-prob and entropy in training
@@ -64,6 +73,7 @@ class RolloutConfig:
     max_response_tokens: int = 16  # what is longer is cut there
     response_format: str = "plain"  # plain: the first line is the action | think_action: <think>..<action>..
     layout: str = "turn"  # turn: a prompt anew each turn, a sample a turn | episode: one growing dialogue, one sample
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 @dataclass
@@ -259,6 +269,7 @@ ROUNDING = ("rollout.environments", "rollout.cohorts", "optim.micro_batch_tokens
 
 
 def differences(saved: str, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    "rollout.vllm",
     """Settings that differ from a saved config.yaml, {"a.b": (saved, now)}, but for the OPERATIONAL ones.
 
     A setting that the file lacks, because it is newer, had its default.
@@ -337,7 +348,7 @@ def epo_config(config: TrainConfig) -> ek.EPOConfig:
 _CHOICES = {
     "env.name": ("scienceworld", "alfworld", "practice"),
     "model.dtype": ("float32", "bfloat16"),
-    "rollout.engine": ("transformers",),
+    "rollout.engine": ("transformers", "vllm"),
     "rollout.response_format": ("plain", "think_action"),
     "rollout.layout": ("turn", "episode"),
     "algorithm.name": ("grpo", "rloo", "gigpo", "ppo"),
@@ -398,7 +409,7 @@ _SHARES = (
     "algorithm.gamma",
     "algorithm.lam",
 )
-_BELOW_ONE = ("optim.beta1", "optim.beta2")
+_BELOW_ONE = ("optim.beta1", "optim.beta2", "rollout.vllm.memory_share")
 _POSITIVE = (
     "optim.lr",
     "optim.max_grad_norm",
@@ -413,6 +424,7 @@ def check(config: TrainConfig) -> None:
     """Refuse what cannot work, before anything starts.
 
     Raises:
+    "rollout.vllm.cpu_cache_gb",
         ConfigError: naming the settings, what they must be and what they are.
     """
     settings = flatten(config)

@@ -1,16 +1,17 @@
-"""The rollout: plays episodes, all live environments in a few cohorts that act while the policy writes for others."""
+"""The rollout: plays episodes, in cohorts that take turns or as a stream, whatever the engine can."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from epo_kernels.train.data import Episode, Turn
 from epo_kernels.train.envs import EnvironmentFailure, Observation, StepResult
 from epo_kernels.train.envs.pool import EnvironmentPool
-from epo_kernels.train.policies.generate import Engine, Request
+from epo_kernels.train.policies.generate import Completion, Engine, Request, StreamingEngine
 from epo_kernels.train.policies.policy import Policy
 from epo_kernels.train.policies.prompts import Prompts, parse_action
 
@@ -28,15 +29,28 @@ class _Seat:
 class Rollout:
     """Plays episodes with the current weights.
 
-    Cohorts take turns in a fixed order and each waits for its own environments alone, so what is batched together
-    follows from the episodes, never from the clock: the same seed gives the same batches.
+    An `Engine` writes for whole cohorts. They take turns in a fixed order and each waits for its own environments
+    alone, so what is batched together follows from the episodes, never from the clock: the same seed gives the same
+    batches.
+
+    A `StreamingEngine` takes each prompt as soon as its environment has answered, so nobody waits for the slowest. What
+    is batched together then follows from the clock; draws don't, but their log-probs may be rounded otherwise.
+
+    Args:
+        pool: of environments.
+        policy: whose tokenizer reads the engine's tokens.
+        engine: what writes.
+        prompts: made of observations.
+        max_turns: of an episode.
+        cohorts: of environments, for an `Engine`.
+        response_format: how an action is found in a response.
     """
 
     def __init__(
         self,
         pool: EnvironmentPool,
         policy: Policy,
-        engine: Engine,
+        engine: Engine | StreamingEngine,
         prompts: Prompts,
         *,
         max_turns: int,
@@ -66,13 +80,69 @@ class Rollout:
         seats = [_Seat(slot) for slot in range(min(self._pool.size, len(episodes)))]
         for seat in seats:
             self._seat_next(seat, waiting)
+
+        def progress() -> None:
+            report(len(episodes) - len(waiting) - sum(seat.episode is not None for seat in seats))
+
+        if isinstance(self._engine, StreamingEngine):
+            with self._engine.awake():
+                self._play_as_stream(self._engine, seats, waiting, progress)
+        else:
+            self._play_in_cohorts(self._engine, seats, waiting, progress)
+
+    def _play_in_cohorts(
+        self, engine: Engine, seats: list[_Seat], waiting: deque[Episode], progress: Callable[[], None]
+    ) -> None:
         cohorts = [seats[i :: self._cohorts] for i in range(self._cohorts)]
         while any(seat.episode for seat in seats):
             for cohort in cohorts:
                 ready = [seat for seat in cohort if seat.episode and self._collect(seat, waiting)]
                 if ready:
-                    self._act(ready)
-            report(len(episodes) - len(waiting) - sum(seat.episode is not None for seat in seats))
+                    start = time.perf_counter()
+                    requests = self._requests(ready)
+                    texts = self._texts(completions := engine.generate(requests))
+                    self.seconds["model"] += time.perf_counter() - start
+                    for seat, request, completion, text in zip(ready, requests, completions, texts, strict=True):
+                        self._act(seat, request, completion, text)
+            progress()
+
+    def _play_as_stream(
+        self, engine: StreamingEngine, seats: list[_Seat], waiting: deque[Episode], progress: Callable[[], None]
+    ) -> None:
+        answered: SimpleQueue[_Seat] = SimpleQueue()  # whose environment has something to say
+        asked: dict[int, Request] = {}  # by slot, what the engine is writing an answer to
+        for seat in seats:
+            _tell_when_answered(seat, answered)
+        while any(seat.episode for seat in seats):
+            ready = []
+            for seat in self._next_answered(answered, wait=not asked):
+                if self._collect(seat, waiting):
+                    ready.append(seat)
+                else:
+                    _tell_when_answered(seat, answered)
+            start = time.perf_counter()
+            if ready:
+                fresh = {seat.slot: request for seat, request in zip(ready, self._requests(ready), strict=True)}
+                engine.submit(fresh)
+                asked |= fresh
+            finished = engine.advance() if asked else []
+            texts = self._texts([completion for _, completion in finished])
+            self.seconds["model"] += time.perf_counter() - start
+            for (slot, completion), text in zip(finished, texts, strict=True):
+                self._act(seats[slot], asked.pop(slot), completion, text)
+                _tell_when_answered(seats[slot], answered)
+            progress()
+
+    def _next_answered(self, answered: "SimpleQueue[_Seat]", wait: bool) -> list[_Seat]:
+        """All seats whose environment has answered; with `wait` at least one."""
+        start = time.perf_counter()
+        seats = [answered.get()] if wait else []
+        self.seconds["environment"] += time.perf_counter() - start
+        while True:
+            try:
+                seats.append(answered.get_nowait())
+            except Empty:
+                return seats
 
     def _seat_next(self, seat: _Seat, waiting: deque[Episode]) -> None:
         seat.episode = waiting.popleft() if waiting else None
@@ -113,23 +183,29 @@ class Rollout:
         elif len(episode.turns) >= self._max_turns:
             episode.finish = "max_turns"
 
-    def _act(self, seats: Sequence[_Seat]) -> None:
-        """One turn of each seat: prompt, response, action; the environments' answers are left pending."""
-        start = time.perf_counter()
-        live = [(s, s.episode, s.observation) for s in seats if s.episode and s.observation]
-        prompts = self._prompts.encode([(observation, episode.turns) for _, episode, observation in live])
-        completions = self._engine.generate(
-            [
-                Request(prompt, (*episode.seed, len(episode.turns)), episode.greedy)
-                for prompt, (_, episode, _) in zip(prompts, live, strict=True)
-            ]
-        )
-        texts = self._policy.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-        self.seconds["model"] += time.perf_counter() - start
-        for (seat, episode, observation), prompt, completion, text in zip(
-            live, prompts, completions, texts, strict=True
-        ):
-            # What holds no action goes out as an empty one, which no environment understands.
-            action = parse_action(text, self._response_format) or ""
-            episode.turns.append(Turn(observation, prompt, completion.token_ids, completion.log_probs, action))
-            seat.pending = self._pool.step(seat.slot, action)
+    def _requests(self, seats: Sequence[_Seat]) -> list[Request]:
+        """What the policy is to answer in seats that have an observation."""
+        live = [(s.episode, s.observation) for s in seats if s.episode and s.observation]
+        prompts = self._prompts.encode([(observation, episode.turns) for episode, observation in live])
+        return [
+            Request(prompt, (*episode.seed, len(episode.turns)), episode.greedy)
+            for prompt, (episode, _) in zip(prompts, live, strict=True)
+        ]
+
+    def _texts(self, completions: Sequence[Completion]) -> list[str]:
+        return self._policy.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+
+    def _act(self, seat: _Seat, request: Request, completion: Completion, text: str) -> None:
+        """Play what the policy answered; what the environment says to it is left pending."""
+        assert seat.episode is not None
+        assert seat.observation is not None
+        # What holds no action goes out as an empty one, which no environment understands.
+        action = parse_action(text, self._response_format) or ""
+        turn = Turn(seat.observation, request.prompt_ids, completion.token_ids, completion.log_probs, action)
+        seat.episode.turns.append(turn)
+        seat.pending = self._pool.step(seat.slot, action)
+
+
+def _tell_when_answered(seat: _Seat, answered: SimpleQueue[_Seat]) -> None:
+    if seat.pending:
+        seat.pending.add_done_callback(lambda _: answered.put(seat))

@@ -36,10 +36,11 @@ from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.evaluate import Record, panel_starts, summarize
 from epo_kernels.train.learner import Learner
 from epo_kernels.train.policies.dialogue import DialogueBuilder
-from epo_kernels.train.policies.generate import StopRule, TransformersEngine
+from epo_kernels.train.policies.generate import Engine, StopRule, StreamingEngine, TransformersEngine
 from epo_kernels.train.policies.lora import add_adapters, require_peft
 from epo_kernels.train.policies.policy import Policy, build_tiny, load_policy, precision
 from epo_kernels.train.policies.prompts import PromptBuilder, Prompts
+from epo_kernels.train.policies.vllm_engine import VllmEngine, require_vllm
 from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
 from epo_kernels.train.post_mortem import NonFiniteError, save_batch
 from epo_kernels.train.report import write_report
@@ -247,6 +248,8 @@ class Trainer:
         config = self.config
         require_peft(config.model)
         if config.model.threads:
+        require_wandb(config.tracking)
+        require_vllm(config, self.ranks.size)
             torch.set_num_threads(config.model.threads)
         checkpoint = find_checkpoint(config)
         state = load_state(checkpoint) if checkpoint else None
@@ -274,7 +277,9 @@ class Trainer:
             self.policy = load_policy(str(checkpoint / "actor"), config.model)
         else:
             self.policy = self._first_policy(dry) if dry else self._shared_policy()
-        self.rollout = SharedRollout(self._player(stack), self.ranks, self.policy.model)
+        engine = self._engine(stack)
+        sampled = None if isinstance(engine, StreamingEngine) else self.policy.model
+        self.rollout = SharedRollout(self._player(stack, engine), self.ranks, sampled)
         self.collector = Collector(self.tasks, self.rollout, config)
         loss = config.loss
         self.history = ek.EntropyHistory(
@@ -299,7 +304,19 @@ class Trainer:
             self.watch, _ = watched(read_metrics(self.run_dir), config.watch)
             write_atomically(self.run_dir / "config.yaml", to_yaml(config))
 
-    def _player(self, stack: ExitStack) -> Rollout:
+    def _engine(self, stack: ExitStack) -> Engine | StreamingEngine:
+        """What writes the policy's responses."""
+        policy, rollout = self.policy, self.config.rollout
+        stop = StopRule(policy.tokenizer, policy.end_ids, rollout.response_format)
+        if rollout.engine == "transformers":
+            return TransformersEngine(
+                policy.model, policy.pad_id, stop, rollout.temperature, rollout.max_response_tokens
+            )
+        engine = VllmEngine(policy, stop, self.config)
+        stack.callback(engine.close)
+        return engine
+
+    def _player(self, stack: ExitStack, engine: Engine | StreamingEngine) -> Rollout:
         """This process's environments, and what plays in them."""
         env, rollout = self.config.env, self.config.rollout
         self.pool = EnvironmentPool(
@@ -310,7 +327,6 @@ class Trainer:
             max_failures=env.max_failures,
         )
         stack.callback(self.pool.close)
-        stop = StopRule(self.policy.tokenizer, self.policy.end_ids, rollout.response_format)
         return Rollout(
             self.pool,
             self.policy,

@@ -3,9 +3,10 @@
 Equal prompts are read once and share their keys and values: a group's episodes begin alike, and many meet again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,25 +35,53 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class StreamingEngine(Protocol):
+    """Takes requests at any time and gives each completion as soon as it is there."""
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Inside, it samples with the policy's weights as they are now. What is unfinished afterwards is dropped."""
+        ...
+
+    def submit(self, requests: Mapping[int, Request]) -> None:
+        """Take requests in, each under a number that none inside has."""
+        ...
+
+    def advance(self) -> list[tuple[int, Completion]]:
+        """Write on at all requests inside; those that are complete, by their numbers."""
+        ...
+
+
 class StopRule:
-    """When a response is over: at an end token; plain: at a line break; think_action: at the closing tag."""
+    """When a response is over: at an end token; plain: at a line break; think_action: at the closing tag.
+
+    Attributes:
+        end_ids: tokens that end it, those with a line break among them.
+        closing_tag: that ends it too; None: none does.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: set[int], response_format: str) -> None:
         self._tokenizer = tokenizer
-        self._end_ids = set(end_ids)
+        self.end_ids = set(end_ids)
+        self.closing_tag = CLOSING_TAG if response_format == "think_action" else None
         self._maybe_closing: set[int] = set()
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         if response_format == "plain":
-            self._end_ids |= {i for i, text in enumerate(texts) if "\n" in text}
+            self.end_ids |= {i for i, text in enumerate(texts) if "\n" in text}
         else:
             self._maybe_closing = {i for i, text in enumerate(texts) if ">" in text}
 
     def ends(self, token_ids: list[int]) -> bool:
         """Whether the response ends with its last token."""
-        if token_ids[-1] in self._end_ids:
+        if token_ids[-1] in self.end_ids:
             return True
         # Ten tokens hold the tag however a tokenizer spells it, letter by letter included.
         return token_ids[-1] in self._maybe_closing and CLOSING_TAG in self._tokenizer.decode(token_ids[-10:])
+
+    def length(self, token_ids: list[int]) -> int:
+        """How many tokens belong to the response: those up to the first that ends it, or all."""
+        ends = (n for n in range(1, len(token_ids) + 1) if self.ends(token_ids[max(n - 10, 0) : n]))
+        return next(ends, len(token_ids))
 
 
 class TransformersEngine:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from epo_kernels.train.config import ConfigError, ModelConfig
@@ -58,3 +60,14 @@ def without_adapters(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         yield model
     finally:
         model.enable_adapters()
+
+
+def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """All weights by the names they have without adapters, with what the adapters add; one at a time."""
+    for name, weight in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        if name.endswith(".base_layer.weight"):
+            layer: Any = model.get_submodule(name.removesuffix(".base_layer.weight"))
+            weight = weight + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+        yield name.replace(".base_layer.", "."), weight
