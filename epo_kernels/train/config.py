@@ -424,6 +424,8 @@ def check(config: TrainConfig) -> None:
     """Refuse what cannot work, before anything starts.
 
     Raises:
+    "rollout.vllm.memory_share",
+    "rollout.vllm.cpu_cache_gb",
     "rollout.vllm.cpu_cache_gb",
         ConfigError: naming the settings, what they must be and what they are.
     """

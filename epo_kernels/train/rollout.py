@@ -193,6 +193,8 @@ class Rollout:
         ]
 
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
+        if not completions:  # of nothing it would make one empty text
+            return []
         return self._policy.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
 
     def _act(self, seat: _Seat, request: Request, completion: Completion, text: str) -> None:
