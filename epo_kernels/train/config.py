@@ -258,6 +258,7 @@ OPERATIONAL = (
     "env.max_failures",
     "env.jvm_memory",
     "env.cache_dir",
+    "rollout.vllm",
     "optim.max_skipped_updates",
     "evaluate",
     "checkpoint",
@@ -269,7 +270,6 @@ ROUNDING = ("rollout.environments", "rollout.cohorts", "optim.micro_batch_tokens
 
 
 def differences(saved: str, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    "rollout.vllm",
     """Settings that differ from a saved config.yaml, {"a.b": (saved, now)}, but for the OPERATIONAL ones.
 
     A setting that the file lacks, because it is newer, had its default.
@@ -411,6 +411,8 @@ _SHARES = (
 )
 _BELOW_ONE = ("optim.beta1", "optim.beta2", "rollout.vllm.memory_share")
 _POSITIVE = (
+    "rollout.vllm.memory_share",
+    "rollout.vllm.cpu_cache_gb",
     "optim.lr",
     "optim.max_grad_norm",
     "critic.lr",
@@ -424,9 +426,6 @@ def check(config: TrainConfig) -> None:
     """Refuse what cannot work, before anything starts.
 
     Raises:
-    "rollout.vllm.memory_share",
-    "rollout.vllm.cpu_cache_gb",
-    "rollout.vllm.cpu_cache_gb",
         ConfigError: naming the settings, what they must be and what they are.
     """
     settings = flatten(config)

@@ -247,9 +247,8 @@ class Trainer:
     def _build(self, stack: ExitStack, dry: bool) -> None:
         config = self.config
         require_peft(config.model)
-        if config.model.threads:
-        require_wandb(config.tracking)
         require_vllm(config, self.ranks.size)
+        if config.model.threads:
             torch.set_num_threads(config.model.threads)
         checkpoint = find_checkpoint(config)
         state = load_state(checkpoint) if checkpoint else None
@@ -330,9 +329,7 @@ class Trainer:
         return Rollout(
             self.pool,
             self.policy,
-            TransformersEngine(
-                self.policy.model, self.policy.pad_id, stop, rollout.temperature, rollout.max_response_tokens
-            ),
+            engine,
             self._prompts(self.policy),
             max_turns=self.suite.max_turns,
             cohorts=rollout.cohorts,
