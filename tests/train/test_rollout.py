@@ -1,3 +1,5 @@
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -19,6 +21,30 @@ class CountingEngine:
     def generate(self, requests):
         self.requests += requests
         return self.engine.generate(requests)
+
+
+class OneByOne:
+    """A streaming engine: of what is inside it writes the last request alone at each `advance`."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.inside = {}
+        self.requests = []
+
+    @contextmanager
+    def awake(self):
+        yield
+        self.inside.clear()
+
+    def submit(self, requests):
+        assert not self.inside.keys() & requests.keys()
+        self.inside |= requests
+        self.requests += requests.values()
+
+    def advance(self):
+        assert self.inside, "asked to write nothing"
+        number, request = self.inside.popitem()
+        return [(number, *self.engine.generate([request]))]
 
 
 class Scripted:
@@ -46,6 +72,45 @@ class ScriptedSuite:
         return Scripted()
 
 
+class GatedSuite:
+    """Of two kinds: in "slow" ones an action takes until the others have had all of theirs."""
+
+    name, max_turns = "gated", 5
+
+    def __init__(self, actions):
+        self.left = actions
+        self.lock = threading.Lock()
+        self.all_others_acted = threading.Event()
+
+    def make(self):
+        return Gated(self)
+
+
+class Gated(Scripted):
+    def __init__(self, suite):
+        self.suite = suite
+
+    def step(self, action):
+        if self.task.name == "slow":
+            if not self.suite.all_others_acted.wait(30):
+                raise EnvironmentFailure("the others were held up")
+        else:
+            with self.suite.lock:
+                self.suite.left -= 1
+                if not self.suite.left:
+                    self.suite.all_others_acted.set()
+        return super().step(action)
+
+
+def play_beside_a_slow_one(engine, policy):
+    tasks = [Task("slow", 2), *[Task("quick", 4, seed=7)] * 5]
+    episodes = episodes_of(tasks)
+    with EnvironmentPool(GatedSuite(actions=5 * 4), 3) as pool:
+        rollout_of(pool, policy, engine=engine).play(episodes)
+    assert [e.finish for e in episodes] == ["done"] * 6
+    assert [len(e.turns) for e in episodes] == [2, 4, 4, 4, 4, 4]
+
+
 def rollout_of(pool, policy, cohorts=2, engine=None, max_turns=5):
     return Rollout(
         pool,
@@ -62,11 +127,12 @@ def episodes_of(tasks):
     return [Episode(task, i, (0, Draw.EPISODE, 1, i)) for i, task in enumerate(tasks)]
 
 
-def test_turns_outcomes_and_failures(cloned):
+@pytest.mark.parametrize("kind", [CountingEngine, OneByOne])
+def test_turns_outcomes_and_failures(cloned, kind):
     episodes = episodes_of([Task("a", 1), Task("a", 3), Task("a", 9), Task("a", 3, seed=1), Task("a", 2), Task("a", 4)])
     done = []
     with EnvironmentPool(ScriptedSuite(), 2) as pool:
-        engine = CountingEngine(engine_of(cloned))
+        engine = kind(engine_of(cloned))
         rollout_of(pool, cloned, engine=engine).play(episodes, done.append)
     assert [len(e.turns) for e in episodes] == [1, 3, 5, 2, 2, 4]
     assert [e.finish for e in episodes] == ["done", "done", "max_turns", "it died", "done", "done"]
@@ -88,6 +154,22 @@ def test_episodes_do_not_depend_on_their_company(cloned, suite, size, cohorts):
             rollout_of(pool, cloned, groups, max_turns=suite.max_turns).play(episodes)
         played.append([[(t.prompt_ids, t.response_ids, t.action, t.reward) for t in e.turns] for e in episodes])
     assert played[0] == played[1]
+
+
+def test_a_stream_plays_what_cohorts_play(cloned, suite):
+    played = []
+    for engine in (engine_of(cloned), OneByOne(engine_of(cloned))):
+        episodes = episodes_of(suite.tasks("train")[:5])
+        with EnvironmentPool(suite, 3) as pool:
+            rollout = rollout_of(pool, cloned, engine=engine, max_turns=suite.max_turns)
+            rollout.play(episodes)
+        assert rollout.seconds["model"] > 0
+        played.append([[(t.prompt_ids, t.response_ids, t.action, t.reward) for t in e.turns] for e in episodes])
+    assert played[0] == played[1]
+
+
+def test_a_slow_environment_holds_nobody_up(cloned):
+    play_beside_a_slow_one(OneByOne(engine_of(cloned)), cloned)
 
 
 def test_prefetched_environments_are_used(cloned, suite):

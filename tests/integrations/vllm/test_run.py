@@ -1,0 +1,41 @@
+"""A whole run whose rollouts vLLM writes: trained, killed on the way, gone on with."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+from epo_kernels.train.__main__ import main
+from tests.train.conftest import SMALL, lines_of
+
+STEPS = 6
+SETTINGS = [*SMALL, f"steps={STEPS}", "rollout.engine=vllm", "rollout.vllm.cpu_cache_gb=0.1", "optim.lr=1e-3"]
+
+
+def test_a_run_killed_on_the_way_goes_on(tmp_path, capfd):
+    command = ["practice", *SETTINGS, f"run_dir={tmp_path}"]
+    kill_after(1, tmp_path / "metrics.jsonl", command)
+    done = len(lines_of(tmp_path))
+    assert 1 <= done < STEPS
+    capfd.readouterr()
+    assert main(command) == 0
+    lines = lines_of(tmp_path)
+    assert [line["training/global_step"] for line in lines] == list(range(1, STEPS + 1))
+    # Weights move at every step: a rollout from those of the step before, or of before the kill, would show.
+    assert all(0 < line["training/rollout_probs_diff_max"] < 1e-5 for line in lines)
+    assert all(line["actor/grad_norm"] > 0 and line["actor/lr"] > 0 for line in lines)
+    whens = {record["when"] for record in json.loads((tmp_path / "evaluation.json").read_text())}
+    assert whens == {"before", "after"}
+    shown = "".join(capfd.readouterr())
+    assert f"{STEPS - done} of {STEPS} steps to do" in shown
+    assert "INFO" not in shown
+    assert "vllm" not in shown.lower().replace(str(tmp_path).lower(), "")
+
+
+def kill_after(steps, metrics, command):
+    with subprocess.Popen([sys.executable, "-m", "epo_kernels.train", *command], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL

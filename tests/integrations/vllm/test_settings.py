@@ -1,0 +1,82 @@
+"""What an engine is told of the run: response format, adapters, lengths; and what it refuses."""
+
+import pytest
+import torch
+
+from epo_kernels.train.config import ConfigError
+from epo_kernels.train.policies.generate import StopRule
+from epo_kernels.train.policies.lora import add_adapters
+from tests.integrations.vllm.conftest import (
+    config_of,
+    engine_of,
+    learner_log_probs,
+    policy_of,
+    requests_of,
+    told,
+    write,
+)
+
+
+def test_responses_end_with_the_closing_tag():
+    policy = policy_of(config_of())
+    config = config_of(
+        "model.name_or_path=any",
+        "model.warm_start.demonstrations=0",
+        "rollout.response_format=think_action",
+        "rollout.max_response_tokens=96",
+    )
+    text = "<think>left > right\n</think><action>go left</action>"
+    requests = requests_of(policy, 4, greedy=(0,))
+    learn_by_heart(policy, requests[0].prompt_ids, policy.tokenizer(f"{text} and more")["input_ids"])
+    engine = engine_of(policy, config)
+    try:
+        completions = write(engine, requests)
+    finally:
+        engine.close()
+    rule = StopRule(policy.tokenizer, policy.end_ids, "think_action")
+    assert policy.tokenizer.decode(completions[0].token_ids).startswith(text)
+    for completion in completions:
+        assert rule.length(completion.token_ids) == len(completion.token_ids) == len(completion.log_probs)
+        assert rule.ends(completion.token_ids) or len(completion.token_ids) == 96
+    scores = learner_log_probs(policy, config, requests, completions)
+    torch.testing.assert_close(told(completions), scores, rtol=0, atol=1e-5)
+
+
+def learn_by_heart(policy, prompt, response):
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=3e-3)
+    ids = torch.tensor([prompt + response])
+    labels = torch.tensor([[-100] * len(prompt) + response])
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = policy.model(ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+
+
+def test_adapters_are_merged():
+    config = config_of("model.lora_rank=4", "rollout.max_response_tokens=8")
+    policy = policy_of(config)
+    add_adapters(policy.model, config.model)
+    adapters = [parameter for name, parameter in policy.model.named_parameters() if "lora_B" in name]
+    for adapter in adapters:
+        torch.nn.init.normal_(adapter, std=0.1)
+    requests = requests_of(policy)
+    engine = engine_of(policy, config)
+    try:
+        completions = write(engine, requests)
+    finally:
+        engine.close()
+    scores = learner_log_probs(policy, config, requests, completions)
+    torch.testing.assert_close(told(completions), scores, rtol=0, atol=1e-5)
+    for adapter in adapters:
+        torch.nn.init.zeros_(adapter)
+    assert (learner_log_probs(policy, config, requests, completions) - scores).abs().max() > 0.01
+
+
+def test_a_model_that_cannot_be_served():
+    config = config_of()
+    policy = policy_of(config)
+    policy.model.config.max_position_embeddings = 64
+    with pytest.raises(ConfigError, match=r"vLLM can't serve this model.*take rollout\.engine=transformers"):
+        engine_of(policy, config)
