@@ -94,7 +94,7 @@ def clear_run(run_dir: Path) -> None:
     """Remove the records of a run that left no checkpoint to go on from: they aren't those of the run that begins."""
     for name in ("metrics.jsonl", "evaluation.json", "versions.json", "report.html"):
         (run_dir / name).unlink(missing_ok=True)
-    for name in ("episodes", "reference", "tensorboard"):
+    for name in ("episodes", "reference", "tensorboard", "wandb"):
         if (run_dir / name).is_dir():
             shutil.rmtree(run_dir / name)
 

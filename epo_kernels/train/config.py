@@ -184,6 +184,16 @@ class WatchConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Weights & Biases, beside the files and TensorBoard that every run writes."""
+
+    wandb: str = "disabled"  # disabled | online | offline (kept in run_dir/wandb; `wandb sync` sends it)
+    wandb_project: str = "epo_kernels"  # the project that runs are listed in
+    wandb_entity: str | None = None  # the team or user it belongs to; null: the account's default
+    wandb_name: str | None = None  # the run's name; null: that of run_dir
+
+
+@dataclass
 class TrainConfig:
     run_dir: str = "runs/default"  # the folder everything is written to
     seed: int = 0  # of weights, task choice and every draw
@@ -199,6 +209,7 @@ class TrainConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 def preset_names() -> list[str]:
@@ -263,6 +274,7 @@ OPERATIONAL = (
     "evaluate",
     "checkpoint",
     "watch",
+    "tracking",
 )
 # What may change too, since memory or the machine may demand it, but changes how things are batched or summed: the
 # same draws and the same mathematics, rounded otherwise.
@@ -360,6 +372,7 @@ _CHOICES = {
     "loss.rollout_is": ("auto", "none", "token", "turn"),
     "evaluate.panels": ("iid", "ood", "train"),
     "evaluate.decoding": ("greedy", "sampled"),
+    "tracking.wandb": ("disabled", "online", "offline"),
 }
 _AT_LEAST_ONE = (
     "rollout.environments",

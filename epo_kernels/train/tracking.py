@@ -1,15 +1,15 @@
-"""What a run leaves behind and shows: metrics.jsonl, TensorBoard, evaluation.json, episodes/, and the live display."""
+"""What a run leaves behind and shows: metrics.jsonl, its curves, evaluation.json, episodes/, and the live display."""
 
 import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -62,6 +62,29 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+class Board(Protocol):
+    """Where numbers are shown as curves."""
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in run_dir/tensorboard; what they hold of steps after `step` is shown no more."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class Tracker:
     """Writes a run's records.
 
@@ -69,9 +92,10 @@ class Tracker:
         run_dir: the run's folder.
         step: the step the run goes on from; what an earlier process wrote of later steps is dropped, since these steps
             are made again.
+        boards: that show the numbers too, beside TensorBoard; closed with the tracker.
     """
 
-    def __init__(self, run_dir: Path, step: int) -> None:
+    def __init__(self, run_dir: Path, step: int, *boards: Board) -> None:
         self._run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "episodes").mkdir(exist_ok=True)
@@ -83,14 +107,14 @@ class Tracker:
         )
         self._records = [record for record in read_evaluation(run_dir) if record.step <= step]
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._boards: list[Board] = [TensorBoard(run_dir, step), *boards]
 
     @property
     def records(self) -> list[Record]:
         return list(self._records)
 
     def log(self, step: int, metrics: dict[str, Value]) -> None:
-        """One line of metrics.jsonl; scalars go to TensorBoard, lists there entry by entry.
+        """One line of metrics.jsonl; scalars go to the boards, lists there entry by entry.
 
         What isn't finite is null in the file, since JSON has no NaN.
         """
@@ -100,20 +124,16 @@ class Tracker:
         self._metrics.write(json.dumps({"training/global_step": step, **line}, allow_nan=False) + "\n")
         self._metrics.flush()
         os.fsync(self._metrics.fileno())  # before the checkpoint that counts on it
-        for name, value in metrics.items():
-            for key, number in _scalars(name, value):
-                self._board.add_scalar(key, number, step)
-        self._board.flush()
+        self._show(step, dict(pair for name, value in metrics.items() for pair in _scalars(name, value)))
 
     def log_evaluation(self, records: Sequence[Record]) -> None:
         self._records += records
         entries = [asdict(record) for record in self._records]
         write_atomically(self._run_dir / "evaluation.json", json.dumps(entries, indent=1) + "\n")
         for record in records:
-            for name in ("mean_score", "success", "official_success"):
-                key = f"evaluation/{record.panel}/{record.decoding}/{name}"
-                self._board.add_scalar(key, getattr(record, name), record.step)
-        self._board.flush()
+            names = ("mean_score", "success", "official_success")
+            place = f"evaluation/{record.panel}/{record.decoding}"
+            self._show(record.step, {f"{place}/{name}": getattr(record, name) for name in names})
 
     def save_episodes(self, name: str, episodes: Sequence[Episode]) -> None:
         """`episodes`/name.txt to read, and name.jsonl with the same as data. `name` comes from the program alone."""
@@ -124,7 +144,12 @@ class Tracker:
 
     def close(self) -> None:
         self._metrics.close()
-        self._board.close()
+        for board in self._boards:
+            board.close()
+
+    def _show(self, step: int, scalars: Mapping[str, float]) -> None:
+        for board in self._boards:
+            board.add(step, scalars)
 
 
 def episode_text(episode: Episode) -> str:

@@ -50,6 +50,7 @@ from epo_kernels.train.step_metrics import entropy_metrics, episode_metrics, sam
 from epo_kernels.train.stopping import Stopped, StopRequest
 from epo_kernels.train.tracking import Display, Tracker, Value, read_metrics, write_atomically
 from epo_kernels.train.watch import CollapsedError, watched
+from epo_kernels.train.weights_and_biases import WeightsAndBiases, require_wandb
 
 
 class Trainer:
@@ -247,6 +248,7 @@ class Trainer:
     def _build(self, stack: ExitStack, dry: bool) -> None:
         config = self.config
         require_peft(config.model)
+        require_wandb(config.tracking)
         require_vllm(config, self.ranks.size)
         if config.model.threads:
             torch.set_num_threads(config.model.threads)
@@ -298,7 +300,7 @@ class Trainer:
             self._restore(state)
         if not dry:
             self._save()  # the start is frozen: a run killed from here on goes on from the same weights
-            self.tracker = Tracker(self.run_dir, self.step)
+            self.tracker = self._tracker()
             stack.callback(self.tracker.close)
             self.watch, _ = watched(read_metrics(self.run_dir), config.watch)
             write_atomically(self.run_dir / "config.yaml", to_yaml(config))
@@ -335,6 +337,11 @@ class Trainer:
             cohorts=rollout.cohorts,
             response_format=rollout.response_format,
         )
+
+    def _tracker(self) -> Tracker:
+        shown_elsewhere = self.config.tracking.wandb != "disabled" and self.ranks.is_first
+        boards = [WeightsAndBiases(self.run_dir, self.config, self.display.say)] if shown_elsewhere else []
+        return Tracker(self.run_dir, self.step, *boards)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]

@@ -101,6 +101,8 @@ def test_differences_name_the_settings_that_count():
         "evaluate.episodes=7",
         "evaluate.panels=[]",
         "watch.stop=true",
+        "tracking.wandb=online",
+        "tracking.wandb_name=mine",
         "env.step_timeout=1",
         "env.start_timeout=1",
         "env.jvm_memory=1g",

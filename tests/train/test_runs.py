@@ -92,7 +92,12 @@ def test_ppo_goes_on_to_the_last_bit(tmp_path):
     assert 0 < json.loads(text.splitlines()[-1])["perf/loss_share"] < 1
 
 
-def test_adapters_without_their_package_give_the_install_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    assert train(f"run_dir={tmp_path}", "model.lora_rank=4") == 2
-    assert 'pip install --constraint constraints.txt "epo-kernels[lora]"' in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("package", "setting", "extra"),
+    [("peft", "model.lora_rank=4", "lora"), ("wandb", "tracking.wandb=offline", "wandb")],
+)
+def test_a_missing_package_gives_the_install_line(package, setting, extra, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert train(f"run_dir={tmp_path}", setting) == 2
+    assert f'pip install --constraint constraints.txt "epo-kernels[{extra}]"' in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

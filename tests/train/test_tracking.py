@@ -53,6 +53,30 @@ def test_tensorboard_holds_the_scalars(tmp_path):
     assert events.Scalars("actor/lr")[0].value == 0.5
 
 
+def test_every_board_gets_scalars_and_is_closed(tmp_path):
+    class Board:
+        def __init__(self):
+            self.added, self.closed = [], False
+
+        def add(self, step, scalars):
+            self.added.append((step, dict(scalars)))
+
+        def close(self):
+            self.closed = True
+
+    board = Board()
+    tracker = Tracker(tmp_path, 0, board)
+    tracker.log(1, {"actor/lr": 0.5, "epo/entropy_by_turn": [0.25, None, 0.75]})
+    tracker.log_evaluation([RECORD])
+    tracker.close()
+    evaluated = {"mean_score": 50.0, "success": 0.5, "official_success": 0.75}
+    assert board.added == [
+        (1, {"actor/lr": 0.5, "epo/entropy_by_turn/00": 0.25, "epo/entropy_by_turn/02": 0.75}),
+        (0, {f"evaluation/iid/greedy/{name}": value for name, value in evaluated.items()}),
+    ]
+    assert board.closed
+
+
 def test_evaluation_has_the_fields_that_were_promised(tmp_path):
     tracker = Tracker(tmp_path, 0)
     tracker.log_evaluation([RECORD])
