@@ -146,6 +146,12 @@ def _gigpo(credits: Sequence[Credit], config: AlgorithmConfig) -> list[Tensor]:
 
     An anchor group are the turns of a group's episodes that were taken in the same state; what they earned from there
     on, discounted, is compared. A state seen once has nobody to compare with, and adds 0.
+
+    The paper's anchor is the environment's state, which its code takes from the observation's text. Here too it is what
+    the environment tells of itself, never the prompt with its history: ScienceWorld's look-around and inventory in
+    their fixed order; ALFWorld's last answer that told something, and what is carried (after "Nothing happens." nothing
+    has changed; the list of commands isn't part of it, so `env.admissible_commands` changes no anchor); practice's
+    scene.
     """
     anchors: dict[tuple[int, str], int] = {}
     keys = [anchors.setdefault((c.group, state), len(anchors)) for c in credits for state in c.states]
@@ -228,7 +234,8 @@ def _credits(
     for episode in episodes:
         earned = torch.tensor([turn.reward for turn in episode.turns], dtype=torch.float64)
         charged = torch.tensor([0.0 if turn.valid else penalty for turn in episode.turns], dtype=torch.float64)
-        states = [turn.observation.scene or turn.observation.text for turn in episode.turns]
+        seen = [turn.observation for turn in episode.turns]
+        states = [observation.state or observation.scene or observation.text for observation in seen]
         credits.append(Credit(episode.group, earned, charged, torch.zeros_like(earned), states))
     for sample, kl in zip(samples, token_kl, strict=True):
         own = credits[sample.episode]

@@ -32,6 +32,7 @@ from epo_kernels.train.critic import Critic
 from epo_kernels.train.data import Draw, samples_of
 from epo_kernels.train.distributed import Ranks, SharedRollout, full_tensors
 from epo_kernels.train.envs import EnvironmentFailure, make_suite
+from epo_kernels.train.envs.demonstrations import borrow_cache
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.evaluate import Record, panel_starts, summarize
 from epo_kernels.train.learner import Learner
@@ -263,8 +264,9 @@ class Trainer:
                 "from those of a run never stopped"
             )
         environment = config.env
-        if dry:  # a demonstration would be kept in the cache: make it for this once
-            environment = replace(environment, cache_dir=stack.enter_context(TemporaryDirectory()))
+        if dry:  # what the cache lacks is made for this once
+            folder = stack.enter_context(TemporaryDirectory())
+            environment = replace(environment, cache_dir=borrow_cache(environment.cache_dir, folder))
         try:
             self.suite = make_suite(environment)
         except (ImportError, ValueError) as error:

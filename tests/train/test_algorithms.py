@@ -104,6 +104,21 @@ def test_gigpo_adds_the_comparison_in_the_same_state(episodes, layout):
     assert found == about(wanted)
 
 
+def test_an_anchor_is_the_environment_s_state(episodes):
+    """The state it names, else the scene, else the text: whatever the answers to the actions before were."""
+
+    def anchors(*seen):
+        for episode, observation in zip(episodes, seen, strict=True):
+            episode.turns[0].observation = observation
+        found, *_ = assigned(episodes, name="gigpo", gamma=0.5, normalize_std=False)
+        return found[0, 0][0] == pytest.approx(0.45 + 0.1)  # compared at the first turn
+
+    assert anchors(Observation("goal", "An answer.", "a hall"), Observation("goal", "Another.", "a hall"))
+    assert not anchors(Observation("goal", "An answer.", "a hall"), Observation("goal", "An answer.", "a vault"))
+    assert anchors(Observation("goal", "a", "commands", "at desk 1"), Observation("goal", "b", "others", "at desk 1"))
+    assert not anchors(Observation("goal", "a", "same", "at desk 1"), Observation("goal", "a", "same", "at bed 1"))
+
+
 def test_gigpo_keeps_to_the_group(episodes):
     episodes[1].group = 1  # now nobody is compared with anybody
     found, *_ = assigned(episodes, name="gigpo")

@@ -90,8 +90,9 @@ class ALFWorldEnvironment:
         places = _SEEN.search(opening)
         self._places = places[1] if places else "nothing"
         self._carried = "nothing"
+        self._understood = opening
         self._done = False
-        return Observation(self._goal, opening, self._scene(shown["commands"]))
+        return self._observation(opening, shown["commands"])
 
     def step(self, action: str | None) -> StepResult:
         """Play one action; text of any kind is safe.
@@ -108,9 +109,11 @@ class ALFWorldEnvironment:
             self._carried = taken[1]
         elif re.match(r"You move the .+? to the ", answer):
             self._carried = "nothing"
+        if answer != _NOTHING:
+            self._understood = answer
         self._done = won = bool(shown["won"])
         return StepResult(
-            observation=Observation(self._goal, answer, self._scene(shown["commands"])),
+            observation=self._observation(answer, shown["commands"]),
             reward=float(won),
             done=won,
             score=100.0 * won,
@@ -127,12 +130,14 @@ class ALFWorldEnvironment:
     def close(self) -> None:
         self._worker.close()
 
-    def _scene(self, commands: list[str]) -> str:
+    def _observation(self, answer: str, commands: list[str]) -> Observation:
+        """Its state is the last answer that told something, which says where the player is and what is there."""
         carried = f"You have: {self._carried}."
-        if not self._config.admissible_commands:
-            return f"{carried} Places: {self._places}."
-        # Without help, as in the published prompts.
-        return f"{carried} You can: {', '.join(command for command in commands if command != 'help')}."
+        if self._config.admissible_commands:  # without help, as in the published prompts
+            around = f"You can: {', '.join(command for command in commands if command != 'help')}."
+        else:
+            around = f"Places: {self._places}."
+        return Observation(self._goal, answer, f"{carried} {around}", f"{carried} {self._understood}")
 
 
 def _file(files: dict[Task, Path], task: Task) -> Path:

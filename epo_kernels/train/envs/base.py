@@ -31,6 +31,7 @@ class Observation:
     goal: str  # the task: the sentence that must never be cut from a prompt
     text: str  # the answer to the last action; at reset, the opening text
     scene: str = ""  # what can be seen now; "" where `text` says all
+    state: str = ""  # GiGPO compares turns of which this is the same; "": those of the same scene, or text without one
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,15 @@ def cache_folder(configured: str | None) -> Path:
     if configured:
         return Path(configured).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "epo_kernels"
+
+
+def borrow_cache(configured: str | None, folder: str) -> str:
+    """Fill `folder` with links to the cache's files, and return it: what is written there leaves the cache alone."""
+    cache = cache_folder(configured).resolve()
+    if cache.is_dir():
+        unfinished = shutil.ignore_patterns(".unfinished-*", "*.tmp")  # of other processes, about to go
+        shutil.copytree(cache, folder, copy_function=os.symlink, ignore=unfinished, dirs_exist_ok=True)
+    return folder
 
 
 def write_demonstration(path: Path, demonstration: Demonstration) -> None:

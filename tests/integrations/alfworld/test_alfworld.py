@@ -83,6 +83,27 @@ def test_what_the_policy_sees(suite, environment):
     assert "You have: nothing" not in results[-1].observation.scene
 
 
+@pytest.mark.parametrize("admissible", [True, False])
+def test_gigpo_meets_in_the_same_place_with_the_same_thing_in_hand(suite, admissible):
+    environment = make_suite(EnvConfig(name="alfworld", admissible_commands=admissible)).make()
+    task = suite.tasks("train")[0]
+    start = environment.reset(task).state
+    plan = environment.actions("plan", task)
+    environment.reset(task)
+    assert environment.step("fly to the moon").observation.state == start
+    arrived = environment.step(plan[0]).observation
+    assert arrived.state != start
+    environment.step("fly to the moon")
+    assert environment.step(plan[0]).observation.state == arrived.state, "going where one is changes nothing"
+    states = [environment.step(action).observation.state for action in plan[1:-1]]
+    assert len({start, arrived.state, *states}) == len(plan), "on a shortest way no state comes twice"
+    other = suite.make()
+    other.reset(task)
+    assert [other.step(action).observation.state for action in plan[:-1]] == [arrived.state, *states]
+    other.close()
+    environment.close()
+
+
 @pytest.mark.parametrize(
     "action", [None, "", "\x00\n{}", "\ud800", "x" * 10**6, '"}\n{"call": "rules"}', "GO  TO\tshelf"]
 )

@@ -5,6 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from epo_kernels.train.__main__ import main
+from epo_kernels.train.envs.alfworld import EMBEDDED_FORMAT
+
 
 def test_a_run_on_authored_games(tmp_path):
     small = ["steps=1", "model.warm_start={demonstrations: 2, epochs: 1}", "env.max_turns=30", "evaluate.episodes=2"]
@@ -16,3 +21,19 @@ def test_a_run_on_authored_games(tmp_path):
     assert step["training/global_step"] == 1
     panels = {record["panel"] for record in json.loads((tmp_path / "run" / "evaluation.json").read_text())}
     assert panels == {"iid", "ood"}
+
+
+def test_a_dry_run_takes_the_games_of_the_cache(data, tmp_path, monkeypatch, capsys):
+    def author(*_, **__):
+        pytest.fail("the games are there")
+
+    games = tmp_path / "cache" / f"alfworld-games-{EMBEDDED_FORMAT}"
+    games.parent.mkdir()
+    games.symlink_to(data)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.delenv("ALFWORLD_DATA")
+    monkeypatch.setattr("epo_kernels.train.envs.alfworld.author_games", author)
+    settings = [f"env.cache_dir={games.parent}", f"run_dir={tmp_path}/run", "env.max_turns=30"]
+    assert main(["alfworld", *settings, "--dry-run"]) == 0
+    assert "6 training tasks" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
