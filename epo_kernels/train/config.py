@@ -131,7 +131,7 @@ class LossConfig:
     history_includes_current: bool = True  # False: the band knows earlier steps alone (the paper's second version)
     phase_schedule: str = "paper"  # weight of the penalty over the steps: constant | paper | official
     phase_horizon: int | None = None  # steps it spans; null: the run's. The published code's official one has 150
-    rollout_is: str = "auto"  # truncated importance weights by: none | token | turn | auto (vllm: token, transformers: none)
+    rollout_is: str = "auto"  # importance weights by: none | token | turn | auto (vllm: token, transformers: none)
     rollout_is_cap: float = 2.0  # where they are truncated; inf: nowhere
 
 
