@@ -69,6 +69,7 @@ class RolloutConfig:
     temperature: float = 1.0  # of sampling, and of every log-prob and entropy in training
     history: int = 4  # past actions a prompt shows
     history_results: int = 1  # of those, how many with the environment's answer
+    goal_last: bool = False  # the goal ends the prompt, near to the action: models of two layers copy from there alone
     max_prompt_tokens: int = 256  # the oldest history goes first, then the scene's end; the goal never
     max_response_tokens: int = 16  # what is longer is cut there
     response_format: str = "plain"  # plain: the first line is the action | think_action: <think>..<action>..

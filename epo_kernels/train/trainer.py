@@ -406,6 +406,7 @@ class Trainer:
             rollout.history_results,
             rollout.max_prompt_tokens,
             rollout.response_format,
+            rollout.goal_last,
         )
         if rollout.layout == "turn":
             return window

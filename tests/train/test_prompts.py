@@ -16,9 +16,10 @@ def state(turns=8, scene="Sign: moon, by day. " * 30):
     return Observation(GOAL, past[-1].result if past else "You enter.", scene), past
 
 
+@pytest.mark.parametrize("goal_last", [False, True])
 @pytest.mark.parametrize("limit", [20, 30, 40, 60, 100, 200, 400, 2000])
-def test_the_goal_is_never_cut_and_the_limit_holds(cloned, limit):
-    builder = PromptBuilder(cloned.tokenizer, 6, 3, limit, "plain")
+def test_the_goal_is_never_cut_and_the_limit_holds(cloned, limit, goal_last):
+    builder = PromptBuilder(cloned.tokenizer, 6, 3, limit, "plain", goal_last)
     goal_tokens = len(cloned.tokenizer(f"<|user|>{GOAL}<|act|>")["input_ids"])
     if goal_tokens > limit:
         with pytest.raises(PromptTooLong, match=r"rollout\.max_prompt_tokens is"):
@@ -32,18 +33,13 @@ def test_the_goal_is_never_cut_and_the_limit_holds(cloned, limit):
         assert text.endswith("<|act|>")
 
 
-def test_what_a_prompt_shows(cloned):
-    (ids,) = PromptBuilder(cloned.tokenizer, 3, 2, 4000, "plain").encode([state(5, scene="the scene")])
+@pytest.mark.parametrize("goal_last", [False, True])
+def test_what_a_prompt_shows(cloned, goal_last):
+    builder = PromptBuilder(cloned.tokenizer, 3, 2, 4000, "plain", goal_last)
+    (ids,) = builder.encode([state(5, scene="the scene")])
     lines = cloned.tokenizer.decode(ids).removeprefix("<|user|>").removesuffix("<|act|>").split("\n")
-    assert [line[:10] for line in lines] == [
-        GOAL[:10],
-        "> go way2",
-        "> go way3",
-        "answer 3 v",
-        "> go way4",
-        "answer 4 v",
-        "the scene",
-    ]
+    seen = ["> go way2", "> go way3", "answer 3 v", "> go way4", "answer 4 v", "the scene"]
+    assert [line[:10] for line in lines] == ([*seen, GOAL[:10]] if goal_last else [GOAL[:10], *seen])
 
 
 def test_the_oldest_actions_go_first(cloned):

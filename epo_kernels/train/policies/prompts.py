@@ -50,6 +50,7 @@ class PromptBuilder:
         max_tokens: limit of the prompt. What is too long loses its oldest actions first, then the end of the answer
             and of the scene; never the goal.
         response_format: "think_action" puts the instruction before the goal.
+        goal_last: the goal stands after all else instead of before it.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class PromptBuilder:
         history_results: int,
         max_tokens: int,
         response_format: str,
+        goal_last: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
+        self._goal_last = goal_last
         self._history = history
         self._history_results = history_results
         self._max_tokens = max_tokens
@@ -81,13 +84,16 @@ class PromptBuilder:
     def _render(self, seen: Observation, past: Sequence[Turn], history: int, kept: float = 1.0) -> str:
         """The prompt's text with at most `history` actions and the first `kept` of answer and scene."""
         lines = [self._instruction] if self._instruction else []
-        lines.append(seen.goal)
+        if not self._goal_last:
+            lines.append(seen.goal)
         shown = past[-history:] if history else []
         for age, turn in zip(range(len(shown), 0, -1), shown, strict=True):
             lines.append(f"> {turn.action}")
             if 1 < age <= self._history_results:  # the answer to the latest action is seen.text
                 lines.append(turn.result)
         lines += [text[: int(len(text) * kept)] for text in (seen.text, seen.scene) if text and kept]
+        if self._goal_last:
+            lines.append(seen.goal)
         rendered = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": "\n".join(lines)}], add_generation_prompt=True, tokenize=False
         )
