@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -76,6 +77,10 @@ class Rollout:
         An episode whose environment fails is marked `failed`, with the reason in `finish`.
         """
         self.seconds = dict.fromkeys(self.seconds, 0.0)
+        with self._engine.awake() if isinstance(self._engine, StreamingEngine) else nullcontext():
+            self._play(episodes, report)
+
+    def _play(self, episodes: Sequence[Episode], report: Callable[[int], None]) -> None:
         waiting = deque(episodes)
         seats = [_Seat(slot) for slot in range(min(self._pool.size, len(episodes)))]
         for seat in seats:
@@ -85,8 +90,7 @@ class Rollout:
             report(len(episodes) - len(waiting) - sum(seat.episode is not None for seat in seats))
 
         if isinstance(self._engine, StreamingEngine):
-            with self._engine.awake():
-                self._play_as_stream(self._engine, seats, waiting, progress)
+            self._play_as_stream(self._engine, seats, waiting, progress)
         else:
             self._play_in_cohorts(self._engine, seats, waiting, progress)
 

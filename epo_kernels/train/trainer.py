@@ -250,7 +250,7 @@ class Trainer:
         config = self.config
         require_peft(config.model)
         require_wandb(config.tracking)
-        require_vllm(config, self.ranks.size)
+        require_vllm(config.rollout)
         if config.model.threads:
             torch.set_num_threads(config.model.threads)
         checkpoint = find_checkpoint(config)
@@ -280,9 +280,9 @@ class Trainer:
             self.policy = load_policy(str(checkpoint / "actor"), config.model)
         else:
             self.policy = self._first_policy(dry) if dry else self._shared_policy()
-        engine = self._engine(stack)
-        sampled = None if isinstance(engine, StreamingEngine) else self.policy.model
-        self.rollout = SharedRollout(self._player(stack, engine), self.ranks, sampled)
+        self.engine = self._make_engine(stack)
+        sampled = None if isinstance(self.engine, StreamingEngine) else self.policy.model
+        self.rollout = SharedRollout(self._player(stack), self.ranks, sampled)
         self.collector = Collector(self.tasks, self.rollout, config)
         loss = config.loss
         self.history = ek.EntropyHistory(
@@ -307,7 +307,7 @@ class Trainer:
             self.watch, _ = watched(read_metrics(self.run_dir), config.watch)
             write_atomically(self.run_dir / "config.yaml", to_yaml(config))
 
-    def _engine(self, stack: ExitStack) -> Engine | StreamingEngine:
+    def _make_engine(self, stack: ExitStack) -> Engine | StreamingEngine:
         """What writes the policy's responses."""
         policy, rollout = self.policy, self.config.rollout
         stop = StopRule(policy.tokenizer, policy.end_ids, rollout.response_format)
@@ -319,7 +319,7 @@ class Trainer:
         stack.callback(engine.close)
         return engine
 
-    def _player(self, stack: ExitStack, engine: Engine | StreamingEngine) -> Rollout:
+    def _player(self, stack: ExitStack) -> Rollout:
         """This process's environments, and what plays in them."""
         env, rollout = self.config.env, self.config.rollout
         self.pool = EnvironmentPool(
@@ -333,7 +333,7 @@ class Trainer:
         return Rollout(
             self.pool,
             self.policy,
-            engine,
+            self.engine,
             self._prompts(self.policy),
             max_turns=self.suite.max_turns,
             cohorts=rollout.cohorts,

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from epo_kernels.train.config import ConfigError, TrainConfig
+from epo_kernels.train.config import ConfigError, RolloutConfig, TrainConfig
 from epo_kernels.train.policies.generate import Completion, Request, StopRule
 from epo_kernels.train.policies.lora import merged_weights
 from epo_kernels.train.policies.policy import Policy
@@ -68,7 +70,7 @@ class VllmEngine:
             if self._sleeps:
                 self._engine.wake_up(["weights"])
             # All of them: of a part, those that vLLM keeps fused would be wrong without a word.
-            weights = merged_weights(self._policy.model)
+            weights = ((name, _whole(weight)) for name, weight in merged_weights(self._policy.model))
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if self._sleeps:
                 self._engine.wake_up(["kv_cache"])
@@ -133,6 +135,7 @@ class VllmEngine:
         logging.getLogger("vllm").setLevel(logging.ERROR)  # until it reads its own settings
         if rollout.temperature != 1:
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other has no place for `_divided_by`
+        dist_is_ours = dist.is_initialized()
         _require_same_device(self._device)
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -145,7 +148,7 @@ class VllmEngine:
             architecture.architectures = [type(model).__name__]
             architecture.save_pretrained(folder)
             self._policy.tokenizer.save_pretrained(folder)
-            stack.callback(_forget_processes)
+            stack.callback(_forget_processes, dist_is_ours)
             try:
                 engine = LLMEngine.from_engine_args(
                     EngineArgs(
@@ -161,6 +164,8 @@ class VllmEngine:
                         logprobs_mode="processed_logprobs",
                         logits_processors=[_divided_by(rollout.temperature)] if rollout.temperature != 1 else None,
                         disable_log_stats=True,
+                        # Under torchrun: an engine on each rank, each for itself, within the process group there is.
+                        distributed_executor_backend="external_launcher" if dist_is_ours else None,
                         use_tqdm_on_load=False,
                         **memory,
                     )
@@ -170,21 +175,15 @@ class VllmEngine:
                     f"rollout.engine=vllm: vLLM can't serve this model with these settings ("
                     f"{' '.join(str(error).split())[:400]}); change them, or take rollout.engine=transformers"
                 ) from error
-        stack.callback(engine.engine_core.shutdown)
+        # Its core would take the process group with it, whosesoever that is.
+        stack.callback(engine.model_executor.shutdown if dist_is_ours else engine.engine_core.shutdown)
         return engine
 
 
-def require_vllm(config: TrainConfig, processes: int) -> None:
-    """Raises ConfigError where vLLM is asked for and isn't installed, or where it can't be had."""
-    if config.rollout.engine != "vllm":
-        return
-    if find_spec("vllm") is None:
+def require_vllm(config: RolloutConfig) -> None:
+    """Raises ConfigError where vLLM is asked for and isn't installed."""
+    if config.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError(f"rollout.engine=vllm needs the package vllm; {INSTALL}")
-    if processes > 1:
-        raise ConfigError(
-            f"rollout.engine=vllm runs in one process, and torchrun started {processes}; start one, or take "
-            "rollout.engine=transformers"
-        )
 
 
 def _require_same_device(device: torch.device) -> None:
@@ -197,7 +196,7 @@ def _require_same_device(device: torch.device) -> None:
             f"rollout.engine=vllm: this vLLM is built for {current_platform.device_type or 'no device here'}, and "
             f"model.device is {device.type}; install the other build ({INSTALL}), or change model.device"
         )
-    if device.index:
+    if device.index and not dist.is_initialized():
         raise ConfigError(
             f"rollout.engine=vllm takes the first GPU it sees, and model.device is {device}; set model.device=cuda and "
             f"CUDA_VISIBLE_DEVICES={device.index}"
@@ -216,11 +215,18 @@ def _kept_as_it_is() -> Iterator[None]:
             torch.set_num_threads = set_num_threads
 
 
-def _forget_processes() -> None:
-    """End the process group that vLLM started."""
-    from vllm.distributed import cleanup_dist_env_and_memory
+def _forget_processes(dist_is_ours: bool) -> None:
+    """End the process groups that vLLM made."""
+    from vllm.distributed import cleanup_dist_env_and_memory, destroy_model_parallel
 
-    cleanup_dist_env_and_memory()
+    if dist_is_ours:
+        destroy_model_parallel()
+    else:
+        cleanup_dist_env_and_memory()
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _divided_by(temperature: float) -> type:
