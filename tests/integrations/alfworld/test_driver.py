@@ -20,7 +20,7 @@ def test_a_run_on_authored_games(tmp_path):
     (step,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert step["training/global_step"] == 1
     panels = {record["panel"] for record in json.loads((tmp_path / "run" / "evaluation.json").read_text())}
-    assert panels == {"iid", "ood"}
+    assert panels == {"train", "iid", "ood"}
 
 
 def test_a_dry_run_takes_the_games_of_the_cache(data, tmp_path, monkeypatch, capsys):
