@@ -78,11 +78,28 @@ which), and steps too large for the policy. Some seeds still suffer from the lat
 spread was left out on principle; these few runs don't show that it hurts.
 """
 _SCIENCEWORLD_TUNING = """\
-The settings haven't been tuned: no whole trial of them has been run.
+How the settings were found, every run, all with seed 100; success is that of sampled actions,
+the last figure that of the primary one:
+
+| setting | result |
+| --- | --- |
+| 48 demonstrations, 40 epochs; GRPO, lr 5e-4, 4 minibatches | in training 16 % to 5 % in 9 steps; stopped |
+| the same with GiGPO, gamma 0.9 | in training 16 % to 16 % in 9 steps; stopped |
+| cloning alone: 150 demonstrations in batches of 32, 15 epochs | held-out 2.3 % |
+| the same, 40 epochs | held-out 19.5 % |
+| the same, the goal at the prompt's end | held-out 35.2 % |
+| 48 demonstrations in batches of 16, 40 epochs, the goal at the end | held-out 15.6 % |
+| from the 35.2 %: GRPO, lr 2e-4, 2 minibatches, 12 steps | held-out 38.3 % |
+| from there too: GiGPO, the same, 13 steps | held-out 35.2 % |
+| from there too: GiGPO, lr 3e-4, 4 minibatches | stopped at step 6, not evaluated |
+| 75 demonstrations in batches of 16, 60 epochs; then GiGPO likewise, 25 steps: the preset | +13.3 (+5.5 to +21.1) |
+
+Two things helped: a goal near to the action, from where a model of two layers can copy the name of the box; and
+demonstrations of half the training tasks only, so that RL has tasks that nobody showed.
 """
 EXPERIMENTS = {
     "practice": Experiment("practice", "The practice environment", 2, _PRACTICE_TUNING),
-    "scienceworld": Experiment("evidence_scienceworld", "ScienceWorld", 1, _SCIENCEWORLD_TUNING),
+    "scienceworld": Experiment("evidence_scienceworld", "ScienceWorld", 2, _SCIENCEWORLD_TUNING),
 }
 
 
