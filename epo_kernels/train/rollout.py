@@ -16,6 +16,8 @@ from epo_kernels.train.policies.generate import Completion, Engine, Request, Str
 from epo_kernels.train.policies.policy import Policy
 from epo_kernels.train.policies.prompts import Prompts, parse_action
 
+PATIENCE = 2e-4  # seconds
+
 
 @dataclass
 class _Seat:
@@ -117,9 +119,9 @@ class Rollout:
         asked: dict[int, Request] = {}  # by slot, what the engine is writing an answer to
         for seat in seats:
             _tell_when_answered(seat, answered)
-        while any(seat.episode for seat in seats):
+        while live := sum(seat.episode is not None for seat in seats):
             ready = []
-            for seat in self._next_answered(answered, wait=not asked):
+            for seat in self._next_answered(answered, live - len(asked), wait=not asked):
                 if self._collect(seat, waiting):
                     ready.append(seat)
                 else:
@@ -137,16 +139,20 @@ class Rollout:
                 _tell_when_answered(seats[slot], answered)
             progress()
 
-    def _next_answered(self, answered: "SimpleQueue[_Seat]", wait: bool) -> list[_Seat]:
-        """All seats whose environment has answered; with `wait` at least one."""
+    def _next_answered(self, answered: SimpleQueue[_Seat], acting: int, wait: bool) -> list[_Seat]:
+        """The seats whose environment has answered, of so many that act; with `wait` at least one.
+
+        While answers come in quick succession it takes them in too: the engine's step is dearer than a moment.
+        """
         start = time.perf_counter()
         seats = [answered.get()] if wait else []
-        self.seconds["environment"] += time.perf_counter() - start
-        while True:
+        while len(seats) < acting:
             try:
-                seats.append(answered.get_nowait())
+                seats.append(answered.get(timeout=PATIENCE))
             except Empty:
-                return seats
+                break
+        self.seconds["environment"] += time.perf_counter() - start
+        return seats
 
     def _seat_next(self, seat: _Seat, waiting: deque[Episode]) -> None:
         seat.episode = waiting.popleft() if waiting else None
