@@ -12,8 +12,6 @@ import importlib.util
 import logging
 import os
 import re
-import threading
-from difflib import get_close_matches
 from itertools import zip_longest
 from pathlib import Path
 
@@ -33,22 +31,18 @@ from epo_kernels.train.envs.base import (
     Observation,
     StepResult,
     Task,
+    clean_action,
+    unknown_task_name,
 )
-from epo_kernels.train.envs.demonstrations import cache_folder
+from epo_kernels.train.envs.demonstrations import cache_folder, play
+from epo_kernels.train.envs.idle import IdleEnvironments
 
 DEFAULT_MAX_TURNS = 50  # the paper's
-MAX_ACTION = 200  # characters; the longest command has about 50
 EMBEDDED_FORMAT = 1  # raise it when alfworld_games.py authors other games
 _NOTHING = "Nothing happens."  # the engine's answer to what it doesn't understand
 
 _TASK = re.compile(r"\s*Your task is to: (.+?)\.?\s*$", re.DOTALL)
 _SEEN = re.compile(r"Looking quickly around you, you see (.+?)\.", re.DOTALL)
-
-
-def clean_action(action: str | None) -> str:
-    """Any model's output as one line of at most MAX_ACTION characters, in the engine's lower case."""
-    printable = (action or "").encode("utf-8", "ignore").decode()
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", printable).strip()[:MAX_ACTION].lower()
 
 
 class ALFWorldEnvironment:
@@ -103,7 +97,7 @@ class ALFWorldEnvironment:
         """
         if self._done:
             raise RuntimeError("the episode is over (or never began): reset the environment first")
-        shown = self._worker.call("step", self._config.step_timeout, action=clean_action(action))
+        shown = self._worker.call("step", self._config.step_timeout, action=clean_action(action).lower())
         answer = " ".join(shown["feedback"].split())
         if taken := re.match(r"You pick up the (.+?) from the ", answer):
             self._carried = taken[1]
@@ -146,14 +140,8 @@ def _file(files: dict[Task, Path], task: Task) -> Path:
         count = sum(known.name == task.name for known in files)
         if count:
             raise ValueError(f"{task.name} has variations 0 to {count - 1}, not {task.variation}")
-        raise ValueError(unknown_task_name(task.name))
+        raise ValueError(unknown_task_name("ALFWorld", task.name, TASK_NAMES))
     return path
-
-
-def unknown_task_name(name: str) -> str:
-    close = get_close_matches(name, TASK_NAMES, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"ALFWorld has no task type {name!r}; it has: {', '.join(TASK_NAMES)}{hint}"
 
 
 def find_games(data: Path) -> dict[str, dict[str, list[Path]]]:
@@ -194,7 +182,7 @@ def _check(config: EnvConfig) -> None:
         raise ImportError("env.name=alfworld needs the package alfworld: pip install 'epo-kernels[alfworld]'")
     for name in [*config.task_names, *config.ood_task_names]:
         if name not in TASK_NAMES:
-            raise ValueError(f"env.task_names, env.ood_task_names: {unknown_task_name(name)}")
+            raise ValueError(f"env.task_names, env.ood_task_names: {unknown_task_name('ALFWorld', name, TASK_NAMES)}")
 
 
 class ALFWorldSuite:
@@ -229,8 +217,7 @@ class ALFWorldSuite:
                 self._columns[split, name] = tasks
                 self._files.update(zip(tasks, found[split][name], strict=True))
                 variation += len(tasks)
-        self._idle: list[ALFWorldEnvironment] = []
-        self._lock = threading.Lock()
+        self._idle = IdleEnvironments(self.make)
 
     def tasks(self, split: str) -> list[Task]:
         """Raises ValueError for an unknown split, or where the data hold no game of it."""
@@ -252,16 +239,8 @@ class ALFWorldSuite:
             ValueError: no such task, or neither wins within the turns.
             EnvironmentFailure: the engine died or hung.
         """
-        with self._lock:
-            environment = self._idle.pop() if self._idle else None
-        environment = environment or self.make()
-        try:
+        with self._idle.borrow() as environment:
             demonstration = self._demonstrate(environment, task)
-        except EnvironmentFailure:
-            environment.close()
-            raise
-        with self._lock:
-            self._idle.append(environment)
         if demonstration is None:
             raise ValueError(
                 f"neither expert nor planner completes {task.name}, variation {task.variation}, within "
@@ -273,29 +252,14 @@ class ALFWorldSuite:
         for source in ("expert", "plan"):
             actions = environment.actions(source, task)
             if 0 < len(actions) <= self.max_turns:
-                demonstration = _play(environment, task, actions)
+                demonstration, _ = play(environment, task, actions)
                 if demonstration.score == 100:
                     return demonstration
         return None
 
     def close(self) -> None:
         """End the engines kept for demonstrations. The suite stays usable."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for environment in idle:
-            environment.close()
-
-
-def _play(environment: ALFWorldEnvironment, task: Task, actions: list[str]) -> Demonstration:
-    observations = [environment.reset(task)]
-    score = 0.0
-    for number, action in enumerate(actions, 1):
-        result = environment.step(action)
-        score = result.score
-        if result.done:
-            return Demonstration(task, observations, actions[:number], score)
-        observations.append(result.observation)
-    return Demonstration(task, observations[:-1], actions, score)
+        self._idle.close()
 
 
 def _embedded(config: EnvConfig) -> Path:

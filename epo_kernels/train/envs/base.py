@@ -5,10 +5,14 @@ plays demonstrations. An `Environment` plays one episode at a time and belongs t
 rollout, not the environment, ends an episode after `Suite.max_turns` actions.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Protocol
 
 SPLITS = ("train", "iid", "ood")
+MAX_ACTION = 200  # characters; the longest gold action has about 90 (ScienceWorld)
 
 
 class EnvironmentFailure(RuntimeError):
@@ -118,3 +122,16 @@ class EnvConfig:
     jvm_memory: str = "256m"  # scienceworld: heap limit of each JVM (-Xmx)
     cache_dir: str | None = None  # demonstrations and authored games; None: $XDG_CACHE_HOME/epo_kernels
     practice: PracticeConfig = field(default_factory=PracticeConfig)
+
+
+def clean_action(action: str | None) -> str:
+    """Any model's output as one printable line of at most MAX_ACTION characters, harmless to send to an engine."""
+    printable = (action or "").encode("utf-8", "ignore").decode()
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", printable).strip()[:MAX_ACTION]
+
+
+def unknown_task_name(suite: str, name: str, known: Sequence[str]) -> str:
+    """The complaint about a task type that a suite doesn't have."""
+    close = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{suite} has no task type {name!r}; it has: {', '.join(known)}{hint}"

@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from epo_kernels.train.envs.base import Demonstration, Observation, Task
+from epo_kernels.train.envs.base import Demonstration, Environment, Observation, Task
 
 
 def cache_folder(configured: str | None) -> Path:
@@ -24,6 +24,20 @@ def borrow_cache(configured: str | None, folder: str) -> str:
         unfinished = shutil.ignore_patterns(".unfinished-*", "*.tmp")  # of other processes, about to go
         shutil.copytree(cache, folder, copy_function=os.symlink, ignore=unfinished, dirs_exist_ok=True)
     return folder
+
+
+def play(environment: Environment, task: Task, actions: list[str]) -> tuple[Demonstration, list[str]]:
+    """Play `actions` until the episode ends; the second value holds the environment's answers to those played."""
+    observations = [environment.reset(task)]
+    score = 0.0
+    for action in actions:
+        result = environment.step(action)
+        observations.append(result.observation)
+        score = result.score
+        if result.done:
+            break
+    played = actions[: len(observations) - 1]
+    return Demonstration(task, observations[:-1], played, score), [seen.text for seen in observations[1:]]
 
 
 def write_demonstration(path: Path, demonstration: Demonstration) -> None:

@@ -9,22 +9,21 @@ So a return lies in 0..1 and no partial score outweighs a completion. The best s
 """
 
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Callable
 from itertools import zip_longest
 
 from epo_kernels.train.envs.base import (
     SPLITS,
     Demonstration,
     EnvConfig,
-    EnvironmentFailure,
     Observation,
     StepResult,
     Task,
+    clean_action,
+    unknown_task_name,
 )
-from epo_kernels.train.envs.demonstrations import cache_folder, read_demonstration, write_demonstration
+from epo_kernels.train.envs.demonstrations import cache_folder, play, read_demonstration, write_demonstration
+from epo_kernels.train.envs.idle import IdleEnvironments
 from epo_kernels.train.envs.scienceworld_text import (
     LOOKED,
     clean_answer,
@@ -54,14 +53,7 @@ SIMPLIFICATIONS = (
 )
 DEFAULT_TASK_NAMES = ("find-non-living-thing",)
 DEFAULT_MAX_TURNS = 30  # the paper's
-MAX_ACTION = 200  # characters; the longest gold action has about 90
 DEMONSTRATION_FORMAT = 1  # raise it when observations change: cached demonstrations show them as they were
-
-
-def clean_action(action: str | None) -> str:
-    """Any model's output as one printable line of at most MAX_ACTION characters, harmless to send to the JVM."""
-    printable = (action or "").encode("utf-8", "ignore").decode()
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", printable).strip()[:MAX_ACTION]
 
 
 class ScienceWorldEnvironment:
@@ -97,7 +89,7 @@ class ScienceWorldEnvironment:
             EnvironmentFailure: the JVM died or hung.
         """
         if task.name not in TASK_NAMES:
-            raise ValueError(unknown_task_name(task.name))
+            raise ValueError(unknown_task_name("ScienceWorld", task.name, TASK_NAMES))
         count = self._simulator.call("getTaskMaxVariations", task.name)
         if not 0 <= task.variation < count:
             raise ValueError(f"{task.name} has variations 0 to {count - 1}, not {task.variation}")
@@ -169,21 +161,6 @@ _CLEANINGS: tuple[Callable[[str, str], bool], ...] = (
 )
 
 
-def _play(environment: ScienceWorldEnvironment, task: Task, actions: list[str]) -> tuple[Demonstration, list[str]]:
-    """Play `actions` until the episode ends; the second value holds the answers."""
-    observations = [environment.reset(task)]
-    score = 0.0
-    for action in actions:
-        result = environment.step(action)
-        observations.append(result.observation)
-        score = result.score
-        if result.done:
-            break
-    played = actions[: len(observations) - 1]
-    answers = [seen.text for seen in observations[1:]]
-    return Demonstration(task, observations[:-1], played, score), answers
-
-
 def _demonstrate(environment: ScienceWorldEnvironment, task: Task) -> Demonstration:
     """Play a gold path for real, without its idle moves where it still scores 100.
 
@@ -191,11 +168,11 @@ def _demonstrate(environment: ScienceWorldEnvironment, task: Task) -> Demonstrat
         ValueError: no gold path scores 100 within the limit of ticks.
     """
     environment.reset(task)  # refuses a variation that doesn't exist
-    gold, answers = _play(environment, task, environment.gold_actions(task))
+    gold, answers = play(environment, task, environment.gold_actions(task))
     if gold.score == 100:
         for is_idle in _CLEANINGS:
             kept = [a for a, answer in zip(gold.actions, answers, strict=True) if not is_idle(a, answer)]
-            demonstration, _ = _play(environment, task, kept)
+            demonstration, _ = play(environment, task, kept)
             if demonstration.score == 100:
                 return demonstration
         return gold
@@ -205,16 +182,12 @@ def _demonstrate(environment: ScienceWorldEnvironment, task: Task) -> Demonstrat
     )
 
 
-def unknown_task_name(name: str) -> str:
-    close = get_close_matches(name, TASK_NAMES, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"ScienceWorld has no task type {name!r}; it has: {', '.join(TASK_NAMES)}{hint}"
-
-
 def _check(config: EnvConfig) -> None:
     for name in [*config.task_names, *config.ood_task_names]:
         if name not in TASK_NAMES:
-            raise ValueError(f"env.task_names, env.ood_task_names: {unknown_task_name(name)}")
+            raise ValueError(
+                f"env.task_names, env.ood_task_names: {unknown_task_name('ScienceWorld', name, TASK_NAMES)}"
+            )
     if both := set(config.task_names or DEFAULT_TASK_NAMES) & set(config.ood_task_names):
         raise ValueError(f"env.ood_task_names must be held out of env.task_names; both name {sorted(both)}")
     used = [part for part in config.simplification.split(",") if part]
@@ -252,15 +225,14 @@ class ScienceWorldSuite:
         folder = cache_folder(config.cache_dir) / f"scienceworld-{VERSION}"
         self._folder = folder / f"format-{DEMONSTRATION_FORMAT}" / simplification
         self._variations: dict[str, tuple[list[int], list[int]]] = {}
-        self._idle: list[ScienceWorldEnvironment] = []
-        self._lock = threading.Lock()
+        self._idle = IdleEnvironments(self.make)
 
     def tasks(self, split: str) -> list[Task]:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
         names = list(self._config.ood_task_names) if split == "ood" else self._names
         if missing := [name for name in names if name not in self._variations]:
-            with self._borrowed() as environment:
+            with self._idle.borrow() as environment:
                 self._variations.update({name: environment.variations(name) for name in missing})
         which = 0 if split == "train" else 1
         columns = [[Task(name, variation) for variation in self._variations[name][which]] for name in names]
@@ -281,33 +253,11 @@ class ScienceWorldSuite:
         path = self._folder / task.name / f"{task.variation}.json"
         demonstration = read_demonstration(path)
         if demonstration is None:
-            with self._borrowed() as environment:
+            with self._idle.borrow() as environment:
                 demonstration = _demonstrate(environment, task)
             write_demonstration(path, demonstration)
         return demonstration
 
     def close(self) -> None:
         """End the JVMs kept for demonstrations. The suite stays usable."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for environment in idle:
-            environment.close()
-
-    @contextmanager
-    def _borrowed(self) -> Iterator[ScienceWorldEnvironment]:
-        with self._lock:
-            environment = self._idle.pop() if self._idle else None
-        environment = environment or self.make()
-        try:
-            yield environment
-        except EnvironmentFailure:
-            environment.close()
-            raise
-        except BaseException:
-            self._give_back(environment)
-            raise
-        self._give_back(environment)
-
-    def _give_back(self, environment: ScienceWorldEnvironment) -> None:
-        with self._lock:
-            self._idle.append(environment)
+        self._idle.close()

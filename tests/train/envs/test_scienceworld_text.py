@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("scienceworld", reason="the scienceworld extra isn't installed")
 
-from epo_kernels.train.envs.scienceworld import clean_action
+from epo_kernels.train.envs.base import clean_action
 from epo_kernels.train.envs.scienceworld_text import (
     MAX_ANSWER,
     clean_answer,

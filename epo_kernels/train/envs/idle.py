@@ -1,0 +1,46 @@
+"""Environments that a suite keeps between uses, since starting one costs seconds."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from epo_kernels.train.envs.base import Environment, EnvironmentFailure
+
+E = TypeVar("E", bound=Environment)
+
+
+class IdleEnvironments(Generic[E]):
+    """Lends environments, each to one thread at a time, and makes another where none is idle."""
+
+    def __init__(self, make: Callable[[], E]) -> None:
+        self._make = make
+        self._idle: list[E] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def borrow(self) -> Iterator[E]:
+        """One for the caller alone. Whatever is raised inside, it comes back, but where the environment failed."""
+        with self._lock:
+            environment = self._idle.pop() if self._idle else None
+        environment = environment or self._make()
+        try:
+            yield environment
+        except EnvironmentFailure:
+            environment.close()
+            raise
+        except BaseException:
+            self._give_back(environment)
+            raise
+        self._give_back(environment)
+
+    def close(self) -> None:
+        """End those that are idle. It goes on lending."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for environment in idle:
+            environment.close()
+
+    def _give_back(self, environment: E) -> None:
+        with self._lock:
+            self._idle.append(environment)
