@@ -7,6 +7,7 @@ import errno
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from epo_kernels.train.config import (
@@ -128,16 +129,25 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
         display.say(f"report: {trainer.run_dir / 'report.html'}")
         return 0
     except Stopped as stopped:
-        display.say(f"{stopped}; the same command goes on from the last checkpoint")
+        display.say(f"{stopped}; {_remains(config)}")
         return 0 if stopped.signal == signal.SIGTERM else 130
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return _fail(f"{error}; the last checkpoint is whole: make room, then give the same command again", 1)
+            return _fail(f"{error}; make room first: {_remains(config)}", 1)
         return _fail(error, 1)
     except (EnvironmentFailure, PromptTooLong, RuntimeError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
-        return _fail("interrupted at once; the same command goes on from the last checkpoint", 130)
+        return _fail(f"interrupted at once; {_remains(config)}", 130)
+
+
+def _remains(config: TrainConfig) -> str:
+    """What is left of a run that ended early."""
+    from epo_kernels.train.checkpoint import list_checkpoints
+
+    if list_checkpoints(Path(config.run_dir) / "checkpoints"):
+        return "the same command goes on from the last checkpoint, which is whole"
+    return "there is no checkpoint yet: the same command begins anew"
 
 
 def _fail(reason: object, code: int) -> int:

@@ -374,7 +374,8 @@ class Trainer:
         count = min(warm_start.demonstrations, 1) if dry else warm_start.demonstrations
         if count:
             self.display.say(f"demonstrations: {count} gold episodes of {self.suite.name}")
-        demonstrations = demonstrate(self.suite, count) if count else []
+        with self._bar("demonstrations", count) as bar:
+            demonstrations = demonstrate(self.suite, count, bar) if count else []
         is_tiny = model.name_or_path == "tiny"
         policy = build_tiny(demonstrations, model, seed) if is_tiny else load_policy(model.name_or_path, model)
         if demonstrations and not dry:

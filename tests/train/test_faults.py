@@ -91,6 +91,15 @@ def test_sigterm_saves_and_ends_with_0(whole_run, tmp_path, place):
     assert_equal_runs(run_dir, whole_run)
 
 
+def test_sigterm_before_the_first_checkpoint_ends_the_demonstrations_and_says_that_nothing_is_kept(tmp_path):
+    log = tmp_path / "log"
+    arguments = command(f"run_dir={tmp_path / 'run'}", *WHOLE, "model.warm_start.demonstrations=512")
+    fault = (signal.SIGTERM, TRAIN + "envs.practice:PracticeSuite.demonstrate", 5)
+    assert faults.end_of(faults.start(arguments, fault, log)) == 0, log.read_text()
+    assert "stopped by SIGTERM; there is no checkpoint yet: the same command begins anew" in log.read_text()
+    assert "cloned" not in log.read_text()
+
+
 def test_ctrl_c_saves_too_and_a_second_signal_ends_at_once(tmp_path):
     log = tmp_path / "log"
     arguments = command(f"run_dir={tmp_path / 'run'}", *WHOLE, "checkpoint.every=0")

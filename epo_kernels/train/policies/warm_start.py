@@ -14,19 +14,25 @@ from epo_kernels.train.policies.policy import Policy, response_logits
 from epo_kernels.train.policies.prompts import Prompts
 
 
-def demonstrate(suite: Suite, count: int) -> list[Demonstration]:
+def demonstrate(suite: Suite, count: int, report: Callable[[int], None] = lambda done: None) -> list[Demonstration]:
     """Gold episodes of the first `count` training tasks (of all, where there are fewer).
+
+    `report` gets the number of those played; what it raises ends the playing.
 
     Raises:
         ConfigError: a task that the environment cannot demonstrate.
     """
-    tasks = suite.tasks("train")[:count]
+    threads = ThreadPoolExecutor(2)
+    demonstrations: list[Demonstration] = []
     try:
-        with ThreadPoolExecutor(2) as threads:
-            demonstrations = list(threads.map(suite.demonstrate, tasks))
+        for demonstration in threads.map(suite.demonstrate, suite.tasks("train")[:count]):
+            demonstrations.append(demonstration)
+            report(len(demonstrations))
     except ValueError as error:
         raise ConfigError(f"model.warm_start.demonstrations: {error}") from error
-    suite.close()  # the simulators that played are not needed any more
+    finally:
+        threads.shutdown(cancel_futures=True)
+        suite.close()  # the simulators that played are not needed any more
     return demonstrations
 
 

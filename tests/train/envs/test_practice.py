@@ -80,6 +80,23 @@ def test_the_expert_always_wins(split):
         assert set(demonstration.actions) <= set(ACTIONS)
 
 
+def test_the_novice_knows_the_day_and_guesses_by_night():
+    suite, night = make(length=8, spare_turns=3, demonstrator="novice"), []
+    demonstrations = [suite.demonstrate(task) for task in suite.tasks("train")]
+    for demonstration in demonstrations:
+        walk, passed = rooms(demonstration.task, suite._config), 0
+        for action in demonstration.actions:
+            room, is_right = walk[passed], action == f"go {walk[passed].way}"
+            if room.night:
+                night.append(is_right)
+            else:
+                assert is_right
+            passed += is_right
+    assert sum(night) / len(night) == pytest.approx(1 / 3, abs=0.03)
+    assert 0.3 < sum(one.score == 100 for one in demonstrations) / len(demonstrations) < 0.5
+    assert suite.demonstrate(demonstrations[0].task) == demonstrations[0]
+
+
 def test_no_short_cut_ever_wins():
     suite = make()
     environment = suite.make()
@@ -167,6 +184,7 @@ def test_difficulty_is_set_by_the_configuration():
         (EnvConfig(name="practice", practice=PracticeConfig(length=0)), "length"),
         (EnvConfig(name="practice", practice=PracticeConfig(signs=13)), "1 to 12, not 13"),
         (EnvConfig(name="practice", practice=PracticeConfig(temptation=1.5)), "temptation"),
+        (EnvConfig(name="practice", practice=PracticeConfig(demonstrator="nobody")), "expert, novice, not 'nobody'"),
         (EnvConfig(name="practice", max_turns=0), "max_turns must be at least 1, not 0"),
         (EnvConfig(name="practice", step_timeout=0), "above 0, not 0 and 120"),
         (EnvConfig(name="parctice"), "'scienceworld', 'alfworld' or 'practice', not 'parctice'"),
