@@ -60,7 +60,9 @@ def test_what_is_fixed_beforehand(name, tmp_path, monkeypatch):
     assert config.loss.penalty != "none"
     assert evidence.config_of(name, evidence.NO_ENTROPY, 0).loss.entropy_coeff == 0
     preset = load_config(experiment.preset, [])
-    assert (preset.steps, preset.optim, preset.algorithm) == (config.steps, config.optim, config.algorithm)
+    is_earlier = experiment.overrides != evidence.PRIMARY  # a series made before the preset became what it is
+    same = (preset.steps, preset.optim, preset.algorithm) == (config.steps, config.optim, config.algorithm)
+    assert same != is_earlier
 
 
 def test_more_cloning_gets_what_rl_spent(tmp_path, monkeypatch):
@@ -93,7 +95,8 @@ def test_page_shows_every_arm_and_seed():
     assert "commit abc1234" in text
 
 
-def test_page_names_what_is_missing():
+def test_page_names_what_is_missing(monkeypatch):
+    monkeypatch.setitem(evidence.EXPERIMENTS, "practice", replace(evidence.EXPERIMENTS["practice"], seeds=(0, 1, 2)))
     text = evidence_page.page({"practice": [o for o in outcomes() if (o.arm, o.seed) != (evidence.CLONING, 1)]})
     assert "still to run are RL with EPO, seed 2; more cloning, seed 1; more cloning, seed 2; RL without" in text
     assert "| RL with EPO against more cloning | +0.0 (+0.0 to +0.0) |" in text  # of seed 0, which both have
