@@ -1,6 +1,7 @@
 """What the driver costs beside the engine: `python -m bench.rollout [transformers | vllm]`.
 
-A rollout of the preset practice, whose environment is as good as free, and then the same prompts with the same seeds
+A rollout of the preset practice, whose environment is as good as free, with a model as small as they come and one of
+26M parameters, which is still less than anyone samples with in earnest; and then the same prompts with the same seeds
 straight into the bare engine: transformers in the driver's batches; vLLM with each episode's next prompt as soon as its
 last response is there, and then once more with all prompts at once, as no agent can have them. In turns, so that all
 see the same machine. Ratios are medians of the rounds', by the clock and by the processor's time, which others' load
@@ -29,7 +30,10 @@ from epo_kernels.train.tracking import Display, write_atomically
 from epo_kernels.train.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "rollout"
-ROUNDS = 7
+MODELS = {  # rounds, and settings over the preset's
+    "tiny": (7, ()),
+    "small": (5, ("model.warm_start.epochs=1", "rollout.environments=32")),
+}
 GOAL = 0.85  # of the bare engine's tokens a second
 
 
@@ -47,10 +51,11 @@ class Round:
     at_once: Lap | None  # all prompts queued; None: of an engine that takes batches
 
 
-def measure(engine: str, rounds: int = ROUNDS, overrides: Sequence[str] = ()) -> list[Round]:
+def measure(engine: str, model: str, rounds: int, overrides: Sequence[str] = ()) -> list[Round]:
     """One round before them isn't counted."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = [f"run_dir={folder}/run", f"rollout.engine={engine}", "evaluate.panels=[]", *overrides]
+        settings = [f"run_dir={folder}/run", f"rollout.engine={engine}", "evaluate.panels=[]"]
+        settings += [f"model.name_or_path={model}", *overrides]
         with Trainer(load_config("practice", settings), Display()) as trainer:
             return [_round(trainer, number) for number in range(rounds + 1)][1:]
 
@@ -124,6 +129,22 @@ def _tokens(completions: Sequence[Completion]) -> int:
     return sum(len(completion.token_ids) for completion in completions)
 
 
+def ratios_of(rounds: Sequence[Round]) -> dict[str, float]:
+    """The driver's tokens a second over the bare engine's."""
+    ratios = {
+        "ratio": _ratio(rounds, lambda found: found.bare, lambda lap: lap.seconds),
+        "ratio_of_processor_time": _ratio(rounds, lambda found: found.bare, lambda lap: lap.processor_seconds),
+    }
+    if rounds[0].at_once:
+        ratios |= {
+            "at_once_ratio": _ratio(rounds, lambda found: found.at_once, lambda lap: lap.seconds),
+            "at_once_ratio_of_processor_time": _ratio(
+                rounds, lambda found: found.at_once, lambda lap: lap.processor_seconds
+            ),
+        }
+    return ratios
+
+
 def _ratio(rounds: Sequence[Round], engine: Callable[[Round], Lap | None], seconds: Callable[[Lap], float]) -> float:
     """Median of the driver's tokens a second over the engine's."""
     found = []
@@ -138,32 +159,23 @@ def main(words: Sequence[str]) -> int:
     engine = words[0] if words else "transformers"
     keep_freed_memory()
     torch.set_num_threads(1)
-    rounds = measure(engine)
-    ratios = {
-        "ratio": _ratio(rounds, lambda found: found.bare, lambda lap: lap.seconds),
-        "ratio_of_processor_time": _ratio(rounds, lambda found: found.bare, lambda lap: lap.processor_seconds),
-    }
-    if rounds[0].at_once:
-        ratios |= {
-            "at_once_ratio": _ratio(rounds, lambda found: found.at_once, lambda lap: lap.seconds),
-            "at_once_ratio_of_processor_time": _ratio(
-                rounds, lambda found: found.at_once, lambda lap: lap.processor_seconds
-            ),
-        }
+    models = {}
+    for model, (count, overrides) in MODELS.items():
+        rounds = measure(engine, model, count, overrides)
+        models[model] = ratios_of(rounds) | {"rounds": [asdict(found) for found in rounds]}
+        speed = statistics.median(found.driver.tokens / found.driver.seconds for found in rounds)
+        print(f"{engine}, {model}: the driver writes {speed:,.0f} tokens/s; of the bare engine's (goal {GOAL}):")
+        for name, ratio in ratios_of(rounds).items():
+            print(f"  {name:<34}{ratio:.2f}")
     result = {
         **asdict(records.this_machine(torch.device("cpu"), {})),
         "engine": engine,
         "commit": records.commit(),
         "measured": records.now(),
-        **ratios,
-        "rounds": [asdict(found) for found in rounds],
+        "models": models,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomically(RESULTS / f"{engine}.json", json.dumps(result, indent=1) + "\n")
-    speed = statistics.median(found.driver.tokens / found.driver.seconds for found in rounds)
-    print(f"{engine}: the driver writes {speed:,.0f} tokens/s; of the bare engine's on the same prompts (goal {GOAL}):")
-    for name, ratio in ratios.items():
-        print(f"  {name:<34}{ratio:.2f}")
     return 0
 
 

@@ -27,7 +27,7 @@ from epo_kernels.train.checkpoint import (
     set_rng_state,
 )
 from epo_kernels.train.collect import Collector
-from epo_kernels.train.config import ConfigError, TrainConfig, to_yaml
+from epo_kernels.train.config import FROM_SCRATCH, ConfigError, TrainConfig, to_yaml
 from epo_kernels.train.critic import Critic
 from epo_kernels.train.data import Draw, samples_of
 from epo_kernels.train.distributed import Ranks, SharedRollout, full_tensors
@@ -39,7 +39,7 @@ from epo_kernels.train.learner import Learner
 from epo_kernels.train.policies.dialogue import DialogueBuilder
 from epo_kernels.train.policies.generate import Engine, StopRule, StreamingEngine, TransformersEngine
 from epo_kernels.train.policies.lora import add_adapters, require_peft
-from epo_kernels.train.policies.policy import Policy, build_tiny, load_policy, precision
+from epo_kernels.train.policies.policy import Policy, build_from_scratch, load_policy, precision
 from epo_kernels.train.policies.prompts import PromptBuilder, Prompts
 from epo_kernels.train.policies.vllm_engine import VllmEngine, require_vllm
 from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
@@ -376,8 +376,8 @@ class Trainer:
             self.display.say(f"demonstrations: {count} gold episodes of {self.suite.name}")
         with self._bar("demonstrations", count) as bar:
             demonstrations = demonstrate(self.suite, count, bar) if count else []
-        is_tiny = model.name_or_path == "tiny"
-        policy = build_tiny(demonstrations, model, seed) if is_tiny else load_policy(model.name_or_path, model)
+        anew = model.name_or_path in FROM_SCRATCH
+        policy = build_from_scratch(demonstrations, model, seed) if anew else load_policy(model.name_or_path, model)
         if demonstrations and not dry:
             samples = cloning_samples(
                 demonstrations,
@@ -392,7 +392,7 @@ class Trainer:
                 f"cloned {len(samples)} turns for {warm_start.epochs} epochs: loss {losses[0]:.3f} to {losses[-1]:.3f}"
             )
         if model.lora_rank:
-            if (is_tiny or demonstrations) and not dry:  # checkpoints hold adapters alone: keep what they belong to
+            if (anew or demonstrations) and not dry:  # checkpoints hold adapters alone: keep what they belong to
                 base = (self.run_dir / "base").resolve()
                 policy.save(base)
                 policy = load_policy(str(base), model)

@@ -11,7 +11,7 @@ from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import TrainConfig, load_config
 from epo_kernels.train.envs import Suite, make_suite
 from epo_kernels.train.policies.generate import StopRule, TransformersEngine
-from epo_kernels.train.policies.policy import Policy, build_tiny
+from epo_kernels.train.policies.policy import Policy, build_from_scratch
 from epo_kernels.train.policies.prompts import PromptBuilder
 from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
 
@@ -82,7 +82,7 @@ def policy(cloned: Policy) -> Policy:
 @pytest.fixture(scope="session")
 def cloned(config: TrainConfig, suite: Suite) -> Policy:
     demonstrations = demonstrate(suite, 4)
-    policy = build_tiny(demonstrations, config.model, seed=0)
+    policy = build_from_scratch(demonstrations, config.model, seed=0)
     longer = replace(config.model.warm_start, epochs=40, batch_size=8)
     clone(policy, cloning_samples(demonstrations, policy, prompts_of(policy), 6), longer, 0, int)
     return policy

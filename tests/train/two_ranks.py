@@ -13,7 +13,7 @@ from epo_kernels.train.config import ModelConfig
 from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.distributed import Ranks, SharedRollout, launched
 from epo_kernels.train.envs import EnvironmentFailure, Task
-from epo_kernels.train.policies.policy import build_tiny
+from epo_kernels.train.policies.policy import build_from_scratch
 from epo_kernels.train.stopping import Stopped, StopRequest
 
 
@@ -57,7 +57,7 @@ def asked_to_stop(ranks: Ranks) -> str:
 
 
 def sharded(ranks: Ranks) -> dict[str, object]:
-    model = build_tiny([], ModelConfig(), seed=0).model
+    model = build_from_scratch([], ModelConfig(), seed=0).model
     plain = copy.deepcopy(model)
     ranks.shard(model.get_decoder())
     split = [p for p in model.parameters() if isinstance(p, DTensor)]

@@ -1,4 +1,4 @@
-"""The policy: a causal LM with its tokenizer, loaded from a folder or the hub, or built from scratch ("tiny")."""
+"""The policy: a causal LM with its tokenizer, loaded from a folder or the hub, or built from scratch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,14 +18,14 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from epo_kernels.train.config import ConfigError, ModelConfig
+from epo_kernels.train.config import FROM_SCRATCH, ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
 from epo_kernels.train.envs import Demonstration
 from epo_kernels.train.policies.lora import require_peft, train_adapters_alone
 
 USER, ACT = "<|user|>", "<|act|>"
-TINY_VOCABULARY = 1000
-TINY_CHAT_TEMPLATE = (
+VOCABULARY = 1000
+CHAT_TEMPLATE = (
     f"{{% for message in messages %}}"
     f"{{% if message['role'] == 'assistant' %}}{ACT}{{{{ message['content'] + eos_token }}}}"
     f"{{% else %}}{USER}{{{{ message['content'] }}}}{{% endif %}}{{% endfor %}}"
@@ -91,17 +91,14 @@ def load_policy(source: str, config: ModelConfig) -> Policy:
     return Policy(_placed(model, device), tokenizer)
 
 
-def build_tiny(demonstrations: Sequence[Demonstration], config: ModelConfig, seed: int) -> Policy:
-    """Qwen2 of about 0.5M parameters with a tokenizer trained on the demonstrations' text. Knows nothing yet."""
+def build_from_scratch(demonstrations: Sequence[Demonstration], config: ModelConfig, seed: int) -> Policy:
+    """A Qwen2 of `FROM_SCRATCH` with a tokenizer trained on the demonstrations' text. Knows nothing yet."""
     tokenizer = _train_tokenizer(demonstrations)
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=4,  # head_dim 32, the least that vLLM serves on the CPU
+            **FROM_SCRATCH[config.name_or_path],
             num_key_value_heads=2,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
@@ -141,9 +138,9 @@ def _train_tokenizer(demonstrations: Sequence[Demonstration]) -> PreTrainedToken
         for text in (seen.goal, seen.text, seen.scene, f"> {action}", action)
     )
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        texts, TINY_VOCABULARY, new_special_tokens=[USER, ACT], show_progress=False
+        texts, VOCABULARY, new_special_tokens=[USER, ACT], show_progress=False
     )
-    tokenizer.chat_template = TINY_CHAT_TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 

@@ -12,7 +12,7 @@ from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import ConfigError, ModelConfig, load_config
 from epo_kernels.train.learner import Learner
 from epo_kernels.train.policies.lora import add_adapters, without_adapters
-from epo_kernels.train.policies.policy import build_tiny, load_policy
+from epo_kernels.train.policies.policy import build_from_scratch, load_policy
 from tests.train.conftest import SMALL, lines_of
 
 SETTINGS = ["steps=3", "checkpoint.keep=9", "model.lora_rank=4", "optim.lr=3e-3", "evaluate.panels=[]"]
@@ -67,7 +67,7 @@ def test_a_run_goes_on_to_the_last_bit(run, tmp_path):
 
 
 def test_adapters_start_as_nothing_and_alone_are_trained():
-    policy = build_tiny([], ModelConfig(), seed=0)
+    policy = build_from_scratch([], ModelConfig(), seed=0)
     plain = copy.deepcopy(policy.model)
     add_adapters(policy.model, ModelConfig(lora_rank=2, lora_targets="q_proj, v_proj"))
     ids = torch.arange(8)[None]
@@ -79,7 +79,7 @@ def test_adapters_start_as_nothing_and_alone_are_trained():
 
 
 def test_targets_that_are_not_there():
-    policy = build_tiny([], ModelConfig(), seed=0)
+    policy = build_from_scratch([], ModelConfig(), seed=0)
     with pytest.raises(ConfigError, match=r"model\.lora_targets=nowhere"):
         add_adapters(policy.model, ModelConfig(lora_rank=2, lora_targets="nowhere"))
 

@@ -8,7 +8,7 @@ from epo_kernels.train.data import Sample
 from epo_kernels.train.envs import make_suite
 from epo_kernels.train.learner import Learner
 from epo_kernels.train.policies.generate import Request, StopRule
-from epo_kernels.train.policies.policy import build_tiny
+from epo_kernels.train.policies.policy import build_from_scratch
 from epo_kernels.train.policies.vllm_engine import VllmEngine
 from epo_kernels.train.policies.warm_start import demonstrate
 from tests.train.conftest import SMALL
@@ -20,7 +20,7 @@ def config_of(*settings):
 
 def policy_of(config):
     """As its tokenizer was made, nothing learnt."""
-    return build_tiny(demonstrate(make_suite(config.env), 4), config.model, seed=0)
+    return build_from_scratch(demonstrate(make_suite(config.env), 4), config.model, seed=0)
 
 
 def engine_of(policy, config):
