@@ -16,10 +16,12 @@ import math
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -213,16 +215,38 @@ def run_one(name: str, arm: str, seed: int) -> None:
     config = config_of(name, arm, seed)
     disable_progress_bar()
     keep_freed_memory()
-    start = built = cpu_seconds()
     display = Display()
+    with (
+        account(place) as built,
+        StopRequest() as stop,
+        display,
+        Trainer(config, display, stop=stop) as trainer,
+    ):
+        built()
+        display.table(trainer.run())
+
+
+@contextmanager
+def account(place: Path) -> Iterator[Callable[[], None]]:
+    """Inside, a process of a run; what it spent until `built()` and after it goes to cost.jsonl.
+
+    A run whose last process was killed, and so left no account, begins anew: what it spent decides how much the last
+    arm clones.
+    """
+    unaccounted = place.with_suffix(".running")
+    if unaccounted.exists():
+        shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True, exist_ok=True)
+    unaccounted.touch()
+    moments = [cpu_seconds()]
     try:
-        with StopRequest() as stop, display, Trainer(config, display, stop=stop) as trainer:
-            built = cpu_seconds()
-            display.table(trainer.run())
+        yield lambda: moments.append(cpu_seconds())
     finally:
+        start, built = moments[0], moments[-1]
         cost = {"start": built - start, "run": cpu_seconds() - built, "load": os.getloadavg()[2], "commit": commit()}
         with (place / "cost.jsonl").open("a") as file:
             file.write(json.dumps(cost) + "\n")
+        unaccounted.unlink()
 
 
 def config_of(name: str, arm: str, seed: int) -> TrainConfig:
@@ -236,10 +260,11 @@ def settings(name: str, arm: str, seed: int) -> list[str]:
     if arm == CLONING:
         # From scratch, with the learning rate's schedule spread over all of it: the best that cloning can do with what
         # RL spent, both its evaluations included.
-        first, *later = costs(name, RL, seed)
-        extra = first["run"] + sum(cost["start"] + cost["run"] for cost in later)
+        spent = costs(name, RL, seed)
+        cloning = next(cost["start"] for cost in spent if cost["start"])  # 0: stopped before it had cloned
+        extra = sum(cost["start"] + cost["run"] for cost in spent) - cloning
         epochs = load_config(experiment.preset, [*experiment.overrides]).model.warm_start.epochs
-        own.append(f"model.warm_start.epochs={math.ceil(epochs * (1 + extra / first['start']))}")
+        own.append(f"model.warm_start.epochs={math.ceil(epochs * (1 + extra / cloning))}")
     return own
 
 

@@ -69,12 +69,29 @@ def test_more_cloning_gets_what_rl_spent(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RUNS", tmp_path)
     place = evidence.folder("practice", evidence.RL, 1)
     place.mkdir(parents=True)
-    spent = [{"start": 10.0, "run": 12.0}, {"start": 3.0, "run": 5.0}]  # interrupted once
+    spent = [{"start": 0.0, "run": 2.0}, {"start": 10.0, "run": 10.0}, {"start": 3.0, "run": 5.0}]  # stopped twice
     (place / "cost.jsonl").write_text("".join(json.dumps(cost) + "\n" for cost in spent))
     config = evidence.config_of("practice", evidence.CLONING, 1)
     epochs = load_config("practice", []).model.warm_start.epochs
     assert config.steps == 0
     assert config.model.warm_start.epochs == pytest.approx(epochs * 3, abs=1)
+
+
+def test_a_killed_process_leaves_no_account_so_its_run_begins_anew(tmp_path):
+    place = tmp_path / "RL-0"
+    with evidence.account(place) as built:
+        built()
+    with pytest.raises(KeyboardInterrupt), evidence.account(place):  # interrupted: accounted for all the same
+        raise KeyboardInterrupt
+    assert len((place / "cost.jsonl").read_text().splitlines()) == 2
+    killed = evidence.account(place)
+    killed.__enter__()
+    (place / "checkpoint").touch()
+    with evidence.account(place):
+        assert not (place / "checkpoint").exists()
+    (cost,) = map(json.loads, (place / "cost.jsonl").read_text().splitlines())
+    assert cost["start"] >= 0
+    assert cost["run"] >= 0
 
 
 def test_difference_leaves_lost_episodes_out():
