@@ -2,6 +2,7 @@ import pytest
 
 from epo_kernels.train.data import Turn
 from epo_kernels.train.envs import Observation
+from epo_kernels.train.policies import prompts
 from epo_kernels.train.policies.prompts import PromptBuilder, PromptTooLong, parse_action
 from tests.train.conftest import prompts_of
 
@@ -55,6 +56,18 @@ def test_prompts_do_not_depend_on_their_company(cloned):
     builder = prompts_of(cloned, max_tokens=50)
     states = [state(), state(0), state(3, scene="x")]
     assert builder.encode(states) == [builder.encode([one])[0] for one in states]
+
+
+def test_what_is_remembered_of_prompts(cloned, monkeypatch):
+    states = [state(0, scene=f"scene {n % 5}") for n in range(10)]
+    wanted = [prompts_of(cloned).encode([one])[0] for one in states]
+    monkeypatch.setattr(prompts, "REMEMBERED", 3)
+    builder = prompts_of(cloned)
+    found = builder.encode(states)
+    assert found == wanted
+    found[0].clear()  # whose list it is
+    assert builder.encode(states[3:] + states[:3]) == wanted[3:] + wanted[:3]
+    assert len(builder._known) == 3
 
 
 def test_the_instruction_comes_with_its_format(cloned):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ THINK_ACTION_INSTRUCTION = (
     "You act in a text environment to fulfil the task. Think first, inside <think> </think>, then give exactly one "
     "action inside <action> </action>."
 )
+REMEMBERED = 4096  # prompts whose ids are kept
 _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 
 
@@ -68,6 +70,7 @@ class PromptBuilder:
         self._history_results = history_results
         self._max_tokens = max_tokens
         self._instruction = THINK_ACTION_INSTRUCTION if response_format == "think_action" else ""
+        self._known: dict[str, list[int]] = {}  # ids of the latest messages
 
     def encode(self, states: Sequence[tuple[Observation, Sequence[Turn]]]) -> list[list[int]]:
         """Prompt ids of many (observation, past turns), none longer than the limit.
@@ -75,14 +78,14 @@ class PromptBuilder:
         Raises:
             PromptTooLong: a goal that doesn't fit.
         """
-        prompts = self._tokenize([self._render(seen, past, self._history) for seen, past in states])
+        prompts = self._tokenize([self._message(seen, past, self._history) for seen, past in states])
         return [
             ids if len(ids) <= self._max_tokens else self._shorten(*state)
             for ids, state in zip(prompts, states, strict=True)
         ]
 
-    def _render(self, seen: Observation, past: Sequence[Turn], history: int, kept: float = 1.0) -> str:
-        """The prompt's text with at most `history` actions and the first `kept` of answer and scene."""
+    def _message(self, seen: Observation, past: Sequence[Turn], history: int, kept: float = 1.0) -> str:
+        """What the user says, with at most `history` actions and the first `kept` of answer and scene."""
         lines = [self._instruction] if self._instruction else []
         if not self._goal_last:
             lines.append(seen.goal)
@@ -94,22 +97,31 @@ class PromptBuilder:
         lines += [text[: int(len(text) * kept)] for text in (seen.text, seen.scene) if text and kept]
         if self._goal_last:
             lines.append(seen.goal)
-        rendered = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": "\n".join(lines)}], add_generation_prompt=True, tokenize=False
-        )
-        assert isinstance(rendered, str)
-        return rendered
+        return "\n".join(lines)
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        # The chat template has written the special tokens already.
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+    def _tokenize(self, messages: list[str]) -> list[list[int]]:
+        """Ids of the prompts that hold these. Most are known: a group's episodes begin alike, and tasks come back."""
+        fresh = [message for message in dict.fromkeys(messages) if message not in self._known]
+        if fresh:
+            rendered = self._tokenizer.apply_chat_template(
+                [[{"role": "user", "content": message}] for message in fresh],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            # The chat template has written the special tokens already.
+            ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            self._known.update(zip(fresh, ids, strict=True))
+        found = [list(self._known[message]) for message in messages]
+        for message in list(islice(self._known, max(len(self._known) - REMEMBERED, 0))):  # the oldest
+            del self._known[message]
+        return found
 
     def _shorten(self, seen: Observation, past: Sequence[Turn]) -> list[int]:
         for history in range(min(self._history, len(past)) - 1, -1, -1):
-            ids = self._tokenize([self._render(seen, past, history)])[0]
+            ids = self._tokenize([self._message(seen, past, history)])[0]
             if len(ids) <= self._max_tokens:
                 return ids
-        best = self._tokenize([self._render(seen, past, 0, kept=0.0)])[0]
+        best = self._tokenize([self._message(seen, past, 0, kept=0.0)])[0]
         if len(best) > self._max_tokens:
             raise PromptTooLong(
                 f"the goal alone takes {len(best)} tokens and rollout.max_prompt_tokens is {self._max_tokens}; "
@@ -118,7 +130,7 @@ class PromptBuilder:
         low, high = 0.0, 1.0
         for _ in range(8):  # to 1/256 of the text
             middle = (low + high) / 2
-            ids = self._tokenize([self._render(seen, past, 0, kept=middle)])[0]
+            ids = self._tokenize([self._message(seen, past, 0, kept=middle)])[0]
             if len(ids) <= self._max_tokens:
                 best, low = ids, middle
             else:
