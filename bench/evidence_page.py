@@ -18,7 +18,9 @@ episode; `make evidence ARGS=practice` and `make evidence` (ScienceWorld) run it
 
 Fixed beforehand: the seeds (settings were tuned on seeds from 100 on), the arms, and the primary figure: the
 success of sampled actions on a fixed panel of held-out tasks after training, minus that before it, same tasks and
-draws. Intervals are paired 95 % bootstrap intervals over episodes, in points of 100. All runs that were made count.
+draws. Intervals are paired 95 % bootstrap intervals over episodes, in points of 100. They say what other episodes would
+change, not what another seed of training would: where seeds differ in sign, three are too few to tell two arms apart,
+whatever the interval over all of them. All runs that were made count.
 
 - **RL with EPO** is the preset as it is.
 - **More cloning** gets the CPU seconds of that seed's RL run as further epochs on the same demonstrations, from scratch
