@@ -20,6 +20,7 @@ train: venv
 	$(RUN) -m epo_kernels.train quickstart $(ARGS)
 
 # Does RL lift success? Three seeds, two controls, every run counted: docs/evidence.md. Interrupted, it goes on.
+# A run that is killed (SIGKILL, a power cut) begins anew.
 # make evidence (ScienceWorld, up to 90 minutes on two quiet cores), make evidence ARGS=practice (half an hour)
 evidence: venv
 	$(RUN) -m bench.evidence $(or $(ARGS),scienceworld)

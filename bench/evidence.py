@@ -4,13 +4,15 @@ Fixed before any run: the seeds, the arms, the panel, and the primary figure, wh
 on a fixed held-out panel after training, minus that before it, for the same tasks and draws. Every run of every seed
 counts. Its intervals are `paired_interval`'s, over the episodes of one seed and over those of all seeds.
 
-Runs lie in runs/evidence/EXPERIMENT/ARM-SEED, each a run of the driver: what was interrupted goes on, what is complete
-stays. The outcome of each episode goes to bench/results/evidence/EXPERIMENT.json, from which docs/evidence.md is made.
+Runs lie in runs/evidence/EXPERIMENT/ARM-SEED, each a run of the driver: what was interrupted goes on, what was killed
+begins anew, what is complete stays. The outcome of each episode goes to bench/results/evidence/EXPERIMENT.json, from
+which docs/evidence.md is made.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -228,25 +230,34 @@ def run_one(name: str, arm: str, seed: int) -> None:
 
 @contextmanager
 def account(place: Path) -> Iterator[Callable[[], None]]:
-    """Inside, a process of a run; what it spent until `built()` and after it goes to cost.jsonl.
+    """Inside, the one process of a run; what it spent until `built()` and after it goes to cost.jsonl.
 
     A run whose last process was killed, and so left no account, begins anew: what it spent decides how much the last
     arm clones.
+
+    Raises:
+        RuntimeError: another process is at this run.
     """
-    unaccounted = place.with_suffix(".running")
-    if unaccounted.exists():
-        shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True, exist_ok=True)
-    unaccounted.touch()
-    moments = [cpu_seconds()]
-    try:
-        yield lambda: moments.append(cpu_seconds())
-    finally:
-        start, built = moments[0], moments[-1]
-        cost = {"start": built - start, "run": cpu_seconds() - built, "load": os.getloadavg()[2], "commit": commit()}
-        with (place / "cost.jsonl").open("a") as file:
-            file.write(json.dumps(cost) + "\n")
-        unaccounted.unlink()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    mark = place.with_suffix(".running")
+    with mark.open("a") as running:
+        try:
+            fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another process is at {place}; let it end") from error
+        if mark.stat().st_size:  # no process, but one that never wiped its mark away
+            shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(exist_ok=True)
+        print("its account is still to come", file=running, flush=True)
+        moments = [cpu_seconds()]
+        try:
+            yield lambda: moments.append(cpu_seconds())
+        finally:
+            start, built, end = moments[0], moments[-1], cpu_seconds()
+            cost = {"start": built - start, "run": end - built, "load": os.getloadavg()[2], "commit": commit()}
+            with (place / "cost.jsonl").open("a") as file:
+                file.write(json.dumps(cost) + "\n")
+            mark.unlink()
 
 
 def config_of(name: str, arm: str, seed: int) -> TrainConfig:

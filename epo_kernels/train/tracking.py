@@ -67,7 +67,7 @@ class Board(Protocol):
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class TensorBoard:
@@ -81,7 +81,7 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 
@@ -142,10 +142,11 @@ class Tracker:
         write_atomically(folder / f"{name}.txt", text + "\n")
         write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(_plain(e)) + "\n" for e in episodes))
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """`failed` tells boards that the run ended with an error."""
         self._metrics.close()
         for board in self._boards:
-            board.close()
+            board.close(failed)
 
     def _show(self, step: int, scalars: Mapping[str, float]) -> None:
         for board in self._boards:

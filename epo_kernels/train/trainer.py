@@ -303,7 +303,7 @@ class Trainer:
         if not dry:
             self._save()  # the start is frozen: a run killed from here on goes on from the same weights
             self.tracker = self._tracker()
-            stack.callback(self.tracker.close)
+            stack.push(self._close_tracker)
             self.watch, _ = watched(read_metrics(self.run_dir), config.watch)
             write_atomically(self.run_dir / "config.yaml", to_yaml(config))
 
@@ -344,6 +344,9 @@ class Trainer:
         shown_elsewhere = self.config.tracking.wandb != "disabled" and self.ranks.is_first
         boards = [WeightsAndBiases(self.run_dir, self.config, self.display.say)] if shown_elsewhere else []
         return Tracker(self.run_dir, self.step, *boards)
+
+    def _close_tracker(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self.tracker.close(failed=error is not None and not isinstance(error, Stopped))
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
@@ -433,8 +436,8 @@ class Trainer:
     def __enter__(self) -> "Trainer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *error: Any) -> None:
+        self._resources.__exit__(*error)
 
 
 @contextmanager

@@ -16,12 +16,17 @@ FINISH_TIMEOUT = 60.0  # seconds that the end of a run waits for uploads; what i
 
 
 def require_wandb(config: TrackingConfig) -> None:
-    """Raises ConfigError where W&B is asked for and isn't installed."""
+    """Raises ConfigError where W&B is asked for and isn't installed, or is to be sent to and knows no key."""
     if config.wandb != "disabled":
         try:
-            import wandb  # noqa: F401
+            import wandb
         except ImportError as error:
             raise ConfigError(f"tracking.wandb={config.wandb} needs the package wandb; {INSTALL}") from error
+        if config.wandb == "online" and not wandb.login(prompt=False, verify=False):
+            raise ConfigError(
+                "tracking.wandb=online: W&B finds no API key; run `wandb login`, or set WANDB_API_KEY, or take "
+                "tracking.wandb=offline"
+            )
 
 
 class WeightsAndBiases:
@@ -34,11 +39,10 @@ class WeightsAndBiases:
     be sent by `wandb sync`; where W&B itself fails, the run goes on without. `say` tells.
 
     Raises:
-        ConfigError: the package is missing, or W&B refuses the settings, as without an API key.
+        ConfigError: W&B refuses the settings.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, say: Callable[[str], None]) -> None:
-        require_wandb(config.tracking)
         self._say = say
         self._path = run_dir / "wandb" / "sent.json"
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +61,8 @@ class WeightsAndBiases:
             self._sent |= dict.fromkeys(new, step)
             self._keep()
 
-    def close(self) -> None:
-        self._safely(lambda run: run.finish())
+    def close(self, failed: bool) -> None:
+        self._safely(lambda run: run.finish(exit_code=int(failed)))
         self._run = None
 
     def _begin(self, run_dir: Path, config: TrainConfig) -> Any:

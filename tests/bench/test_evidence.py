@@ -1,6 +1,8 @@
 """The evidence page says what the records say, and what is fixed beforehand stays fixed."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -77,21 +79,33 @@ def test_more_cloning_gets_what_rl_spent(tmp_path, monkeypatch):
     assert config.model.warm_start.epochs == pytest.approx(epochs * 3, abs=1)
 
 
-def test_a_killed_process_leaves_no_account_so_its_run_begins_anew(tmp_path):
+def test_an_interrupted_run_is_accounted_for(tmp_path):
     place = tmp_path / "RL-0"
+    with pytest.raises(KeyboardInterrupt), evidence.account(place):
+        raise KeyboardInterrupt
     with evidence.account(place) as built:
         built()
-    with pytest.raises(KeyboardInterrupt), evidence.account(place):  # interrupted: accounted for all the same
-        raise KeyboardInterrupt
-    assert len((place / "cost.jsonl").read_text().splitlines()) == 2
-    killed = evidence.account(place)
-    killed.__enter__()
-    (place / "checkpoint").touch()
+        with pytest.raises(RuntimeError, match="another process is at"), evidence.account(place):
+            pass
+    interrupted, complete = map(json.loads, (place / "cost.jsonl").read_text().splitlines())
+    assert interrupted["start"] == 0
+    assert min(interrupted["run"], complete["start"], complete["run"]) >= 0
+
+
+def test_a_killed_run_begins_anew(tmp_path):
+    place = tmp_path / "RL-0"
     with evidence.account(place):
-        assert not (place / "checkpoint").exists()
-    (cost,) = map(json.loads, (place / "cost.jsonl").read_text().splitlines())
-    assert cost["start"] >= 0
-    assert cost["run"] >= 0
+        pass
+    dies = (
+        "import os, pathlib; from bench import evidence; "
+        f"account = evidence.account(pathlib.Path({str(place)!r})); account.__enter__(); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", dies], check=False, cwd=evidence.ROOT)
+    assert killed.returncode == -9
+    assert len((place / "cost.jsonl").read_text().splitlines()) == 1  # what the killed one spent isn't known
+    with evidence.account(place):
+        assert not list(place.iterdir())
+    assert len((place / "cost.jsonl").read_text().splitlines()) == 1
 
 
 def test_difference_leaves_lost_episodes_out():

@@ -61,13 +61,13 @@ def test_prompts_do_not_depend_on_their_company(cloned):
 def test_what_is_remembered_of_prompts(cloned, monkeypatch):
     states = [state(0, scene=f"scene {n % 5}") for n in range(10)]
     wanted = [prompts_of(cloned).encode([one])[0] for one in states]
-    monkeypatch.setattr(prompts, "REMEMBERED", 3)
+    monkeypatch.setattr(prompts, "REMEMBERED", 3 * len(wanted[0]))
     builder = prompts_of(cloned)
     found = builder.encode(states)
     assert found == wanted
     found[0].clear()  # whose list it is
     assert builder.encode(states[3:] + states[:3]) == wanted[3:] + wanted[:3]
-    assert len(builder._known) == 3
+    assert [message[-1] for message in builder._known] == ["0", "1", "2"], "the latest used"
 
 
 def test_the_instruction_comes_with_its_format(cloned):

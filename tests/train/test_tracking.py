@@ -56,13 +56,13 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 def test_every_board_gets_scalars_and_is_closed(tmp_path):
     class Board:
         def __init__(self):
-            self.added, self.closed = [], False
+            self.added, self.failed = [], None
 
         def add(self, step, scalars):
             self.added.append((step, dict(scalars)))
 
-        def close(self):
-            self.closed = True
+        def close(self, failed):
+            self.failed = failed
 
     board = Board()
     tracker = Tracker(tmp_path, 0, board)
@@ -74,7 +74,7 @@ def test_every_board_gets_scalars_and_is_closed(tmp_path):
         (1, {"actor/lr": 0.5, "epo/entropy_by_turn/00": 0.25, "epo/entropy_by_turn/02": 0.75}),
         (0, {f"evaluation/iid/greedy/{name}": value for name, value in evaluated.items()}),
     ]
-    assert board.closed
+    assert board.failed is False
 
 
 def test_evaluation_has_the_fields_that_were_promised(tmp_path):

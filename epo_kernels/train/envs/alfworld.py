@@ -40,6 +40,7 @@ from epo_kernels.train.envs.idle import IdleEnvironments
 DEFAULT_MAX_TURNS = 50  # the paper's
 EMBEDDED_FORMAT = 1  # raise it when alfworld_games.py authors other games
 _NOTHING = "Nothing happens."  # the engine's answer to what it doesn't understand
+_LOOKS = re.compile(r"(look|inventory|examine|help)\b")  # actions that change nothing
 
 _TASK = re.compile(r"\s*Your task is to: (.+?)\.?\s*$", re.DOTALL)
 _SEEN = re.compile(r"Looking quickly around you, you see (.+?)\.", re.DOTALL)
@@ -97,13 +98,14 @@ class ALFWorldEnvironment:
         """
         if self._done:
             raise RuntimeError("the episode is over (or never began): reset the environment first")
-        shown = self._worker.call("step", self._config.step_timeout, action=clean_action(action).lower())
+        action = clean_action(action).lower()
+        shown = self._worker.call("step", self._config.step_timeout, action=action)
         answer = " ".join(shown["feedback"].split())
         if taken := re.match(r"You pick up the (.+?) from the ", answer):
             self._carried = taken[1]
         elif re.match(r"You move the .+? to the ", answer):
             self._carried = "nothing"
-        if answer != _NOTHING:
+        if answer != _NOTHING and not _LOOKS.match(action):
             self._understood = answer
         self._done = won = bool(shown["won"])
         return StepResult(
@@ -125,7 +127,7 @@ class ALFWorldEnvironment:
         self._worker.close()
 
     def _observation(self, answer: str, commands: list[str]) -> Observation:
-        """Its state is the last answer that told something, which says where the player is and what is there."""
+        """Its state is the last answer to a move, which says where the player is and what is there."""
         carried = f"You have: {self._carried}."
         if self._config.admissible_commands:  # without help, as in the published prompts
             around = f"You can: {', '.join(command for command in commands if command != 'help')}."

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from itertools import islice
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +13,7 @@ THINK_ACTION_INSTRUCTION = (
     "You act in a text environment to fulfil the task. Think first, inside <think> </think>, then give exactly one "
     "action inside <action> </action>."
 )
-REMEMBERED = 4096  # prompts whose ids are kept
+REMEMBERED = 1_000_000  # ids of prompts that are kept
 _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 
 
@@ -70,7 +69,8 @@ class PromptBuilder:
         self._history_results = history_results
         self._max_tokens = max_tokens
         self._instruction = THINK_ACTION_INSTRUCTION if response_format == "think_action" else ""
-        self._known: dict[str, list[int]] = {}  # ids of the latest messages
+        self._known: dict[str, list[int]] = {}  # ids of messages, the latest used last
+        self._known_ids = 0
 
     def encode(self, states: Sequence[tuple[Observation, Sequence[Turn]]]) -> list[list[int]]:
         """Prompt ids of many (observation, past turns), none longer than the limit.
@@ -78,7 +78,7 @@ class PromptBuilder:
         Raises:
             PromptTooLong: a goal that doesn't fit.
         """
-        prompts = self._tokenize([self._message(seen, past, self._history) for seen, past in states])
+        prompts = self._look_up([self._message(seen, past, self._history) for seen, past in states])
         return [
             ids if len(ids) <= self._max_tokens else self._shorten(*state)
             for ids, state in zip(prompts, states, strict=True)
@@ -99,22 +99,26 @@ class PromptBuilder:
             lines.append(seen.goal)
         return "\n".join(lines)
 
-    def _tokenize(self, messages: list[str]) -> list[list[int]]:
+    def _look_up(self, messages: list[str]) -> list[list[int]]:
         """Ids of the prompts that hold these. Most are known: a group's episodes begin alike, and tasks come back."""
         fresh = [message for message in dict.fromkeys(messages) if message not in self._known]
-        if fresh:
-            rendered = self._tokenizer.apply_chat_template(
-                [[{"role": "user", "content": message}] for message in fresh],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-            # The chat template has written the special tokens already.
-            ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
-            self._known.update(zip(fresh, ids, strict=True))
-        found = [list(self._known[message]) for message in messages]
-        for message in list(islice(self._known, max(len(self._known) - REMEMBERED, 0))):  # the oldest
-            del self._known[message]
+        for message, ids in zip(fresh, self._tokenize(fresh) if fresh else [], strict=True):
+            self._known[message] = ids
+            self._known_ids += len(ids)
+        found = []
+        for message in messages:
+            ids = self._known[message] = self._known.pop(message)
+            found.append(list(ids))
+        while self._known_ids > REMEMBERED:
+            self._known_ids -= len(self._known.pop(next(iter(self._known))))
         return found
+
+    def _tokenize(self, messages: list[str]) -> list[list[int]]:
+        rendered = self._tokenizer.apply_chat_template(
+            [[{"role": "user", "content": message}] for message in messages], add_generation_prompt=True, tokenize=False
+        )
+        # The chat template has written the special tokens already.
+        return self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
     def _shorten(self, seen: Observation, past: Sequence[Turn]) -> list[int]:
         for history in range(min(self._history, len(past)) - 1, -1, -1):

@@ -8,6 +8,7 @@ import copy
 import logging
 import os
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -58,23 +59,21 @@ class VllmEngine:
         self._resources = ExitStack()
         with ExitStack() as stack:
             self._engine = self._start(stack, config)
+            self._load_first()
+            if self._sleeps:
+                self._engine.sleep(level=2)
             self._resources = stack.pop_all()
-        if self._sleeps:
-            self._engine.sleep(level=2)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Inside, it samples with the policy's weights as they are now. What is unfinished afterwards is dropped."""
         # The driver's autocast is for training: the engine's weights have their dtype already.
         with torch.autocast(self._device.type, enabled=False):
-            if self._sleeps:
-                self._engine.wake_up(["weights"])
-            # All of them: of a part, those that vLLM keeps fused would be wrong without a word.
-            weights = ((name, _whole(weight)) for name, weight in merged_weights(self._policy.model))
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._load(asleep=self._sleeps)
             if self._sleeps:
                 self._engine.wake_up(["kv_cache"])
-            self._engine.reset_prefix_cache()  # its keys and values are the old weights'
+            if not self._engine.reset_prefix_cache():
+                raise RuntimeError("vLLM keeps keys and values of the old weights: some request still holds them")
             try:
                 yield
             finally:
@@ -106,6 +105,33 @@ class VllmEngine:
         """Give memory, threads and process group back."""
         self._resources.close()
 
+    def _load_first(self) -> None:
+        """Copy the weights once, to see that vLLM knows them all: of one that it is given nothing for it only warns."""
+        logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
+        warned = _Kept(logging.WARNING)
+        logger.addHandler(warned)
+        logger.propagate, logger.level = False, logging.WARNING
+        try:
+            self._load(asleep=False)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise _unserved(error) from error
+        finally:
+            logger.removeHandler(warned)
+            logger.propagate, logger.level = True, logging.NOTSET
+        if warned.messages:
+            raise _unserved(warned.messages[0])
+
+    def _load(self, asleep: bool) -> None:
+        # All of them: of a part, those that vLLM keeps fused would be wrong without a word.
+        weights = ((name, _whole(weight)) for name, weight in merged_weights(self._policy.model))
+        try:
+            if asleep:
+                self._engine.wake_up(["weights"])
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        finally:
+            # Those of a split model are gathered from all ranks: one that fails here mustn't leave the others waiting.
+            deque(weights, maxlen=0)
+
     def _params(self, request: Request) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -127,7 +153,7 @@ class VllmEngine:
         )
 
     def _start(self, stack: ExitStack, config: TrainConfig) -> Any:
-        """vLLM's engine with the model's architecture; its weights come with the first `awake`."""
+        """vLLM's engine with the model's architecture; its weights are still to come."""
         rollout, model, on_gpu = config.rollout, self._policy.model, self._device.type == "cuda"
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -171,10 +197,7 @@ class VllmEngine:
                     )
                 )
             except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
-                raise ConfigError(
-                    f"rollout.engine=vllm: vLLM can't serve this model with these settings ("
-                    f"{' '.join(str(error).split())[:400]}); change them, or take rollout.engine=transformers"
-                ) from error
+                raise _unserved(error) from error
         # Its core would take the process group with it, whosesoever that is.
         stack.callback(engine.model_executor.shutdown if dist_is_ours else engine.engine_core.shutdown)
         return engine
@@ -201,6 +224,24 @@ def _require_same_device(device: torch.device) -> None:
             f"rollout.engine=vllm takes the first GPU it sees, and model.device is {device}; set model.device=cuda and "
             f"CUDA_VISIBLE_DEVICES={device.index}"
         )
+
+
+def _unserved(reason: object) -> ConfigError:
+    return ConfigError(
+        f"rollout.engine=vllm: vLLM can't serve this model with these settings ("
+        f"{' '.join(str(reason).split())[:400]}); change them, or take rollout.engine=transformers"
+    )
+
+
+class _Kept(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 @contextmanager

@@ -95,6 +95,10 @@ def test_gigpo_meets_in_the_same_place_with_the_same_thing_in_hand(suite, admiss
     assert arrived.state != start
     environment.step("fly to the moon")
     assert environment.step(plan[0]).observation.state == arrived.state, "going where one is changes nothing"
+    for look in ("inventory", "look", "help", f"examine {plan[0].removeprefix('go to ')}"):
+        shown = environment.step(look)
+        assert shown.valid
+        assert shown.observation.state == arrived.state, "nor does looking at things"
     states = [environment.step(action).observation.state for action in plan[1:-1]]
     assert len({start, arrived.state, *states}) == len(plan), "on a shortest way no state comes twice"
     other = suite.make()

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from epo_kernels.train.config import ConfigError
+from epo_kernels.train.policies import vllm_engine
 from epo_kernels.train.policies.generate import StopRule
-from epo_kernels.train.policies.lora import add_adapters
+from epo_kernels.train.policies.lora import add_adapters, merged_weights
 from tests.integrations.vllm.conftest import (
     config_of,
     engine_of,
@@ -80,3 +81,28 @@ def test_a_model_that_cannot_be_served():
     policy.model.config.max_position_embeddings = 64
     with pytest.raises(ConfigError, match=r"vLLM can't serve this model.*take rollout\.engine=transformers"):
         engine_of(policy, config)
+
+
+@pytest.mark.parametrize("change", ["left out", "renamed"])
+def test_a_weight_that_vllm_does_not_take(monkeypatch, change):
+    """As of an architecture whose weights have other names in training: it would sample from what isn't there."""
+    config = config_of()
+    policy = policy_of(config)
+    odd = "model.layers.1.mlp.down_proj.weight"
+
+    def others(model):
+        for name, weight in merged_weights(model):
+            if name != odd:
+                yield name, weight
+            elif change == "renamed":
+                yield f"{name}.anew", weight
+
+    monkeypatch.setattr(vllm_engine, "merged_weights", others)
+    with pytest.raises(ConfigError, match=r"vLLM can't serve this model.*layers\.1\.mlp\.down_proj\.weight"):
+        engine_of(policy, config)
+    monkeypatch.undo()
+    engine = engine_of(policy, config)  # nothing of the one that was refused is in its way
+    try:
+        assert len(write(engine, requests_of(policy))) == 16
+    finally:
+        engine.close()

@@ -4,12 +4,11 @@ import json
 import shutil
 import struct
 
-import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
 from epo_kernels.train.__main__ import main
-from epo_kernels.train.config import ConfigError, load_config
+from epo_kernels.train.config import load_config
 from epo_kernels.train.weights_and_biases import STEP, WeightsAndBiases
 from tests.train.conftest import SMALL, lines_of
 
@@ -35,13 +34,16 @@ def records_of(file):
             record = b""
 
 
+def logs_of(run_dir):
+    """The records of each process, in order."""
+    wandb.teardown()  # its service writes to the end
+    return [list(records_of(file)) for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))]
+
+
 def rows_of(run_dir):
     """What each process wrote, in order: [(the run's record, its rows)]."""
-    wandb.teardown()  # its service writes to the end
     processes = []
-    for folder in sorted((run_dir / "wandb").glob("offline-run-*")):
-        (file,) = folder.glob("*.wandb")
-        records = list(records_of(file))
+    for records in logs_of(run_dir):
         (run,) = [record.run for record in records if record.HasField("run")]
         rows = []
         for record in records:
@@ -97,7 +99,9 @@ def test_later_steps_go_on_from_what_was_sent(tmp_path):
         for step in steps:
             board.add(step, {"actor/lr": step / 8, "actor/loss": float("nan")})
         board.add(0, {"evaluation/iid/greedy/success": 0.5})
-        board.close()
+        board.close(failed=steps == (2, 3))
+    exits = [record.exit.exit_code for log in logs_of(tmp_path) for record in log if record.HasField("exit")]
+    assert exits == [0, 1]
     rows = [row for _, rows in rows_of(tmp_path) for row in rows]
     assert [(row[STEP], row["actor/lr"]) for row in rows if "actor/lr" in row] == [(1, 0.125), (2, 0.25), (3, 0.375)]
     assert sum("evaluation/iid/greedy/success" in row for row in rows) == 1
@@ -119,11 +123,12 @@ def test_a_server_out_of_reach_leaves_the_run_offline(tmp_path, monkeypatch, cap
     assert [row[STEP] for row in rows] == [1]
 
 
-def test_online_without_a_key_is_refused(tmp_path, monkeypatch):
+def test_online_without_a_key_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(ConfigError, match="wandb=online: No API key configured"):
-        WeightsAndBiases(tmp_path, load_config("practice", ["tracking.wandb=online"]), print_nothing)
+    assert train(tmp_path / "run", "tracking.wandb=online") == 2
+    assert "finds no API key; run `wandb login`" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists(), "before anything was done"
 
 
 def test_a_run_outlives_its_tracker(tmp_path, monkeypatch, capsys):
