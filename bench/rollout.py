@@ -1,11 +1,12 @@
 """What the driver costs beside the engine: `python -m bench.rollout [transformers | vllm]`.
 
-A rollout of the preset practice, whose environment is as good as free, with a model as small as they come and one of
-26M parameters, which is still less than anyone samples with in earnest; and then the same prompts with the same seeds
-straight into the bare engine: transformers in the driver's batches; vLLM with each episode's next prompt as soon as its
-last response is there, and then once more with all prompts at once, as no agent can have them. In turns, so that all
-see the same machine. Ratios are medians of the rounds', by the clock and by the processor's time, which others' load
-doesn't stretch as much. Results go to bench/results/rollout/ENGINE.json. vLLM: in .venv-vllm (make test-integrations).
+The rollouts of a run's first steps on the preset practice, whose environment is as good as free, with a model as small
+as they come and one of 26M parameters, which is still less than anyone samples with in earnest; and after each the same
+prompts with the same seeds straight into the bare engine: transformers in the driver's batches; vLLM with each
+episode's next prompt as soon as its last response is there, and then once more with all prompts at once, as no agent
+can have them. The driver's laps copy the weights into vLLM, the engine's don't. In turns, so that all see the same
+machine. Ratios are medians of the rounds', by the clock and by the processor's time, which others' load doesn't stretch
+as much. Results go to bench/results/rollout/ENGINE.json. vLLM: in .venv-vllm (make test-integrations).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from bench import records
 from epo_kernels.train.__main__ import keep_freed_memory
 from epo_kernels.train.config import load_config
-from epo_kernels.train.data import Draw, Episode
+from epo_kernels.train.data import Episode
 from epo_kernels.train.policies.generate import Completion, Engine, Request, StreamingEngine
 from epo_kernels.train.tracking import Display, write_atomically
 from epo_kernels.train.trainer import Trainer
@@ -32,7 +33,7 @@ from epo_kernels.train.trainer import Trainer
 RESULTS = Path(__file__).parent / "results" / "rollout"
 MODELS = {  # rounds, and settings over the preset's
     "tiny": (7, ()),
-    "small": (5, ("model.warm_start.epochs=1", "rollout.environments=32")),
+    "small": (5, ("model.warm_start.epochs=1", "algorithm.groups=4", "rollout.environments=32")),
 }
 GOAL = 0.85  # of the bare engine's tokens a second
 
@@ -61,10 +62,7 @@ def measure(engine: str, model: str, rounds: int, overrides: Sequence[str] = ())
 
 
 def _round(trainer: Trainer, number: int) -> Round:
-    episodes = [
-        Episode(trainer.tasks[i % len(trainer.tasks)], i, (0, Draw.EPISODE, number, i))
-        for i in range(trainer.config.rollout.environments)
-    ]
+    episodes = trainer.collector.draw(number)
     trainer.rollout.prefetch(episodes)
     driver = _timed(lambda: _play(trainer, episodes))
     batches = _batches(episodes, trainer.config.rollout.cohorts)

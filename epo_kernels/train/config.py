@@ -34,7 +34,7 @@ FROM_SCRATCH: dict[str, dict[str, Any]] = {  # Qwen2's settings, without a downl
 class WarmStartConfig:
     """Cloning of demonstrations before RL."""
 
-    demonstrations: int = 0  # gold episodes of the training split; 0: no cloning
+    demonstrations: int = 0  # shown episodes of the training split; 0: no cloning
     epochs: int = 20  # passes over their turns
     batch_size: int = 64  # turns an optimiser step
     lr: float = 2e-3  # peak; cosine to 0
@@ -71,7 +71,7 @@ class RolloutConfig:
 
     engine: str = "transformers"  # what samples: transformers, with the training model itself | vllm, with a copy
     environments: int = 16  # live at a time (ScienceWorld: a JVM each)
-    cohorts: int = 2  # groups of environments: one acts while the policy writes for another
+    cohorts: int = 2  # transformers: groups of environments; one acts while the policy writes for another
     temperature: float = 1.0  # of sampling, and of every log-prob and entropy in training
     history: int = 4  # past actions a prompt shows
     history_results: int = 1  # of those, how many with the environment's answer
@@ -531,6 +531,11 @@ def _check_combinations(config: TrainConfig) -> None:
             f"model.name_or_path={config.model.name_or_path} starts from nothing: model.warm_start.demonstrations "
             "must be at least 1, got 0",
         )
+    _that(
+        rollout.layout == "turn" or not rollout.goal_last,
+        f"rollout.goal_last=true needs rollout.layout=turn, got {rollout.layout}: a dialogue names its goal once, as "
+        "it begins",
+    )
     _that(
         config.model.warm_start.demonstrations == 0 or rollout.response_format == "plain",
         "model.warm_start clones bare actions: it needs rollout.response_format=plain, or demonstrations=0",

@@ -376,7 +376,7 @@ class Trainer:
         model, warm_start, seed = self.config.model, self.config.model.warm_start, self.config.seed
         count = min(warm_start.demonstrations, 1) if dry else warm_start.demonstrations
         if count:
-            self.display.say(f"demonstrations: {count} gold episodes of {self.suite.name}")
+            self.display.say(f"demonstrations: {count} episodes of {self.suite.name}")
         with self._bar("demonstrations", count) as bar:
             demonstrations = demonstrate(self.suite, count, bar) if count else []
         anew = model.name_or_path in FROM_SCRATCH

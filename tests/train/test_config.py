@@ -55,6 +55,7 @@ def test_every_preset_is_valid(preset):
         (["rollout.temperature=0"], ["rollout.temperature must be"]),
         (["model.warm_start.demonstrations=0"], ["model.warm_start.demonstrations must be at least 1"]),
         (["rollout.response_format=think_action"], ["rollout.response_format=plain"]),
+        (["rollout.goal_last=true", "rollout.layout=episode"], ["rollout.goal_last=true needs rollout.layout=turn"]),
         (["evaluate.panels=[ood]", "env.name=scienceworld"], ["env.ood_task_names"]),
         (["checkpoint.keep=0"], ["checkpoint.keep must be at least 1"]),
         (["loss.phase_horizon=0"], ["loss.phase_horizon must be at least 1 or null, got 0"]),
