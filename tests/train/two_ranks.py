@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from epo_kernels.train.__main__ import _parse, _run
+from epo_kernels.train.__main__ import _parse, _run, leave
 from epo_kernels.train.config import ModelConfig
 from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.distributed import Ranks, SharedRollout, launched
@@ -92,3 +92,4 @@ if __name__ == "__main__":
         code = _run(config, dry=False, ranks=ranks)
         found = inspect(ranks)
         (folder / f"rank_{ranks.rank}.json").write_text(json.dumps({"code": code, **found}))
+    leave(0)

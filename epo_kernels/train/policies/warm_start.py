@@ -68,8 +68,10 @@ def clone(
     rng = np.random.default_rng([seed, Draw.CLONING])
     batches_an_epoch = -(-len(samples) // config.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
+    steps = config.epochs * batches_an_epoch + 1
+    # Of ten steps a tenth would be none, which the schedule divides by.
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=config.epochs * batches_an_epoch + 1, pct_start=0.1
+        optimizer, config.lr, total_steps=steps, pct_start=max(0.1, 2 / steps)
     )
     for epoch in range(config.epochs):
         losses = []
