@@ -128,29 +128,19 @@ def _tokens(completions: Sequence[Completion]) -> int:
 
 
 def ratios_of(rounds: Sequence[Round]) -> dict[str, float]:
-    """The driver's tokens a second over the bare engine's."""
-    ratios = {
-        "ratio": _ratio(rounds, lambda found: found.bare, lambda lap: lap.seconds),
-        "ratio_of_processor_time": _ratio(rounds, lambda found: found.bare, lambda lap: lap.processor_seconds),
-    }
-    if rounds[0].at_once:
-        ratios |= {
-            "at_once_ratio": _ratio(rounds, lambda found: found.at_once, lambda lap: lap.seconds),
-            "at_once_ratio_of_processor_time": _ratio(
-                rounds, lambda found: found.at_once, lambda lap: lap.processor_seconds
-            ),
-        }
+    """The driver's tokens a second over the bare engine's: medians of the rounds'."""
+    ratios = {}
+    for engine, name in (("bare", "ratio"), ("at_once", "at_once_ratio")):
+        pairs = [(one.driver, lap) for one in rounds if (lap := getattr(one, engine))]
+        for clock, suffix in (("seconds", ""), ("processor_seconds", "_of_processor_time")):
+            found = [_speed(driver, clock) / _speed(lap, clock) for driver, lap in pairs]
+            if found:
+                ratios[name + suffix] = round(statistics.median(found), 3)
     return ratios
 
 
-def _ratio(rounds: Sequence[Round], engine: Callable[[Round], Lap | None], seconds: Callable[[Lap], float]) -> float:
-    """Median of the driver's tokens a second over the engine's."""
-    found = []
-    for one in rounds:
-        bare = engine(one)
-        assert bare is not None
-        found.append((one.driver.tokens / seconds(one.driver)) / (bare.tokens / seconds(bare)))
-    return round(statistics.median(found), 3)
+def _speed(lap: Lap, clock: str) -> float:
+    return lap.tokens / float(getattr(lap, clock))
 
 
 def main(words: Sequence[str]) -> int:

@@ -85,7 +85,7 @@ class ALFWorldEnvironment:
         places = _SEEN.search(opening)
         self._places = places[1] if places else "nothing"
         self._carried = "nothing"
-        self._understood = opening
+        self._arrival = opening
         self._done = False
         return self._observation(opening, shown["commands"])
 
@@ -106,7 +106,7 @@ class ALFWorldEnvironment:
         elif re.match(r"You move the .+? to the ", answer):
             self._carried = "nothing"
         if answer != _NOTHING and not _LOOKS.match(action):
-            self._understood = answer
+            self._arrival = answer
         self._done = won = bool(shown["won"])
         return StepResult(
             observation=self._observation(answer, shown["commands"]),
@@ -133,7 +133,7 @@ class ALFWorldEnvironment:
             around = f"You can: {', '.join(command for command in commands if command != 'help')}."
         else:
             around = f"Places: {self._places}."
-        return Observation(self._goal, answer, f"{carried} {around}", f"{carried} {self._understood}")
+        return Observation(self._goal, answer, f"{carried} {around}", f"{carried} {self._arrival}")
 
 
 def _file(files: dict[Task, Path], task: Task) -> Path:

@@ -53,7 +53,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A gold episode, for cloning and for the tokenizer's text.
+    """A shown episode, for cloning and for the tokenizer's text.
 
     `observations[i]` is what was seen before `actions[i]`; `score` is the final one, 0..100.
     """

@@ -110,14 +110,16 @@ class VllmEngine:
         logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
         warned = _Kept(logging.WARNING)
         logger.addHandler(warned)
-        logger.propagate, logger.level = False, logging.WARNING
+        logger.propagate = False
+        logger.setLevel(logging.WARNING)
         try:
             self._load(asleep=False)
         except (ValueError, KeyError, AttributeError) as error:
             raise _unserved(error) from error
         finally:
             logger.removeHandler(warned)
-            logger.propagate, logger.level = True, logging.NOTSET
+            logger.propagate = True
+            logger.setLevel(logging.NOTSET)
         if warned.messages:
             raise _unserved(warned.messages[0])
 

@@ -15,7 +15,7 @@ from epo_kernels.train.policies.prompts import Prompts
 
 
 def demonstrate(suite: Suite, count: int, report: Callable[[int], None] = lambda done: None) -> list[Demonstration]:
-    """Gold episodes of the first `count` training tasks (of all, where there are fewer).
+    """Shown episodes of the first `count` training tasks (of all, where there are fewer).
 
     `report` gets the number of those played; what it raises ends the playing.
 
@@ -43,7 +43,7 @@ def cloning_samples(
     max_response_tokens: int,
     layout: str = "turn",
 ) -> list[Sample]:
-    """Samples as the rollout would make them, had it played the gold actions: prompts, actions and end tokens."""
+    """Samples as the rollout would make them, had it played the actions shown: prompts, actions and end tokens."""
     episodes = []
     for demonstration in demonstrations:
         responses = policy.tokenizer(demonstration.actions, add_special_tokens=False)["input_ids"]
