@@ -12,13 +12,14 @@ from epo_kernels.backends.cpu import CpuRows
 from epo_kernels.backends.native import native
 from epo_kernels.backends.rows import Rows, Terms
 from epo_kernels.inputs import LogitTransform
+from tests.backends.autograd_matrix import AutogradMatrix
 from tests.backends.matrix import DTYPES, BackendMatrix, assert_no_worse, busy_case
 from tests.cases import assert_identical, run
 
 INSTRUCTIONS = native().cpu_instructions()
 
 
-class TestCpu(BackendMatrix):
+class TestCpu(BackendMatrix, AutogradMatrix):
     backend = "cpu"
 
 

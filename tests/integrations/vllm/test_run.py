@@ -36,7 +36,11 @@ def test_a_run_killed_on_the_way_goes_on(tmp_path, capfd):
 
 def kill_after(steps, metrics, command):
     with subprocess.Popen([sys.executable, "-m", "epo_kernels.train", *command], stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
-            time.sleep(0.02)
-        process.kill()
+        deadline = time.monotonic() + 300
+        try:
+            while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
+                assert time.monotonic() < deadline, f"the run didn't reach step {steps}"
+                time.sleep(0.02)
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGKILL

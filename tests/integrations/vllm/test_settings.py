@@ -36,6 +36,7 @@ def test_responses_end_with_the_closing_tag():
         engine.close()
     rule = StopRule(policy.tokenizer, policy.end_ids, "think_action")
     assert policy.tokenizer.decode(completions[0].token_ids).startswith(text)
+    assert rule.ends(completions[0].token_ids)
     for completion in completions:
         assert rule.length(completion.token_ids) == len(completion.token_ids) == len(completion.log_probs)
         assert rule.ends(completion.token_ids) or len(completion.token_ids) == 96
