@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: venv train evidence test test-integrations lint bench bench-gpu bench-compare gpu-check clean
+.PHONY: venv train evidence test fuzz test-integrations lint bench bench-gpu bench-compare gpu-check clean
 
 venv: $(STAMP)
 
@@ -27,6 +27,10 @@ evidence: venv
 
 test: venv
 	$(RUN) -m pytest -n 2 $(ARGS)
+
+# Random calls against float64: make fuzz N=10000 [ARGS="--start 50000"]
+fuzz: venv
+	$(RUN) -m tests.fuzz -n $(or $(N),1000) $(ARGS)
 
 # Against the real packages, each in an environment whose pins it accepts: those of verl and vLLM exclude the others'.
 test-integrations: .venv-integrations/.installed .venv-verl/.installed .venv-vllm/.installed

@@ -247,7 +247,7 @@ epo::Matrix make_output(const RowsArguments& rows, const MaybeArray& out) {
     const bool same = out->pointer == rows.logits.pointer && out->strides == rows.logits.strides;
     if (!same && out->overlaps(rows.logits)) refuse("out must be the logits themselves or share no memory with them");
     for (std::size_t i = 0; i < 3; ++i)
-        if (out->shape[i] > 1 && out->strides[i] == 0)
+        if (!out->empty() && out->shape[i] > 1 && out->strides[i] == 0)
             refuse("out must have a place of its own for each element, got strides " + text(out->strides));
     return {out->data(), out->strides[0], out->strides[1], out->strides[2]};
 }

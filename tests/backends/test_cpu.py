@@ -184,3 +184,12 @@ def test_a_forked_child_computes_with_threads_of_its_own(rows, threads):
         os._exit(0 if loss.log_probs.tolist() == expected.tolist() else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert results
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 1), (0, 3, 5)])
+def test_an_empty_batch_of_any_strides(shape):
+    """A transposed one has strides of 0, which elsewhere means that elements share their memory."""
+    logits = torch.zeros(shape).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    log_probs, entropy = ek.log_probs_and_entropy(logits, torch.zeros(shape[:2], dtype=torch.int64), backend="cpu")
+    (log_probs.sum() + entropy.sum()).backward()
+    assert logits.grad.shape == shape
