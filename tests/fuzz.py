@@ -62,7 +62,7 @@ class Call:
         return "\n".join([f"{self.form}, {self.dtype}:", *lines])
 
 
-# ---- drawing -------------------------------------------------------------------------------------------------------------
+# ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
 def draw(seed: int) -> Call:
@@ -175,7 +175,7 @@ def _loss_arguments(
     packed: bool,
     smooth: bool,
 ) -> dict[str, Any]:
-    """What a loss is given beside its rows. smooth: no kinks, on whose sides roundings of 16-bit products would fall."""
+    """What a loss is given beside its rows; `smooth` has no kinks, whose side a rounding of 16-bit logits would decide."""
     batch, time = size
     shape = log_probs.shape
     clips = {"clip_ratio_low": 1.0, "clip_ratio_high": 1e9, "clip_ratio_c": None} if smooth else {}
@@ -247,7 +247,7 @@ def _strided(rng: random.Random, values: Tensor) -> Tensor:
     return values
 
 
-# ---- computing -----------------------------------------------------------------------------------------------------------
+# ---- computing -------------------------------------------------------------------------------------------------------
 
 
 def compute(call: Call, backend: str, dtype: torch.dtype | None = None, poison: bool = False) -> dict[str, Tensor]:
@@ -340,7 +340,7 @@ def check(call: Call, backend: str) -> None:
 
 
 def _size_of_terms(call: Call, truth: dict[str, Tensor], name: str) -> float:
-    """Of what is added up, and may cancel: in a gradient ∂L/∂log π (1 - p) and ∂L/∂H p (log p + H), in a loss errors."""
+    """The largest terms of a sum, which may cancel: ∂L/∂log π (1 - p) and ∂L/∂H p (log p + H) in a gradient."""
     if call.form == "from log-probs" or name in ("log_probs", "entropy", *COUNTS):
         return 0.0
     if "statistics" in call.form:
@@ -365,7 +365,7 @@ def _largest(values: Tensor) -> float:
     return max([0.0, *values.abs().flatten().tolist()])
 
 
-# ---- wrong arguments -----------------------------------------------------------------------------------------------------
+# ---- wrong arguments -------------------------------------------------------------------------------------------------
 
 
 def _replaced(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -470,13 +470,14 @@ def check_wrong(seed: int, backend: str) -> None:
     try:
         FORMS[form](**arguments | change(arguments))
     except (TypeError, ValueError) as error:
-        assert wrong in str(error), f"{label}: the error doesn't name it: {error}"
-        assert len(str(error)) < 500, f"{label}: an error of {len(str(error))} characters"
+        message = str(error)
     else:
         raise AssertionError(f"{label}: accepted")
+    assert wrong in message, f"{label}: the error doesn't name {wrong}: {message}"
+    assert len(message) < 500, f"{label}: an error of {len(message)} characters"
 
 
-# ---- running ----------------------------------------------------------------------------------------------------
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 def fuzz(seed: int, backend: str) -> None:
