@@ -175,7 +175,7 @@ def _loss_arguments(
     packed: bool,
     smooth: bool,
 ) -> dict[str, Any]:
-    """What a loss is given beside its rows; `smooth` has no kinks, whose side a rounding of 16-bit logits would decide."""
+    """What a loss is given beside its rows; `smooth`: no kinks, whose side roundings of 16 bits would decide."""
     batch, time = size
     shape = log_probs.shape
     clips = {"clip_ratio_low": 1.0, "clip_ratio_high": 1e9, "clip_ratio_c": None} if smooth else {}
