@@ -1,16 +1,18 @@
 """Checkpoints: `global_step_N/actor` as save_pretrained writes it, beside the trainer's state. Whole or not there."""
 
+import json
 import os
 import pickle
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from epo_kernels.train.config import ConfigError, TrainConfig, differences, only_rounding
+from epo_kernels.train.config import ConfigError, TrainConfig, differences, is_among, only_rounding, read_settings
 from epo_kernels.train.policies.policy import Policy
 
 _NAME = re.compile(r"global_step_(\d+)")
@@ -92,7 +94,7 @@ def drop_later_checkpoints(folder: Path, step: int) -> None:
 
 def clear_run(run_dir: Path) -> None:
     """Remove the records of a run that left no checkpoint to go on from: they aren't those of the run that begins."""
-    for name in ("metrics.jsonl", "evaluation.json", "versions.json", "report.html"):
+    for name in ("metrics.jsonl", "evaluation.json", "versions.json", "branch.json", "report.html"):
         (run_dir / name).unlink(missing_ok=True)
     for name in ("episodes", "reference", "tensorboard", "wandb"):
         if (run_dir / name).is_dir():
@@ -130,7 +132,9 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, by `resume`.
+    """The checkpoint to go on from, by `resume`: of this run, or one of another run that this one branches from.
+
+    A branch that has a checkpoint of its own goes on from there, so that the same command resumes it.
 
     Raises:
         ConfigError: nothing at the path given; or the run folder holds a run that this one would be mixed with.
@@ -140,17 +144,20 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         if (run_dir / "config.yaml").exists():
             raise ConfigError(f"resume=never, but {run_dir} holds a run; choose another run_dir, or resume=auto")
         return None
+    present = list_checkpoints(run_dir / "checkpoints")
+    last = present[-1] if present else None
     if config.resume == "auto":
-        present = list_checkpoints(run_dir / "checkpoints")
-        return present[-1] if present else None
+        return last
     path = Path(config.resume)
+    is_branch = is_foreign(path, run_dir)
+    if is_branch and last and _origin_of(run_dir).get("checkpoint") == str(path.resolve()):
+        return last
     if not (path / "trainer.pt").is_file():
         raise ConfigError(
             f"resume must be auto, never or the folder of a checkpoint (global_step_N); {path} has no trainer.pt"
         )
     step_of(path)
-    is_foreign = path.resolve().parent != (run_dir / "checkpoints").resolve()
-    if is_foreign and (run_dir / "config.yaml").exists():
+    if is_branch and (last or (run_dir / "config.yaml").exists()):
         raise ConfigError(
             f"resume={path} is another run's checkpoint, but {run_dir} holds a run already and their records would "
             "mix; choose another run_dir, or go on with the run that is there by resume=auto"
@@ -158,19 +165,87 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return path
 
 
-def refuse_differences(saved: str, config: TrainConfig) -> list[str]:
-    """Names of settings that differ and round otherwise, but compute the same (they may be changed).
+def is_foreign(checkpoint: Path, run_dir: Path) -> bool:
+    """Whether it is another run's, so that going on from it in `run_dir` makes a branch."""
+    return checkpoint.resolve().parent != (run_dir / "checkpoints").resolve()
+
+
+def note_branch(run_dir: Path, checkpoint: Path) -> None:
+    """Keep what a run branches from, in branch.json."""
+    origin = {"checkpoint": str(checkpoint.resolve()), "step": step_of(checkpoint)}
+    (run_dir / "branch.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+
+
+def start_of(run_dir: Path) -> int:
+    """The step that a run began after: a branch's is its checkpoint's, any other's 0."""
+    return int(_origin_of(run_dir).get("step", 0))
+
+
+def _origin_of(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "branch.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def keep_horizon(saved: str, config: TrainConfig) -> TrainConfig:
+    """The configuration, with the horizon of schedules that the saved one has, unless it names its own."""
+    before = read_settings(saved)
+    if config.schedule_steps or (before["schedule_steps"] is None and before["steps"] == config.steps):
+        return config
+    return replace(config, schedule_steps=before["schedule_steps"] or before["steps"] or None)
+
+
+# What the weights in a checkpoint were made with: no branch can have it otherwise.
+_OF_THE_WEIGHTS = ("model.name_or_path", "model.lora_rank", "model.lora_alpha", "model.lora_targets")
+
+
+def review_differences(saved: str, config: TrainConfig, step: int, is_branch: bool) -> list[str]:
+    """What to say of the settings that changed since the checkpoint of `step`.
+
+    A branch may change all but what the weights were made with; a run that goes on, the number of its steps and what
+    rounds otherwise but computes the same.
 
     Raises:
-        ConfigError: the run to go on with had other settings, as a table.
+        ConfigError: other settings changed, as a table; or fewer steps than were done.
     """
-    changed = differences(saved, config)
-    if only_rounding(changed):
-        return list(changed)
+    changed, steps = differences(saved, config), read_settings(saved)["steps"]
+    if config.steps < step:
+        raise ConfigError(
+            f"steps={config.steps}, but the checkpoint is that of step {step}; raise steps, or give an earlier "
+            "checkpoint as resume=FOLDER"
+        )
+    if is_branch:
+        if fixed := {name: pair for name, pair in changed.items() if is_among(name, _OF_THE_WEIGHTS)}:
+            raise ConfigError(f"the checkpoint's weights were made with other settings; restore them\n{_table(fixed)}")
+        if steps != config.steps:
+            changed = {"steps": (steps, config.steps), **changed}
+        return (
+            [f"settings of this branch that differ from the run it comes from:\n{_table(changed)}"] if changed else []
+        )
+    said = []
+    if config.steps > steps:
+        former, _ = changed.pop("schedule_steps", (config.horizon, None))
+        until_now = f", until now {former}" if former != config.horizon else ""
+        said.append(
+            f"extended from {steps} to {config.steps} steps; the schedules span {config.horizon}{until_now} "
+            "(schedule_steps)"
+        )
+    if not only_rounding(changed):
+        raise ConfigError(
+            "the run to resume had other settings; restore them, or choose another run_dir (with resume=FOLDER of a "
+            f"checkpoint, to branch from it)\n{_table(changed)}"
+        )
+    if changed:
+        said.append(
+            f"warning: {', '.join(changed)} changed: the same draws are rounded otherwise, so later steps differ from "
+            "those of a run never stopped"
+        )
+    return said
+
+
+def _table(changed: dict[str, tuple[Any, Any]]) -> str:
     rows = [("setting", "saved", "now"), *((name, str(old), str(new)) for name, (old, new) in changed.items())]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    table = "\n".join(f"  {name:<{widths[0]}}  {old:<{widths[1]}}  {new}" for name, old, new in rows)
-    raise ConfigError(f"the run to resume had other settings; restore them, or choose another run_dir\n{table}")
+    return "\n".join(f"  {name:<{widths[0]}}  {old:<{widths[1]}}  {new}" for name, old, new in rows)
 
 
 def rng_state() -> dict[str, Any]:
