@@ -74,52 +74,60 @@ def held(run_dir: Path, say: Callable[[str], None] = lambda text: None) -> Itera
     """
     check_usable(run_dir)
     is_new = not run_dir.exists()
-    with _explained(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = _acquire(run_dir / LOCK, say)
-    ended = threading.Event()
-    beat = threading.Thread(target=_beat, args=(file.fileno(), ended), name="run-lock", daemon=True)
-    beat.start()
     try:
-        yield
+        with _explained(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = _acquire(run_dir / LOCK, say)
+        ended = threading.Event()
+        beat = threading.Thread(target=_beat, args=(file.fileno(), ended), name="run-lock", daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            beat.join()
+            _release(file, run_dir)
     finally:
-        ended.set()
-        beat.join()
-        with suppress(OSError):  # a full disk, or a folder that was removed
-            if _records(run_dir) and not _is_run(run_dir):
-                file.truncate(0)  # kept, since it tells that they are a run's
-            else:
-                (run_dir / LOCK).unlink()
-        file.close()
         if is_new:
-            with suppress(OSError):  # not empty
+            with suppress(OSError):  # it holds a run now
                 run_dir.rmdir()
 
 
 def _acquire(path: Path, say: Callable[[str], None]) -> IO[str]:
     file = path.open("a+", encoding="utf-8")
+    is_reliable = _flock(file)
+    former = _read(file)
+    if is_reliable is None:
+        file.close()
+        raise _in_use(path, former)
+    if former and (former.host != socket.gethostname() or not is_reliable):
+        say(f"{path} names {former}; waiting {3 * HEARTBEAT:.0f} s to see whether it is still running")
+        if _beats(path):
+            file.close()
+            raise _in_use(path, former)
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        file.close()  # its holder removed it meanwhile
+        return _acquire(path, say)
+    if former:
+        say(f"{path.parent}: took over from {former}, which ended without giving it back")
     try:
-        is_reliable = _flock(file)
-        if is_reliable is None:
-            raise _in_use(path, _read(file))
-        former = _read(file)
-        if former and (former.host != socket.gethostname() or not is_reliable):
-            say(f"{path} names {former}; waiting {3 * HEARTBEAT:.0f} s to see whether it is still running")
-            if _beats(path):
-                raise _in_use(path, former)
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            file.close()  # its holder removed it meanwhile
-            return _acquire(path, say)
-        if former:
-            say(f"{path.parent}: took over from {former}, which ended without giving it back")
         file.truncate(0)
         file.write(json.dumps(asdict(Holder.this())) + "\n")
         file.flush()
-        return file
-    except BaseException:
-        with suppress(OSError):
-            file.close()
+    except OSError:
+        _release(file, path.parent)
         raise
+    return file
+
+
+def _release(file: IO[str], run_dir: Path) -> None:
+    with suppress(OSError):  # a full disk, or a folder that was removed
+        if _records(run_dir) and not _is_run(run_dir):
+            file.truncate(0)  # kept, since it tells that they are a run's
+        else:
+            (run_dir / LOCK).unlink()
+    with suppress(OSError):
+        file.close()
 
 
 def _flock(file: IO[str]) -> bool | None:
@@ -174,7 +182,9 @@ def _explained(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"{error.strerror} ({error.filename})" if error.strerror and error.filename else error
+        reason = error.strerror or str(error)
+        if error.filename:
+            reason += f" ({error.filename})"
         raise ConfigError(f"run_dir={run_dir} can't be used: {reason}; choose a folder that can be written") from error
 
 
