@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from epo_kernels.train.config import ConfigError, TrainConfig, differences, is_among, only_rounding, read_settings
 from epo_kernels.train.policies.policy import Policy
+from epo_kernels.train.tracking import read_json, write_atomically
 
 _NAME = re.compile(r"global_step_(\d+)")
 _UNFINISHED = ".writing_"
@@ -62,6 +63,25 @@ def save_checkpoint(
     for old in [path for path in list_checkpoints(folder)[:-keep] if path != final]:
         shutil.rmtree(old)
     return final
+
+
+def room_warning(folder: Path, trained: int, other: int, keep: int) -> str | None:
+    """A warning where the disk lacks the room for a run's checkpoints.
+
+    Args:
+        trained: parameters with AdamW's two moments beside them, each of four bytes.
+        other: parameters that are saved without.
+        keep: checkpoint.keep; the newest is written before the oldest goes.
+    """
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+    size = 12 * trained + 4 * other
+    if free + there >= (keep + 1) * size:
+        return None
+    return (
+        f"{folder} has {free / 1e9:,.2f} GB free, and {keep + 1} checkpoints (checkpoint.keep + 1) of about "
+        f"{size / 1e9:,.2f} GB come to be there; make room, or lower checkpoint.keep"
+    )
 
 
 def _save_failed(folder: Path, step: int, error: Exception) -> str:
@@ -173,7 +193,7 @@ def is_foreign(checkpoint: Path, run_dir: Path) -> bool:
 def note_branch(run_dir: Path, checkpoint: Path) -> None:
     """Keep what a run branches from, in branch.json."""
     origin = {"checkpoint": str(checkpoint.resolve()), "step": step_of(checkpoint)}
-    (run_dir / "branch.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    write_atomically(run_dir / "branch.json", json.dumps(origin, indent=1) + "\n")
 
 
 def start_of(run_dir: Path) -> int:
@@ -182,8 +202,7 @@ def start_of(run_dir: Path) -> int:
 
 
 def _origin_of(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "branch.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(run_dir / "branch.json", {})
 
 
 def keep_horizon(saved: str, config: TrainConfig) -> TrainConfig:

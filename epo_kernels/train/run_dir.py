@@ -95,6 +95,7 @@ def held(run_dir: Path, say: Callable[[str], None] = lambda text: None) -> Itera
 
 def _acquire(path: Path, say: Callable[[str], None]) -> IO[str]:
     file = path.open("a+", encoding="utf-8")
+    os.register_at_fork(after_in_child=file.close)  # or a forked child would keep the lock of a process that died
     is_reliable = _flock(file)
     former = _read(file)
     if is_reliable is None:

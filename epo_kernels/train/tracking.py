@@ -20,6 +20,7 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 import epo_kernels as ek
+from epo_kernels.train.config import ConfigError
 from epo_kernels.train.data import Episode
 from epo_kernels.train.evaluate import Record, compare
 from epo_kernels.train.text import printable
@@ -50,8 +51,7 @@ def _metrics_line(line: str) -> dict[str, Any] | None:
 
 
 def read_evaluation(run_dir: Path) -> list[Record]:
-    path = run_dir / "evaluation.json"
-    return [Record(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    return [Record(**entry) for entry in read_json(run_dir / "evaluation.json", [])]
 
 
 def read_episodes(run_dir: Path, name: str) -> list[dict[str, Any]]:
@@ -62,14 +62,33 @@ def read_episodes(run_dir: Path, name: str) -> list[dict[str, Any]]:
 
 def read_versions(run_dir: Path) -> list[dict[str, Any]]:
     """What the run was made with: an entry for each process that worked on it."""
-    path = run_dir / "versions.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return read_json(run_dir / "versions.json", [])
+
+
+def read_json(path: Path, missing: Any) -> Any:
+    """What the file holds, or `missing` where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    if not path.exists():
+        return missing
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); restore it, or remove it and the run goes on without what it held"
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """The whole text or, after a kill or a power cut, the file that was there before."""
     temporary = path.with_name(f".writing_{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

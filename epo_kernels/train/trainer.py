@@ -26,6 +26,7 @@ from epo_kernels.train.checkpoint import (
     note_branch,
     review_differences,
     rng_state,
+    room_warning,
     save_checkpoint,
     set_rng_state,
     start_of,
@@ -313,12 +314,23 @@ class Trainer:
         self.learner = Learner(self.policy, reference, config, self.ranks)
         if state is not None:
             self._restore(state, is_branch)
+        if self.ranks.is_first and (warning := self._room_warning()):
+            self.display.say(f"warning: {warning}")
         if not dry:
             self._save()  # the start is frozen: a run killed from here on goes on from the same weights
             self.tracker = self._tracker()
             stack.push(self._close_tracker)
             self.watch, _ = watched(read_metrics(self.run_dir), config.watch)
             write_atomically(self.run_dir / "config.yaml", to_yaml(config))
+
+    def _room_warning(self) -> str | None:
+        config = self.config
+        parameters = list(self.policy.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        other = 0 if config.model.lora_rank else sum(p.numel() for p in parameters) - trained
+        if self.critic:
+            trained *= 2  # its backbone is the policy's
+        return room_warning(self.run_dir / "checkpoints", trained, other, config.checkpoint.keep)
 
     def _make_engine(self, stack: ExitStack) -> Engine | StreamingEngine:
         """What writes the policy's responses."""

@@ -38,6 +38,9 @@ def test_the_holder_is_named_and_the_lock_goes_with_it(tmp_path):
 def test_a_dead_process_gives_way(tmp_path):
     def die():
         with held(tmp_path):
+            if os.fork() == 0:  # a child that outlives it doesn't keep its lock
+                time.sleep(2)
+                os._exit(0)
             os.kill(os.getpid(), signal.SIGKILL)
 
     process = multiprocessing.get_context("fork").Process(target=die)

@@ -28,8 +28,8 @@ def test_nothing_is_raised_while_writing_or_at_the_end(abandoned):
             for done in range(4):
                 advance(done)
                 display.say("step")
-        print("x" * 100_000)
-        print("kept in the buffer", file=sys.stderr)
+        sys.stdout.write("x" * 100_000)
+        sys.stderr.write("kept in the buffer")
         os.write(abandoned.fileno(), b"by a library, directly")
     abandoned.flush()
 
@@ -45,9 +45,9 @@ def test_a_full_disk_behind_a_log_costs_the_text_that_it_refuses():
 
     log = Full()
     with contextlib.redirect_stdout(log), lasting_streams():
-        print("lost")
+        sys.stdout.write("lost\n")
         log.full = False
-        print("told")
+        sys.stdout.write("told\n")
     assert log.getvalue() == "told\n"
 
 
@@ -55,14 +55,14 @@ def test_what_an_encoding_lacks_is_escaped():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     with contextlib.redirect_stdout(stream), lasting_streams():
-        print("tâche │ 1")
+        sys.stdout.write("tâche │ 1\n")
     assert raw.getvalue() == b"t\\xe2che \\u2502 1\n"
 
 
 def test_a_stream_closed_before_the_start_is_none(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     with lasting_streams():
-        print("nowhere")
+        sys.stdout.write("nowhere")
         Display().say("nowhere")
 
 
