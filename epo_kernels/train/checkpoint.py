@@ -66,11 +66,11 @@ def save_checkpoint(
 
 
 def room_warning(folder: Path, trained: int, other: int, keep: int) -> str | None:
-    """A warning where the disk lacks the room for a run's checkpoints.
+    """A warning if the disk is too small for a run's checkpoints.
 
     Args:
-        trained: parameters with AdamW's two moments beside them, each of four bytes.
-        other: parameters that are saved without.
+        trained: number of parameters saved with AdamW's two moments, four bytes each.
+        other: number of parameters saved without.
         keep: checkpoint.keep; the newest is written before the oldest goes.
     """
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -79,8 +79,8 @@ def room_warning(folder: Path, trained: int, other: int, keep: int) -> str | Non
     if free + there >= (keep + 1) * size:
         return None
     return (
-        f"{folder} has {free / 1e9:,.2f} GB free, and {keep + 1} checkpoints (checkpoint.keep + 1) of about "
-        f"{size / 1e9:,.2f} GB come to be there; make room, or lower checkpoint.keep"
+        f"{folder} has {free / 1e9:,.2f} GB free but needs room for {keep + 1} checkpoints (checkpoint.keep + 1) of "
+        f"about {size / 1e9:,.2f} GB; make room, or lower checkpoint.keep"
     )
 
 
@@ -160,12 +160,12 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         ConfigError: nothing at the path given; or the run folder holds a run that this one would be mixed with.
     """
     run_dir = Path(config.run_dir)
-    if config.resume == "never":
-        if (run_dir / "config.yaml").exists():
-            raise ConfigError(f"resume=never, but {run_dir} holds a run; choose another run_dir, or resume=auto")
-        return None
     present = list_checkpoints(run_dir / "checkpoints")
     last = present[-1] if present else None
+    if config.resume == "never":
+        if last or (run_dir / "config.yaml").exists():
+            raise ConfigError(f"resume=never, but {run_dir} holds a run; choose another run_dir, or resume=auto")
+        return None
     if config.resume == "auto":
         return last
     path = Path(config.resume)
@@ -186,18 +186,18 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 
 
 def is_foreign(checkpoint: Path, run_dir: Path) -> bool:
-    """Whether it is another run's, so that going on from it in `run_dir` makes a branch."""
+    """Whether the checkpoint is another run's, so that continuing from it in `run_dir` creates a branch."""
     return checkpoint.resolve().parent != (run_dir / "checkpoints").resolve()
 
 
 def note_branch(run_dir: Path, checkpoint: Path) -> None:
-    """Keep what a run branches from, in branch.json."""
+    """Record in branch.json which checkpoint a run branches from."""
     origin = {"checkpoint": str(checkpoint.resolve()), "step": step_of(checkpoint)}
     write_atomically(run_dir / "branch.json", json.dumps(origin, indent=1) + "\n")
 
 
 def start_of(run_dir: Path) -> int:
-    """The step that a run began after: a branch's is its checkpoint's, any other's 0."""
+    """The step a run started from: 0, or for a branch the step of its checkpoint."""
     return int(_origin_of(run_dir).get("step", 0))
 
 
@@ -206,31 +206,34 @@ def _origin_of(run_dir: Path) -> dict[str, Any]:
 
 
 def keep_horizon(saved: str, config: TrainConfig) -> TrainConfig:
-    """The configuration, with the horizon of schedules that the saved one has, unless it names its own."""
+    """The configuration with the saved schedule horizon, unless it sets its own."""
     before = read_settings(saved)
     if config.schedule_steps or (before["schedule_steps"] is None and before["steps"] == config.steps):
         return config
     return replace(config, schedule_steps=before["schedule_steps"] or before["steps"] or None)
 
 
-# What the weights in a checkpoint were made with: no branch can have it otherwise.
+# These define a checkpoint's weights: a branch can't change them.
 _OF_THE_WEIGHTS = ("model.name_or_path", "model.lora_rank", "model.lora_alpha", "model.lora_targets")
 
 
 def review_differences(saved: str, config: TrainConfig, step: int, is_branch: bool) -> list[str]:
-    """What to say of the settings that changed since the checkpoint of `step`.
+    """Check the settings against those a checkpoint was saved with; returns messages about allowed changes.
 
-    A branch may change all but what the weights were made with; a run that goes on, the number of its steps and what
-    rounds otherwise but computes the same.
+    A branch may change everything except what defines the weights. A resumed run may change its number of steps, and
+    settings that only affect rounding.
+
+    Args:
+        step: of the checkpoint.
 
     Raises:
-        ConfigError: other settings changed, as a table; or fewer steps than were done.
+        ConfigError: other settings changed (with a table of them), or `steps` is below `step`.
     """
     changed, steps = differences(saved, config), read_settings(saved)["steps"]
     if config.steps < step:
         raise ConfigError(
-            f"steps={config.steps}, but the checkpoint is that of step {step}; raise steps, or give an earlier "
-            "checkpoint as resume=FOLDER"
+            f"steps={config.steps}, but the checkpoint is from step {step}; raise steps, or resume an earlier "
+            "checkpoint with resume=FOLDER"
         )
     if is_branch:
         if fixed := {name: pair for name, pair in changed.items() if is_among(name, _OF_THE_WEIGHTS)}:
@@ -241,12 +244,14 @@ def review_differences(saved: str, config: TrainConfig, step: int, is_branch: bo
             [f"settings of this branch that differ from the run it comes from:\n{_table(changed)}"] if changed else []
         )
     said = []
-    if config.steps > steps:
-        former, _ = changed.pop("schedule_steps", (config.horizon, None))
+    if config.steps != steps:
+        is_extended = config.steps > steps
+        # An extended run may begin another schedule.
+        former = changed.pop("schedule_steps")[0] if is_extended and "schedule_steps" in changed else config.horizon
         until_now = f", until now {former}" if former != config.horizon else ""
         said.append(
-            f"extended from {steps} to {config.steps} steps; the schedules span {config.horizon}{until_now} "
-            "(schedule_steps)"
+            f"{'extended' if is_extended else 'shortened'} from {steps} to {config.steps} steps; the schedules span "
+            f"{config.horizon}{until_now} (schedule_steps)"
         )
     if not only_rounding(changed):
         raise ConfigError(

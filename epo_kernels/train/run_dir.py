@@ -1,4 +1,4 @@
-"""The run's folder: refused where it can't be used, before anything is computed, and held by one process at a time."""
+"""The run's folder: checked before anything is computed, and locked by one process at a time."""
 
 import fcntl
 import json
@@ -26,7 +26,7 @@ FOLDERS = ("base", "checkpoints", "episodes", "nonfinite", "reference", "start",
 
 @dataclass(frozen=True)
 class Holder:
-    """Who works in a run's folder; what run.lock says."""
+    """The process that uses a run's folder, as run.lock names it."""
 
     host: str
     process: int
@@ -41,10 +41,10 @@ class Holder:
 
 
 def check_usable(run_dir: Path) -> None:
-    """Look, without writing anything, whether a run can be kept there.
+    """Check, without writing anything, that a run can be kept there.
 
     Raises:
-        ConfigError: it is no folder, isn't writable, or holds what another program wrote.
+        ConfigError: it is not a folder, isn't writable, or contains another program's files.
     """
     with _explained(run_dir):
         nearest = next(path for path in (run_dir, *run_dir.parents) if os.path.lexists(path))
@@ -55,22 +55,22 @@ def check_usable(run_dir: Path) -> None:
                 _check_folder(run_dir / name)
         for name in FILES:
             if (run_dir / name).is_dir():
-                raise IsADirectoryError(f"{run_dir / name} is a folder, and the run writes a file of that name")
+                raise IsADirectoryError(f"{run_dir / name} is a folder, but the run writes a file of that name")
 
 
 @contextmanager
 def held(run_dir: Path, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Inside, the folder is there and this process alone works in it.
+    """Create the folder if need be, and lock it against other processes inside the `with`.
 
-    The lock is an flock on run_dir/run.lock, so it ends with its holder however that ends; the file names the holder.
-    Where an flock may not reach the holder, because it is on another host or the filesystem has none, the holder counts
-    as alive while it touches the file, which it does every few seconds.
+    The lock is an flock on run_dir/run.lock, which the system releases when its holder dies; the file names the holder.
+    If the holder is on another host, or the filesystem has no flock, that is no proof of death: such a holder is alive
+    if it touches the file, as it does every HEARTBEAT seconds, while we watch for three of them.
 
     Args:
-        say: is told what is waited for or taken over.
+        say: receives a line before waiting for a heartbeat, and one when a lock is taken over.
 
     Raises:
-        ConfigError: another process has it, as named; or as `check_usable`.
+        ConfigError: another process holds the lock (the message names it); or as `check_usable`.
     """
     check_usable(run_dir)
     is_new = not run_dir.exists()
@@ -95,7 +95,7 @@ def held(run_dir: Path, say: Callable[[str], None] = lambda text: None) -> Itera
 
 def _acquire(path: Path, say: Callable[[str], None]) -> IO[str]:
     file = path.open("a+", encoding="utf-8")
-    os.register_at_fork(after_in_child=file.close)  # or a forked child would keep the lock of a process that died
+    os.register_at_fork(after_in_child=file.close)  # a child must not keep its dead parent's lock
     is_reliable = _flock(file)
     former = _read(file)
     if is_reliable is None:
@@ -124,7 +124,7 @@ def _acquire(path: Path, say: Callable[[str], None]) -> IO[str]:
 def _release(file: IO[str], run_dir: Path) -> None:
     with suppress(OSError):  # a full disk, or a folder that was removed
         if _records(run_dir) and not _is_run(run_dir):
-            file.truncate(0)  # kept, since it tells that they are a run's
+            file.truncate(0)  # kept as the only sign that these files are a run's
         else:
             (run_dir / LOCK).unlink()
     with suppress(OSError):
@@ -158,10 +158,10 @@ def _in_use(path: Path, holder: Holder | None) -> ConfigError:
 
 
 def _beats(path: Path) -> bool:
-    """Whether the file is touched. Its times are compared with each other, since hosts' clocks differ."""
+    """Whether the file is touched while we watch. No clock is compared, since those of hosts differ."""
 
     def touched() -> int:
-        with path.open() as file:  # opening it asks a network filesystem's server
+        with path.open() as file:  # opening bypasses a network filesystem's attribute cache
             return os.fstat(file.fileno()).st_mtime_ns
 
     first, end = touched(), time.monotonic() + 3 * HEARTBEAT
@@ -186,23 +186,23 @@ def _explained(run_dir: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.filename:
             reason += f" ({error.filename})"
-        raise ConfigError(f"run_dir={run_dir} can't be used: {reason}; choose a folder that can be written") from error
+        raise ConfigError(f"run_dir={run_dir} can't be used: {reason}; fix that, or choose another folder") from error
 
 
 def _check_folder(path: Path) -> None:
     if not path.is_dir():
-        raise NotADirectoryError(f"{path} is no folder")
+        raise NotADirectoryError(f"{path} is not a folder")
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} is not writable")
 
 
 def _refuse_foreign(run_dir: Path) -> None:
-    """What has the names of a run's records, but isn't a run's, would be overwritten or removed."""
+    """Raise where files have the names of a run's records but are not a run's: they would be overwritten."""
     present = _records(run_dir)
     if present and not (run_dir / LOCK).exists() and not _is_run(run_dir):
         raise ConfigError(
-            f"run_dir={run_dir} holds what no run of this driver wrote ({', '.join(present)}) and a run would "
-            "overwrite; choose another folder"
+            f"run_dir={run_dir} contains files that this driver did not write and would overwrite "
+            f"({', '.join(present)}); choose another folder"
         )
 
 
@@ -211,7 +211,7 @@ def _records(run_dir: Path) -> list[str]:
 
 
 def _is_run(run_dir: Path) -> bool:
-    """Whether a checkpoint or the settings show that the driver has run there."""
+    """Whether a checkpoint or config.yaml shows that the driver ran there."""
     if any((path / "trainer.pt").exists() for path in list_checkpoints(run_dir / "checkpoints")):
         return True
     try:

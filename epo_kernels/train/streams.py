@@ -1,4 +1,4 @@
-"""Standard output and error that nobody may be reading any more: their end is not the run's."""
+"""Keeps a run going when stdout or stderr can no longer be written: a closed pipe, a lost terminal, a full disk."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from typing import Any, TextIO, cast
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Inside, a closed pipe, a lost terminal or a full disk behind stdout or stderr costs the text, never raises."""
+    """Inside, text that stdout or stderr does not take is dropped instead of raising."""
     out, err = _Lasting(sys.stdout), _Lasting(sys.stderr)
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
         try:
@@ -21,7 +21,7 @@ def lasting_streams() -> Iterator[None]:
 
 
 class _Lasting:
-    """A text stream that drops what can't be written; everything else is the stream's own."""
+    """A text stream that drops what can't be written, and delegates everything else."""
 
     def __init__(self, stream: TextIO | None) -> None:
         # None: the descriptor was closed before the process began.
@@ -43,7 +43,7 @@ class _Lasting:
             self._lose(error)
 
     def finish(self) -> None:
-        """Flush; what can't be written even now isn't tried again when the interpreter ends."""
+        """Flush, and give up what remains, so that the interpreter doesn't fail on it as it exits."""
         try:
             self._stream.flush()
         except OSError:
@@ -57,6 +57,6 @@ class _Lasting:
             self._discard()
 
     def _discard(self) -> None:
-        """Let the descriptor lead nowhere, for the stream's buffer and for libraries that write to it directly."""
+        """Point the descriptor to /dev/null, also for what is buffered and for libraries that write to it directly."""
         with suppress(OSError), open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())

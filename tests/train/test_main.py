@@ -152,7 +152,15 @@ def test_a_finished_run_is_extended_under_the_schedule_that_it_began_with(tmp_pa
     last, long = weights_of(tmp_path / "run", 4), weights_of(tmp_path / "long", 4)
     assert all(torch.equal(last[name], long[name]) for name in long)
     assert train(*run, "steps=2") == 2
-    assert "steps=2, but the checkpoint is that of step 4; raise steps, or give an earlier" in capsys.readouterr().err
+    assert "steps=2, but the checkpoint is from step 4; raise steps, or resume an earlier" in capsys.readouterr().err
+
+
+def test_a_run_is_shortened_under_the_schedule_that_it_began_with(whole_run, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    own = tmp_path / "run" / "checkpoints" / "global_step_2"
+    assert train(f"run_dir={tmp_path / 'run'}", *WHOLE, "steps=3", f"resume={own}") == 0
+    assert "shortened from 4 to 3 steps; the schedules span 4 (schedule_steps)" in capsys.readouterr().out
+    assert lines_of(tmp_path / "run") == lines_of(whole_run)[:3]
 
 
 def test_or_under_another_one_where_asked_for(whole_run, tmp_path, capsys):
@@ -258,6 +266,9 @@ def test_where_a_run_begins(whole_run, tmp_path):
     assert found(run_dir=tmp_path, resume="never") is None
     with pytest.raises(ConfigError, match="holds a run"):
         found(run_dir=whole_run, resume="never")
+    (tmp_path / "checkpoints" / "global_step_0").mkdir(parents=True)  # killed before config.yaml
+    with pytest.raises(ConfigError, match="holds a run"):
+        found(run_dir=tmp_path, resume="never")
     with pytest.raises(ConfigError, match=r"no trainer\.pt"):
         found(run_dir=tmp_path, resume=str(tmp_path))
 

@@ -164,7 +164,7 @@ def test_another_project_s_files_are_left_alone(tmp_path, capsys, nothing_comput
     path.write_text("defaults: [model]\n")
     assert train(f"run_dir={tmp_path}", *flags) == 2
     error = capsys.readouterr().err
-    assert "holds what no run of this driver wrote" in error
+    assert "contains files that this driver did not write" in error
     assert name.split("/")[0] in error
     assert path.read_text() == "defaults: [model]\n"
     assert not (tmp_path / LOCK).exists()
