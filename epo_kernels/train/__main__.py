@@ -20,6 +20,7 @@ from epo_kernels.train.config import (
     to_yaml,
     warnings_of,
 )
+from epo_kernels.train.streams import lasting_streams
 from epo_kernels.train.text import printable
 
 if TYPE_CHECKING:
@@ -54,17 +55,21 @@ examples:
 
 The folder run_dir receives config.yaml, metrics.jsonl (a line a step), evaluation.json, episodes/ to read,
 checkpoints/global_step_N/actor, tensorboard/ and report.html. An interrupted run goes on where it stopped when the
-same command is given again (resume=auto). SIGTERM and Ctrl-C stop it with everything saved; a second one, at once.
+same command is given again (resume=auto), with steps raised too; resume=FOLDER of a checkpoint rewinds a run, or with
+another run_dir branches from it under other settings. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C stop a run with everything
+saved; another one more than a second later, at once. A run_dir belongs to one run at a time.
 
 settings, with their defaults (presets change some; --print-config tells):
 
 """
 
 
+@lasting_streams()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0 done, or stopped by SIGTERM with everything saved; 1 the run failed; 2 wrong settings; 130 interrupted by Ctrl-C.
+    0 done, or stopped by a signal with everything saved; 1 the run failed; 2 wrong settings, or a run_dir that can't be
+    used; 130 interrupted by Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in words or "-h" in words:
@@ -131,7 +136,7 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
         return 0
     except Stopped as stopped:
         display.say(f"{stopped}; {_remains(config)}")
-        return 0 if stopped.signal == signal.SIGTERM else 130
+        return 130 if stopped.signal == signal.SIGINT else 0
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _fail(f"{error}; make room first: {_remains(config)}", 1)

@@ -137,7 +137,7 @@ class LossConfig:
     history_window: int | None = None  # steps that count; None: all
     history_includes_current: bool = True  # False: the band knows earlier steps alone (the paper's second version)
     phase_schedule: str = "paper"  # weight of the penalty over the steps: constant | paper | official
-    phase_horizon: int | None = None  # steps it spans; null: the run's. The published code's official one has 150
+    phase_horizon: int | None = None  # steps it spans; null: schedule_steps. The published code's official one has 150
     rollout_is: str = "auto"  # importance weights by: none | token | turn | auto (vllm: token, transformers: none)
     rollout_is_cap: float = 2.0  # where they are truncated; inf: nowhere
 
@@ -204,8 +204,9 @@ class TrackingConfig:
 class TrainConfig:
     run_dir: str = "runs/default"  # the folder everything is written to
     seed: int = 0  # of weights, task choice and every draw
-    steps: int = 20  # rollouts, each followed by its updates
-    resume: str = "auto"  # auto: go on where run_dir stopped | a checkpoint's path | never: run_dir must be new
+    steps: int = 20  # rollouts, each followed by its updates; more of them extend a run that is there
+    schedule_steps: int | None = None  # steps that lr's and penalty's schedules span; null: those the run began with
+    resume: str = "auto"  # auto: go on where run_dir stopped | a checkpoint: rewind, or branch | never: a new run_dir
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -217,6 +218,11 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def horizon(self) -> int:
+        """The step at which schedules end."""
+        return self.schedule_steps or self.steps
 
 
 def preset_names() -> list[str]:
@@ -271,6 +277,7 @@ def read_settings(saved: str) -> dict[str, Any]:
 OPERATIONAL = (
     "run_dir",
     "resume",
+    "steps",
     "env.step_timeout",
     "env.start_timeout",
     "env.max_failures",
@@ -291,21 +298,24 @@ ROUNDING = ("rollout.environments", "rollout.cohorts", "optim.micro_batch_tokens
 def differences(saved: str, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from a saved config.yaml, {"a.b": (saved, now)}, but for the OPERATIONAL ones.
 
-    A setting that the file lacks, because it is newer, had its default.
+    A setting that the file lacks, because it is newer, had its default. Of `schedule_steps`, what it comes to counts.
     """
     before, now = read_settings(saved), flatten(config)
+    for settings in (before, now):
+        settings["schedule_steps"] = settings["schedule_steps"] or settings["steps"]
     return {
         name: (before[name], now.get(name))
         for name in before
-        if not _is_among(name, OPERATIONAL) and before[name] != now.get(name)
+        if not is_among(name, OPERATIONAL) and before[name] != now.get(name)
     }
 
 
 def only_rounding(changed: dict[str, tuple[Any, Any]]) -> bool:
-    return all(_is_among(name, ROUNDING) for name in changed)
+    return all(is_among(name, ROUNDING) for name in changed)
 
 
-def _is_among(name: str, listed: tuple[str, ...]) -> bool:
+def is_among(name: str, listed: tuple[str, ...]) -> bool:
+    """Whether the setting, or a group that it belongs to, is listed."""
     return any(name == entry or name.startswith(f"{entry}.") for entry in listed)
 
 
@@ -515,6 +525,10 @@ def _check_combinations(config: TrainConfig) -> None:
     _that(
         loss.phase_horizon is None or loss.phase_horizon >= 1,
         f"loss.phase_horizon must be at least 1 or null, got {loss.phase_horizon}",
+    )
+    _that(
+        config.schedule_steps is None or config.schedule_steps >= 1,
+        f"schedule_steps must be at least 1 or null, got {config.schedule_steps}",
     )
     _that(
         config.watch.entropy_low < config.watch.entropy_high,

@@ -55,7 +55,7 @@ class Critic:
         self._ranks.shard(self._backbone)
         self._network = nn.ModuleDict({"backbone": self._backbone, "head": self._head})
         self._optimizer = StepOptimizer(
-            self._network.parameters(), config.optim, config.critic, config.steps, self._ranks
+            self._network.parameters(), config.optim, config.critic, config.horizon, self._ranks
         )
 
     @torch.no_grad()

@@ -63,6 +63,18 @@ class Ranks:
         dist.all_gather_object(found, own)
         return found
 
+    def on_first(self, act: Callable[[], object]) -> None:
+        """Call `act` on the first rank alone. A ConfigError there is raised on every rank."""
+        error: ConfigError | None = None
+        if self.is_first:
+            try:
+                act()
+            except ConfigError as refusal:
+                error = refusal
+        told, *_ = self.gather(str(error) if error else None)
+        if told is not None:
+            raise error or ConfigError(told)
+
     def check(self, stop: StopRequest) -> None:
         """Raises Stopped on every rank where one was asked to stop, so that none is left waiting."""
         own: Stopped | None = None

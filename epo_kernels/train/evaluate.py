@@ -32,6 +32,11 @@ class Record:
     scores: list[float | None] = field(default_factory=list)  # of the panel's tasks in their order; None: failed
     successes: list[bool | None] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """Of its episodes' files."""
+        return f"{self.when.replace(' ', '_')}_{self.panel}_{self.decoding}"
+
     def sentence(self) -> str:
         return (
             f"evaluation {self.when}, {self.panel}, {self.decoding}: success {self.success:.1%} "

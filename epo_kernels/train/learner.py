@@ -51,7 +51,7 @@ class Learner:
         if reference is not None and reference is not policy.model:
             self._ranks.shard(reference.get_decoder())
         self._optimizer = StepOptimizer(
-            policy.model.parameters(), config.optim, config.optim, config.steps, self._ranks
+            policy.model.parameters(), config.optim, config.optim, config.horizon, self._ranks
         )
 
     def score(self, samples: Sequence[Sample]) -> None:

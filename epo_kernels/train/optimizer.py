@@ -24,13 +24,13 @@ def cosine_with_warmup(update: int, total: int, warmup_ratio: float, min_ratio: 
 
 
 class StepOptimizer:
-    """AdamW through a run of `steps` training steps, each of several minibatches.
+    """AdamW through a run's training steps, each of several minibatches.
 
     Args:
         parameters: those to train.
         config: of AdamW, the schedule and clipping.
         passes: whose lr, epochs, minibatches and minibatch_size hold.
-        steps: of the run; the schedule ends with them.
+        steps: that the schedule spans; any after them have its last rate.
         ranks: whose gradients are added up.
     """
 

@@ -4,9 +4,10 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 import epo_kernels as ek
+from epo_kernels.train.config import ConfigError
 from epo_kernels.train.data import Episode
 from epo_kernels.train.evaluate import Record, compare
 from epo_kernels.train.text import printable
@@ -29,15 +31,27 @@ Value = float | int | list[float | None]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    """The lines of metrics.jsonl; what a kill, a power cut or a full disk left incomplete is left out."""
+    return [entry for entry in _metrics_lines(run_dir) if entry is not None]
+
+
+def _metrics_lines(run_dir: Path) -> list[dict[str, Any] | None]:
+    """Line by line; None: damaged."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last line break is no whole line
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [_metrics_line(line) for line in text.split("\n") if line]
+
+
+def _metrics_line(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("training/global_step"), int) else None
 
 
 def read_evaluation(run_dir: Path) -> list[Record]:
-    path = run_dir / "evaluation.json"
-    return [Record(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    return [Record(**entry) for entry in read_json(run_dir / "evaluation.json", [])]
 
 
 def read_episodes(run_dir: Path, name: str) -> list[dict[str, Any]]:
@@ -48,14 +62,33 @@ def read_episodes(run_dir: Path, name: str) -> list[dict[str, Any]]:
 
 def read_versions(run_dir: Path) -> list[dict[str, Any]]:
     """What the run was made with: an entry for each process that worked on it."""
-    path = run_dir / "versions.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return read_json(run_dir / "versions.json", [])
+
+
+def read_json(path: Path, missing: Any) -> Any:
+    """What the file holds, or `missing` where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    if not path.exists():
+        return missing
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); restore it, or remove it and the run goes on without what it held"
+        ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """The whole text or, after a kill or a power cut, the file that was there before."""
     temporary = path.with_name(f".writing_{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -93,19 +126,28 @@ class Tracker:
         step: the step the run goes on from; what an earlier process wrote of later steps is dropped, since these steps
             are made again.
         boards: that show the numbers too, beside TensorBoard; closed with the tracker.
+
+    Attributes:
+        lost: steps up to `step` without a line in metrics.jsonl, where some of its lines were damaged.
     """
 
     def __init__(self, run_dir: Path, step: int, *boards: Board) -> None:
         self._run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "episodes").mkdir(exist_ok=True)
-        lines = [entry for entry in read_metrics(run_dir) if entry["training/global_step"] <= step]
+        found = _metrics_lines(run_dir)
+        lines = [entry for entry in found if entry is not None and entry["training/global_step"] <= step]
+        numbers = [entry["training/global_step"] for entry in lines]
+        first = min(numbers, default=1)
+        self.lost = sorted({*range(first, step + 1)} - {*numbers}) if None in found else []
         write_atomically(run_dir / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in lines))
         versions = [entry for entry in read_versions(run_dir) if entry["from_step"] <= step]
         write_atomically(
             run_dir / "versions.json", json.dumps([*versions, {"from_step": step, **_versions()}], indent=1) + "\n"
         )
-        self._records = [record for record in read_evaluation(run_dir) if record.step <= step]
+        evaluated = read_evaluation(run_dir)
+        self._records = [record for record in evaluated if record.step <= step]
+        self._drop_later(step, evaluated)
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._boards: list[Board] = [TensorBoard(run_dir, step), *boards]
 
@@ -126,10 +168,20 @@ class Tracker:
         os.fsync(self._metrics.fileno())  # before the checkpoint that counts on it
         self._show(step, dict(pair for name, value in metrics.items() for pair in _scalars(name, value)))
 
+    def extend(self, steps: int) -> None:
+        """Now that the run has so many steps, what was "after" an earlier last one is an evaluation between."""
+        names = {record.name for record in self._records}
+        for former in [record for record in self._records if record.when == "after" and record.step < steps]:
+            between = replace(former, when=f"step {former.step}")
+            for path in (self._run_dir / "episodes").glob(f"{former.name}.*"):
+                os.replace(path, path.with_name(f"{between.name}{path.suffix}"))
+            place = self._records.index(former)
+            self._records[place : place + 1] = [] if between.name in names else [between]
+            self._write_records()
+
     def log_evaluation(self, records: Sequence[Record]) -> None:
         self._records += records
-        entries = [asdict(record) for record in self._records]
-        write_atomically(self._run_dir / "evaluation.json", json.dumps(entries, indent=1) + "\n")
+        self._write_records()
         for record in records:
             names = ("mean_score", "success", "official_success")
             place = f"evaluation/{record.panel}/{record.decoding}"
@@ -147,6 +199,20 @@ class Tracker:
         self._metrics.close()
         for board in self._boards:
             board.close(failed)
+
+    def _write_records(self) -> None:
+        entries = [asdict(record) for record in self._records]
+        write_atomically(self._run_dir / "evaluation.json", json.dumps(entries, indent=1) + "\n")
+
+    def _drop_later(self, step: int, evaluated: Sequence[Record]) -> None:
+        """Remove what `evaluated` and played steps hold of the time after `step`."""
+        if len(self._records) < len(evaluated):
+            self._write_records()
+        stale = {record.name for record in evaluated if record.step > step}
+        for path in (self._run_dir / "episodes").iterdir():
+            played = re.fullmatch(r"train_step_(\d+)", path.stem)
+            if path.stem in stale or (played and int(played[1]) > step):
+                path.unlink()
 
     def _show(self, step: int, scalars: Mapping[str, float]) -> None:
         for board in self._boards:

@@ -20,11 +20,16 @@ from epo_kernels.train.checkpoint import (
     copy_records,
     drop_later_checkpoints,
     find_checkpoint,
+    is_foreign,
+    keep_horizon,
     load_state,
-    refuse_differences,
+    note_branch,
+    review_differences,
     rng_state,
+    room_warning,
     save_checkpoint,
     set_rng_state,
+    start_of,
 )
 from epo_kernels.train.collect import Collector
 from epo_kernels.train.config import FROM_SCRATCH, ConfigError, TrainConfig, to_yaml
@@ -47,6 +52,7 @@ from epo_kernels.train.post_mortem import NonFiniteError, save_batch
 from epo_kernels.train.report import write_report
 from epo_kernels.train.rollout import Rollout
 from epo_kernels.train.rollout_mismatch import mismatch_metrics, rollout_is_level, set_rollout_weights
+from epo_kernels.train.run_dir import check_usable, held
 from epo_kernels.train.step_metrics import entropy_metrics, episode_metrics, sampled_entropy, token_metrics
 from epo_kernels.train.stopping import Stopped, StopRequest
 from epo_kernels.train.tracking import Display, Tracker, Value, read_metrics, write_atomically
@@ -81,6 +87,7 @@ class Trainer:
         self.display = display
         self.stop = stop or StopRequest()
         self.run_dir = Path(config.run_dir)
+        self.start = 0  # the step before the first: a branch's is its checkpoint's
         self.step = 0  # the last one done
         self._resources = ExitStack()
         with ExitStack() as stack:  # closes what was opened where something fails on the way
@@ -116,8 +123,8 @@ class Trainer:
 
     def _run(self) -> None:
         config = self.config
-        if self.step == 0:
-            self._evaluate("before", 0)
+        if self.step == self.start:
+            self._evaluate("before", self.start)
         self._evaluate_if_due(self.step)
         for step in range(self.step + 1, config.steps + 1):
             self.ranks.check(self.stop)
@@ -130,12 +137,12 @@ class Trainer:
             if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 self._save()
                 write_report(self.run_dir)
-        if config.steps:
+        if config.steps > self.start:
             self._evaluate("after", config.steps)
 
     def _evaluate_if_due(self, step: int) -> None:
         every = self.config.evaluate.every
-        if step and every and step % every == 0 and step < self.config.steps:
+        if every and step % every == 0 and self.start < step < self.config.steps:
             self._evaluate(f"step {step}", step)
 
     def _watch(self, step: int, metrics: Mapping[str, Value]) -> None:
@@ -181,7 +188,7 @@ class Trainer:
             if self.critic:
                 with _timed(seconds, "update_critic"):
                     learned |= self.critic.update(samples, seed)
-            horizon = config.loss.phase_horizon or config.steps
+            horizon = config.loss.phase_horizon or config.horizon
             phase_weight = ek.phase_weight(step - 1, horizon, config.loss.phase_schedule)
             with _timed(seconds, "update_actor"):
                 if not self.critic or step > config.critic.warmup_steps:
@@ -228,7 +235,7 @@ class Trainer:
             for index, decoding in enumerate(missing):
                 own = episodes[index * len(tasks) : (index + 1) * len(tasks)]
                 records.append(summarize(own, when, step, panel, decoding))
-                self.tracker.save_episodes(f"{when.replace(' ', '_')}_{panel}_{decoding}", own)
+                self.tracker.save_episodes(records[-1].name, own)
                 self.display.say(records[-1].sentence())
             self.tracker.log_evaluation(records)
 
@@ -253,16 +260,21 @@ class Trainer:
         require_vllm(config.rollout)
         if config.model.threads:
             torch.set_num_threads(config.model.threads)
+        self.ranks.on_first(
+            lambda: check_usable(self.run_dir) if dry else stack.enter_context(held(self.run_dir, self.display.say))
+        )
         checkpoint = find_checkpoint(config)
         state = load_state(checkpoint) if checkpoint else None
+        is_branch = checkpoint is not None and is_foreign(checkpoint, self.run_dir)
+        if state is not None:
+            self.start = state["step"] if is_branch else start_of(self.run_dir)
         if not self.ranks.is_first:  # writes where nobody looks
             self.run_dir = copy_records(self.run_dir, Path(stack.enter_context(TemporaryDirectory())))
         self.ranks.wait()  # from here on the first one changes the run's folder
-        if state is not None and (changed := refuse_differences(state["config"], config)):
-            self.display.say(
-                f"warning: {', '.join(changed)} changed: the same draws are rounded otherwise, so later steps differ "
-                "from those of a run never stopped"
-            )
+        if state is not None:
+            self.config = config = keep_horizon(state["config"], config)
+            for text in review_differences(state["config"], config, state["step"], is_branch):
+                self.display.say(text)
         environment = config.env
         if dry:  # what the cache lacks is made for this once
             folder = stack.enter_context(TemporaryDirectory())
@@ -291,21 +303,34 @@ class Trainer:
             cast(HistoryScope, loss.history_scope),
             cast(HistoryWeighting, loss.history_weighting),
         )
-        if not dry and checkpoint is None:
+        if not dry and (checkpoint is None or is_branch):
             clear_run(self.run_dir)
+        if not dry and checkpoint and is_branch:
+            note_branch(self.run_dir, checkpoint)
         if not dry and state is not None:
             drop_later_checkpoints(self.run_dir / "checkpoints", state["step"])
         reference = self._reference(checkpoint, dry)
         self.critic = Critic(self.policy, config, self.ranks) if config.algorithm.name == "ppo" else None
         self.learner = Learner(self.policy, reference, config, self.ranks)
         if state is not None:
-            self._restore(state)
+            self._restore(state, is_branch)
+        if self.ranks.is_first and (warning := self._room_warning()):
+            self.display.say(f"warning: {warning}")
         if not dry:
             self._save()  # the start is frozen: a run killed from here on goes on from the same weights
             self.tracker = self._tracker()
             stack.push(self._close_tracker)
             self.watch, _ = watched(read_metrics(self.run_dir), config.watch)
             write_atomically(self.run_dir / "config.yaml", to_yaml(config))
+
+    def _room_warning(self) -> str | None:
+        config = self.config
+        parameters = list(self.policy.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        other = 0 if config.model.lora_rank else sum(p.numel() for p in parameters) - trained
+        if self.critic:
+            trained *= 2  # its backbone is the policy's
+        return room_warning(self.run_dir / "checkpoints", trained, other, config.checkpoint.keep)
 
     def _make_engine(self, stack: ExitStack) -> Engine | StreamingEngine:
         """What writes the policy's responses."""
@@ -343,17 +368,30 @@ class Trainer:
     def _tracker(self) -> Tracker:
         shown_elsewhere = self.config.tracking.wandb != "disabled" and self.ranks.is_first
         boards = [WeightsAndBiases(self.run_dir, self.config, self.display.say)] if shown_elsewhere else []
-        return Tracker(self.run_dir, self.step, *boards)
+        tracker = Tracker(self.run_dir, self.step, *boards)
+        tracker.extend(self.config.steps)
+        if tracker.lost:
+            self.display.say(
+                f"warning: metrics.jsonl was damaged and is repaired; no line is left for steps {tracker.lost}"
+            )
+        return tracker
 
     def _close_tracker(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self.tracker.close(failed=error is not None and not isinstance(error, Stopped))
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any], is_branch: bool) -> None:
         self.step = state["step"]
         self.learner.load_state_dict(state["learner"])
-        if self.critic:
+        if self.critic and state["critic"] is not None:
             self.critic.load_state_dict(state["critic"])
-        self.history.load_state_dict(state["history"])
+        elif self.critic:
+            self.display.say("the run that this one branches from had no critic: a new one is trained")
+        try:
+            self.history.load_state_dict(state["history"])
+        except ValueError as error:
+            if not is_branch:
+                raise ConfigError(f"{error}; the environment is not the one that the run began with") from error
+            self.display.say(f"the entropy history starts empty: {error}")
         set_rng_state(state["rng"])
 
     def _shared_policy(self) -> Policy:
@@ -425,10 +463,18 @@ class Trainer:
         folder = Path(self.config.run_dir) / "reference"
         if self.ranks.is_first and checkpoint is None:
             self.policy.save(folder)
-        elif self.ranks.is_first and checkpoint and not folder.is_dir():  # resumed from another run's checkpoint
-            load_policy(str(checkpoint.parent.parent / "reference"), self.config.model).save(folder)
+        elif self.ranks.is_first and checkpoint and is_foreign(checkpoint, self.run_dir):
+            load_policy(str(self._first_reference(checkpoint)), self.config.model).save(folder)
         self.ranks.wait()
         return load_policy(str(folder), self.config.model).model.requires_grad_(False)
+
+    def _first_reference(self, checkpoint: Path) -> Path:
+        """A branch's reference: its origin's where that has one."""
+        reference = checkpoint.parent.parent / "reference"
+        if reference.is_dir():
+            return reference
+        self.display.say(f"the KL is to the policy of {checkpoint}, since its run kept no policy from before RL")
+        return checkpoint / "actor"
 
     def close(self) -> None:
         self._resources.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from epo_kernels.train.config import ConfigError, TrackingConfig, TrainConfig, flatten
-from epo_kernels.train.tracking import write_atomically
+from epo_kernels.train.tracking import read_json, write_atomically
 
 INSTALL = 'pip install --constraint constraints.txt "epo-kernels[wandb]"'
 STEP = "training/global_step"  # every curve's x-axis; W&B's own step counts rows
@@ -46,7 +46,7 @@ class WeightsAndBiases:
         self._say = say
         self._path = run_dir / "wandb" / "sent.json"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        state = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
+        state = read_json(self._path, {})
         self._id: str = state.get("id", uuid.uuid4().hex[:12])
         self._sent: dict[str, int] = state.get("sent", {})  # the last step of each name
         self._keep()

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import resource
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +55,17 @@ def weights_of(run_dir, step):
     from safetensors.torch import load_file
 
     return load_file(Path(run_dir) / "checkpoints" / f"global_step_{step}" / "actor" / "model.safetensors")
+
+
+@contextmanager
+def files_at_most(size):
+    """Inside, a file that grows beyond `size` bytes is refused as by a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

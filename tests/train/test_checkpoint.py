@@ -1,4 +1,5 @@
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from epo_kernels.train.checkpoint import (
     drop_later_checkpoints,
     list_checkpoints,
     load_state,
+    room_warning,
     save_checkpoint,
     step_of,
 )
@@ -72,6 +74,18 @@ def test_a_failed_save_leaves_the_old_ones_whole(cloned, tmp_path, monkeypatch):
         save_checkpoint(tmp_path, 2, cloned, {"step": 2}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["global_step_1"]
     assert load_state(tmp_path / "global_step_1") == {"step": 1}
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_told_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "global_step_0").mkdir()
+    (tmp_path / "global_step_0" / "trainer.pt").write_bytes(bytes(1000))
+    needed = 3 * (12 * 100 + 4 * 50)
+    for free, enough in ((needed - 1000, True), (needed - 1001, False)):
+        monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        warning = room_warning(tmp_path, trained=100, other=50, keep=2)
+        assert (warning is None) == enough
+    assert "3 checkpoints" in warning
+    assert room_warning(tmp_path / "not" / "there", trained=0, other=0, keep=1) is None
 
 
 def test_what_a_kill_left_behind_is_no_checkpoint(cloned, tmp_path):

@@ -93,6 +93,7 @@ def test_what_stops_one_rank_stops_all(runs):
         assert rank["lost"].startswith("EnvironmentFailure: ")
         assert "it died" in rank["lost"]
         assert rank["asked"] == "stopped by SIGTERM"
+        assert rank["refused"] == "in use, says rank 0"
     assert ranks[0]["broken"] == "RuntimeError: rank 1 failed: ValueError: bad"
 
 

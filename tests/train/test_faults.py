@@ -6,11 +6,9 @@ import json
 import os
 import pkgutil
 import random
-import resource
 import signal
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -23,7 +21,7 @@ from epo_kernels.train.learner import Learner
 from epo_kernels.train.post_mortem import load_batch
 from epo_kernels.train.tracking import Tracker
 from tests.train import faults
-from tests.train.conftest import WHOLE, command, lines_of, train, weights_of
+from tests.train.conftest import WHOLE, command, files_at_most, lines_of, train, weights_of
 
 
 def steps_of(run_dir):
@@ -71,18 +69,19 @@ def test_a_run_killed_again_and_again_goes_on_to_the_last_bit(whole_run, tmp_pat
 
 
 TERMINATIONS = {
-    "in a rollout": (TRAIN + "rollout:Rollout._act", 20),
-    "in an evaluation between": (TRAIN + "trainer:summarize", 4),
+    "SIGTERM in a rollout": (signal.SIGTERM, TRAIN + "rollout:Rollout._act", 20),
+    "SIGHUP in an evaluation between": (signal.SIGHUP, TRAIN + "trainer:summarize", 4),
+    "SIGUSR1 in an update": (signal.SIGUSR1, TRAIN + "learner:Learner.update", 2),
 }
 
 
-@pytest.mark.parametrize("place", TERMINATIONS)
-def test_sigterm_saves_and_ends_with_0(whole_run, tmp_path, place):
+@pytest.mark.parametrize("moment", TERMINATIONS)
+def test_a_signal_saves_and_ends_with_0(whole_run, tmp_path, moment):
     log = tmp_path / "log"
     arguments = command(f"run_dir={tmp_path / 'run'}", *WHOLE, "checkpoint.every=0")
-    process = faults.start(arguments, (signal.SIGTERM, *TERMINATIONS[place]), log)
-    assert faults.end_of(process) == 0, log.read_text()
-    assert "stopped by SIGTERM; the same command goes on from the last checkpoint" in log.read_text()
+    fault = TERMINATIONS[moment]
+    assert faults.end_of(faults.start(arguments, fault, log)) == 0, log.read_text()
+    assert f"stopped by {fault[0].name}; the same command goes on from the last checkpoint" in log.read_text()
     run_dir = tmp_path / "run"
     lines = lines_of(run_dir)
     assert steps_of(run_dir)[-1] == len(lines) < 4
@@ -100,7 +99,7 @@ def test_sigterm_before_the_first_checkpoint_ends_the_demonstrations_and_says_th
     assert "cloned" not in log.read_text()
 
 
-def test_ctrl_c_saves_too_and_a_second_signal_ends_at_once(tmp_path):
+def test_ctrl_c_saves_too_and_so_do_two_signals_at_once(tmp_path):
     log = tmp_path / "log"
     arguments = command(f"run_dir={tmp_path / 'run'}", *WHOLE, "checkpoint.every=0")
     process = faults.start(arguments, (signal.SIGINT, TRAIN + "learner:Learner.update", 3), log)
@@ -111,8 +110,29 @@ def test_ctrl_c_saves_too_and_a_second_signal_ends_at_once(tmp_path):
     while not (tmp_path / "slow" / "metrics.jsonl").exists():
         time.sleep(0.05)
     slow.terminate()
-    slow.terminate()
-    assert faults.end_of(slow) in (-signal.SIGTERM, 0)  # 0: it stopped between the two
+    slow.terminate()  # as `timeout` does
+    assert faults.end_of(slow) == 0
+    assert steps_of(tmp_path / "slow")[-1] == len(lines_of(tmp_path / "slow"))
+
+
+@pytest.mark.parametrize("gone", ["reader of a pipe", "terminal"])
+def test_output_that_nobody_takes_costs_nothing(whole_run, tmp_path, gone):
+    arguments = command(f"run_dir={tmp_path / 'run'}", *WHOLE)
+    if gone == "terminal":
+        other, own = os.openpty()
+        log = os.ttyname(own)
+        process = faults.start(arguments, log=log)
+    else:
+        log = tmp_path / "log"
+        os.mkfifo(log)
+        process = faults.start(arguments, log=log)
+        other, own = os.open(log, os.O_RDONLY), None
+    assert os.read(other, 1)
+    if own is not None:
+        os.close(own)
+    os.close(other)
+    assert faults.end_of(process) == 0
+    assert_equal_runs(tmp_path / "run", whole_run)
 
 
 def failing_where(holds):
@@ -148,16 +168,6 @@ def test_a_few_failures_cost_their_episodes_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(PracticeEnvironment, "step", failing_where(lambda: next(count) in (5, 9)))
     assert train(f"run_dir={tmp_path}", "steps=2", "evaluate.panels=[]") == 0
     assert [line["episode/failed"] for line in lines_of(tmp_path)] == [2, 0]
-
-
-@contextmanager
-def files_at_most(size):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_file_that_the_disk_refuses_leaves_the_old_checkpoint_whole(whole_run, tmp_path, capsys):

@@ -132,6 +132,126 @@ def test_a_finished_run_has_nothing_left_to_do(whole_run, capsys):
     assert "0 of 4 steps to do" in capsys.readouterr().out
 
 
+SHORT = ("steps=2", *WHOLE[1:])
+
+
+def test_a_finished_run_is_extended_under_the_schedule_that_it_began_with(tmp_path, capsys):
+    assert train(f"run_dir={tmp_path / 'long'}", *WHOLE, "schedule_steps=2", "loss.phase_schedule=official") == 0
+    run = (f"run_dir={tmp_path / 'run'}", *WHOLE[1:], "loss.phase_schedule=official")
+    assert train(*run, "steps=2") == 0
+    assert (tmp_path / "run" / "episodes" / "after_iid_greedy.txt").exists()
+    assert train(*run, "steps=3") == 0
+    assert "extended from 2 to 3 steps; the schedules span 2 (schedule_steps)" in capsys.readouterr().out
+    assert train(*run, "steps=4") == 0
+    lines, wanted = lines_of(tmp_path / "run"), lines_of(tmp_path / "long")
+    assert lines == wanted
+    assert [line["actor/lr"] for line in lines[1:]] == pytest.approx([3e-4 * 0.5] * 3)  # optim.min_lr_ratio
+    assert [line["epo/phase_weight"] for line in lines] == [ek.phase_weight(step, 2, "official") for step in range(4)]
+    records = {folder: json.loads((tmp_path / folder / "evaluation.json").read_text()) for folder in ("run", "long")}
+    assert [r for r in records["run"] if r["when"] != "step 3"] == records["long"]
+    last, long = weights_of(tmp_path / "run", 4), weights_of(tmp_path / "long", 4)
+    assert all(torch.equal(last[name], long[name]) for name in long)
+    assert train(*run, "steps=2") == 2
+    assert "steps=2, but the checkpoint is from step 4; raise steps, or resume an earlier" in capsys.readouterr().err
+
+
+def test_a_run_is_shortened_under_the_schedule_that_it_began_with(whole_run, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    own = tmp_path / "run" / "checkpoints" / "global_step_2"
+    assert train(f"run_dir={tmp_path / 'run'}", *WHOLE, "steps=3", f"resume={own}") == 0
+    assert "shortened from 4 to 3 steps; the schedules span 4 (schedule_steps)" in capsys.readouterr().out
+    assert lines_of(tmp_path / "run") == lines_of(whole_run)[:3]
+
+
+def test_or_under_another_one_where_asked_for(whole_run, tmp_path, capsys):
+    assert train(f"run_dir={tmp_path}", *SHORT) == 0
+    assert train(f"run_dir={tmp_path}", *SHORT, "schedule_steps=4") == 2, "not unless it is extended"
+    assert train(f"run_dir={tmp_path}", *WHOLE, "schedule_steps=4") == 0
+    assert "extended from 2 to 4 steps; the schedules span 4, until now 2" in capsys.readouterr().out
+    rates = [line["actor/lr"] for line in lines_of(tmp_path)]
+    assert rates[2:] == [line["actor/lr"] for line in lines_of(whole_run)][2:]
+    assert train(f"run_dir={tmp_path}", *WHOLE) == 0  # the horizon stays, whether it is named again or not
+
+
+def test_a_branch_has_settings_of_its_own(whole_run, tmp_path, capsys):
+    origin = {path: path.read_bytes() for path in whole_run.rglob("*") if path.is_file()}
+    checkpoint = whole_run / "checkpoints" / "global_step_3"
+    settings = ["steps=5", *WHOLE[1:], "optim.lr=1e-3", "algorithm.name=ppo", "loss.history_window=2"]
+    branch = (f"run_dir={tmp_path / 'branch'}", *settings, f"resume={checkpoint}")
+    assert train(*branch) == 0
+    said = capsys.readouterr().out
+    table = said[said.index("settings of this branch") :].splitlines()[1:6]
+    assert [line.split() for line in table] == [
+        ["setting", "saved", "now"],
+        ["steps", "4", "5"],
+        ["algorithm.name", "grpo", "ppo"],
+        ["loss.history_window", "None", "2"],
+        ["optim.lr", "0.0003", "0.001"],
+    ]
+    assert "had no critic: a new one is trained" in said
+    assert "the entropy history starts empty" in said
+    lines = lines_of(tmp_path / "branch")
+    assert [line["training/global_step"] for line in lines] == [4, 5]
+    assert lines[0]["actor/lr"] == pytest.approx(1e-3 * 0.5)
+    records = json.loads((tmp_path / "branch" / "evaluation.json").read_text())
+    assert [(r["when"], r["step"]) for r in records[::2]] == [("before", 3), ("step 4", 4), ("after", 5)]
+    shutil.rmtree(tmp_path / "branch" / "checkpoints" / "global_step_5")
+    assert train(*branch) == 0  # the same command resumes the branch
+    assert lines_of(tmp_path / "branch") == lines
+    assert json.loads((tmp_path / "branch" / "evaluation.json").read_text()) == records
+    assert {path: path.read_bytes() for path in whole_run.rglob("*") if path.is_file()} == origin
+
+
+def test_a_branch_keeps_what_its_weights_were_made_with(whole_run, tmp_path, capsys):
+    checkpoint = whole_run / "checkpoints" / "global_step_3"
+    assert train(f"run_dir={tmp_path / 'run'}", *WHOLE, f"resume={checkpoint}", "model.name_or_path=small") == 2
+    assert capsys.readouterr().err.splitlines()[-1].split() == ["model.name_or_path", "tiny", "small"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_branch_of_a_run_without_kl_is_held_to_its_own_start(tmp_path, capsys):
+    settings = ("evaluate.panels=[]", "checkpoint.keep=9", "optim.minibatches=1", "optim.epochs=1")
+    assert train(f"run_dir={tmp_path / 'run'}", "steps=2", *settings) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "global_step_2"
+    branch = (f"run_dir={tmp_path / 'branch'}", "steps=3", *settings, "loss.kl_coeff=0.1", f"resume={checkpoint}")
+    assert train(*branch) == 0
+    assert f"the KL is to the policy of {checkpoint}" in capsys.readouterr().out
+    (line,) = lines_of(tmp_path / "branch")
+    assert line["actor/kl_loss"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "cut short, then a line break", "zeros", "no line break"])
+def test_a_damaged_line_is_repaired_on_resume(whole_run, tmp_path, capsys, damage):
+    shutil.copytree(whole_run, tmp_path / "run")
+    run_dir = tmp_path / "run"
+    for step in (3, 4):
+        shutil.rmtree(run_dir / "checkpoints" / f"global_step_{step}")
+    *rest, _, last, _ = (run_dir / "metrics.jsonl").read_bytes().split(b"\n")
+    tail = {
+        "cut short": last[:-30],
+        "cut short, then a line break": last[:40] + b"\n",
+        "zeros": bytes(500),
+        "no line break": last,
+    }[damage]
+    (run_dir / "metrics.jsonl").write_bytes(b"\n".join([*rest, tail]))
+    assert train(f"run_dir={run_dir}", *WHOLE) == 0
+    assert lines_of(run_dir) == lines_of(whole_run)
+    assert (run_dir / "evaluation.json").read_text() == (whole_run / "evaluation.json").read_text()
+    for path in (whole_run / "episodes").iterdir():
+        assert (run_dir / "episodes" / path.name).read_text() == path.read_text()
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_line_that_is_lost_for_good_is_told(whole_run, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    first, second, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first, second[:50], *rest]) + "\n")
+    assert train(f"run_dir={tmp_path / 'run'}", *WHOLE) == 0
+    assert "metrics.jsonl was damaged and is repaired; no line is left for steps [2]" in capsys.readouterr().out
+    assert [line["training/global_step"] for line in lines_of(tmp_path / "run")] == [1, 3, 4]
+
+
 def test_resuming_with_other_settings_is_refused(whole_run, capsys):
     assert train(f"run_dir={whole_run}", *WHOLE, "optim.lr=0.5") == 2
     assert capsys.readouterr().err.splitlines()[1:] == ["  setting   saved   now", "  optim.lr  0.0003  0.5"]
@@ -146,6 +266,9 @@ def test_where_a_run_begins(whole_run, tmp_path):
     assert found(run_dir=tmp_path, resume="never") is None
     with pytest.raises(ConfigError, match="holds a run"):
         found(run_dir=whole_run, resume="never")
+    (tmp_path / "checkpoints" / "global_step_0").mkdir(parents=True)  # killed before config.yaml
+    with pytest.raises(ConfigError, match="holds a run"):
+        found(run_dir=tmp_path, resume="never")
     with pytest.raises(ConfigError, match=r"no trainer\.pt"):
         found(run_dir=tmp_path, resume=str(tmp_path))
 

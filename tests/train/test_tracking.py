@@ -2,8 +2,10 @@ import io
 import json
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
+from epo_kernels.train.config import ConfigError
 from epo_kernels.train.data import Episode, Turn
 from epo_kernels.train.envs import Observation, Task
 from epo_kernels.train.evaluate import Record
@@ -32,6 +34,29 @@ def test_metrics_are_lines_and_a_resumed_run_drops_what_it_makes_again(tmp_path)
         {"training/global_step": 3, "actor/lr": 9.0, "actor/loss": None, "actor/pg_loss": None},
     ]
     assert second.records == [RECORD]
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "versions.json"])
+def test_a_damaged_record_is_named(tmp_path, name):
+    tracker = Tracker(tmp_path, 0)
+    tracker.log_evaluation([RECORD])
+    tracker.close()
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ConfigError, match=rf"{name} is damaged .*; restore it, or remove it"):
+        Tracker(tmp_path, 0)
+
+
+def test_a_rewound_run_keeps_nothing_of_the_steps_it_makes_again(tmp_path):
+    first = Tracker(tmp_path, 0)
+    first.log_evaluation([RECORD, replace(RECORD, when="step 2", step=2), replace(RECORD, when="after", step=3)])
+    for name in ("train_step_00001", "train_step_00003", "before_iid_greedy", "step_2_iid_greedy", "after_iid_greedy"):
+        first.save_episodes(name, [])
+    first.close()
+    Tracker(tmp_path, 2).close()
+    kept = {"train_step_00001", "before_iid_greedy", "step_2_iid_greedy"}
+    assert {path.stem for path in (tmp_path / "episodes").iterdir()} == kept
+    assert [record.when for record in read_evaluation(tmp_path)] == ["before", "step 2"]
 
 
 def test_tensorboard_holds_the_scalars(tmp_path):

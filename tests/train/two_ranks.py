@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from epo_kernels.train.__main__ import _parse, _run, leave
-from epo_kernels.train.config import ModelConfig
+from epo_kernels.train.config import ConfigError, ModelConfig
 from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.distributed import Ranks, SharedRollout, launched
 from epo_kernels.train.envs import EnvironmentFailure, Task
@@ -56,6 +56,17 @@ def asked_to_stop(ranks: Ranks) -> str:
     return "went on"
 
 
+def refused_on_the_first(ranks: Ranks) -> str:
+    def refuse() -> None:
+        raise ConfigError(f"in use, says rank {ranks.rank}")
+
+    try:
+        ranks.on_first(refuse)
+    except ConfigError as error:
+        return str(error)
+    return "went on"
+
+
 def sharded(ranks: Ranks) -> dict[str, object]:
     model = build_from_scratch([], ModelConfig(), seed=0).model
     plain = copy.deepcopy(model)
@@ -80,6 +91,7 @@ def inspect(ranks: Ranks) -> dict[str, object]:
         "lost": played_together(ranks, EnvironmentFailure("it died")),
         "broken": played_together(ranks, ValueError("bad")),
         "asked": asked_to_stop(ranks),
+        "refused": refused_on_the_first(ranks),
         "dealt": list(ranks.deal("abcde")),
         "sharded": sharded(ranks),
     }
