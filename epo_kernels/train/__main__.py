@@ -1,4 +1,4 @@
-"""python -m epo_kernels.train [preset or file.yaml] [a.b=c ...]"""
+"""python -m epo_kernels.train [preset] [file.yaml ...] [a.b=c ...]"""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from epo_kernels.train import missing_packages
+
+if __name__ == "__main__" and (missing := missing_packages()):
+    sys.exit(f'error: the driver needs {", ".join(missing)}: pip install "epo-kernels[train]"')
+
 from epo_kernels.train.config import (
     ConfigError,
     TrainConfig,
     describe_settings,
     load_config,
+    option_as_setting,
     preset_titles,
     to_yaml,
     warnings_of,
@@ -26,11 +32,11 @@ if TYPE_CHECKING:
     from epo_kernels.train.distributed import Ranks
     from epo_kernels.train.trainer import Trainer
 
-HELP = """usage: python -m epo_kernels.train [PRESET or FILE.yaml] [GROUP.KEY=VALUE ...] [--print-config | --dry-run]
+HELP = """usage: python -m epo_kernels.train [PRESET] [FILE.yaml ...] [GROUP.KEY=VALUE ...] [--print-config | --dry-run]
 
 Trains a language-model agent by reinforcement learning in a text environment, with the EPO loss.
 
-A setting comes from the last of these that gives it: the defaults below, the preset or file, the command line.
+A setting comes from the last of these that gives it: the defaults below, the preset, files, the command line.
 
 presets (without one: quickstart):
 
@@ -51,6 +57,17 @@ examples:
   python -m epo_kernels.train scienceworld_ppo_7b --print-config
   python -m epo_kernels.train my.yaml seed=3 resume=never
   torchrun --nproc-per-node 8 -m epo_kernels.train my.yaml   on all GPUs of a machine (model.fsdp)
+
+a file of your own starts from a preset and holds what differs, say my.yaml:
+
+  preset: quickstart
+  run_dir: ~/runs/mine
+  optim:
+    lr: 1e-4
+
+or from all settings of a preset: python -m epo_kernels.train quickstart --print-config > my.yaml
+A file that names no preset takes one from the command line (quickstart my.yaml), or else the defaults.
+Values are YAML (true, false, null, [a, b]); ${{oc.env:NAME}} is an environment variable, ~ the home folder.
 
 The folder run_dir receives config.yaml, metrics.jsonl (a line a step), evaluation.json, episodes/ to read,
 checkpoints/global_step_N/actor, tensorboard/ and report.html. An interrupted run goes on where it stopped when the
@@ -83,14 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(words: list[str]) -> tuple[TrainConfig, set[str]]:
     flags = {word for word in words if word.startswith("-")}
-    if unknown := flags - {"--print-config", "--dry-run"}:
-        raise ConfigError(f"unknown option {sorted(unknown)[0]}; there are --print-config, --dry-run and --help")
+    for index, word in enumerate(words):
+        if word in flags - {"--print-config", "--dry-run"}:
+            raise ConfigError(option_as_setting(word, words[index + 1 : index + 2]))
     rest = [word for word in words if not word.startswith("-")]
-    sources = [word for word in rest if "=" not in word]
-    if len(sources) > 1:
-        raise ConfigError(f"one preset or file at most, got {' and '.join(sources)}; settings are written a.b=c")
-    overrides = [word for word in rest if "=" in word]
-    return load_config(sources[0] if sources else "quickstart", overrides), flags
+    sources = [word.removeprefix("preset=") for word in rest if "=" not in word or word.startswith("preset=")]
+    overrides = [word for word in rest if "=" in word and not word.startswith("preset=")]
+    return load_config(sources or "quickstart", overrides), flags
 
 
 def _launch(config: TrainConfig, dry: bool) -> int:
