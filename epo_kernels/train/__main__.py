@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -122,6 +123,7 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from epo_kernels.train.envs import EnvironmentFailure
+    from epo_kernels.train.failures import RunError
     from epo_kernels.train.policies.prompts import PromptTooLong
     from epo_kernels.train.stopping import Stopped, StopRequest
     from epo_kernels.train.tracking import Display
@@ -137,10 +139,7 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
             if dry:
                 display.say(_plan(trainer))
                 return 0
-            display.say(
-                f"run {config.run_dir}: {config.steps - trainer.step} of {config.steps} steps to do, "
-                f"{len(trainer.tasks)} training tasks"
-            )
+            display.say(f"{config.steps - trainer.step} of {config.steps} steps to do")
             records = trainer.run()
         display.table(records)
         display.say(f"report: {trainer.run_dir / 'report.html'}")
@@ -152,8 +151,12 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _fail(f"{error}; make room first: {_remains(config)}", 1)
         return _fail(error, 1)
-    except (EnvironmentFailure, PromptTooLong, RuntimeError) as error:
+    except (EnvironmentFailure, PromptTooLong, RunError) as error:
         return _fail(error, 1)
+    except ConfigError:
+        raise
+    except Exception as error:
+        return _fail(_unforeseen(error, config, dry, ranks), 1)
     except KeyboardInterrupt:
         return _fail(f"interrupted at once; {_remains(config)}", 130)
 
@@ -167,6 +170,21 @@ def _remains(config: TrainConfig) -> str:
     return "there is no checkpoint yet: the same command begins anew"
 
 
+def _unforeseen(error: Exception, config: TrainConfig, dry: bool, ranks: Ranks) -> str:
+    """What to say of an error that nobody expected; its traceback goes to the run's folder, or else to stderr."""
+    from epo_kernels.train.failures import keep_traceback
+
+    brief = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    try:
+        if not dry:
+            kept = keep_traceback(Path(config.run_dir), error, ranks.rank)
+            return f"{brief}; its traceback is in {kept}; {_remains(config)}"
+    except OSError:
+        pass
+    sys.stderr.write("".join(traceback.format_exception(error)))
+    return brief
+
+
 def _fail(reason: object, code: int) -> int:
     sys.stderr.write(f"error: {printable(str(reason))}\n")
     return code
@@ -174,20 +192,14 @@ def _fail(reason: object, code: int) -> int:
 
 def _plan(trainer: Trainer) -> str:
     config = trainer.config
-    parameters = sum(p.numel() for p in trainer.policy.model.parameters())
-    episodes = config.algorithm.groups * config.algorithm.group_size
-    panels = ", ".join(f"{len(tasks)} of {name}" for name, tasks in trainer.panels.items()) or "none"
+    algorithm, optim = config.algorithm, config.optim
     return "\n".join(
         [
             f"would run in {config.run_dir}: steps {trainer.step + 1} to {config.steps}"
             if trainer.step < config.steps
             else f"{config.run_dir} has all its {config.steps} steps already",
-            f"environment: {trainer.suite.name}, {len(trainer.tasks)} training tasks, "
-            f"{trainer.suite.max_turns} turns at most",
-            f"policy: {config.model.name_or_path}, {parameters:,} parameters, {config.model.dtype}",
-            f"a step: {config.algorithm.groups} groups of {config.algorithm.group_size}, {episodes} episodes in "
-            f"{config.rollout.environments} environments; {config.optim.epochs * config.optim.minibatches} updates",
-            f"evaluation: {panels}; {' and '.join(config.evaluate.decoding)}",
+            f"a step: {algorithm.groups} groups of {algorithm.group_size}, {algorithm.groups * algorithm.group_size} "
+            f"episodes in {config.rollout.environments} environments; {optim.epochs * optim.minibatches} updates",
         ]
     )
 

@@ -11,13 +11,14 @@ import torch
 from safetensors import SafetensorError
 
 from epo_kernels.train.config import ConfigError, TrainConfig, differences, only_rounding
+from epo_kernels.train.failures import RunError
 from epo_kernels.train.policies.policy import Policy
 
 _NAME = re.compile(r"global_step_(\d+)")
 _UNFINISHED = ".writing_"
 
 
-class SaveError(RuntimeError):
+class SaveError(RunError):
     """A checkpoint could not be written. The message says what is still whole, and how to go on."""
 
 

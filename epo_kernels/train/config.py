@@ -22,7 +22,6 @@ import epo_kernels as ek
 from epo_kernels.train.envs import EnvConfig
 from epo_kernels.train.settings_file import ConfigError, Layer, parse_settings, read_settings_file
 
-
 FROM_SCRATCH: dict[str, dict[str, Any]] = {  # Qwen2's settings, without a download; for head_dims vLLM serves
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
@@ -185,6 +184,7 @@ class WatchConfig:
     entropy_high: float = 4.0  # nats a token; above it the policy writes noise
     uniform_groups: float = 0.9  # share of groups whose returns are all equal, from which on little is learnt
     repeated_tokens: float = 0.3  # share of response tokens that repeat what the response held before
+    valid_actions: float = 0.1  # share of actions that the environment understands; below it little can be learnt
     patience: int = 3  # steps in a row before a warning
     stop: bool = False  # end the run at the first warning, with a checkpoint
 
@@ -257,12 +257,17 @@ def option_as_setting(option: str, following: Sequence[str]) -> str:
         option: with its dashes.
         following: the next word of the command line, if there is one.
     """
-    name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
-    name = name if name in setting_names() else _closest(name, setting_names())
+    given, equals, value = option.lstrip("-").partition("=")
+    given, known = given.replace("-", "_"), setting_names()
+    if group := [name for name in known if name.startswith(f"{given}.")]:
+        return f"unknown option {option}; {given} is a group of settings, written a.b=c: {', '.join(group)}"
+    name = given if given in known else _closest(given, known)
     if name is None:
-        return f"unknown option {option}; there are --print-config, --dry-run and --help, and settings are written a.b=c"
+        return (
+            f"unknown option {option}; there are --print-config, --dry-run and --help, and settings are written a.b=c"
+        )
     if not equals:
-        value = following[0] if following and "=" not in following[0] else "VALUE"
+        value = following[0] if following and "=" not in following[0] and following[0][:2] != "--" else "VALUE"
     return f"unknown option {option}; settings are written without dashes and spaces: {name}={value}"
 
 
@@ -361,7 +366,9 @@ def _describe(group: Any, prefix: str = "") -> list[str]:
         if setting.default_factory is not MISSING:
             default = setting.default_factory()
         comment = re.search(rf"^    {setting.name}:.*?  # (.*)$", source, re.MULTILINE)
-        lines.append(f"  {prefix}{setting.name}={_yaml_value(default)}".ljust(46) + (comment.group(1) if comment else ""))
+        lines.append(
+            f"  {prefix}{setting.name}={_yaml_value(default)}".ljust(46) + (comment.group(1) if comment else "")
+        )
     return lines
 
 
@@ -443,6 +450,7 @@ _SHARES = (
     "optim.warmup_ratio",
     "watch.uniform_groups",
     "watch.repeated_tokens",
+    "watch.valid_actions",
     "algorithm.gamma",
     "algorithm.lam",
 )
@@ -599,7 +607,7 @@ def _read_override(override: str) -> Layer:
     if not equals or not name:
         raise ConfigError(f"{override!r} is no setting; settings are written a.b=c, such as steps=10, without spaces")
     try:
-        settings = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        settings: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
         return Layer(OmegaConf.create(settings), "", dict.fromkeys(_flatten(settings), 1))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{override!r} is not to be read: {_first_line(error)}") from error
@@ -669,7 +677,7 @@ def _expand_home(group: Any, prefix: str = "") -> None:
 
 
 def setting_names() -> list[str]:
-    """"a.b" of every setting."""
+    """ "a.b" of every setting."""
     return list(flatten(TrainConfig()))
 
 

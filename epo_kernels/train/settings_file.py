@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -65,7 +66,7 @@ def parse_settings(text: str, name: str) -> Layer:
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise ConfigError(f"{name} must hold settings (key: value), not a {root.id}")
         lines = dict(_lines_of(root, name)) if root is not None else {}
-        return Layer(OmegaConf.create(text) if lines else OmegaConf.create(), name, lines)
+        return Layer(cast(DictConfig, OmegaConf.create(text if lines else "{}")), name, lines)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -110,7 +111,7 @@ def _lines_of(root: yaml.MappingNode, name: str) -> Iterator[tuple[str, int]]:
 
 
 def _explain(error: Exception, text: str) -> str:
-    """", line N: what is wrong: the line itself" of what a YAML reader says over several lines."""
+    """ ", line N: what is wrong: the line itself" of what a YAML reader says over several lines."""
     lines = text.splitlines()
     if isinstance(error, yaml.reader.ReaderError):
         number = text[: error.position].count("\n")

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,8 @@ from epo_kernels.train.envs import EnvironmentFailure, make_suite
 from epo_kernels.train.envs.demonstrations import borrow_cache
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.evaluate import Record, panel_starts, summarize
+from epo_kernels.train.failures import RunError
+from epo_kernels.train.header import about_policy, about_tasks, opening
 from epo_kernels.train.learner import Learner
 from epo_kernels.train.policies.dialogue import DialogueBuilder
 from epo_kernels.train.policies.generate import Engine, StopRule, StreamingEngine, TransformersEngine
@@ -44,6 +46,7 @@ from epo_kernels.train.policies.prompts import PromptBuilder, Prompts
 from epo_kernels.train.policies.vllm_engine import VllmEngine, require_vllm
 from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
 from epo_kernels.train.post_mortem import NonFiniteError, save_batch
+from epo_kernels.train.progress import Report
 from epo_kernels.train.report import write_report
 from epo_kernels.train.rollout import Rollout
 from epo_kernels.train.rollout_mismatch import mismatch_metrics, rollout_is_level, set_rollout_weights
@@ -94,7 +97,7 @@ class Trainer:
             Stopped: asked for by a signal. This, and what follows, leaves a checkpoint of the last step done.
             EnvironmentFailure: too many episodes in a row were lost.
             CollapsedError: a collapse warning, under watch.stop.
-            RuntimeError: too many updates in a row without a finite gradient (the batch is in run_dir/nonfinite), or a
+            RunError: too many updates in a row without a finite gradient (the batch is in run_dir/nonfinite), or a
                 checkpoint could not be written. The last checkpoint is whole.
         """
         try:
@@ -108,7 +111,7 @@ class Trainer:
         except NonFiniteError as error:
             folder = save_batch(self.run_dir / "nonfinite" / f"step_{self.step + 1:05d}", error)
             write_report(self.run_dir)
-            raise RuntimeError(
+            raise RunError(
                 f"step {self.step + 1}: {error}. The last one's batch is in {folder}; the last checkpoint is whole"
             ) from error
         write_report(self.run_dir)
@@ -144,9 +147,13 @@ class Trainer:
         if alarms and self.config.watch.stop:
             raise CollapsedError(f"stopped at step {step}, as watch.stop asks: {alarms[0].text}")
 
-    def _bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    def _bar(self, name: str, total: int, unit: str = "episodes") -> AbstractContextManager[Report]:
         """A bar whose every move is a moment at which the run can be stopped."""
-        return self.display.bar(name, total, self.stop.check)
+        return self.display.bar(name, total, unit, self.stop.check)
+
+    def _samples_bar(self, name: str, total: int) -> AbstractContextManager[Report]:
+        """A bar of work that is never stopped half done."""
+        return self.display.bar(name, total, "samples")
 
     def _train_step(self, step: int) -> dict[str, Value]:
         """Rollout, old log-probs and entropies, weights against the rollout's, history, advantages, update."""
@@ -154,18 +161,21 @@ class Trainer:
         seconds: dict[str, float] = {}
         with _timed(seconds, "step"):
             with _timed(seconds, "gen"):
-                collected = self.collector.collect(step, lambda total: self._bar(f"step {step}", total))
+                collected = self.collector.collect(step, lambda total: self._bar(f"step {step}, rollout", total))
             seconds |= {f"gen_{name}": spent for name, spent in collected.seconds.items()}
             self._prefetch(step + 1)
 
             samples = samples_of(collected.kept, config.rollout.layout)
-            with _timed(seconds, "old_log_prob"):
-                self.learner.score(samples)
+            with (
+                _timed(seconds, "old_log_prob"),
+                self._samples_bar(f"step {step}, old log-probs", len(samples)) as report,
+            ):
+                self.learner.score(samples, report)
             correction = rollout_is_level(config), config.loss.rollout_is_cap
             set_rollout_weights(samples, *correction)
             if self.critic:
-                with _timed(seconds, "values"):
-                    self.critic.score(samples)
+                with _timed(seconds, "values"), self._samples_bar(f"step {step}, values", len(samples)) as report:
+                    self.critic.score(samples, report)
 
             turns, entropy = sampled_entropy(samples)
             own = slice(self.ranks.rank, None, self.ranks.size)  # committing adds up what all ranks hold
@@ -179,13 +189,18 @@ class Trainer:
 
             seed = (config.seed, Draw.MINIBATCHES, step)
             if self.critic:
-                with _timed(seconds, "update_critic"):
-                    learned |= self.critic.update(samples, seed)
+                total = config.critic.epochs * len(samples)
+                with (
+                    _timed(seconds, "update_critic"),
+                    self._samples_bar(f"step {step}, critic's update", total) as report,
+                ):
+                    learned |= self.critic.update(samples, seed, report)
             horizon = config.loss.phase_horizon or config.steps
             phase_weight = ek.phase_weight(step - 1, horizon, config.loss.phase_schedule)
-            with _timed(seconds, "update_actor"):
+            total = config.optim.epochs * len(samples)
+            with _timed(seconds, "update_actor"), self._samples_bar(f"step {step}, update", total) as report:
                 if not self.critic or step > config.critic.warmup_steps:
-                    learned |= self.learner.update(samples, history, phase_weight, seed)
+                    learned |= self.learner.update(samples, history, phase_weight, seed, report)
             if not config.loss.history_includes_current:
                 self._commit_history(step)
         self.tracker.save_episodes(f"train_step_{step:05d}", collected.episodes[: config.algorithm.group_size])
@@ -205,7 +220,7 @@ class Trainer:
         try:
             self.history.commit(self.ranks.group)
         except ValueError as error:
-            raise RuntimeError(f"step {step}: {error}; the last checkpoint is whole") from error
+            raise RunError(f"step {step}: {error}; the last checkpoint is whole") from error
 
     def _prefetch(self, step: int) -> None:
         """Environments reset while the model updates, unless an evaluation needs them first."""
@@ -222,7 +237,7 @@ class Trainer:
             if not missing:
                 continue
             episodes = panel_starts(tasks, panel, missing, self.config.seed)
-            with self._bar(f"evaluation {when}", len(episodes)) as bar:
+            with self._bar(f"evaluation {when}, {panel}", len(episodes)) as bar:
                 self.rollout.play(episodes, bar)
             records = []
             for index, decoding in enumerate(missing):
@@ -230,7 +245,17 @@ class Trainer:
                 records.append(summarize(own, when, step, panel, decoding))
                 self.tracker.save_episodes(f"{when.replace(' ', '_')}_{panel}_{decoding}", own)
                 self.display.say(records[-1].sentence())
+                self._warn_of_actions(records[-1])
             self.tracker.log_evaluation(records)
+            write_report(self.run_dir)
+
+    def _warn_of_actions(self, record: Record) -> None:
+        lowest = self.config.watch.valid_actions
+        if record.valid_action_ratio is not None and record.valid_action_ratio < lowest:
+            self.display.say(
+                f"warning: the environment understood {record.valid_action_ratio:.1%} of the actions, less than "
+                f"watch.valid_actions={lowest:g}; read the responses in {self.config.run_dir}/episodes"
+            )
 
     def _save(self) -> None:
         state = {
@@ -263,6 +288,7 @@ class Trainer:
                 f"warning: {', '.join(changed)} changed: the same draws are rounded otherwise, so later steps differ "
                 "from those of a run never stopped"
             )
+        self.display.say(opening(config, self.ranks))
         environment = config.env
         if dry:  # what the cache lacks is made for this once
             folder = stack.enter_context(TemporaryDirectory())
@@ -275,11 +301,13 @@ class Trainer:
         self.tasks = self.suite.tasks("train")
         self.panels = {panel: self.suite.tasks(panel)[: config.evaluate.episodes] for panel in config.evaluate.panels}
         self.suite.close()  # the simulator that listed them
+        self.display.say(about_tasks(self.suite, self.tasks, self.panels, config))
 
         if checkpoint:
             self.policy = load_policy(str(checkpoint / "actor"), config.model)
         else:
             self.policy = self._first_policy(dry) if dry else self._shared_policy()
+        self.display.say(about_policy(self.policy))
         self.engine = self._make_engine(stack)
         sampled = None if isinstance(self.engine, StreamingEngine) else self.policy.model
         self.rollout = SharedRollout(self._player(stack), self.ranks, sampled)
@@ -376,7 +404,9 @@ class Trainer:
         model, warm_start, seed = self.config.model, self.config.model.warm_start, self.config.seed
         count = min(warm_start.demonstrations, 1) if dry else warm_start.demonstrations
         if count:
-            self.display.say(f"demonstrations: {count} episodes of {self.suite.name}")
+            self.display.say(
+                f"demonstrations: {count} episodes of {self.suite.name}, then {warm_start.epochs} epochs of cloning"
+            )
         with self._bar("demonstrations", count) as bar:
             demonstrations = demonstrate(self.suite, count, bar) if count else []
         anew = model.name_or_path in FROM_SCRATCH
@@ -389,7 +419,7 @@ class Trainer:
                 self.config.rollout.max_response_tokens,
                 self.config.rollout.layout,
             )
-            with self._bar("cloning", warm_start.epochs) as bar, precision(policy.model, model.dtype):
+            with self._bar("cloning", warm_start.epochs, "epochs") as bar, precision(policy.model, model.dtype):
                 losses = clone(policy, samples, warm_start, seed, bar)
             self.display.say(
                 f"cloned {len(samples)} turns for {warm_start.epochs} epochs: loss {losses[0]:.3f} to {losses[-1]:.3f}"
@@ -451,6 +481,7 @@ def _line(step: int, steps: int, metrics: dict[str, Value]) -> str:
     return (
         f"step {step}/{steps}: return {metrics['episode/reward/mean']:.3f}, "
         f"success {metrics['episode/success_rate']:.0%}, score {metrics['episode/score/mean']:.1f}, "
-        f"turns {metrics['episode/length/mean']:.1f}, entropy {metrics['actor/entropy']:.3f}, "
+        f"turns {metrics['episode/length/mean']:.1f}, understood {metrics['episode/valid_action_ratio']:.0%}, "
+        f"entropy {metrics['actor/entropy']:.3f}, "
         f"{metrics['timing_s/step']:.1f} s"
     )
