@@ -71,8 +71,9 @@ A file that names no preset takes one from the command line (quickstart my.yaml)
 Values are YAML (true, false, null, [a, b]); ${{oc.env:NAME}} is an environment variable, ~ the home folder.
 
 The folder run_dir receives config.yaml, metrics.jsonl (a line a step), evaluation.json, episodes/ to read,
-checkpoints/global_step_N/actor, tensorboard/ and report.html. An interrupted run goes on where it stopped when the
-same command is given again (resume=auto). SIGTERM and Ctrl-C stop it with everything saved; a second one, at once.
+checkpoints/global_step_N/actor, tensorboard/, report.html, and traceback.txt after an unforeseen error. An
+interrupted run goes on where it stopped when the same command is given again (resume=auto). SIGTERM and Ctrl-C stop
+it with everything saved; a second one, at once.
 
 settings, with their defaults (presets change some; --print-config tells):
 

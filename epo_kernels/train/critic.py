@@ -102,7 +102,7 @@ class Critic:
         """What isn't, beside adapters, is the policy's and comes with it."""
         return [(name, parameter) for name, parameter in self._network.named_parameters() if parameter.requires_grad]
 
-    def _backward(self, samples: list[Sample], report: Report) -> tuple[Tensor, Tensor, float]:
+    def _backward(self, samples: list[Sample], report: Report = ignore) -> tuple[Tensor, Tensor, float]:
         """Adds the gradient of one minibatch's mean loss; returns that loss, clipped states, and their number."""
         level = self._config.algorithm.gae
         count = float(sum(int(value_states(sample, level).sum()) for sample in samples))

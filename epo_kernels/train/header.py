@@ -47,6 +47,7 @@ def about_policy(policy: Policy) -> str:
 
 def _device(config: TrainConfig, ranks: Ranks) -> str:
     device = resolve_device(config.model.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    threads = f"{torch.get_num_threads()} threads of torch"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     processes = f", {ranks.size} processes" if ranks.size > 1 else ""
     return f"{device.type} ({name}{processes})"

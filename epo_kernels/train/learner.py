@@ -117,7 +117,7 @@ class Learner:
         history: ek.EntropyHistory,
         penalty_weight: float,
         watch: Stopwatch,
-        report: Report,
+        report: Report = ignore,
     ) -> ek.LossMetrics:
         """Add the gradient of one minibatch, by micro-batches whose losses add up to it exactly."""
         per_token = self._config.loss.loss_agg_mode == "token-mean"

@@ -55,7 +55,7 @@ def read_settings_file(path: str) -> Layer:
     try:
         data = Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     return parse_settings(_decode(data, path), path)
 
 

@@ -404,9 +404,7 @@ class Trainer:
         model, warm_start, seed = self.config.model, self.config.model.warm_start, self.config.seed
         count = min(warm_start.demonstrations, 1) if dry else warm_start.demonstrations
         if count:
-            self.display.say(
-                f"demonstrations: {count} episodes of {self.suite.name}, then {warm_start.epochs} epochs of cloning"
-            )
+            self.display.say(f"demonstrations: {count} episodes of {self.suite.name}")
         with self._bar("demonstrations", count) as bar:
             demonstrations = demonstrate(self.suite, count, bar) if count else []
         anew = model.name_or_path in FROM_SCRATCH
@@ -419,6 +417,7 @@ class Trainer:
                 self.config.rollout.max_response_tokens,
                 self.config.rollout.layout,
             )
+            self.display.say(f"cloning: {len(samples)} turns for {warm_start.epochs} epochs; {about_policy(policy)}")
             with self._bar("cloning", warm_start.epochs, "epochs") as bar, precision(policy.model, model.dtype):
                 losses = clone(policy, samples, warm_start, seed, bar)
             self.display.say(
