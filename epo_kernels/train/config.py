@@ -246,7 +246,11 @@ def load_config(source: str | Sequence[str] | None, overrides: Sequence[str]) ->
     except OmegaConfBaseException as error:
         raise _setting_error(error, layers) from error
     _expand_home(config)
-    check(config)
+    try:
+        check(config)
+    except ConfigError as error:
+        (name,) = re.findall(r"^[\w.]*", str(error))
+        raise ConfigError(f"{_place_of(name, layers)}{error}") from error
     return config
 
 
@@ -577,7 +581,10 @@ def _read_sources(sources: list[str]) -> list[Layer]:
     for source in sources:
         if source.endswith((".yaml", ".yml")):
             layers.append(layer := read_settings_file(source))
-            preset = layer.settings.pop("preset", None)
+            try:
+                preset = layer.settings.pop("preset", None)
+            except OmegaConfBaseException as error:
+                raise _setting_error(error, [layer]) from error
             if preset is not None:
                 _one_of(f"{layer.where('preset')}preset", str(preset), tuple(preset_names()))
                 asked[preset] = source
@@ -620,7 +627,7 @@ def _check_names(given: Any, group: Any, layer: Layer, prefix: str = "") -> None
         full = f"{prefix}{name}"
         where = layer.where(full)
         if name not in settings:
-            if full in setting_names():  # the dots are in the key itself
+            if any(f"{known}.".startswith(f"{full}.") for known in setting_names()):  # the dots are in the key itself
                 *groups, last = full.split(".")
                 nested = "".join(f"{part}: {{" for part in groups) + f"{last}: ..." + "}" * len(groups)
                 raise ConfigError(f"{where}{full} is one key here, and YAML nests groups: write {nested}")
@@ -653,14 +660,18 @@ def _is_text(expected: Any) -> bool:
 def _setting_error(error: Exception, layers: Sequence[Layer]) -> ConfigError:
     """What OmegaConf says of one setting, with the place of the last layer that gives it."""
     name = getattr(error, "full_key", None) or ""
-    where = next((layer.where(name) for layer in reversed(layers) if name in layer.lines), "")
     reason = _first_line(error)
     if unset := re.search("Environment variable '(.+?)' not found", reason):
         variable = unset.group(1)
         reason = f"the environment variable {variable} is not set; set it, or write ${{oc.env:{variable},DEFAULT}}"
     elif "Incompatible value 'None'" in reason:
         reason = "must have a value, got null (as YAML reads ~ and an empty value)"
-    return ConfigError(f"{where}{name}: {reason}" if name else reason)
+    return ConfigError(f"{_place_of(name, layers)}{name}: {reason}" if name else reason)
+
+
+def _place_of(name: str, layers: Sequence[Layer]) -> str:
+    """Where the setting was given last."""
+    return next((layer.where(name) for layer in reversed(layers) if name in layer.lines), "")
 
 
 def _expand_home(group: Any, prefix: str = "") -> None:

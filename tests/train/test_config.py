@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import epo_kernels as ek
+from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import (
     ConfigError,
     describe_settings,
@@ -87,7 +88,10 @@ def test_sources_that_are_not_there(tmp_path):
         load_config(str(tmp_path / "list.yaml"), [])
 
 
-def test_options_and_spaces_are_answered_with_the_setting(monkeypatch):
+def test_options_and_spaces_are_answered_with_the_setting(capsys):
+    assert main(["practice", "--steps", "5", "seed=1"]) == 2
+    wanted = "error: unknown option --steps; settings are written without dashes and spaces: steps=5\n"
+    assert capsys.readouterr().err == wanted
     for given, wanted in [
         (["--steps", "5"], "steps=5"),
         (["--steps=5"], "steps=5"),
@@ -160,6 +164,15 @@ MISTAKES = {
         "optim.lr is one key here, and YAML nests groups: write optim: {lr: ...}",
     ),
     "a flat key within a group": ("model:\n  warm_start.lr: 1\n", 2, "write model: {warm_start: {lr: ...}}"),
+    "a group as a flat key": ("model.warm_start: {lr: 1}\n", 1, "write model: {warm_start: ...}"),
+    "an unset variable as preset": (
+        "preset: ${oc.env:EPO_UNSET}\n",
+        1,
+        "the environment variable EPO_UNSET is not set",
+    ),
+    "a value out of range": ("seed: 1\noptim:\n  lr: -1\n", 3, "optim.lr must be positive and finite, got -1"),
+    "settings that exclude each other": ("loss: {band_low: 3}\n", 1, "loss.band_low and loss.band_high must"),
+    "an unknown choice": ("seed: 1\nenv: {name: alfword}\n", 2, "did you mean 'alfworld'?"),
     "an unknown group": ("wandb: off\n", 1, "unknown setting 'wandb'; did you mean 'tracking.wandb'?"),
     "a group that is off": ("seed: 1\ntracking: off\n", 2, "tracking is a group of settings (wandb, "),
     "a choice that is off": (
@@ -283,7 +296,6 @@ def test_every_setting_is_explained():
         (["practice", "optim.lrr=1"], "error: unknown setting 'optim.lrr'; did you mean 'optim.lr'?\n"),
         (["practice", "quickstart"], "a run starts from one preset, got practice"),
         (["--print"], "unknown option --print; there are --print-config, --dry-run and --help"),
-        (["practice", "--steps", "5"], "settings are written without dashes and spaces: steps=5\n"),
     ],
 )
 def test_the_command_line_ends_with_2(arguments, words):
