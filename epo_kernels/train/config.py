@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -625,36 +625,41 @@ def _check_names(given: Any, group: Any, layer: Layer, prefix: str = "") -> None
     settings = {setting.name: setting.type for setting in fields(group)}
     for name, value in given.items():
         full = f"{prefix}{name}"
-        where = layer.where(full)
         if name not in settings:
-            if any(f"{known}.".startswith(f"{full}.") for known in setting_names()):  # the dots are in the key itself
-                *groups, last = full.split(".")
-                nested = "".join(f"{part}: {{" for part in groups) + f"{last}: ..." + "}" * len(groups)
-                raise ConfigError(f"{where}{full} is one key here, and YAML nests groups: write {nested}")
-            raise ConfigError(f"{where}unknown setting {full!r}{_suggest(full, setting_names())}")
+            raise ConfigError(layer.where(full) + _unknown_name(full))
         expected = settings[name]
-        if is_dataclass(expected):
-            if not isinstance(value, dict):
-                parts = ", ".join(setting.name for setting in fields(expected))
-                got = "nothing: indent them under it" if value is None else f"the value {_yaml_value(value)}"
-                raise ConfigError(f"{where}{full} is a group of settings ({parts}), got {got}")
+        if is_dataclass(expected) and isinstance(value, dict):
             _check_names(value, expected, layer, f"{full}.")
-        elif isinstance(value, dict):
-            raise ConfigError(f"{where}{full} is a setting, not a group: it has no {', '.join(map(repr, value))}")
-        elif _is_text(expected) and any(isinstance(part, bool) for part in (value if _is_list(value) else [value])):
-            choices = f"one of {', '.join(_CHOICES[full])}" if full in _CHOICES else "text, in quotes if need be"
-            raise ConfigError(
-                f"{where}{full} must be {choices}, got {_yaml_value(value)} (YAML reads on, off, yes and no as true "
-                "and false)"
-            )
+        elif is_dataclass(expected):
+            parts = ", ".join(setting.name for setting in fields(expected))
+            got = "nothing: indent them under it" if value is None else f"the value {_yaml_value(value)}"
+            raise ConfigError(f"{layer.where(full)}{full} is a group of settings ({parts}), got {got}")
+        elif get_origin(expected) is not dict:
+            _check_value(full, value, expected, layer)
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+def _unknown_name(full: str) -> str:
+    known = setting_names()
+    if any(f"{name}.".startswith(f"{full}.") for name in known):  # the dots are in the key itself
+        *groups, last = full.split(".")
+        nested = "".join(f"{group}: {{" for group in groups) + f"{last}: ..." + "}" * len(groups)
+        return f"{full} is one key here, and YAML nests groups: write {nested}"
+    return f"unknown setting {full!r}{_suggest(full, known)}"
 
 
-def _is_text(expected: Any) -> bool:
-    return str in (expected, *get_args(expected))
+def _check_value(full: str, value: Any, expected: Any, layer: Layer) -> None:
+    """Refuse what OmegaConf would take for a text, or would tell in its own words."""
+    if isinstance(value, dict):
+        raise ConfigError(
+            f"{layer.where(full)}{full} is a setting, not a group: it has no {', '.join(map(repr, value))}"
+        )
+    parts = value if isinstance(value, list) else [value]
+    if str in (expected, *get_args(expected)) and any(isinstance(part, bool) for part in parts):
+        choices = f"one of {', '.join(_CHOICES[full])}" if full in _CHOICES else "text, in quotes if need be"
+        raise ConfigError(
+            f"{layer.where(full)}{full} must be {choices}, got {_yaml_value(value)} (YAML reads on, off, yes and no as "
+            "true and false)"
+        )
 
 
 def _setting_error(error: Exception, layers: Sequence[Layer]) -> ConfigError:

@@ -47,7 +47,7 @@ def about_policy(policy: Policy) -> str:
 
 def _device(config: TrainConfig, ranks: Ranks) -> str:
     device = resolve_device(config.model.device)
-    threads = f"{torch.get_num_threads()} threads of torch"
+    threads = f"torch threads: {torch.get_num_threads()}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     processes = f", {ranks.size} processes" if ranks.size > 1 else ""
     return f"{device.type} ({name}{processes})"

@@ -22,11 +22,11 @@ class Progress:
 
     Args:
         name: of the phase.
-        total: amount of work.
+        total: amount of work; None: not known, and nothing is reported.
         unit: of the work, in the plural.
     """
 
-    def __init__(self, name: str, total: int, unit: str) -> None:
+    def __init__(self, name: str, total: int | None, unit: str) -> None:
         self.done = 0.0
         self._name = name
         self._total = total
@@ -36,6 +36,8 @@ class Progress:
     def line(self) -> str:
         """Done of total, and as soon as something is done the pace and the time left."""
         spent = time.monotonic() - self._start
+        if self._total is None:
+            return f"{self._name}: {duration(spent)} so far"
         head = f"{self._name}: {self.done:.4g} of {self._total} {self._unit} after {duration(spent)}"
         if not self.done:
             return head

@@ -249,9 +249,11 @@ class Display:
 
     @contextmanager
     def bar(
-        self, name: str, total: int, unit: str = "episodes", check: Callable[[], None] = lambda: None
+        self, name: str, total: int | None, unit: str = "episodes", check: Callable[[], None] = lambda: None
     ) -> Iterator[Report]:
         """Gives a function to call with the amount done so far, of `total`; it also calls `check`, which may raise.
+
+        Where the amount isn't known, `total` is None and there is nothing to call.
 
         Without a terminal, a line every `LOG_EVERY` seconds says how far it is, whether or not anything was reported.
         """

@@ -269,7 +269,8 @@ class Trainer:
         weights = full_tensors(self.policy.model.state_dict()) if self.ranks.fsdp else None
         if self.ranks.is_first:
             folder = self.run_dir / "checkpoints"
-            save_checkpoint(folder, self.step, self.policy, state, self.config.checkpoint.keep, weights)
+            with self.display.bar(f"saving step {self.step}", None):
+                save_checkpoint(folder, self.step, self.policy, state, self.config.checkpoint.keep, weights)
 
     def _build(self, stack: ExitStack, dry: bool) -> None:
         config = self.config
@@ -308,7 +309,8 @@ class Trainer:
         else:
             self.policy = self._first_policy(dry) if dry else self._shared_policy()
         self.display.say(about_policy(self.policy))
-        self.engine = self._make_engine(stack)
+        with self.display.bar("starting the engine", None):
+            self.engine = self._make_engine(stack)
         sampled = None if isinstance(self.engine, StreamingEngine) else self.policy.model
         self.rollout = SharedRollout(self._player(stack), self.ranks, sampled)
         self.collector = Collector(self.tasks, self.rollout, config)
@@ -408,7 +410,8 @@ class Trainer:
         with self._bar("demonstrations", count) as bar:
             demonstrations = demonstrate(self.suite, count, bar) if count else []
         anew = model.name_or_path in FROM_SCRATCH
-        policy = build_from_scratch(demonstrations, model, seed) if anew else load_policy(model.name_or_path, model)
+        with self.display.bar(f"loading {model.name_or_path}", None):
+            policy = build_from_scratch(demonstrations, model, seed) if anew else load_policy(model.name_or_path, model)
         if demonstrations and not dry:
             samples = cloning_samples(
                 demonstrations,

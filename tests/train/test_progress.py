@@ -24,6 +24,14 @@ def test_durations(seconds, words):
     assert duration(seconds) == words
 
 
+def test_work_of_unknown_amount_tells_its_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    phase = Progress("saving step 10", None, "")
+    now[0] = 61
+    assert phase.line() == "saving step 10: 1 min 1 s so far"
+
+
 def test_a_part_counts_on_from_what_was_done():
     heard = []
     part_of(heard.append, 10)(5)
