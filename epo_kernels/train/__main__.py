@@ -102,9 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(words: list[str]) -> tuple[TrainConfig, set[str]]:
     flags = {word for word in words if word.startswith("-")}
-    for index, word in enumerate(words):
+    for word in words:
         if word in flags - {"--print-config", "--dry-run"}:
-            raise ConfigError(option_as_setting(word, words[index + 1 : index + 2]))
+            after = words.index(word) + 1
+            raise ConfigError(option_as_setting(word, words[after : after + 1]))
     rest = [word for word in words if not word.startswith("-")]
     sources = [word.removeprefix("preset=") for word in rest if "=" not in word or word.startswith("preset=")]
     overrides = [word for word in rest if "=" in word and not word.startswith("preset=")]
@@ -151,7 +152,7 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _fail(f"{error}; make room first: {_remains(config)}", 1)
-        return _fail(error, 1)
+        return _fail(_unforeseen(error, config, dry, ranks), 1)
     except (EnvironmentFailure, PromptTooLong, RunError) as error:
         return _fail(error, 1)
     except ConfigError:

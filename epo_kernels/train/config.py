@@ -626,7 +626,7 @@ def _check_names(given: Any, group: Any, layer: Layer, prefix: str = "") -> None
     for name, value in given.items():
         full = f"{prefix}{name}"
         if name not in settings:
-            raise ConfigError(layer.where(full) + _unknown_name(full))
+            raise ConfigError(layer.where(full) + _unknown_name(full, in_file=bool(layer.name)))
         expected = settings[name]
         if is_dataclass(expected) and isinstance(value, dict):
             _check_names(value, expected, layer, f"{full}.")
@@ -638,13 +638,19 @@ def _check_names(given: Any, group: Any, layer: Layer, prefix: str = "") -> None
             _check_value(full, value, expected, layer)
 
 
-def _unknown_name(full: str) -> str:
+def _unknown_name(full: str, in_file: bool) -> str:
     known = setting_names()
     if any(f"{name}.".startswith(f"{full}.") for name in known):  # the dots are in the key itself
-        *groups, last = full.split(".")
-        nested = "".join(f"{group}: {{" for group in groups) + f"{last}: ..." + "}" * len(groups)
-        return f"{full} is one key here, and YAML nests groups: write {nested}"
-    return f"unknown setting {full!r}{_suggest(full, known)}"
+        return f"{full} is one key here, and YAML nests groups: write {_nested(full)}"
+    close = _closest(full, known)
+    written = f" In a file: {_nested(close)}" if in_file and close and close.count(".") > full.count(".") else ""
+    return f"unknown setting {full!r}{_suggest(full, known)}{written}"
+
+
+def _nested(full: str) -> str:
+    """a.b as YAML has it: a: {b: ...}."""
+    *groups, last = full.split(".")
+    return "".join(f"{group}: {{" for group in groups) + f"{last}: ..." + "}" * len(groups)
 
 
 def _check_value(full: str, value: Any, expected: Any, layer: Layer) -> None:

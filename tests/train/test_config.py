@@ -173,7 +173,7 @@ MISTAKES = {
     "a value out of range": ("seed: 1\noptim:\n  lr: -1\n", 3, "optim.lr must be positive and finite, got -1"),
     "settings that exclude each other": ("loss: {band_low: 3}\n", 1, "loss.band_low and loss.band_high must"),
     "an unknown choice": ("seed: 1\nenv: {name: alfword}\n", 2, "did you mean 'alfworld'?"),
-    "an unknown group": ("wandb: off\n", 1, "unknown setting 'wandb'; did you mean 'tracking.wandb'?"),
+    "an unknown group": ("wandb: off\n", 1, "did you mean 'tracking.wandb'? In a file: tracking: {wandb: ...}"),
     "a group that is off": ("seed: 1\ntracking: off\n", 2, "tracking is a group of settings (wandb, "),
     "a choice that is off": (
         "tracking:\n  wandb: off\n",
