@@ -1,4 +1,4 @@
-"""python -m epo_kernels.train [preset or file.yaml] [a.b=c ...]"""
+"""python -m epo_kernels.train [preset] [file.yaml ...] [a.b=c ...]"""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from epo_kernels.train import missing_packages
+
+if __name__ == "__main__" and (missing := missing_packages()):
+    sys.exit(f'error: the driver needs {", ".join(missing)}: pip install "epo-kernels[train]"')
 
 from epo_kernels.train.config import (
     ConfigError,
     TrainConfig,
     describe_settings,
     load_config,
+    option_as_setting,
     preset_titles,
     to_yaml,
     warnings_of,
@@ -27,11 +34,11 @@ if TYPE_CHECKING:
     from epo_kernels.train.distributed import Ranks
     from epo_kernels.train.trainer import Trainer
 
-HELP = """usage: python -m epo_kernels.train [PRESET or FILE.yaml] [GROUP.KEY=VALUE ...] [--print-config | --dry-run]
+HELP = """usage: python -m epo_kernels.train [PRESET] [FILE.yaml ...] [GROUP.KEY=VALUE ...] [--print-config | --dry-run]
 
 Trains a language-model agent by reinforcement learning in a text environment, with the EPO loss.
 
-A setting comes from the last of these that gives it: the defaults below, the preset or file, the command line.
+A setting comes from the last of these that gives it: the defaults below, the preset, files, the command line.
 
 presets (without one: quickstart):
 
@@ -53,11 +60,23 @@ examples:
   python -m epo_kernels.train my.yaml seed=3 resume=never
   torchrun --nproc-per-node 8 -m epo_kernels.train my.yaml   on all GPUs of a machine (model.fsdp)
 
+a file of your own starts from a preset and holds what differs, say my.yaml:
+
+  preset: quickstart
+  run_dir: ~/runs/mine
+  optim:
+    lr: 1e-4
+
+or from all settings of a preset: python -m epo_kernels.train quickstart --print-config > my.yaml
+A file that names no preset takes one from the command line (quickstart my.yaml), or else the defaults.
+Values are YAML (true, false, null, [a, b]); ${{oc.env:NAME}} is an environment variable, ~ the home folder.
+
 The folder run_dir receives config.yaml, metrics.jsonl (a line a step), evaluation.json, episodes/ to read,
-checkpoints/global_step_N/actor, tensorboard/ and report.html. An interrupted run goes on where it stopped when the
-same command is given again (resume=auto), with steps raised too; resume=FOLDER of a checkpoint rewinds a run, or with
-another run_dir branches from it under other settings. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C stop a run with everything
-saved; another one more than a second later, at once. A run_dir belongs to one run at a time.
+checkpoints/global_step_N/actor, tensorboard/, report.html, and traceback.txt after an unforeseen error. An
+interrupted run goes on where it stopped when the same command is given again (resume=auto), with steps raised too;
+resume=FOLDER of a checkpoint rewinds a run, or with another run_dir branches from it under other settings. SIGTERM,
+SIGHUP, SIGUSR1 and Ctrl-C stop a run with everything saved; another one more than a second later, at once. A run_dir
+belongs to one run at a time.
 
 settings, with their defaults (presets change some; --print-config tells):
 
@@ -88,14 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(words: list[str]) -> tuple[TrainConfig, set[str]]:
     flags = {word for word in words if word.startswith("-")}
-    if unknown := flags - {"--print-config", "--dry-run"}:
-        raise ConfigError(f"unknown option {sorted(unknown)[0]}; there are --print-config, --dry-run and --help")
+    for word in words:
+        if word in flags - {"--print-config", "--dry-run"}:
+            after = words.index(word) + 1
+            raise ConfigError(option_as_setting(word, words[after : after + 1]))
     rest = [word for word in words if not word.startswith("-")]
-    sources = [word for word in rest if "=" not in word]
-    if len(sources) > 1:
-        raise ConfigError(f"one preset or file at most, got {' and '.join(sources)}; settings are written a.b=c")
-    overrides = [word for word in rest if "=" in word]
-    return load_config(sources[0] if sources else "quickstart", overrides), flags
+    sources = [word.removeprefix("preset=") for word in rest if "=" not in word or word.startswith("preset=")]
+    overrides = [word for word in rest if "=" in word and not word.startswith("preset=")]
+    return load_config(sources or "quickstart", overrides), flags
 
 
 def _launch(config: TrainConfig, dry: bool) -> int:
@@ -111,6 +130,7 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from epo_kernels.train.envs import EnvironmentFailure
+    from epo_kernels.train.failures import RunError
     from epo_kernels.train.policies.prompts import PromptTooLong
     from epo_kernels.train.stopping import Stopped, StopRequest
     from epo_kernels.train.tracking import Display
@@ -126,10 +146,7 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
             if dry:
                 display.say(_plan(trainer))
                 return 0
-            display.say(
-                f"run {config.run_dir}: {config.steps - trainer.step} of {config.steps} steps to do, "
-                f"{len(trainer.tasks)} training tasks"
-            )
+            display.say(f"{config.steps - trainer.step} of {config.steps} steps to do")
             records = trainer.run()
         display.table(records)
         display.say(f"report: {trainer.run_dir / 'report.html'}")
@@ -140,9 +157,13 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _fail(f"{error}; make room first: {_remains(config)}", 1)
+        return _fail(_unforeseen(error, config, dry, ranks), 1)
+    except (EnvironmentFailure, PromptTooLong, RunError) as error:
         return _fail(error, 1)
-    except (EnvironmentFailure, PromptTooLong, RuntimeError) as error:
-        return _fail(error, 1)
+    except ConfigError:
+        raise
+    except Exception as error:
+        return _fail(_unforeseen(error, config, dry, ranks), 1)
     except KeyboardInterrupt:
         return _fail(f"interrupted at once; {_remains(config)}", 130)
 
@@ -156,6 +177,21 @@ def _remains(config: TrainConfig) -> str:
     return "there is no checkpoint yet: the same command begins anew"
 
 
+def _unforeseen(error: Exception, config: TrainConfig, dry: bool, ranks: Ranks) -> str:
+    """What to say of an error that nobody expected; its traceback goes to the run's folder, or else to stderr."""
+    from epo_kernels.train.failures import keep_traceback
+
+    brief = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    try:
+        if not dry:
+            kept = keep_traceback(Path(config.run_dir), error, ranks.rank)
+            return f"{brief}; its traceback is in {kept}; {_remains(config)}"
+    except OSError:
+        pass
+    sys.stderr.write("".join(traceback.format_exception(error)))
+    return brief
+
+
 def _fail(reason: object, code: int) -> int:
     sys.stderr.write(f"error: {printable(str(reason))}\n")
     return code
@@ -163,20 +199,14 @@ def _fail(reason: object, code: int) -> int:
 
 def _plan(trainer: Trainer) -> str:
     config = trainer.config
-    parameters = sum(p.numel() for p in trainer.policy.model.parameters())
-    episodes = config.algorithm.groups * config.algorithm.group_size
-    panels = ", ".join(f"{len(tasks)} of {name}" for name, tasks in trainer.panels.items()) or "none"
+    algorithm, optim = config.algorithm, config.optim
     return "\n".join(
         [
             f"would run in {config.run_dir}: steps {trainer.step + 1} to {config.steps}"
             if trainer.step < config.steps
             else f"{config.run_dir} has all its {config.steps} steps already",
-            f"environment: {trainer.suite.name}, {len(trainer.tasks)} training tasks, "
-            f"{trainer.suite.max_turns} turns at most",
-            f"policy: {config.model.name_or_path}, {parameters:,} parameters, {config.model.dtype}",
-            f"a step: {config.algorithm.groups} groups of {config.algorithm.group_size}, {episodes} episodes in "
-            f"{config.rollout.environments} environments; {config.optim.epochs * config.optim.minibatches} updates",
-            f"evaluation: {panels}; {' and '.join(config.evaluate.decoding)}",
+            f"a step: {algorithm.groups} groups of {algorithm.group_size}, {algorithm.groups * algorithm.group_size} "
+            f"episodes in {config.rollout.environments} environments; {optim.epochs * optim.minibatches} updates",
         ]
     )
 

@@ -25,6 +25,7 @@ from epo_kernels.train.advantages import (
 )
 from epo_kernels.train.config import AlgorithmConfig
 from epo_kernels.train.data import ENVIRONMENT, Episode, Sample
+from epo_kernels.train.failures import RunError
 
 
 @dataclass
@@ -88,14 +89,14 @@ def leave_out_truncated(samples: Sequence[Sample], max_response_tokens: int) -> 
     A response that takes all of `max_response_tokens` counts as cut.
 
     Raises:
-        RuntimeError: nothing is left.
+        RunError: nothing is left.
     """
     for sample in samples:
         cut = {turn for turn, count in Counter(sample.turns).items() if count >= max_response_tokens}
         sample.turns = [ENVIRONMENT if turn in cut else turn for turn in sample.turns]
     left = [sample for sample in samples if sample.num_sampled]
     if not left:
-        raise RuntimeError(
+        raise RunError(
             f"every response takes all of rollout.max_response_tokens={max_response_tokens}, and "
             "algorithm.mask_truncated leaves those out: nothing is left to learn from; raise the limit, or set it false"
         )

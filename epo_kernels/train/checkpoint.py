@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from epo_kernels.train.config import ConfigError, TrainConfig, differences, is_among, only_rounding, read_settings
+from epo_kernels.train.failures import RunError
 from epo_kernels.train.policies.policy import Policy
 from epo_kernels.train.tracking import read_json, write_atomically
 
@@ -20,7 +21,7 @@ _NAME = re.compile(r"global_step_(\d+)")
 _UNFINISHED = ".writing_"
 
 
-class SaveError(RuntimeError):
+class SaveError(RunError):
     """A checkpoint could not be written. The message says what is still whole, and how to go on."""
 
 
@@ -114,7 +115,7 @@ def drop_later_checkpoints(folder: Path, step: int) -> None:
 
 def clear_run(run_dir: Path) -> None:
     """Remove the records of a run that left no checkpoint to go on from: they aren't those of the run that begins."""
-    for name in ("metrics.jsonl", "evaluation.json", "versions.json", "branch.json", "report.html"):
+    for name in ("metrics.jsonl", "evaluation.json", "versions.json", "branch.json", "report.html", "traceback.txt"):
         (run_dir / name).unlink(missing_ok=True)
     for name in ("episodes", "reference", "tensorboard", "wandb"):
         if (run_dir / name).is_dir():

@@ -12,6 +12,7 @@ from epo_kernels.train.algorithms import drop_groups_without_spread
 from epo_kernels.train.config import TrainConfig
 from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.envs import Task
+from epo_kernels.train.progress import Report
 
 
 class Player(Protocol):
@@ -20,7 +21,7 @@ class Player(Protocol):
     @property
     def seconds(self) -> dict[str, float]: ...
 
-    def play(self, episodes: Sequence[Episode], report: Callable[[int], None]) -> None: ...
+    def play(self, episodes: Sequence[Episode], report: Report) -> None: ...
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Collector:
             for member in range(size)
         ]
 
-    def collect(self, step: int, bar: Callable[[int], AbstractContextManager[Callable[[int], None]]]) -> Collected:
+    def collect(self, step: int, bar: Callable[[int], AbstractContextManager[Report]]) -> Collected:
         """Play until there is something to learn from. `bar(number of episodes)` shows the progress of each draw.
 
         Where every episode is lost to its environment, others are drawn, until the pool gives up with an

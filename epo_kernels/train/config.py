@@ -1,28 +1,26 @@
 """The driver's configuration: dataclasses, and the one place that reads, merges and checks them.
 
-Sources, each over the one before: the defaults below, a preset or YAML file, `a.b=c` from the command line.
+Sources, each over the one before: the defaults below, a preset, YAML files, `a.b=c` from the command line.
 """
 
 import inspect
 import math
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import epo_kernels as ek
 from epo_kernels.train.envs import EnvConfig
-
-
-class ConfigError(ValueError):
-    """The configuration is wrong: one line that says where, what was expected and what came."""
-
+from epo_kernels.train.settings_file import ConfigError, Layer, parse_settings, read_settings_file
 
 FROM_SCRATCH: dict[str, dict[str, Any]] = {  # Qwen2's settings, without a download; for head_dims vLLM serves
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -90,7 +88,7 @@ class AlgorithmConfig:
     name: str = "grpo"  # grpo | rloo | gigpo | ppo
     groups: int = 4  # tasks a step
     group_size: int = 8  # episodes a task
-    normalize_std: bool = True  # grpo, gigpo: divide by the group's standard deviation (False: Dr. GRPO)
+    normalize_std: bool = True  # grpo, gigpo: divide by the group's standard deviation (false: Dr. GRPO)
     group_over: str = "episodes"  # grpo, rloo: a group's members: episodes | turns (each counts, as published)
     step_weight: float = 1.0  # gigpo: omega, weight of the comparison among turns taken in the same state
     gae: str = "turn"  # ppo: an action is a: turn | token | published (by tokens, each turn with the whole return)
@@ -134,8 +132,8 @@ class LossConfig:
     band_high: float = 2.0  # kappa_r
     history_scope: str = "turn"  # turn | global
     history_weighting: str = "token"  # token | step
-    history_window: int | None = None  # steps that count; None: all
-    history_includes_current: bool = True  # False: the band knows earlier steps alone (the paper's second version)
+    history_window: int | None = None  # steps that count; null: all
+    history_includes_current: bool = True  # false: the band knows earlier steps alone (the paper's second version)
     phase_schedule: str = "paper"  # weight of the penalty over the steps: constant | paper | official
     phase_horizon: int | None = None  # steps it spans; null: schedule_steps. The published code's official one has 150
     rollout_is: str = "auto"  # importance weights by: none | token | turn | auto (vllm: token, transformers: none)
@@ -186,6 +184,7 @@ class WatchConfig:
     entropy_high: float = 4.0  # nats a token; above it the policy writes noise
     uniform_groups: float = 0.9  # share of groups whose returns are all equal, from which on little is learnt
     repeated_tokens: float = 0.3  # share of response tokens that repeat what the response held before
+    valid_actions: float = 0.1  # share of actions that the environment understands; below it little can be learnt
     patience: int = 3  # steps in a row before a warning
     stop: bool = False  # end the run at the first warning, with a checkpoint
 
@@ -230,33 +229,56 @@ def preset_names() -> list[str]:
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_config(source: str | None, overrides: list[str]) -> TrainConfig:
-    """Defaults, then `source` (a preset's name or a YAML file), then `overrides` ("a.b=c").
+def load_config(source: str | Sequence[str] | None, overrides: Sequence[str]) -> TrainConfig:
+    """Defaults, then the preset and YAML files that `source` names, then `overrides` ("a.b=c").
+
+    A file may name the preset it starts from (`preset: quickstart`). Where a setting's text begins with ~, that is the
+    home folder.
 
     Raises:
         ConfigError: an unknown key or preset, a wrong type, or settings that cannot go together.
     """
-    layers: list[Any] = [_read_source(source)] if source else []
-    for override in overrides:
-        name, equals, _ = override.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"{override!r} is no setting; settings are written a.b=c, such as steps=10")
-        try:
-            layers.append(OmegaConf.create(OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(f"{override!r} is not to be read: {_first_line(error)}") from error
+    sources = [source] if isinstance(source, str) else list(source or ())
+    layers = [*_read_sources(sources), *map(_read_override, overrides)]
     merged: Any = OmegaConf.structured(TrainConfig)
-    known = _leaf_names(merged)
     for layer in layers:
-        _check_names(layer, merged, known)
+        _check_names(OmegaConf.to_container(layer.settings), TrainConfig, layer)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.merge(merged, layer.settings)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
-            where = getattr(error, "full_key", None)
-            raise ConfigError(f"{where}: {_first_line(error)}" if where else _first_line(error)) from error
-    config: Any = OmegaConf.to_object(merged)
-    check(config)
+            raise _setting_error(error, [layer]) from error
+    try:
+        config: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _setting_error(error, layers) from error
+    _expand_home(config)
+    try:
+        check(config)
+    except ConfigError as error:
+        (name,) = re.findall(r"^[\w.]*", str(error))
+        raise ConfigError(f"{_place_of(name, layers)}{error}") from error
     return config
+
+
+def option_as_setting(option: str, following: Sequence[str]) -> str:
+    """What to answer to an option that does not exist, such as --steps 5: how the setting meant is written.
+
+    Args:
+        option: with its dashes.
+        following: the next word of the command line, if there is one.
+    """
+    given, equals, value = option.lstrip("-").partition("=")
+    given, known = given.replace("-", "_"), setting_names()
+    if group := [name for name in known if name.startswith(f"{given}.")]:
+        return f"unknown option {option}; {given} is a group of settings, written a.b=c: {', '.join(group)}"
+    name = given if given in known else _closest(given, known)
+    if name is None:
+        return (
+            f"unknown option {option}; there are --print-config, --dry-run and --help, and settings are written a.b=c"
+        )
+    if not equals:
+        value = following[0] if following and "=" not in following[0] and following[0][:2] != "--" else "VALUE"
+    return f"unknown option {option}; settings are written without dashes and spaces: {name}={value}"
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -357,10 +379,16 @@ def _describe(group: Any, prefix: str = "") -> list[str]:
         default = setting.default
         if setting.default_factory is not MISSING:
             default = setting.default_factory()
-        shown = "null" if default is None else default
         comment = re.search(rf"^    {setting.name}:.*?  # (.*)$", source, re.MULTILINE)
-        lines.append(f"  {prefix}{setting.name}={shown}".ljust(46) + (comment.group(1) if comment else ""))
+        lines.append(
+            f"  {prefix}{setting.name}={_yaml_value(default)}".ljust(46) + (comment.group(1) if comment else "")
+        )
     return lines
+
+
+def _yaml_value(value: Any) -> str:
+    """As YAML and the command line have it: true, null, [a, b]."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def epo_config(config: TrainConfig) -> ek.EPOConfig:
@@ -436,6 +464,7 @@ _SHARES = (
     "optim.warmup_ratio",
     "watch.uniform_groups",
     "watch.repeated_tokens",
+    "watch.valid_actions",
     "algorithm.gamma",
     "algorithm.lam",
 )
@@ -560,42 +589,132 @@ def _check_combinations(config: TrainConfig) -> None:
     )
 
 
-def _read_source(source: str) -> DictConfig:
-    if source in preset_names():
-        text = (files("epo_kernels.train") / "presets" / f"{source}.yaml").read_text(encoding="utf-8")
-    elif source.endswith((".yaml", ".yml")):
-        try:
-            text = Path(source).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{source} is not to be read: {error.strerror}") from error
-    else:
-        raise ConfigError(
-            f"no preset {source!r}{_suggest(source, preset_names())}; "
-            f"give one of {', '.join(preset_names())}, a file.yaml, or settings a.b=c"
-        )
+def _read_sources(sources: list[str]) -> list[Layer]:
+    """The preset, then the files."""
+    layers, asked = [], {}  # {preset: who asks for it}
+    for source in sources:
+        if source.endswith((".yaml", ".yml")):
+            layers.append(layer := read_settings_file(source))
+            try:
+                preset = layer.settings.pop("preset", None)
+            except OmegaConfBaseException as error:
+                raise _setting_error(error, [layer]) from error
+            if preset is not None:
+                _one_of(f"{layer.where('preset')}preset", str(preset), tuple(preset_names()))
+                asked[preset] = source
+        elif source in preset_names():
+            asked[source] = "the command line"
+        else:
+            raise ConfigError(_unknown_source(source))
+    if len(asked) > 1:
+        named = " and ".join(f"{preset} ({by})" for preset, by in asked.items())
+        raise ConfigError(f"a run starts from one preset, got {named}; remove all but one")
+    folder = files("epo_kernels.train") / "presets"
+    texts = {preset: (folder / f"{preset}.yaml").read_text(encoding="utf-8") for preset in asked}
+    return [*(parse_settings(text, preset) for preset, text in texts.items()), *layers]
+
+
+def _unknown_source(word: str) -> str:
+    if word in setting_names():
+        return f"{word} is a setting; write {word}=VALUE, without spaces"
+    return (
+        f"no preset {word!r}{_suggest(word, preset_names())}; give one of {', '.join(preset_names())}, a FILE.yaml, or "
+        "settings a.b=c"
+    )
+
+
+def _read_override(override: str) -> Layer:
+    name, equals, _ = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"{override!r} is no setting; settings are written a.b=c, such as steps=10, without spaces")
     try:
-        loaded = OmegaConf.create(text)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{source} is no YAML: {_first_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{source} must hold settings (key: value), not a list")
-    return loaded
+        settings: Any = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        return Layer(OmegaConf.create(settings), "", dict.fromkeys(_flatten(settings), 1))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{override!r} is not to be read: {_first_line(error)}") from error
 
 
-def _check_names(given: DictConfig, schema: DictConfig, known: list[str], prefix: str = "") -> None:
-    for name in map(str, given):
+def _check_names(given: Any, group: Any, layer: Layer, prefix: str = "") -> None:
+    """Hold names, groups and texts against the dataclass `group`; the values' types are checked when merged."""
+    settings = {setting.name: setting.type for setting in fields(group)}
+    for name, value in given.items():
         full = f"{prefix}{name}"
-        if name not in schema:
-            raise ConfigError(f"unknown setting {full!r}{_suggest(full, known)}")
-        inner, wanted = given[name], schema[name]
-        if isinstance(wanted, DictConfig):
-            if not isinstance(inner, DictConfig):
-                raise ConfigError(f"{full} is a group of settings ({', '.join(map(str, wanted))}), not a value")
-            _check_names(inner, wanted, known, f"{full}.")
+        if name not in settings:
+            raise ConfigError(layer.where(full) + _unknown_name(full, in_file=bool(layer.name)))
+        expected = settings[name]
+        if is_dataclass(expected) and isinstance(value, dict):
+            _check_names(value, expected, layer, f"{full}.")
+        elif is_dataclass(expected):
+            parts = ", ".join(setting.name for setting in fields(expected))
+            got = "nothing: indent them under it" if value is None else f"the value {_yaml_value(value)}"
+            raise ConfigError(f"{layer.where(full)}{full} is a group of settings ({parts}), got {got}")
+        elif get_origin(expected) is not dict:
+            _check_value(full, value, expected, layer)
 
 
-def _leaf_names(schema: DictConfig) -> list[str]:
-    return list(_flatten(OmegaConf.to_container(schema)))
+def _unknown_name(full: str, in_file: bool) -> str:
+    known = setting_names()
+    if any(f"{name}.".startswith(f"{full}.") for name in known):  # the dots are in the key itself
+        return f"{full} is one key here, and YAML nests groups: write {_nested(full)}"
+    close = _closest(full, known)
+    written = f" In a file: {_nested(close)}" if in_file and close and close.count(".") > full.count(".") else ""
+    return f"unknown setting {full!r}{_suggest(full, known)}{written}"
+
+
+def _nested(full: str) -> str:
+    """a.b as YAML has it: a: {b: ...}."""
+    *groups, last = full.split(".")
+    return "".join(f"{group}: {{" for group in groups) + f"{last}: ..." + "}" * len(groups)
+
+
+def _check_value(full: str, value: Any, expected: Any, layer: Layer) -> None:
+    """Refuse what OmegaConf would take for a text, or would tell in its own words."""
+    if isinstance(value, dict):
+        raise ConfigError(
+            f"{layer.where(full)}{full} is a setting, not a group: it has no {', '.join(map(repr, value))}"
+        )
+    parts = value if isinstance(value, list) else [value]
+    if str in (expected, *get_args(expected)) and any(isinstance(part, bool) for part in parts):
+        choices = f"one of {', '.join(_CHOICES[full])}" if full in _CHOICES else "text, in quotes if need be"
+        raise ConfigError(
+            f"{layer.where(full)}{full} must be {choices}, got {_yaml_value(value)} (YAML reads on, off, yes and no as "
+            "true and false)"
+        )
+
+
+def _setting_error(error: Exception, layers: Sequence[Layer]) -> ConfigError:
+    """What OmegaConf says of one setting, with the place of the last layer that gives it."""
+    name = getattr(error, "full_key", None) or ""
+    reason = _first_line(error)
+    if unset := re.search("Environment variable '(.+?)' not found", reason):
+        variable = unset.group(1)
+        reason = f"the environment variable {variable} is not set; set it, or write ${{oc.env:{variable},DEFAULT}}"
+    elif "Incompatible value 'None'" in reason:
+        reason = "must have a value, got null (as YAML reads ~ and an empty value)"
+    return ConfigError(f"{_place_of(name, layers)}{name}: {reason}" if name else reason)
+
+
+def _place_of(name: str, layers: Sequence[Layer]) -> str:
+    """Where the setting was given last."""
+    return next((layer.where(name) for layer in reversed(layers) if name in layer.lines), "")
+
+
+def _expand_home(group: Any, prefix: str = "") -> None:
+    """Replace a leading ~ in every text, in place."""
+    for setting in fields(group):
+        value = getattr(group, setting.name)
+        if is_dataclass(value):
+            _expand_home(value, f"{prefix}{setting.name}.")
+        elif isinstance(value, str) and value.startswith("~"):
+            expanded = os.path.expanduser(value)
+            if "/" in value and expanded == value:
+                raise ConfigError(f"{prefix}{setting.name}={value}: no home folder is known for {value.split('/')[0]}")
+            setattr(group, setting.name, expanded)
+
+
+def setting_names() -> list[str]:
+    """ "a.b" of every setting."""
+    return list(flatten(TrainConfig()))
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -609,12 +728,17 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _suggest(name: str, known: list[str]) -> str:
+    close = _closest(name, known)
+    return f"; did you mean {close!r}?" if close else ""
+
+
+def _closest(name: str, known: list[str]) -> str | None:
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     if not close:  # the right last word under a wrong group
         last = name.rsplit(".", 1)[-1]
         ends = {key.rsplit(".", 1)[-1]: key for key in known}
         close = [ends[end] for end in get_close_matches(last, list(ends), n=1, cutoff=0.7)]
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return close[0] if close else None
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ from epo_kernels.train.data import MiniBatch, Sample, micro_batches
 from epo_kernels.train.distributed import Ranks, full_tensors, split_like
 from epo_kernels.train.optimizer import StepOptimizer
 from epo_kernels.train.policies.policy import Policy, checkpointing, response_hidden
+from epo_kernels.train.progress import Report, ignore, part_of
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
@@ -59,10 +60,11 @@ class Critic:
         )
 
     @torch.no_grad()
-    def score(self, samples: Sequence[Sample]) -> None:
+    def score(self, samples: Sequence[Sample], report: Report = ignore) -> None:
         """Set each sample's `values`: of the state before each of its response tokens."""
         found: dict[int, Tensor] = {}
-        for indices, _ in self._ranks.deal(list(micro_batches(samples, self._config.optim.micro_batch_tokens))):
+        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
+        for indices, _ in self._ranks.deal(batches, report):
             values = self._values(self._batch([samples[i] for i in indices])).cpu()
             for row, index in enumerate(indices):
                 found[index] = values[row, : len(samples[index].response_ids)].clone()
@@ -70,11 +72,12 @@ class Critic:
             for index, values in own.items():
                 samples[index].values = values
 
-    def update(self, samples: Sequence[Sample], seed: tuple[int, ...]) -> dict[str, float]:
+    def update(self, samples: Sequence[Sample], seed: tuple[int, ...], report: Report = ignore) -> dict[str, float]:
         """All epochs and minibatches of a step, towards the samples' `returns`. Returns the metrics `critic/*`."""
-        losses, clipped, states = [], [], 0.0
+        losses, clipped, states, done = [], [], 0.0, 0
         for minibatch in self._optimizer.minibatches(samples, seed):
-            loss, clips, count = self._backward(minibatch)
+            loss, clips, count = self._backward(minibatch, part_of(report, done))
+            done += len(minibatch)
             self._optimizer.apply(loss)
             losses.append(loss)
             clipped.append(clips)
@@ -99,13 +102,13 @@ class Critic:
         """What isn't, beside adapters, is the policy's and comes with it."""
         return [(name, parameter) for name, parameter in self._network.named_parameters() if parameter.requires_grad]
 
-    def _backward(self, samples: list[Sample]) -> tuple[Tensor, Tensor, float]:
+    def _backward(self, samples: list[Sample], report: Report = ignore) -> tuple[Tensor, Tensor, float]:
         """Adds the gradient of one minibatch's mean loss; returns that loss, clipped states, and their number."""
         level = self._config.algorithm.gae
         count = float(sum(int(value_states(sample, level).sum()) for sample in samples))
         total, clips = torch.zeros(()), torch.zeros(())
         batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
-        for indices, counts in self._ranks.deal(batches):
+        for indices, counts in self._ranks.deal(batches, report):
             chosen = [samples[i] for i in indices]
             batch = self._batch(chosen)
             states = nn.utils.rnn.pad_sequence([value_states(sample, level) for sample in chosen], batch_first=True)

@@ -34,6 +34,8 @@ class Turn:
     reward: float = 0.0
     valid: bool = False
     result: str = ""  # the environment's answer
+    response: str = ""  # response_ids as text, without the token that ended it
+    finish: str = ""  # why the response ended: stop | length, at rollout.max_response_tokens
 
 
 @dataclass

@@ -6,7 +6,7 @@ are kept whole, or each layer's are split over the ranks (FSDP2). The first rank
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from epo_kernels.train.config import ConfigError
 from epo_kernels.train.data import Episode
 from epo_kernels.train.envs import EnvironmentFailure
+from epo_kernels.train.progress import Report, ignore
 from epo_kernels.train.rollout import Rollout
 from epo_kernels.train.stopping import Stopped, StopRequest
 
@@ -84,14 +85,18 @@ class Ranks:
             own = stopped
         _raise_together(own, self.gather(_told(own)))
 
-    def deal(self, items: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
-        """This rank's share of the items, as many for every rank, since each takes part in every collective.
+    def deal(self, batches: Sequence[list[Item]], report: Report = ignore) -> Iterator[tuple[list[Item], bool]]:
+        """This rank's share of the batches, as many for every rank, since each takes part in every collective.
 
-        Where they don't come out even, an item is dealt once more with False: compute it, don't count it.
+        Where they don't come out even, a batch is dealt once more with False: compute it, don't count it. `report` gets
+        the number of items in the batches that all ranks have done.
         """
-        for start in range(0, len(items), self.size):
+        done = 0
+        for start in range(0, len(batches), self.size):
             index = start + self.rank
-            yield (items[index], True) if index < len(items) else (items[start], False)
+            yield (batches[index], True) if index < len(batches) else (batches[start], False)
+            done += sum(map(len, batches[start : start + self.size]))
+            report(done)
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sum over the ranks, but for those that FSDP has summed in backward."""
@@ -186,7 +191,7 @@ class SharedRollout:
     def prefetch(self, episodes: Sequence[Episode]) -> None:
         self._rollout.prefetch(episodes[self._ranks.rank :: self._ranks.size])
 
-    def play(self, episodes: Sequence[Episode], report: Callable[[int], None] = lambda done: None) -> None:
+    def play(self, episodes: Sequence[Episode], report: Report = ignore) -> None:
         """As `Rollout.play`. What stops one rank stops all, once the others have played.
 
         Raises:

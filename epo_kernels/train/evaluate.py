@@ -31,6 +31,7 @@ class Record:
     failed: int  # episodes lost to environment failures, not counted above
     scores: list[float | None] = field(default_factory=list)  # of the panel's tasks in their order; None: failed
     successes: list[bool | None] = field(default_factory=list)
+    valid_action_ratio: float | None = None  # share of actions that the environment understood
 
     @property
     def name(self) -> str:
@@ -38,10 +39,12 @@ class Record:
         return f"{self.when.replace(' ', '_')}_{self.panel}_{self.decoding}"
 
     def sentence(self) -> str:
+        understood = "" if self.valid_action_ratio is None else f", {self.valid_action_ratio:.1%} of actions understood"
         return (
             f"evaluation {self.when}, {self.panel}, {self.decoding}: success {self.success:.1%} "
             f"({self.success_low:.1%} to {self.success_high:.1%}), mean score {self.mean_score:.1f}, "
             f"official success {self.official_success:.1%}, {self.episodes} episodes of {self.mean_turns:.1f} turns"
+            f"{understood}"
         )
 
 
@@ -173,6 +176,7 @@ def summarize(episodes: Sequence[Episode], when: str, step: int, panel: str, dec
         raise EnvironmentFailure(f"evaluation {when} on {panel}: no episode could be played; the first: {reason}")
     successes = sum(episode.success for episode in played)
     low, high = wilson(successes, len(played))
+    valid = [float(turn.valid) for episode in played for turn in episode.turns]
     return Record(
         when=when,
         step=step,
@@ -188,6 +192,7 @@ def summarize(episodes: Sequence[Episode], when: str, step: int, panel: str, dec
         failed=len(episodes) - len(played),
         scores=[None if episode.failed else episode.score for episode in episodes],
         successes=[None if episode.failed else episode.success for episode in episodes],
+        valid_action_ratio=_mean(valid) if valid else None,
     )
 
 

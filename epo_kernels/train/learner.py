@@ -21,6 +21,7 @@ from epo_kernels.train.optimizer import StepOptimizer
 from epo_kernels.train.policies.lora import without_adapters
 from epo_kernels.train.policies.policy import Policy, check_head, checkpointing, head_of, response_hidden
 from epo_kernels.train.post_mortem import Circumstances, NonFiniteError
+from epo_kernels.train.progress import Report, ignore, part_of
 from epo_kernels.train.stopwatch import Stopwatch
 
 
@@ -54,31 +55,45 @@ class Learner:
             policy.model.parameters(), config.optim, config.optim, config.horizon, self._ranks
         )
 
-    def score(self, samples: Sequence[Sample]) -> None:
-        """Set each sample's `old_log_probs` and `entropy` (and `ref_log_probs`), in one pass without gradient."""
-        for sample, scores in zip(samples, self._scores(self._policy.model, samples), strict=True):
+    def score(self, samples: Sequence[Sample], report: Report = ignore) -> None:
+        """Set each sample's `old_log_probs` and `entropy` (and `ref_log_probs`), in one pass without gradient.
+
+        `report` gets the number of samples scored; with a reference each of two passes counts by half.
+        """
+        share = 1.0 if self._reference is None else 0.5
+        own = self._scores(self._policy.model, samples, part_of(report, 0, share))
+        for sample, scores in zip(samples, own, strict=True):
             sample.old_log_probs, sample.entropy = scores
         if self._reference is not None:
             adapted = self._reference is self._policy.model
             with without_adapters(self._reference) if adapted else nullcontext():
-                for sample, scores in zip(samples, self._scores(self._reference, samples), strict=True):
+                others = self._scores(self._reference, samples, part_of(report, share * len(samples), share))
+                for sample, scores in zip(samples, others, strict=True):
                     sample.ref_log_probs = scores[0]
 
     def update(
-        self, samples: Sequence[Sample], history: ek.EntropyHistory, penalty_weight: float, seed: tuple[int, ...]
+        self,
+        samples: Sequence[Sample],
+        history: ek.EntropyHistory,
+        penalty_weight: float,
+        seed: tuple[int, ...],
+        report: Report = ignore,
     ) -> dict[str, float]:
         """All epochs and minibatches of a step. Returns the metrics `actor/*` and `epo/*`, means over the updates.
 
-        An update whose loss or gradient isn't finite is left out and counted.
+        An update whose loss or gradient isn't finite is left out and counted. `report` gets the number of samples
+        learned from, counted in each epoch.
 
         Raises:
             NonFiniteError: optim.max_skipped_updates of them in a row.
         """
         watch = Stopwatch(self._policy.model.device)
         sums: list[ek.LossMetrics] = []
+        done = 0
         with watch.timed("update"):
             for minibatch in self._optimizer.minibatches(samples, seed):
-                sums.append(self._backward(minibatch, history, penalty_weight, watch))
+                sums.append(self._backward(minibatch, history, penalty_weight, watch, part_of(report, done)))
+                done += len(minibatch)
                 norm = self._optimizer.apply(sums[-1].loss)
                 if (skipped := self._optimizer.skipped_in_row) >= self._config.optim.max_skipped_updates:
                     raise NonFiniteError(
@@ -97,7 +112,12 @@ class Learner:
         self._optimizer.load_state_dict(state)
 
     def _backward(
-        self, samples: list[Sample], history: ek.EntropyHistory, penalty_weight: float, watch: Stopwatch
+        self,
+        samples: list[Sample],
+        history: ek.EntropyHistory,
+        penalty_weight: float,
+        watch: Stopwatch,
+        report: Report = ignore,
     ) -> ek.LossMetrics:
         """Add the gradient of one minibatch, by micro-batches whose losses add up to it exactly."""
         per_token = self._config.loss.loss_agg_mode == "token-mean"
@@ -105,7 +125,7 @@ class Learner:
         model = self._policy.model
         sums = ek.LossMetrics(torch.zeros(len(METRIC_NAMES), dtype=torch.float64, device=model.device))
         batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
-        for indices, counts in self._ranks.deal(batches):
+        for indices, counts in self._ranks.deal(batches, report):
             batch = MiniBatch.of([samples[i] for i in indices], self._policy.pad_id, model.device)
             with checkpointing(model, self._config.model.gradient_checkpointing):
                 hidden = response_hidden(model.get_decoder(), batch)
@@ -160,12 +180,12 @@ class Learner:
         )
 
     @torch.no_grad()
-    def _scores(self, model: PreTrainedModel, samples: Sequence[Sample]) -> list[tuple[Tensor, Tensor]]:
+    def _scores(self, model: PreTrainedModel, samples: Sequence[Sample], report: Report) -> list[tuple[Tensor, Tensor]]:
         """(log-probs, entropies) of each sample's tokens, (R,) float32 each; 0 where the policy didn't write."""
         scores: dict[int, tuple[Tensor, Tensor]] = {}
         head = head_of(model)
         batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
-        for indices, _ in self._ranks.deal(batches):
+        for indices, _ in self._ranks.deal(batches, report):
             batch = MiniBatch.of([samples[i] for i in indices], self._policy.pad_id, model.device)
             log_probs, entropy = ek.linear_log_probs_and_entropy(
                 response_hidden(model.get_decoder(), batch),

@@ -18,6 +18,7 @@ from epo_kernels.train.tracking import read_episodes, read_evaluation, read_metr
 from epo_kernels.train.watch import Alarm, watched
 
 Metrics = list[dict[str, Any]]
+Played = tuple[str, dict[str, Any]]  # when, and the episode
 SHOWN_TASKS = 3  # of each panel: the first ones, so that nobody chose them
 PHASES = {  # of timing_s/*
     "gen_model": "writing",
@@ -52,7 +53,7 @@ def write_report(run_dir: Path) -> Path:
             )
             for heading, figures in SECTIONS
         ],
-        episodes=_sample_episodes(run_dir, comparisons),
+        episodes=_sample_episodes(run_dir, records),
         config=printable(config_text),
         versions=read_versions(run_dir),
     )
@@ -267,6 +268,16 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, Draw], ...]], ...] = (
     (
         "Health",
         (
+            (
+                "Actions understood",
+                "share, by the environment",
+                _lines({"episode/valid_action_ratio": "understood"}, percent),
+            ),
+            (
+                "Responses cut",
+                "share that reached rollout.max_response_tokens",
+                _lines({"response_length/clip_ratio": "cut"}, percent),
+            ),
             ("Groups that teach nothing", "all returns equal", _share_without_spread),
             (
                 "Repeated tokens",
@@ -281,13 +292,15 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, Draw], ...]], ...] = (
 )
 
 
-def _sample_episodes(run_dir: Path, comparisons: Sequence[Comparison]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The first tasks of each panel that was compared, before and after."""
+def _sample_episodes(run_dir: Path, records: Sequence[Record]) -> list[tuple[str, list[list[Played]]]]:
+    """The first tasks of each panel: each as it was played before and, when the run is over, after."""
     found = []
-    for comparison in comparisons:
-        place = f"{comparison.panel}_{comparison.decoding}"
-        before, after = read_episodes(run_dir, f"before_{place}"), read_episodes(run_dir, f"after_{place}")
-        pairs = [{"before": b, "after": a} for b, a in zip(before[:SHOWN_TASKS], after[:SHOWN_TASKS], strict=False)]
-        if pairs:
-            found.append((f"{comparison.panel}, {comparison.decoding}", pairs))
+    for panel, decoding in sorted({(r.panel, r.decoding) for r in records}, key=lambda p: (p[0], p[1] != "sampled")):
+        moments = [
+            [(when, episode) for episode in episodes[:SHOWN_TASKS]]
+            for when in ("before", "after")
+            if (episodes := read_episodes(run_dir, f"{when}_{panel}_{decoding}"))
+        ]
+        if moments:
+            found.append((f"{panel}, {decoding}", [list(task) for task in zip(*moments, strict=False)]))
     return found

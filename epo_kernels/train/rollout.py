@@ -15,6 +15,7 @@ from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.policies.generate import Completion, Engine, Request, StreamingEngine
 from epo_kernels.train.policies.policy import Policy
 from epo_kernels.train.policies.prompts import Prompts, parse_action
+from epo_kernels.train.progress import Report, ignore
 
 PATIENCE = 2e-4  # seconds
 
@@ -73,8 +74,10 @@ class Rollout:
         """Begin to reset environments for the next `play` of these episodes, and return at once."""
         self._pool.prefetch([episode.task for episode in episodes[: self._pool.size]])
 
-    def play(self, episodes: Sequence[Episode], report: Callable[[int], None] = lambda done: None) -> None:
-        """Play each episode to its end, filling in its turns and outcome; `report(number of finished ones)`.
+    def play(self, episodes: Sequence[Episode], report: Report = ignore) -> None:
+        """Play each episode to its end, filling in its turns and outcome.
+
+        `report` gets how many are done, where one that is under way counts by its share of `max_turns`.
 
         An episode whose environment fails is marked `failed`, with the reason in `finish`.
         """
@@ -82,14 +85,16 @@ class Rollout:
         with self._engine.awake() if isinstance(self._engine, StreamingEngine) else nullcontext():
             self._play(episodes, report)
 
-    def _play(self, episodes: Sequence[Episode], report: Callable[[int], None]) -> None:
+    def _play(self, episodes: Sequence[Episode], report: Report) -> None:
         waiting = deque(episodes)
         seats = [_Seat(slot) for slot in range(min(self._pool.size, len(episodes)))]
         for seat in seats:
             self._seat_next(seat, waiting)
 
         def progress() -> None:
-            report(len(episodes) - len(waiting) - sum(seat.episode is not None for seat in seats))
+            # Of those under way the share of their turns: where all episodes are as long, they end all at once.
+            under_way = [len(seat.episode.turns) / self._max_turns for seat in seats if seat.episode]
+            report(len(episodes) - len(waiting) - len(under_way) + sum(under_way))
 
         if isinstance(self._engine, StreamingEngine):
             self._play_as_stream(self._engine, seats, waiting, progress)
@@ -207,13 +212,26 @@ class Rollout:
             return []
         return self._policy.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
 
+    def _response(self, token_ids: list[int]) -> str:
+        """As written, special tokens included, for people to read; only the end token is left out."""
+        ended = token_ids[-1:] and token_ids[-1] in self._policy.end_ids
+        return str(self._policy.tokenizer.decode(token_ids[:-1] if ended else token_ids))
+
     def _act(self, seat: _Seat, request: Request, completion: Completion, text: str) -> None:
         """Play what the policy answered; what the environment says to it is left pending."""
         assert seat.episode is not None
         assert seat.observation is not None
         # What holds no action goes out as an empty one, which no environment understands.
         action = parse_action(text, self._response_format) or ""
-        turn = Turn(seat.observation, request.prompt_ids, completion.token_ids, completion.log_probs, action)
+        turn = Turn(
+            seat.observation,
+            request.prompt_ids,
+            completion.token_ids,
+            completion.log_probs,
+            action,
+            response=self._response(completion.token_ids),
+            finish=completion.finish,
+        )
         seat.episode.turns.append(turn)
         seat.pending = self._pool.step(seat.slot, action)
 

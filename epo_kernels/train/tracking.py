@@ -5,8 +5,9 @@ import math
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -14,18 +15,21 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 import epo_kernels as ek
 from epo_kernels.train.config import ConfigError
-from epo_kernels.train.data import Episode
+from epo_kernels.train.data import Episode, Turn
 from epo_kernels.train.evaluate import Record, compare
+from epo_kernels.train.progress import Progress, Report, every
 from epo_kernels.train.text import printable
 
 PLAIN_WIDTH = 120  # of tables in a log
+LOG_EVERY = 30.0  # seconds between two lines about a phase that goes on
 
 Value = float | int | list[float | None]
 
@@ -229,7 +233,14 @@ def episode_text(episode: Episode) -> str:
     for number, turn in enumerate(episode.turns, 1):
         lines += [part for part in (turn.observation.text, turn.observation.scene) if part]
         lines.append(f"[{number}] > {turn.action}  ({turn.reward:+.3f}{'' if turn.valid else ', not understood'})")
+        if not turn.valid or turn.response.strip() != turn.action:
+            lines.append(f"    response ({_size(turn)}): {json.dumps(turn.response, ensure_ascii=False)}")
     return printable("\n".join(lines))
+
+
+def _size(turn: Turn) -> str:
+    cut = ", cut at rollout.max_response_tokens" if turn.finish == "length" else ""
+    return f"{len(turn.response_ids)} tokens{cut}"
 
 
 def _plain(episode: Episode) -> dict[str, Any]:
@@ -247,6 +258,9 @@ def _plain(episode: Episode) -> dict[str, Any]:
             {
                 "observation": turn.observation.text,
                 "scene": turn.observation.scene,
+                "response": turn.response,
+                "response_tokens": len(turn.response_ids),
+                "finish_reason": turn.finish,
                 "action": turn.action,
                 "reward": turn.reward,
                 "valid": turn.valid,
@@ -270,13 +284,13 @@ def _versions() -> dict[str, str]:
 
 
 class Display:
-    """Lines and bars on a terminal; lines alone anywhere else."""
+    """Lines and bars on a terminal; anywhere else lines alone, each with its time, and progress every `LOG_EVERY`."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
         if not self.console.is_terminal:
             self.console.width = PLAIN_WIDTH
-        self._progress = Progress(
+        self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -288,28 +302,40 @@ class Display:
         )
 
     def __enter__(self) -> "Display":
-        self._progress.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bars.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(Text(printable(text)))  # as Text nothing in it is markup
+        for line in printable(text).split("\n"):
+            stamp = "" if self.console.is_terminal else time.strftime("%Y-%m-%d %H:%M:%S ")
+            self.console.print(Text(stamp + line))  # as Text nothing in it is markup
 
     @contextmanager
-    def bar(self, name: str, total: int, check: Callable[[], None] = lambda: None) -> Iterator[Callable[[int], None]]:
-        """Gives a function to call with the amount done so far; it also calls `check`, which may raise."""
-        task = self._progress.add_task(name, total=total)
+    def bar(
+        self, name: str, total: int | None, unit: str = "episodes", check: Callable[[], None] = lambda: None
+    ) -> Iterator[Report]:
+        """Gives a function to call with the amount done so far, of `total`; it also calls `check`, which may raise.
 
-        def update(done: int) -> None:
-            self._progress.update(task, completed=done)
+        Where the amount isn't known, `total` is None and there is nothing to call.
+
+        Without a terminal, a line every `LOG_EVERY` seconds says how far it is, whether or not anything was reported.
+        """
+        task = self._bars.add_task(name, total=total)
+        progress = Progress(name, total, unit)
+
+        def update(done: float) -> None:
+            progress.done = done
+            self._bars.update(task, completed=done)
             check()
 
-        try:
-            yield update
-        finally:
-            self._progress.remove_task(task)
+        with every(LOG_EVERY, lambda: self.say(progress.line())) if not self.console.is_terminal else nullcontext():
+            try:
+                yield update
+            finally:
+                self._bars.remove_task(task)
 
     def table(self, records: Sequence[Record]) -> None:
         """Before and after side by side, then what the paired intervals say of the difference."""

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,8 @@ from epo_kernels.train.envs import EnvironmentFailure, make_suite
 from epo_kernels.train.envs.demonstrations import borrow_cache
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.evaluate import Record, panel_starts, summarize
+from epo_kernels.train.failures import RunError
+from epo_kernels.train.header import about_policy, about_tasks, opening
 from epo_kernels.train.learner import Learner
 from epo_kernels.train.policies.dialogue import DialogueBuilder
 from epo_kernels.train.policies.generate import Engine, StopRule, StreamingEngine, TransformersEngine
@@ -49,6 +51,7 @@ from epo_kernels.train.policies.prompts import PromptBuilder, Prompts
 from epo_kernels.train.policies.vllm_engine import VllmEngine, require_vllm
 from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
 from epo_kernels.train.post_mortem import NonFiniteError, save_batch
+from epo_kernels.train.progress import Report
 from epo_kernels.train.report import write_report
 from epo_kernels.train.rollout import Rollout
 from epo_kernels.train.rollout_mismatch import mismatch_metrics, rollout_is_level, set_rollout_weights
@@ -101,7 +104,7 @@ class Trainer:
             Stopped: asked for by a signal. This, and what follows, leaves a checkpoint of the last step done.
             EnvironmentFailure: too many episodes in a row were lost.
             CollapsedError: a collapse warning, under watch.stop.
-            RuntimeError: too many updates in a row without a finite gradient (the batch is in run_dir/nonfinite), or a
+            RunError: too many updates in a row without a finite gradient (the batch is in run_dir/nonfinite), or a
                 checkpoint could not be written. The last checkpoint is whole.
         """
         try:
@@ -115,7 +118,7 @@ class Trainer:
         except NonFiniteError as error:
             folder = save_batch(self.run_dir / "nonfinite" / f"step_{self.step + 1:05d}", error)
             write_report(self.run_dir)
-            raise RuntimeError(
+            raise RunError(
                 f"step {self.step + 1}: {error}. The last one's batch is in {folder}; the last checkpoint is whole"
             ) from error
         write_report(self.run_dir)
@@ -151,9 +154,13 @@ class Trainer:
         if alarms and self.config.watch.stop:
             raise CollapsedError(f"stopped at step {step}, as watch.stop asks: {alarms[0].text}")
 
-    def _bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    def _bar(self, name: str, total: int, unit: str = "episodes") -> AbstractContextManager[Report]:
         """A bar whose every move is a moment at which the run can be stopped."""
-        return self.display.bar(name, total, self.stop.check)
+        return self.display.bar(name, total, unit, self.stop.check)
+
+    def _samples_bar(self, name: str, total: int) -> AbstractContextManager[Report]:
+        """A bar of work that is never stopped half done."""
+        return self.display.bar(name, total, "samples")
 
     def _train_step(self, step: int) -> dict[str, Value]:
         """Rollout, old log-probs and entropies, weights against the rollout's, history, advantages, update."""
@@ -161,18 +168,21 @@ class Trainer:
         seconds: dict[str, float] = {}
         with _timed(seconds, "step"):
             with _timed(seconds, "gen"):
-                collected = self.collector.collect(step, lambda total: self._bar(f"step {step}", total))
+                collected = self.collector.collect(step, lambda total: self._bar(f"step {step}, rollout", total))
             seconds |= {f"gen_{name}": spent for name, spent in collected.seconds.items()}
             self._prefetch(step + 1)
 
             samples = samples_of(collected.kept, config.rollout.layout)
-            with _timed(seconds, "old_log_prob"):
-                self.learner.score(samples)
+            with (
+                _timed(seconds, "old_log_prob"),
+                self._samples_bar(f"step {step}, old log-probs", len(samples)) as report,
+            ):
+                self.learner.score(samples, report)
             correction = rollout_is_level(config), config.loss.rollout_is_cap
             set_rollout_weights(samples, *correction)
             if self.critic:
-                with _timed(seconds, "values"):
-                    self.critic.score(samples)
+                with _timed(seconds, "values"), self._samples_bar(f"step {step}, values", len(samples)) as report:
+                    self.critic.score(samples, report)
 
             turns, entropy = sampled_entropy(samples)
             own = slice(self.ranks.rank, None, self.ranks.size)  # committing adds up what all ranks hold
@@ -186,13 +196,18 @@ class Trainer:
 
             seed = (config.seed, Draw.MINIBATCHES, step)
             if self.critic:
-                with _timed(seconds, "update_critic"):
-                    learned |= self.critic.update(samples, seed)
+                total = config.critic.epochs * len(samples)
+                with (
+                    _timed(seconds, "update_critic"),
+                    self._samples_bar(f"step {step}, critic's update", total) as report,
+                ):
+                    learned |= self.critic.update(samples, seed, report)
             horizon = config.loss.phase_horizon or config.horizon
             phase_weight = ek.phase_weight(step - 1, horizon, config.loss.phase_schedule)
-            with _timed(seconds, "update_actor"):
+            total = config.optim.epochs * len(samples)
+            with _timed(seconds, "update_actor"), self._samples_bar(f"step {step}, update", total) as report:
                 if not self.critic or step > config.critic.warmup_steps:
-                    learned |= self.learner.update(samples, history, phase_weight, seed)
+                    learned |= self.learner.update(samples, history, phase_weight, seed, report)
             if not config.loss.history_includes_current:
                 self._commit_history(step)
         self.tracker.save_episodes(f"train_step_{step:05d}", collected.episodes[: config.algorithm.group_size])
@@ -212,7 +227,7 @@ class Trainer:
         try:
             self.history.commit(self.ranks.group)
         except ValueError as error:
-            raise RuntimeError(f"step {step}: {error}; the last checkpoint is whole") from error
+            raise RunError(f"step {step}: {error}; the last checkpoint is whole") from error
 
     def _prefetch(self, step: int) -> None:
         """Environments reset while the model updates, unless an evaluation needs them first."""
@@ -229,7 +244,7 @@ class Trainer:
             if not missing:
                 continue
             episodes = panel_starts(tasks, panel, missing, self.config.seed)
-            with self._bar(f"evaluation {when}", len(episodes)) as bar:
+            with self._bar(f"evaluation {when}, {panel}", len(episodes)) as bar:
                 self.rollout.play(episodes, bar)
             records = []
             for index, decoding in enumerate(missing):
@@ -237,7 +252,17 @@ class Trainer:
                 records.append(summarize(own, when, step, panel, decoding))
                 self.tracker.save_episodes(records[-1].name, own)
                 self.display.say(records[-1].sentence())
+                self._warn_of_actions(records[-1])
             self.tracker.log_evaluation(records)
+            write_report(self.run_dir)
+
+    def _warn_of_actions(self, record: Record) -> None:
+        lowest = self.config.watch.valid_actions
+        if record.valid_action_ratio is not None and record.valid_action_ratio < lowest:
+            self.display.say(
+                f"warning: the environment understood {record.valid_action_ratio:.1%} of the actions, less than "
+                f"watch.valid_actions={lowest:g}; read the responses in {self.config.run_dir}/episodes"
+            )
 
     def _save(self) -> None:
         state = {
@@ -251,7 +276,8 @@ class Trainer:
         weights = full_tensors(self.policy.model.state_dict()) if self.ranks.fsdp else None
         if self.ranks.is_first:
             folder = self.run_dir / "checkpoints"
-            save_checkpoint(folder, self.step, self.policy, state, self.config.checkpoint.keep, weights)
+            with self.display.bar(f"saving step {self.step}", None):
+                save_checkpoint(folder, self.step, self.policy, state, self.config.checkpoint.keep, weights)
 
     def _build(self, stack: ExitStack, dry: bool) -> None:
         config = self.config
@@ -275,6 +301,7 @@ class Trainer:
             self.config = config = keep_horizon(state["config"], config)
             for text in review_differences(state["config"], config, state["step"], is_branch):
                 self.display.say(text)
+        self.display.say(opening(config, self.ranks))
         environment = config.env
         if dry:  # what the cache lacks is made for this once
             folder = stack.enter_context(TemporaryDirectory())
@@ -287,12 +314,15 @@ class Trainer:
         self.tasks = self.suite.tasks("train")
         self.panels = {panel: self.suite.tasks(panel)[: config.evaluate.episodes] for panel in config.evaluate.panels}
         self.suite.close()  # the simulator that listed them
+        self.display.say(about_tasks(self.suite, self.tasks, self.panels, config))
 
         if checkpoint:
             self.policy = load_policy(str(checkpoint / "actor"), config.model)
         else:
             self.policy = self._first_policy(dry) if dry else self._shared_policy()
-        self.engine = self._make_engine(stack)
+        self.display.say(about_policy(self.policy))
+        with self.display.bar("starting the engine", None):
+            self.engine = self._make_engine(stack)
         sampled = None if isinstance(self.engine, StreamingEngine) else self.policy.model
         self.rollout = SharedRollout(self._player(stack), self.ranks, sampled)
         self.collector = Collector(self.tasks, self.rollout, config)
@@ -418,7 +448,8 @@ class Trainer:
         with self._bar("demonstrations", count) as bar:
             demonstrations = demonstrate(self.suite, count, bar) if count else []
         anew = model.name_or_path in FROM_SCRATCH
-        policy = build_from_scratch(demonstrations, model, seed) if anew else load_policy(model.name_or_path, model)
+        with self.display.bar(f"loading {model.name_or_path}", None):
+            policy = build_from_scratch(demonstrations, model, seed) if anew else load_policy(model.name_or_path, model)
         if demonstrations and not dry:
             samples = cloning_samples(
                 demonstrations,
@@ -427,7 +458,8 @@ class Trainer:
                 self.config.rollout.max_response_tokens,
                 self.config.rollout.layout,
             )
-            with self._bar("cloning", warm_start.epochs) as bar, precision(policy.model, model.dtype):
+            self.display.say(f"cloning: {len(samples)} turns for {warm_start.epochs} epochs; {about_policy(policy)}")
+            with self._bar("cloning", warm_start.epochs, "epochs") as bar, precision(policy.model, model.dtype):
                 losses = clone(policy, samples, warm_start, seed, bar)
             self.display.say(
                 f"cloned {len(samples)} turns for {warm_start.epochs} epochs: loss {losses[0]:.3f} to {losses[-1]:.3f}"
@@ -497,6 +529,7 @@ def _line(step: int, steps: int, metrics: dict[str, Value]) -> str:
     return (
         f"step {step}/{steps}: return {metrics['episode/reward/mean']:.3f}, "
         f"success {metrics['episode/success_rate']:.0%}, score {metrics['episode/score/mean']:.1f}, "
-        f"turns {metrics['episode/length/mean']:.1f}, entropy {metrics['actor/entropy']:.3f}, "
+        f"turns {metrics['episode/length/mean']:.1f}, understood {metrics['episode/valid_action_ratio']:.0%}, "
+        f"entropy {metrics['actor/entropy']:.3f}, "
         f"{metrics['timing_s/step']:.1f} s"
     )

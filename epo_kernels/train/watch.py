@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from epo_kernels.train.config import WatchConfig
+from epo_kernels.train.failures import RunError
 
 NGRAM = 3
 
@@ -19,7 +20,7 @@ class Alarm:
     text: str
 
 
-class CollapsedError(RuntimeError):
+class CollapsedError(RunError):
     """A warning came and watch.stop was set."""
 
 
@@ -67,6 +68,14 @@ class CollapseWatch:
             found["repeated_tokens"] = (
                 f"{repeated:.0%} of response tokens repeat earlier ones (watch.repeated_tokens "
                 f"{config.repeated_tokens:.0%}): the policy loops; lower optim.lr or set loss.kl_coeff"
+            )
+        valid = metrics.get("episode/valid_action_ratio")
+        if valid is not None and valid < config.valid_actions:
+            cut = metrics.get("response_length/clip_ratio") or 0.0
+            found["valid_actions"] = (
+                f"the environment understood {valid:.1%} of actions, below {config.valid_actions:.0%} "
+                f"(watch.valid_actions), and {cut:.0%} of responses were cut at rollout.max_response_tokens: read them "
+                "in episodes/, and see rollout.response_format, rollout.max_response_tokens and model.warm_start"
             )
         return found
 

@@ -1,9 +1,11 @@
+import re
 import subprocess
 import sys
 
 import pytest
 
 import epo_kernels as ek
+from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import (
     ConfigError,
     describe_settings,
@@ -12,6 +14,7 @@ from epo_kernels.train.config import (
     flatten,
     load_config,
     only_rounding,
+    option_as_setting,
     preset_names,
     to_yaml,
 )
@@ -78,11 +81,152 @@ def test_what_is_wrong_is_named_in_one_line(settings, words):
 def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match="no preset 'quickstar'; did you mean 'quickstart'"):
         load_config("quickstar", [])
-    with pytest.raises(ConfigError, match=r"missing\.yaml is not to be read"):
+    with pytest.raises(ConfigError, match=r"missing\.yaml cannot be read: No such file"):
         load_config(str(tmp_path / "missing.yaml"), [])
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="must hold settings"):
         load_config(str(tmp_path / "list.yaml"), [])
+
+
+def test_options_and_spaces_are_answered_with_the_setting(capsys):
+    assert main(["practice", "--steps", "5", "seed=1"]) == 2
+    wanted = "error: unknown option --steps; settings are written without dashes and spaces: steps=5\n"
+    assert capsys.readouterr().err == wanted
+    for given, wanted in [
+        (["--steps", "5"], "steps=5"),
+        (["--steps=5"], "steps=5"),
+        (["--optim.lr", "1e-4"], "optim.lr=1e-4"),
+        (["--max-turns", "3"], "env.max_turns=3"),
+        (["--seed", "-3"], "seed=-3"),
+        (["--run-dir", "--dry-run"], "run_dir=VALUE"),
+    ]:
+        assert option_as_setting(given[0], given[1:]).endswith(f"without dashes and spaces: {wanted}")
+    assert "model is a group of settings, written a.b=c: model.name_or_path," in option_as_setting("--model", ["gpt2"])
+    with pytest.raises(ConfigError, match="steps is a setting; write steps=VALUE, without spaces"):
+        load_config(["steps", "5"], [])
+
+
+def test_a_file_starts_from_a_preset_of_its_own_or_of_the_command_line(tmp_path):
+    own, bare = tmp_path / "own.yaml", tmp_path / "bare.yaml"
+    own.write_text("preset: practice\nsteps: 7\noptim: {epochs: 3}\n")
+    bare.write_text("steps: 7\noptim: {epochs: 3}\n")
+    wanted = load_config("practice", ["steps=7", "optim.epochs=3", "seed=4"])
+    for sources in (str(own), ["practice", str(bare)], [str(bare), "practice"], ["practice", str(own)]):
+        assert load_config(sources, ["seed=4"]) == wanted
+    assert load_config([str(own), str(bare)], ["seed=4"]) == wanted
+    with pytest.raises(ConfigError, match=r"one preset, got quickstart \(the command line\) and practice \(.*own"):
+        load_config(["quickstart", str(own)], [])
+
+
+def test_a_leading_tilde_is_the_home_folder_in_every_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text("preset: practice\nrun_dir: ~/runs/a\nmodel: {name_or_path: ~/models/m}\n")
+    config = load_config("~/my.yaml", ["env.cache_dir=~/cache", "resume=~/runs"])
+    assert config.run_dir == f"{tmp_path}/runs/a"
+    assert config.model.name_or_path == f"{tmp_path}/models/m"
+    assert config.env.cache_dir == f"{tmp_path}/cache"
+    assert config.resume == f"{tmp_path}/runs"
+    assert load_config("practice", ["run_dir=a~b/~"]).run_dir == "a~b/~"
+    with pytest.raises(ConfigError, match="run_dir=~no_one_here/a: no home folder is known for ~no_one_here"):
+        load_config("practice", ["run_dir=~no_one_here/a"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_unicode_with_its_mark_is_read(tmp_path, encoding):
+    (tmp_path / "my.yaml").write_bytes("preset: practice\r\nrun_dir: café\r\n".encode(encoding))
+    assert load_config(str(tmp_path / "my.yaml"), []).run_dir == "café"
+
+
+MISTAKES = {
+    "a key twice": ("steps: 3\noptim:\n  lr: 1e-4\n  lr: 2e-4\n", 4, "optim.lr is given twice, first in line 3"),
+    "a group twice": ("optim: {lr: 1}\noptim: {epochs: 1}\n", 2, "optim is given twice, first in line 1"),
+    "a tab": ("optim:\n\tlr: 1e-4\n", 2, "a tab; YAML is indented with spaces: 'lr: 1e-4'"),
+    "a tab later": ("optim:\n  lr: 1e-4\n\tepochs: 2\n", 3, "a tab; YAML is indented with spaces: 'epochs: 2'"),
+    "latin-1": (
+        "seed: 1\nrun_dir: café\n".encode("latin-1"),
+        2,
+        "not UTF-8; save the file as UTF-8: run_dir: caf\\xe9",
+    ),
+    "UTF-16 without a mark": ("seed: 1\n".encode("utf-16-le"), 1, "UTF-16 without a byte-order mark"),
+    "a control character": ("run_dir: a\x07\n", 1, "character 7 is not allowed"),
+    "an unset variable": (
+        "run_dir: ${oc.env:EPO_UNSET}/a\n",
+        1,
+        "run_dir: the environment variable EPO_UNSET is not set; set it, or write ${oc.env:EPO_UNSET,DEFAULT}",
+    ),
+    "a variable of another type": ("seed: 1\nsteps: ${oc.env:PATH}\n", 2, "steps: While dereferencing"),
+    "an open interpolation": ("seed: 1\nrun_dir: ${oc.env:PATH\n", 2, "missing BRACE_CLOSE"),
+    "an unknown resolver": ("run_dir: ${env:PATH}\n", 1, "run_dir: Unsupported interpolation type env"),
+    "an unknown reference": ("run_dir: a/${sed}\n", 1, "run_dir: Interpolation key 'sed' not found"),
+    "a flat key": (
+        "seed: 1\noptim.lr: 1e-4\n",
+        2,
+        "optim.lr is one key here, and YAML nests groups: write optim: {lr: ...}",
+    ),
+    "a flat key within a group": ("model:\n  warm_start.lr: 1\n", 2, "write model: {warm_start: {lr: ...}}"),
+    "a group as a flat key": ("model.warm_start: {lr: 1}\n", 1, "write model: {warm_start: ...}"),
+    "an unset variable as preset": (
+        "preset: ${oc.env:EPO_UNSET}\n",
+        1,
+        "the environment variable EPO_UNSET is not set",
+    ),
+    "a value out of range": ("seed: 1\noptim:\n  lr: -1\n", 3, "optim.lr must be positive and finite, got -1"),
+    "settings that exclude each other": ("loss: {band_low: 3}\n", 1, "loss.band_low and loss.band_high must"),
+    "an unknown choice": ("seed: 1\nenv: {name: alfword}\n", 2, "did you mean 'alfworld'?"),
+    "an unknown group": ("wandb: off\n", 1, "did you mean 'tracking.wandb'? In a file: tracking: {wandb: ...}"),
+    "a group that is off": ("seed: 1\ntracking: off\n", 2, "tracking is a group of settings (wandb, "),
+    "a choice that is off": (
+        "tracking:\n  wandb: off\n",
+        2,
+        "tracking.wandb must be one of disabled, online, offline, got false",
+    ),
+    "a text that is no": (
+        "tracking: {wandb_name: no}\n",
+        1,
+        "tracking.wandb_name must be text, in quotes if need be, got",
+    ),
+    "a group without its settings": ("optim:\nlr: 1\n", 1, "got nothing: indent them under it"),
+    "settings of a setting": ("run_dir:\n  a: 1\n", 1, "run_dir is a setting, not a group: it has no 'a'"),
+    "a wrong type": ("seed: 1\noptim:\n  lr: fast\n", 3, "optim.lr: Value 'fast'"),
+    "a value that is null": ("run_dir: ~\n", 1, "run_dir: must have a value, got null"),
+    "a key that YAML reads as true": ("on: 1\n", 1, "'on' cannot be the name of a setting"),
+    "an open bracket": ("seed: 1\nevaluate:\n  panels: [iid\nsteps: 2\n", 3, "panels: [iid"),
+    "an open quote": ('run_dir: "a\nseed: 1\n', 1, "run_dir: "),
+    "two documents": ("seed: 1\n---\nseed: 2\n", 2, "expected a single document"),
+    "a tag": ("seed: 1\nrun_dir: !!python/object:os.system a\n", 2, "could not determine a constructor"),
+    "an unknown preset": ("seed: 1\npreset: quickstar\n", 2, "did you mean 'quickstart'?"),
+    "a preset that is off": ("preset: off\n", 1, "preset must be one of"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_file_is_told_with_file_line_and_key(tmp_path, monkeypatch, mistake):
+    text, line, words = MISTAKES[mistake]
+    (tmp_path / "my.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EPO_UNSET", raising=False)
+    with pytest.raises(ConfigError) as caught:
+        load_config("my.yaml", ["model.name_or_path=m"])
+    message = str(caught.value)
+    assert message.startswith(f"my.yaml, line {line}: ")
+    assert words in message
+    assert "\n" not in message
+
+
+def test_interpolations_see_the_whole_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("EPO_STEPS", "9")
+    (tmp_path / "my.yaml").write_text("preset: practice\nsteps: ${oc.env:EPO_STEPS}\nrun_dir: runs/seed${seed}\n")
+    config = load_config(str(tmp_path / "my.yaml"), ["seed=3"])
+    assert (config.steps, config.run_dir) == (9, "runs/seed3")
+    with pytest.raises(ConfigError, match=r"^run_dir: the environment variable EPO_UNSET is not set"):
+        load_config("practice", ["run_dir=${oc.env:EPO_UNSET}"])
+
+
+def test_help_shows_values_as_yaml_has_them():
+    described = describe_settings()
+    for shown in ("model.fsdp=true ", "rollout.goal_last=false ", "env.max_turns=null ", "evaluate.panels=[iid] "):
+        assert f"  {shown}" in described
+    assert not re.search(r"\b(None|True|False)\b", described)
 
 
 def test_loss_settings_are_those_of_the_library():
@@ -150,8 +294,8 @@ def test_every_setting_is_explained():
     ("arguments", "words"),
     [
         (["practice", "optim.lrr=1"], "error: unknown setting 'optim.lrr'; did you mean 'optim.lr'?\n"),
-        (["practice", "quickstart"], "one preset or file at most"),
-        (["--print"], "unknown option --print"),
+        (["practice", "quickstart"], "a run starts from one preset, got practice"),
+        (["--print"], "unknown option --print; there are --print-config, --dry-run and --help"),
     ],
 )
 def test_the_command_line_ends_with_2(arguments, words):

@@ -54,7 +54,9 @@ def test_it_learns_what_to_expect_and_leaves_the_policy_alone(policy, played, le
     critic = critic_of(policy, f"algorithm.gae={level}", "critic.epochs=16", "critic.clip_range=10", "steps=2")
     critic.score(samples)
     assert all(sample.values.tolist() == [0.0] * len(sample.turns) for sample in samples)  # it knows nothing yet
-    first = critic.update(samples, seed=(0,))
+    reported = []
+    first = critic.update(samples, (0,), reported.append)
+    assert reported[-1] == 16 * len(samples)
     critic.score(samples)
     second = critic.update(samples, seed=(1,))
     assert second["critic/vf_loss"] < 0.5 * first["critic/vf_loss"]

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from epo_kernels.train.data import Episode
-from epo_kernels.train.envs import EnvironmentFailure, Task
+from epo_kernels.train.data import Episode, Turn
+from epo_kernels.train.envs import EnvironmentFailure, Observation, Task
 from epo_kernels.train.evaluate import compare, paired_interval, panel_starts, summarize, verdict, wilson
 
 
@@ -35,15 +35,18 @@ def test_a_panel_has_the_same_draws_at_every_moment():
 def test_summary_leaves_failed_episodes_out_and_counts_them():
     task = Task("walk", 0)
     seed = (0, 0, 0, 0)
+    understood, not_understood = (Turn(Observation("g", "o"), [], [], [], "a", valid=valid) for valid in (True, False))
     episodes = [
-        Episode(task, 0, seed, score=100.0, success=True, official_success=True),
-        Episode(task, 1, seed, score=50.0, official_success=True),
+        Episode(task, 0, seed, score=100.0, success=True, official_success=True, turns=[understood]),
+        Episode(task, 1, seed, score=50.0, official_success=True, turns=[understood, not_understood, not_understood]),
         Episode(task, 2, seed, score=0.0, failed=True, finish="the JVM died"),
     ]
     record = summarize(episodes, "before", 0, "iid", "greedy")
     assert (record.episodes, record.failed) == (2, 1)
     assert (record.mean_score, record.success, record.official_success) == (75.0, 0.5, 1.0)
     assert (record.success_low, record.success_high) == wilson(1, 2)
+    assert record.valid_action_ratio == 0.5
+    assert record.sentence().endswith("2 episodes of 2.0 turns, 50.0% of actions understood")
     with pytest.raises(EnvironmentFailure, match="the JVM died"):
         summarize(episodes[2:], "before", 0, "iid", "greedy")
 

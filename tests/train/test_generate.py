@@ -23,6 +23,17 @@ def test_draws_do_not_depend_on_the_batch(cloned):
             assert completion.log_probs == pytest.approx(together[i].log_probs, abs=1e-5)
 
 
+def test_a_completion_says_why_it_ended(cloned):
+    requests = requests_of(cloned)
+    whole = engine_of(cloned, temperature=2.0, max_tokens=12).generate(requests)
+    assert [c.finish for c in whole] == ["stop"] * len(requests)
+    limit = min(len(c.token_ids) for c in whole)
+    cut = engine_of(cloned, temperature=2.0, max_tokens=limit).generate(requests)
+    assert {c.finish for c in cut} == {"stop", "length"}
+    for one, other in zip(whole, cut, strict=True):
+        assert other.finish == ("stop" if len(one.token_ids) == limit else "length")
+
+
 def test_equal_prompts_are_read_once_and_drawn_from_apart(cloned, monkeypatch):
     engine, (first, second, *_) = engine_of(cloned, temperature=2.0, max_tokens=12), requests_of(cloned)
     requests = [

@@ -45,6 +45,22 @@ def test_the_ids_sampled_are_the_ids_trained_on(cloned, played):
         assert sample.old_log_probs.tolist() == pytest.approx(log_probs, abs=1e-5)
 
 
+def test_scoring_and_updates_report_how_far_they_are(policy, played):
+    samples = samples_of(played)
+    learner = learner_of(policy, "optim.epochs=2", "optim.minibatches=2", "optim.micro_batch_tokens=300")
+    scored, learned = [], []
+    learner.score(samples, scored.append)
+    learner.update(samples, history_of(samples), 1.0, (0,), learned.append)
+    for reported, total in ((scored, len(samples)), (learned, 2 * len(samples))):
+        assert len(reported) >= 4
+        assert reported == sorted(set(reported))
+        assert reported[-1] == total
+    with_reference = Learner(policy, copy.deepcopy(policy.model), load_config("practice", [*SMALL, "loss.kl_coeff=1"]))
+    scored.clear()
+    with_reference.score(samples, scored.append)
+    assert scored == [len(samples) / 2, len(samples)]
+
+
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
 def test_micro_batches_add_up_to_the_whole(policy, played, mode):
     weights = []

@@ -1,17 +1,23 @@
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
 
 import epo_kernels as ek
+import epo_kernels.train
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.checkpoint import find_checkpoint
 from epo_kernels.train.config import ConfigError, load_config
+from epo_kernels.train.failures import RunError
 from tests.train.conftest import WHOLE, lines_of, train, weights_of
 
 
@@ -288,6 +294,99 @@ def test_a_dry_run_keeps_no_demonstration(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert main(["quickstart", f"run_dir={tmp_path / 'run'}", "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_log_begins_with_what_is_trained_and_where_to_look(tmp_path, capsys):
+    settings = ("steps=1", "model.device=cpu", "model.warm_start.epochs=1", "evaluate.decoding=[greedy]")
+    assert train(f"run_dir={tmp_path}", *settings) == 0
+    lines = capsys.readouterr().out.splitlines()
+    stamped = [re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)", line) for line in lines]
+    said = [match[1] for match in stamped if match]
+    assert said[0] == f"run {tmp_path}: grpo on practice, seed 0"
+    assert said[1].startswith("model: tiny (from scratch); weights in float32, matrix products in float32, on cpu (")
+    assert said[2].startswith(f"where to look: {tmp_path}/report.html from the first evaluation on")
+    assert said[3].startswith(
+        "tasks: 512 training tasks of practice (walk), 8 turns at most; evaluation: 4 of iid, greedy"
+    )
+    parameters = sum(weight.numel() for weight in weights_of(tmp_path, 1).values())
+    assert re.fullmatch(
+        rf"cloning: \d+ turns for 1 epochs; policy: Qwen2ForCausalLM, {parameters:,} parameters, all trained", said[5]
+    )
+    (step,) = [line for line in said if line.startswith("step 1/1: ")]
+    (metrics,) = lines_of(tmp_path)
+    assert f", understood {metrics['episode/valid_action_ratio']:.0%}, " in step
+
+
+def test_every_phase_tells_a_log_how_far_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("epo_kernels.train.tracking.LOG_EVERY", 0.01)
+    settings = ("steps=1", "model.warm_start.epochs=3", "algorithm.name=ppo", "loss.kl_coeff=0.01")
+    assert train(f"run_dir={tmp_path}", *settings) == 0
+    said = capsys.readouterr().out
+    for phase, unit in [
+        ("cloning", "epochs"),
+        ("evaluation before, iid", "episodes"),
+        ("step 1, rollout", "episodes"),
+        ("step 1, old log-probs", "samples"),
+        ("step 1, values", "samples"),
+        ("step 1, critic's update", "samples"),
+        ("step 1, update", "samples"),
+        ("evaluation after, iid", "episodes"),
+        ("saving step 1", None),
+    ]:
+        told = rf"[\d.]+ of \d+ {unit} after \d+ s" if unit else r"\d+ s so far"
+        assert re.search(rf"^\S+ \S+ {phase}: {told}", said, re.MULTILINE), phase
+
+
+def test_the_report_is_there_from_the_first_evaluation_on(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RunError("a later failure")
+
+    monkeypatch.setattr("epo_kernels.train.trainer.Trainer._train_step", fail)
+    assert train(f"run_dir={tmp_path}", "model.warm_start.epochs=1") == 1
+    assert "before" in (tmp_path / "report.html").read_text()
+
+
+def test_an_unforeseen_error_keeps_its_traceback_in_the_run_s_folder(tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access\nmany more lines")
+
+    monkeypatch.setattr("epo_kernels.train.learner.Learner.update", fail)
+    for times in (1, 2):
+        assert train(f"run_dir={tmp_path}", "evaluate.panels=[]", "model.warm_start.epochs=1") == 1
+        assert capsys.readouterr().err == (
+            "error: RuntimeError: CUDA error: an illegal memory access many more lines; its traceback is in "
+            f"{tmp_path}/traceback.txt; the same command goes on from the last checkpoint, which is whole\n"
+        )
+        kept = (tmp_path / "traceback.txt").read_text()
+        assert kept.count("Traceback (most recent call last):\n") == times
+        assert kept.count("in _train_step\n") == times
+    assert train(f"run_dir={tmp_path / 'dry'}", "--dry-run") == 0
+    monkeypatch.setattr("epo_kernels.train.trainer.make_suite", fail)
+    assert train(f"run_dir={tmp_path / 'dry'}", "--dry-run") == 1
+    assert capsys.readouterr().err.startswith("Traceback (most recent call last):\n")
+    assert not (tmp_path / "dry").exists()
+
+
+def test_an_error_that_names_its_reason_needs_no_traceback(tmp_path, capsys):
+    quick = ("evaluate.panels=[]", "model.warm_start.epochs=1")
+    cut = ("algorithm.mask_truncated=true", "rollout.max_response_tokens=1")
+    assert train(f"run_dir={tmp_path}", *quick, *cut) == 1
+    assert capsys.readouterr().err.startswith("error: every response takes all of rollout.max_response_tokens=1")
+    assert not (tmp_path / "traceback.txt").exists()
+
+
+def test_without_the_extra_one_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("epo_kernels.train.find_spec", lambda name: None if name in ("rich", "jinja2") else name)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(epo_kernels.train.__path__[0] + "/__main__.py", run_name="__main__")
+    assert ended.value.code == 'error: the driver needs rich, jinja2: pip install "epo-kernels[train]"'
+
+
+def test_the_extra_names_what_the_driver_checks_for():
+    extra = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert {re.match(r"[\w-]+", requirement)[0] for requirement in extra["train"]} == set(epo_kernels.train.REQUIRED)
 
 
 def test_what_the_environment_refuses_is_an_error_of_settings(tmp_path, capsys):

@@ -75,7 +75,9 @@ def record(when, step, successes):
 
 
 def episodes(count):
-    turns = [Turn(Observation(f"Goal {HOSTILE}", "A hall.", HOSTILE), [], [], [], HOSTILE, 0.5, False, result=HOSTILE)]
+    seen = Observation(f"Goal {HOSTILE}", "A hall.", HOSTILE)
+    response = f"<think>{HOSTILE}"
+    turns = [Turn(seen, [], [1] * 6, [], HOSTILE, 0.5, False, HOSTILE, response, "length")]
     return [
         Episode(Task("walk", n), n, (0, 0, 0, n), turns=turns, score=40.0, finish="max_turns") for n in range(count)
     ]
@@ -144,6 +146,8 @@ def test_what_a_model_wrote_is_text_and_nothing_else(finished_run):
     assert "script" not in page.tags
     assert "<script>alert(1)</script> \\x1b[31m & [bold]" in page.text
     assert "\x1b" not in html
+    assert "<think><script>alert(1)</script> \\x1b[31m & [bold]" in page.text, "the response, which was not understood"
+    assert "response 6 tokens, cut" in page.text
     assert "variation 2" in page.text
     assert "variation 3" not in page.text, "three episodes a panel are enough"
 
@@ -162,7 +166,17 @@ def test_an_interval_that_holds_0_is_said_plainly(finished_run):
 def test_a_run_that_has_only_begun_has_a_report_too(tmp_path):
     assert "Nothing trained yet." in Page(write_report(tmp_path).read_text()).text
     (tmp_path / "evaluation.json").write_text(json.dumps([dataclasses.asdict(record("before", 0, [True]))]))
+    tracker = Tracker(tmp_path, 0)
+    tracker.save_episodes("before_iid_sampled", episodes(1))
+    tracker.close()
     page = Page(write_report(tmp_path).read_text())
     assert "before" in page.text
+    assert "response 6 tokens, cut" in page.text
+    path = tmp_path / "episodes" / "before_iid_sampled.jsonl"
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    for name in ("response", "response_tokens", "finish_reason"):
+        del old[0]["turns"][0][name]
+    path.write_text(json.dumps(old[0]) + "\n")  # as versions before responses were kept wrote it
+    assert "tokens" not in Page(write_report(tmp_path).read_text()).text
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"training/global_step": 1, "actor/entropy": 0.5}) + "\n")
     assert "Training has begun." in Page(write_report(tmp_path).read_text()).text

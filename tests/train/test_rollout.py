@@ -7,6 +7,7 @@ import pytest
 from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.envs import EnvironmentFailure, Observation, StepResult, Task
 from epo_kernels.train.envs.pool import EnvironmentPool
+from epo_kernels.train.policies.generate import Completion
 from epo_kernels.train.rollout import Rollout
 from tests.train.conftest import engine_of, prompts_of
 
@@ -142,6 +143,34 @@ def test_turns_outcomes_and_failures(cloned, kind):
     assert [t.observation.text for t in episodes[1].turns] == ["begin", "step 1", "step 2"]
     assert len(engine.requests) == 1 + 3 + 5 + 2 + 2 + 4  # who has finished generates nothing
     assert done[-1] == 6
+    assert done == sorted(done)
+    assert any(0 < value < 1 for value in done), "an episode under way counts by the share of its turns"
+
+
+def test_what_the_policy_wrote_is_kept_with_the_reason_that_ended_it(cloned):
+    tokenizer = cloned.tokenizer
+    look, newline = (tokenizer(text)["input_ids"] for text in ("go on", "\n"))
+    act, end = tokenizer.convert_tokens_to_ids("<|act|>"), tokenizer.eos_token_id
+    written = [
+        Completion([*look, end], [0.0] * (len(look) + 1), "stop"),
+        Completion([act, *look], [0.0] * (len(look) + 1), "length"),
+        Completion([*look, *newline], [0.0] * (len(look) + 1), "stop"),
+        Completion([end], [0.0], "stop"),
+    ]
+
+    class Dictated:
+        def generate(self, requests):
+            return [written.pop(0) for _ in requests]
+
+    (episode,) = episodes_of([Task("a", 4)])
+    with EnvironmentPool(ScriptedSuite(), 1) as pool:
+        rollout_of(pool, cloned, engine=Dictated()).play([episode])
+    assert [(turn.response, turn.finish) for turn in episode.turns] == [
+        ("go on", "stop"),
+        ("<|act|>go on", "length"),
+        ("go on\n", "stop"),
+        ("", "stop"),
+    ]
 
 
 @pytest.mark.parametrize(("size", "cohorts"), [(1, 1), (3, 2), (8, 3)])

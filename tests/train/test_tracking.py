@@ -1,15 +1,18 @@
 import io
 import json
+import re
+import time
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from epo_kernels.train import tracking
 from epo_kernels.train.config import ConfigError
 from epo_kernels.train.data import Episode, Turn
 from epo_kernels.train.envs import Observation, Task
 from epo_kernels.train.evaluate import Record
-from epo_kernels.train.tracking import Display, Tracker, episode_text, read_evaluation, read_metrics
+from epo_kernels.train.tracking import Display, Tracker, episode_text, read_episodes, read_evaluation, read_metrics
 
 RECORD = Record("before", 0, "iid", "greedy", 64, 50.0, 0.5, 0.4, 0.6, 0.75, 9.5, 0)
 
@@ -114,16 +117,55 @@ def test_evaluation_has_the_fields_that_were_promised(tmp_path):
 
 def test_an_episode_reads_like_a_story():
     turns = [
-        Turn(Observation("Find it.", "You enter.", "a hall"), [], [], [], "go left", 0.5, True),
-        Turn(Observation("Find it.", "You walk on.", ""), [], [], [], "xyzzy", 0.0, False),
+        Turn(
+            Observation("Find it.", "You enter.", "a hall"),
+            [],
+            [4, 2],
+            [],
+            "go left",
+            0.5,
+            True,
+            "",
+            "go left\n",
+            "stop",
+        ),
+        Turn(Observation("Find it.", "You walk on.", ""), [], [5], [], "xyzzy", 0.0, False, "", "xyzzy", "stop"),
+        Turn(Observation("Find it.", "What?", ""), [], [7] * 6, [], "", 0.0, False, "", "<think>\nI \x1b[1m", "length"),
+        Turn(Observation("Find it.", "What?", ""), [], [8, 9], [], "look", 0.0, True, "", "<t>hm</t>look", "stop"),
     ]
     episode = Episode(Task("walk", 7), 0, (0, 0, 0, 0), turns=turns, score=40.0, finish="max_turns")
     assert episode_text(episode) == (
         "# walk, variation 7: score 40, no success, return 0.500, max_turns\n"
         "Find it.\n"
         "You enter.\na hall\n[1] > go left  (+0.500)\n"
-        "You walk on.\n[2] > xyzzy  (+0.000, not understood)"
+        "You walk on.\n[2] > xyzzy  (+0.000, not understood)\n"
+        '    response (1 tokens): "xyzzy"\n'
+        "What?\n[3] >   (+0.000, not understood)\n"
+        '    response (6 tokens, cut at rollout.max_response_tokens): "<think>\\nI \\u001b[1m"\n'
+        "What?\n[4] > look  (+0.000)\n"
+        '    response (2 tokens): "<t>hm</t>look"'
     )
+
+
+def test_episodes_as_data_hold_what_the_policy_wrote(tmp_path):
+    seen = Observation("Find it.", "You enter.", "a hall")
+    turn = Turn(seen, [1], [7] * 6, [0.0] * 6, "", 0.5, False, "What?", "<think>\nI", "length")
+    tracker = Tracker(tmp_path, 0)
+    tracker.save_episodes("before_iid_greedy", [Episode(Task("walk", 7), 0, (0, 0, 0, 0), turns=[turn])])
+    tracker.close()
+    (episode,) = read_episodes(tmp_path, "before_iid_greedy")
+    assert episode["turns"] == [
+        {
+            "observation": "You enter.",
+            "scene": "a hall",
+            "response": "<think>\nI",
+            "response_tokens": 6,
+            "finish_reason": "length",
+            "action": "",
+            "reward": 0.5,
+            "valid": False,
+        }
+    ]
 
 
 def test_without_a_terminal_only_lines_are_shown():
@@ -133,7 +175,43 @@ def test_without_a_terminal_only_lines_are_shown():
         display.say("step 1/2: [bold] is no markup here")
     display.table([RECORD, replace(RECORD, when="after", step=3, success=0.75)])
     text = out.getvalue()
-    assert text.startswith("step 1/2: [bold] is no markup here\n")
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d step 1/2: \[bold\] is no markup here\n", text)
     assert "\x1b" not in text
     assert "50.0% (40.0% to 60.0%)" in text
     assert text.index("before") < text.index("after")
+
+
+def test_a_log_gets_a_line_of_progress_while_nothing_is_reported(monkeypatch):
+    monkeypatch.setattr(tracking, "LOG_EVERY", 0.05)
+    out = io.StringIO()
+    display = Display(Console(file=out))
+    with display.bar("step 3, update", 40, "samples") as update:
+        update(0)
+        _wait_for(out, " step 3, update: 0 of 40 samples after 0 s\n")
+        update(10)
+        _wait_for(out, " step 3, update: 10 of 40 samples after 0 s, ")
+    assert re.search(r": 10 of 40 samples after \d s, [\d.]+/s, \d s left\n", out.getvalue())
+    said = out.getvalue()
+    time.sleep(0.12)
+    assert out.getvalue() == said, "over is over"
+
+
+def _wait_for(out, words):
+    for _ in range(200):
+        if words in out.getvalue():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{words!r} did not come: {out.getvalue()}")
+
+
+def test_a_terminal_gets_bars_without_times(monkeypatch):
+    monkeypatch.setattr(tracking, "LOG_EVERY", 0.01)
+    out = io.StringIO()
+    with Display(Console(file=out, force_terminal=True, width=100)) as display:
+        display.say("hello")
+        with display.bar("rollout", 4) as update:
+            update(1.5)
+            time.sleep(0.05)
+    assert "hello" in out.getvalue()
+    assert "rollout " in out.getvalue()
+    assert not re.search(r"\d\d:\d\d:\d\d hello|after \d s", out.getvalue())

@@ -8,6 +8,7 @@ FINE = {
     "episode/groups": 4,
     "episode/groups_without_variance": 1,
     "response/repeated_token_share": 0.0,
+    "episode/valid_action_ratio": 0.1,
 }
 
 
@@ -18,6 +19,11 @@ FINE = {
         ({"actor/entropy": 5.0}, "entropy_high", "entropy 5.00 nats a token is above 4 (watch.entropy_high)"),
         ({"episode/groups_without_variance": 4}, "uniform_groups", "100% of groups have returns that are all equal"),
         ({"response/repeated_token_share": 0.5}, "repeated_tokens", "50% of response tokens repeat earlier ones"),
+        (
+            {"episode/valid_action_ratio": 0.02, "response_length/clip_ratio": 0.75},
+            "valid_actions",
+            "the environment understood 2.0% of actions, below 10% (watch.valid_actions), and 75% of responses were",
+        ),
     ],
 )
 def test_a_sign_that_stays_is_told_once_with_its_figure(metrics, sign, figure):

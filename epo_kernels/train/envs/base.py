@@ -111,7 +111,7 @@ class EnvConfig:
     name: str = "scienceworld"  # scienceworld | alfworld | practice
     task_names: list[str] = field(default_factory=list)  # task types of train and iid; empty: the suite's default
     ood_task_names: list[str] = field(default_factory=list)  # held-out task types; empty: the suite's default
-    max_turns: int | None = None  # actions an episode; None: the suite's default
+    max_turns: int | None = None  # actions an episode; null: the suite's default
     step_timeout: float = 30.0  # seconds an action may take before its environment is replaced
     start_timeout: float = 120.0  # seconds a reset may take, the start of a JVM included
     max_failures: int = 100  # episodes in a row lost to dead or hung environments that stop the run
@@ -120,7 +120,7 @@ class EnvConfig:
     progress_reward: float = 0.1  # scienceworld: share of the return that pays for partial score, 0..1
     admissible_commands: bool = True  # alfworld: prompts list what can be done now, as published
     jvm_memory: str = "256m"  # scienceworld: heap limit of each JVM (-Xmx)
-    cache_dir: str | None = None  # demonstrations and authored games; None: $XDG_CACHE_HOME/epo_kernels
+    cache_dir: str | None = None  # demonstrations and authored games; null: $XDG_CACHE_HOME/epo_kernels
     practice: PracticeConfig = field(default_factory=PracticeConfig)
 
 

@@ -5,7 +5,7 @@ Equal prompts are read once and share their keys and values: a group's episodes 
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -27,6 +27,7 @@ class Request:
 class Completion:
     token_ids: list[int]  # with the token that ended it, unless the limit did
     log_probs: list[float]  # of each, under softmax(logits / temperature)
+    finish: str = "length"  # stop: at a token that ends it | length: at the limit
 
 
 class Engine(Protocol):
@@ -151,7 +152,10 @@ class TransformersEngine:
                 cache.batch_select_indices(kept)
                 input_ids, position, seen = input_ids[kept], position[kept], seen[kept]
                 rows = [row for row in rows if row in live]
-        return completions
+        return [
+            completion if row in live else replace(completion, finish="stop")
+            for row, completion in enumerate(completions)
+        ]
 
     def _pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Left-padded ids, attention mask and positions, each (B, P)."""

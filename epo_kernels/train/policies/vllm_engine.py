@@ -98,7 +98,9 @@ class VllmEngine:
                 (answer,) = output.outputs
                 ids = list(answer.token_ids)
                 length = self._stop.length(ids)
-                finished.append((int(output.request_id), Completion(ids[:length], answer.logprobs.logprobs[:length])))
+                finish = "stop" if self._stop.ends(ids[:length]) else "length"
+                completion = Completion(ids[:length], answer.logprobs.logprobs[:length], finish)
+                finished.append((int(output.request_id), completion))
         return finished
 
     def close(self) -> None:

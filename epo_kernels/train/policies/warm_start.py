@@ -1,6 +1,6 @@
 """The warm start: cross-entropy on the actions of demonstrations, seen through the prompts of the rollout."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,9 +12,10 @@ from epo_kernels.train.data import Draw, Episode, MiniBatch, Sample, Turn, sampl
 from epo_kernels.train.envs import Demonstration, Suite
 from epo_kernels.train.policies.policy import Policy, response_logits
 from epo_kernels.train.policies.prompts import Prompts
+from epo_kernels.train.progress import Report, ignore
 
 
-def demonstrate(suite: Suite, count: int, report: Callable[[int], None] = lambda done: None) -> list[Demonstration]:
+def demonstrate(suite: Suite, count: int, report: Report = ignore) -> list[Demonstration]:
     """Shown episodes of the first `count` training tasks (of all, where there are fewer).
 
     `report` gets the number of those played; what it raises ends the playing.
@@ -59,10 +60,11 @@ def cloning_samples(
     return samples_of(episodes, layout)
 
 
-def clone(
-    policy: Policy, samples: list[Sample], config: WarmStartConfig, seed: int, report: Callable[[int], None]
-) -> list[float]:
-    """Train the policy on the samples in place; returns the mean loss of each epoch, `report` gets their number."""
+def clone(policy: Policy, samples: list[Sample], config: WarmStartConfig, seed: int, report: Report) -> list[float]:
+    """Train the policy on the samples in place; returns the mean loss of each epoch.
+
+    `report` gets the number of epochs done, after every batch.
+    """
     means = []
     model = policy.model
     rng = np.random.default_rng([seed, Draw.CLONING])
@@ -85,8 +87,8 @@ def clone(
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
+            report(epoch + len(losses) / batches_an_epoch)
         means.append(float(torch.stack(losses).mean()))
-        report(epoch + 1)
     return means
 
 

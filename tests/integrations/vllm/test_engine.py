@@ -74,6 +74,7 @@ def test_plain_responses_end_at_a_line_break_or_an_end_token(engine, policy, con
     assert ended
     assert all(rule.length(completion.token_ids) == len(completion.token_ids) for completion in completions)
     assert all(len(c.token_ids) == config.rollout.max_response_tokens for c in completions if c.token_ids not in ended)
+    assert [c.finish for c in completions] == ["stop" if rule.ends(c.token_ids) else "length" for c in completions]
     assert all(len(completion.log_probs) == len(completion.token_ids) for completion in completions)
 
 
