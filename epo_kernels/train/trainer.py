@@ -174,6 +174,12 @@ class Trainer:
                 self._commit_history(step)
 
             learned = assign_advantages(collected.kept, samples, config.algorithm, config.loss.kl_type)
+            # Of everything sampled, so before truncated responses are masked.
+            sampled = {
+                **token_metrics(samples, config.rollout.max_response_tokens),
+                **mismatch_metrics(samples, *correction),
+            }
+            num_tokens = sum(sample.length for sample in samples)
             if config.algorithm.mask_truncated:
                 samples = leave_out_truncated(samples, config.rollout.max_response_tokens)
 
@@ -195,9 +201,8 @@ class Trainer:
             "epo/phase_weight": phase_weight,
             **episode_metrics(collected.episodes, collected.played),
             **collected.metrics(),
-            **token_metrics(samples, config.rollout.max_response_tokens),
-            **mismatch_metrics(samples, *correction),
-            "perf/throughput": sum(s.length for s in samples) / seconds["step"],
+            **sampled,
+            "perf/throughput": num_tokens / seconds["step"],
             **{f"timing_s/{name}": spent for name, spent in seconds.items()},
         }
 
