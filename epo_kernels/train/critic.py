@@ -18,6 +18,7 @@ from epo_kernels.train.data import MiniBatch, Sample, micro_batches
 from epo_kernels.train.distributed import Ranks, full_tensors, split_like
 from epo_kernels.train.optimizer import StepOptimizer
 from epo_kernels.train.policies.policy import Policy, checkpointing, response_hidden
+from epo_kernels.train.post_mortem import Circumstances, NonFiniteError
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
@@ -71,11 +72,21 @@ class Critic:
                 samples[index].values = values
 
     def update(self, samples: Sequence[Sample], seed: tuple[int, ...]) -> dict[str, float]:
-        """All epochs and minibatches of a step, towards the samples' `returns`. Returns the metrics `critic/*`."""
+        """All epochs and minibatches of a step, towards the samples' `returns`. Returns the metrics `critic/*`.
+
+        An update whose loss or gradient isn't finite is skipped and counted.
+
+        Raises:
+            NonFiniteError: optim.max_skipped_updates of them in a row.
+        """
         losses, clipped, states = [], [], 0.0
         for minibatch in self._optimizer.minibatches(samples, seed):
-            loss, clips, count = self._backward(minibatch)
-            self._optimizer.apply(loss)
+            loss, clips, nonfinite, count = self._backward(minibatch)
+            norm = self._optimizer.apply(loss)
+            if (skipped := self._optimizer.skipped_in_row) >= self._config.optim.max_skipped_updates:
+                raise NonFiniteError(
+                    minibatch, Circumstances.of("critic", self._network, skipped, loss, norm, int(nonfinite))
+                )
             losses.append(loss)
             clipped.append(clips)
             states += count
@@ -99,11 +110,16 @@ class Critic:
         """What isn't, beside adapters, is the policy's and comes with it."""
         return [(name, parameter) for name, parameter in self._network.named_parameters() if parameter.requires_grad]
 
-    def _backward(self, samples: list[Sample]) -> tuple[Tensor, Tensor, float]:
-        """Adds the gradient of one minibatch's mean loss; returns that loss, clipped states, and their number."""
+    def _backward(self, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Add the gradient of one minibatch's mean loss.
+
+        Returns:
+            (loss, clipped, nonfinite, states): the mean loss; how many states were clipped, and how many had a loss
+            that isn't finite; the number of states.
+        """
         level = self._config.algorithm.gae
         count = float(sum(int(value_states(sample, level).sum()) for sample in samples))
-        total, clips = torch.zeros(()), torch.zeros(())
+        sums = torch.zeros(3)  # loss, clipped, nonfinite
         batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
         for indices, counts in self._ranks.deal(batches):
             chosen = [samples[i] for i in indices]
@@ -121,9 +137,10 @@ class Critic:
                 )
                 loss = float(counts) * losses.sum() / count
                 loss.backward()
-            total, clips = total + loss.detach().cpu(), clips + float(counts) * clipped.sum().cpu()
-        total, clips = torch.stack([torch.stack(part) for part in self._ranks.gather((total, clips))]).sum(dim=0)
-        return total, clips, count
+            counted = float(counts) * torch.stack([clipped.sum(), (~losses.isfinite()).sum()])
+            sums += torch.cat([loss.detach()[None], counted]).cpu()
+        total, clips, nonfinite = torch.stack(self._ranks.gather(sums)).sum(dim=0)
+        return total, clips, nonfinite, count
 
     def _batch(self, samples: Sequence[Sample]) -> MiniBatch:
         return MiniBatch.of(samples, self._pad_id, self._head.weight.device)

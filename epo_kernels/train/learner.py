@@ -81,8 +81,10 @@ class Learner:
                 sums.append(self._backward(minibatch, history, penalty_weight, watch))
                 norm = self._optimizer.apply(sums[-1].loss)
                 if (skipped := self._optimizer.skipped_in_row) >= self._config.optim.max_skipped_updates:
+                    loss, tokens = sums[-1].loss, int(sums[-1].nonfinite_tokens)
                     raise NonFiniteError(
-                        minibatch, Circumstances.of(self._policy.model, skipped, sums[-1], norm, penalty_weight)
+                        minibatch,
+                        Circumstances.of("policy", self._policy.model, skipped, loss, norm, tokens, penalty_weight),
                     )
         named = self._named(sum(sums[1:], start=sums[0]).to_floats(), len(sums))
         seconds = watch.read()
