@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from epo_kernels.train.algorithms import value_states
 from epo_kernels.train.config import TrainConfig
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
-from epo_kernels.train.distributed import Ranks, full_tensors, split_like
+from epo_kernels.train.distributed import Ranks, split_like
 from epo_kernels.train.optimizer import StepOptimizer
+from epo_kernels.train.policies.lora import add_adapters
 from epo_kernels.train.policies.policy import Policy, checkpointing, response_hidden
 from epo_kernels.train.post_mortem import Circumstances, NonFiniteError
 
@@ -36,11 +39,30 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     return 0.5 * torch.maximum(plain, clipped), clipped > plain
 
 
+def _copied_backbone(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:
+    """A copy of the model's decoder; of one that is split over ranks, shard by shard."""
+    decoder = model.get_decoder()
+    if not isinstance(decoder, FSDPModule):
+        return copy.deepcopy(decoder)
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    ranks.shard(twin.get_decoder(), model.device)
+    if config.model.lora_rank:
+        add_adapters(twin, config.model)
+    backbone = twin.get_decoder().to_empty(device=model.device).eval()
+    with torch.no_grad():
+        for own, copied in zip(backbone.parameters(), decoder.parameters(), strict=True):
+            own.requires_grad_(copied.requires_grad).copy_(copied)
+        for own, copied in zip(backbone.buffers(), decoder.buffers(), strict=True):
+            own.copy_(copied)
+    return backbone
+
+
 class Critic:
     """Owns backbone, value head and optimiser. New values are 0: the head starts at 0.
 
     Args:
-        policy: whose backbone is copied, before it is split over ranks.
+        policy: whose backbone is copied.
         config: of the run; `critic`, `optim` and `algorithm.gae` count.
         ranks: that train together; None: this process alone.
     """
@@ -49,11 +71,11 @@ class Critic:
         self._ranks = ranks or Ranks()
         self._config = config
         self._pad_id = policy.pad_id
-        self._backbone = copy.deepcopy(policy.model.get_decoder())
+        self._backbone = _copied_backbone(policy.model, config, self._ranks)
         self._head = nn.Linear(policy.model.config.get_text_config().hidden_size, 1).to(policy.model.device)
         nn.init.zeros_(self._head.weight)
         nn.init.zeros_(self._head.bias)
-        self._ranks.shard(self._backbone)
+        self._ranks.shard(self._backbone, policy.model.device)
         self._network = nn.ModuleDict({"backbone": self._backbone, "head": self._head})
         self._optimizer = StepOptimizer(
             self._network.parameters(), config.optim, config.critic, config.steps, self._ranks
@@ -98,7 +120,7 @@ class Critic:
 
     def state_dict(self) -> dict[str, Any]:
         trained = {name: parameter.detach() for name, parameter in self._trained()}
-        return {"network": full_tensors(trained), "optimizer": self._optimizer.state_dict()}
+        return {"network": self._ranks.gather_state(trained), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with torch.no_grad():

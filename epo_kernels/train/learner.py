@@ -47,9 +47,7 @@ class Learner:
         self._loss_config = epo_config(config)
         self._ranks = ranks or Ranks()
         check_head(policy.model)
-        self._ranks.shard(policy.model.get_decoder())
-        if reference is not None and reference is not policy.model:
-            self._ranks.shard(reference.get_decoder())
+        self._ranks.shard(policy.model.get_decoder(), policy.model.device)
         self._optimizer = StepOptimizer(
             policy.model.parameters(), config.optim, config.optim, config.steps, self._ranks
         )

@@ -59,7 +59,7 @@ def asked_to_stop(ranks: Ranks) -> str:
 def sharded(ranks: Ranks) -> dict[str, object]:
     model = build_from_scratch([], ModelConfig(), seed=0).model
     plain = copy.deepcopy(model)
-    ranks.shard(model.get_decoder())
+    ranks.shard(model.get_decoder(), model.device)
     split = [p for p in model.parameters() if isinstance(p, DTensor)]
     ids = torch.arange(6)[None]
     with ranks.whole(model):  # another number of forward passes on every rank: none of them may wait for another
