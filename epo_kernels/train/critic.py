@@ -41,8 +41,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
 
 def _copied_backbone(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:
     """A copy of the model's decoder; of one that is split over ranks, shard by shard."""
-    decoder = model.get_decoder()
-    if not isinstance(decoder, FSDPModule):
+    decoder: PreTrainedModel = model.get_decoder()
+    is_split = isinstance(decoder, FSDPModule)
+    if not is_split:
         return copy.deepcopy(decoder)
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config))
@@ -53,8 +54,8 @@ def _copied_backbone(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) 
     with torch.no_grad():
         for own, copied in zip(backbone.parameters(), decoder.parameters(), strict=True):
             own.requires_grad_(copied.requires_grad).copy_(copied)
-        for own, copied in zip(backbone.buffers(), decoder.buffers(), strict=True):
-            own.copy_(copied)
+        for buffer, value in zip(backbone.buffers(), decoder.buffers(), strict=True):
+            buffer.copy_(value)
     return backbone
 
 

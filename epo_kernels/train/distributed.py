@@ -92,14 +92,14 @@ class Ranks:
                 dist.all_reduce(parameter.grad)
 
     def shard(self, decoder: PreTrainedModel, device: torch.device) -> None:
-        """Split every layer's weights over the ranks, in place; embedding, last norm and head stay whole.
+        """Split every layer's weights over the ranks, in place; embedding, last norm, head and adapters stay whole.
 
-        The head stays whole because the loss wants all of it for every chunk of tokens. One that is split already is
-        left as it is.
+        The head stays whole because the loss needs all of it for every chunk of tokens. A decoder that is already split
+        is left as it is.
 
         Args:
-            decoder: its weights may be on the meta device still.
-            device: what they are for.
+            decoder: its weights may still be on the meta device.
+            device: where they will be.
 
         Raises:
             ConfigError: a model whose layers aren't found.
@@ -110,8 +110,9 @@ class Ranks:
             raise ConfigError(f"model.fsdp: {type(decoder).__name__} doesn't keep its layers in `layers`; set it false")
         mesh = init_device_mesh(device.type, (self.size,))
         layers = cast(Sequence[nn.Module], decoder.layers)
+        adapters = {parameter for name, parameter in decoder.named_parameters() if "lora_" in name}
         for layer in layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
         whole = {parameter for parameter in decoder.parameters() if not isinstance(parameter, DTensor)}
         fully_shard(decoder, mesh=mesh, ignored_params=whole)
         for module in decoder.modules():
@@ -121,9 +122,9 @@ class Ranks:
                 module.set_force_sum_reduction_for_comms(True)
 
     def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A state (nested dicts and lists) whose split tensors are whole, on the CPU, on the first rank.
+        """A state (nested dicts and lists) with split tensors made whole, on the CPU of the first rank.
 
-        On the others they are empty: who writes nothing needn't hold them. All ranks must call it.
+        The other ranks, which write nothing, get empty tensors in their place. All ranks must call it.
         """
         return {name: self._gathered(value) for name, value in state.items()}
 

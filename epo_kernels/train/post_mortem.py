@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from epo_kernels.train.data import Sample
 
@@ -42,8 +43,15 @@ class Circumstances:
             grad_norm=str(grad_norm),
             nonfinite_tokens=nonfinite_tokens,
             penalty_weight=penalty_weight,
-            nonfinite_weights=[name for name, p in model.named_parameters() if not bool(p.isfinite().all())],
+            nonfinite_weights=nonfinite_weights(model),
         )
+
+
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """Names of parameters that hold NaN or infinity. Of a model that is split over ranks, all of them must call it."""
+    finite = {name: parameter.isfinite().all() for name, parameter in model.named_parameters()}
+    whole = {name: flag.full_tensor() if isinstance(flag, DTensor) else flag for name, flag in finite.items()}
+    return [name for name, flag in whole.items() if not flag]
 
 
 class NonFiniteError(RuntimeError):
@@ -58,9 +66,10 @@ class NonFiniteError(RuntimeError):
             if circumstances.nonfinite_weights
             else "all weights are finite, so look at the batch and the settings of the loss"
         )
+        updates = f"{circumstances.updates_in_a_row} {circumstances.network} updates"
+        came_to = f"loss {circumstances.loss}, gradient norm {circumstances.grad_norm}"
         super().__init__(
-            f"{circumstances.updates_in_a_row} updates of the {circumstances.network} in a row had no finite loss and gradient (loss "
-            f"{circumstances.loss}, gradient norm {circumstances.grad_norm}; optim.max_skipped_updates); {cause}"
+            f"{updates} in a row had no finite loss and gradient ({came_to}; optim.max_skipped_updates); {cause}"
         )
 
 

@@ -213,7 +213,7 @@ def test_updates_without_a_finite_gradient_stop_the_run_and_keep_their_batch(who
         patch.setattr(Learner, "update", poisoned)
         assert train(f"run_dir={tmp_path}", *WHOLE, "optim.max_skipped_updates=3") == 1
     error = capsys.readouterr().err
-    assert "step 2: 3 updates of the policy in a row had no finite loss and gradient (loss nan, gradient norm nan" in error
+    assert "step 2: 3 policy updates in a row had no finite loss and gradient (loss nan, gradient norm nan" in error
     assert "all weights are finite" in error
     folder = tmp_path / "nonfinite" / "step_00002"
     assert str(folder) in error
@@ -238,7 +238,7 @@ def test_updates_of_the_critic_without_a_finite_gradient_stop_the_run_too(tmp_pa
     settings = ["algorithm.name=ppo", "critic.epochs=3", "optim.max_skipped_updates=2", "evaluate.panels=[]"]
     assert train(f"run_dir={tmp_path}", *settings) == 1
     error = capsys.readouterr().err
-    assert "step 1: 2 updates of the critic in a row had no finite loss and gradient (loss nan, gradient norm" in error
+    assert "step 1: 2 critic updates in a row had no finite loss and gradient (loss nan, gradient norm" in error
     folder = tmp_path / "nonfinite" / "step_00001"
     poisoned_samples = [sample for sample in load_batch(folder) if sample.returns.isnan().any()]
     assert len(poisoned_samples) == 1

@@ -44,11 +44,8 @@ def test_metrics_of_what_was_sampled_count_truncated_responses(start, tmp_path):
         (lines[masked],) = lines_of(tmp_path / masked)
     assert 0 < lines["false"]["response_length/clip_ratio"] < 1
     assert lines["true"]["actor/loss"] != lines["false"]["actor/loss"]
-    sampled = [
-        name
-        for name in lines["false"]
-        if name.startswith(("response", "prompt_length/", "training/", "perf/total_num_tokens", "epo/entropy", "episode/"))
-    ]
+    of_all = ("response", "prompt_length/", "training/", "perf/total_num_tokens", "epo/entropy", "episode/")
+    sampled = [name for name in lines["false"] if name.startswith(of_all)]
     assert {name: lines["true"][name] for name in sampled} == {name: lines["false"][name] for name in sampled}
 
 

@@ -25,22 +25,21 @@ def load_causal_lm(source: str, prepare: Prepare | None = None) -> PreTrainedMod
         prepare: changes the model before its weights are read; afterwards where they can't be read in parts.
     """
     # Safetensors alone: other formats are pickles, which can hold programs.
-    settings: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+    settings: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     if prepare is None:
         return AutoModelForCausalLM.from_pretrained(source, **settings)
-    unprepared: list[PreTrainedModel] = []
+    prepared: list[PreTrainedModel] = []
 
     def prepare_early(model: PreTrainedModel) -> None:
         if _reads_in_parts(model):
             prepare(model)
-        else:
-            unprepared.append(model)
+            prepared.append(model)
 
     classes = _PreparedClasses(AutoModelForCausalLM._model_mapping, prepare_early)
     auto: Any = type(AutoModelForCausalLM.__name__, (AutoModelForCausalLM,), {"_model_mapping": classes})
     loaded = auto.from_pretrained(source, **settings)
-    for model in unprepared:
-        prepare(model)
+    if not prepared:
+        prepare(loaded)
     return loaded
 
 
@@ -59,9 +58,11 @@ def hold_products_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _reads_in_parts(model: PreTrainedModel) -> bool:
     """Whether a shard along the first dimension is found without the rest of the parameter.
 
-    What transformers joins or splits along that dimension, or permutes, is wrong when made of the parts' shards. Experts
-    may be stacked along it, since a rank then reads those of its shard.
+    What transformers joins, splits or permutes along that dimension comes out wrong from shards of the parts, and so
+    may what it dequantizes. Experts that it stacks are whole parts: a rank reads those of its shard.
     """
+    if getattr(model.config, "quantization_config", None) is not None:
+        return False
     converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
     return all(
         isinstance(operation, MergeModulelist) or (isinstance(operation, Concatenate) and operation.dim > 0)

@@ -129,9 +129,8 @@ def precision(model: PreTrainedModel, dtype: str) -> torch.autocast:
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Ready for sampling and training: without dropout, for good, since both must see one distribution."""
-    # A copy even on the same device: loaded weights lie in the mapped file at odd addresses, and matrix products round by
-    # alignment, so a resumed run would differ in the last bit. Of a DTensor it is the local shard that must be copied,
-    # which assigning to `data` doesn't do.
+    # A copy even on the same device: loaded weights lie in the mapped file at odd addresses, and matrix products round
+    # by alignment, so a resumed run would differ in the last bit. `_apply` copies a DTensor's local shard too.
     model._apply(lambda tensor: tensor.to(device, copy=True))
     return model.eval()
 
