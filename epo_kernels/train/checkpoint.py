@@ -139,12 +139,14 @@ def step_of(checkpoint: Path) -> int:
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state, as plain tensors and numbers: nothing in the file can run code.
 
+    Tensors stay in the file until they are used: each of several processes needs but a part of them.
+
     Raises:
         ConfigError: the file holds something else, or is damaged.
     """
     path = checkpoint / "trainer.pt"
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ConfigError(
             f"{path} is not read, since it is damaged or holds more than plain tensors and numbers (weights_only): "

@@ -155,7 +155,7 @@ class OptimConfig:
     minibatches: int = 1  # optimiser updates a pass over them
     minibatch_size: int = 0  # samples an update, in verl ppo_mini_batch_size; 0: minibatches decides
     micro_batch_tokens: int = 8192  # padded tokens in one forward and backward
-    max_skipped_updates: int = 5  # updates in a row without a finite loss and gradient that stop the run
+    max_skipped_updates: int = 5  # updates of policy or critic in a row that are not finite and stop the run
 
 
 @dataclass

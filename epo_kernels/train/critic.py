@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from epo_kernels.train.algorithms import value_states
 from epo_kernels.train.config import TrainConfig
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
-from epo_kernels.train.distributed import Ranks, full_tensors, split_like
+from epo_kernels.train.distributed import Ranks, split_like
 from epo_kernels.train.optimizer import StepOptimizer
+from epo_kernels.train.policies.lora import add_adapters
 from epo_kernels.train.policies.policy import Policy, checkpointing, response_hidden
+from epo_kernels.train.post_mortem import Circumstances, NonFiniteError
 from epo_kernels.train.progress import Report, ignore, part_of
 
 
@@ -36,11 +40,31 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     return 0.5 * torch.maximum(plain, clipped), clipped > plain
 
 
+def _copied_backbone(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:
+    """A copy of the model's decoder; of one that is split over ranks, shard by shard."""
+    decoder: PreTrainedModel = model.get_decoder()
+    is_split = isinstance(decoder, FSDPModule)
+    if not is_split:
+        return copy.deepcopy(decoder)
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    ranks.shard(twin.get_decoder(), model.device)
+    if config.model.lora_rank:
+        add_adapters(twin, config.model)
+    backbone = twin.get_decoder().to_empty(device=model.device).eval()
+    with torch.no_grad():
+        for own, copied in zip(backbone.parameters(), decoder.parameters(), strict=True):
+            own.requires_grad_(copied.requires_grad).copy_(copied)
+        for buffer, value in zip(backbone.buffers(), decoder.buffers(), strict=True):
+            buffer.copy_(value)
+    return backbone
+
+
 class Critic:
     """Owns backbone, value head and optimiser. New values are 0: the head starts at 0.
 
     Args:
-        policy: whose backbone is copied, before it is split over ranks.
+        policy: whose backbone is copied.
         config: of the run; `critic`, `optim` and `algorithm.gae` count.
         ranks: that train together; None: this process alone.
     """
@@ -49,11 +73,11 @@ class Critic:
         self._ranks = ranks or Ranks()
         self._config = config
         self._pad_id = policy.pad_id
-        self._backbone = copy.deepcopy(policy.model.get_decoder())
+        self._backbone = _copied_backbone(policy.model, config, self._ranks)
         self._head = nn.Linear(policy.model.config.get_text_config().hidden_size, 1).to(policy.model.device)
         nn.init.zeros_(self._head.weight)
         nn.init.zeros_(self._head.bias)
-        self._ranks.shard(self._backbone)
+        self._ranks.shard(self._backbone, policy.model.device)
         self._network = nn.ModuleDict({"backbone": self._backbone, "head": self._head})
         self._optimizer = StepOptimizer(
             self._network.parameters(), config.optim, config.critic, config.horizon, self._ranks
@@ -73,12 +97,22 @@ class Critic:
                 samples[index].values = values
 
     def update(self, samples: Sequence[Sample], seed: tuple[int, ...], report: Report = ignore) -> dict[str, float]:
-        """All epochs and minibatches of a step, towards the samples' `returns`. Returns the metrics `critic/*`."""
+        """All epochs and minibatches of a step, towards the samples' `returns`. Returns the metrics `critic/*`.
+
+        An update whose loss or gradient isn't finite is skipped and counted.
+
+        Raises:
+            NonFiniteError: optim.max_skipped_updates of them in a row.
+        """
         losses, clipped, states, done = [], [], 0.0, 0
         for minibatch in self._optimizer.minibatches(samples, seed):
-            loss, clips, count = self._backward(minibatch, part_of(report, done))
+            loss, clips, nonfinite, count = self._backward(minibatch, part_of(report, done))
             done += len(minibatch)
-            self._optimizer.apply(loss)
+            norm = self._optimizer.apply(loss)
+            if (skipped := self._optimizer.skipped_in_row) >= self._config.optim.max_skipped_updates:
+                raise NonFiniteError(
+                    minibatch, Circumstances.of("critic", self._network, skipped, loss, norm, int(nonfinite))
+                )
             losses.append(loss)
             clipped.append(clips)
             states += count
@@ -90,7 +124,7 @@ class Critic:
 
     def state_dict(self) -> dict[str, Any]:
         trained = {name: parameter.detach() for name, parameter in self._trained()}
-        return {"network": full_tensors(trained), "optimizer": self._optimizer.state_dict()}
+        return {"network": self._ranks.gather_state(trained), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
@@ -102,11 +136,16 @@ class Critic:
         """What isn't, beside adapters, is the policy's and comes with it."""
         return [(name, parameter) for name, parameter in self._network.named_parameters() if parameter.requires_grad]
 
-    def _backward(self, samples: list[Sample], report: Report = ignore) -> tuple[Tensor, Tensor, float]:
-        """Adds the gradient of one minibatch's mean loss; returns that loss, clipped states, and their number."""
+    def _backward(self, samples: list[Sample], report: Report = ignore) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Add the gradient of one minibatch's mean loss.
+
+        Returns:
+            (loss, clipped, nonfinite, states): the mean loss; how many states were clipped, and how many had a loss
+            that isn't finite; the number of states.
+        """
         level = self._config.algorithm.gae
         count = float(sum(int(value_states(sample, level).sum()) for sample in samples))
-        total, clips = torch.zeros(()), torch.zeros(())
+        sums = torch.zeros(3)  # loss, clipped, nonfinite
         batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
         for indices, counts in self._ranks.deal(batches, report):
             chosen = [samples[i] for i in indices]
@@ -124,9 +163,10 @@ class Critic:
                 )
                 loss = float(counts) * losses.sum() / count
                 loss.backward()
-            total, clips = total + loss.detach().cpu(), clips + float(counts) * clipped.sum().cpu()
-        total, clips = torch.stack([torch.stack(part) for part in self._ranks.gather((total, clips))]).sum(dim=0)
-        return total, clips, count
+            counted = float(counts) * torch.stack([clipped.sum(), (~losses.isfinite()).sum()])
+            sums += torch.cat([loss.detach()[None], counted]).cpu()
+        total, clips, nonfinite = torch.stack(self._ranks.gather(sums)).sum(dim=0)
+        return total, clips, nonfinite, count
 
     def _batch(self, samples: Sequence[Sample]) -> MiniBatch:
         return MiniBatch.of(samples, self._pad_id, self._head.weight.device)

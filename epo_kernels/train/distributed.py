@@ -6,7 +6,7 @@ are kept whole, or each layer's are split over the ranks (FSDP2). The first rank
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -108,22 +108,28 @@ class Ranks:
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
 
-    def shard(self, decoder: PreTrainedModel) -> None:
-        """Split every layer's weights over the ranks, in place; embedding, last norm and head stay whole.
+    def shard(self, decoder: PreTrainedModel, device: torch.device) -> None:
+        """Split every layer's weights over the ranks, in place; embedding, last norm, head and adapters stay whole.
 
-        The head stays whole because the loss wants all of it for every chunk of tokens.
+        The head stays whole because the loss needs all of it for every chunk of tokens. A decoder that is already split
+        is left as it is.
+
+        Args:
+            decoder: its weights may still be on the meta device.
+            device: where they will be.
 
         Raises:
             ConfigError: a model whose layers aren't found.
         """
-        if not self.fsdp:
+        if not self.fsdp or isinstance(decoder, FSDPModule):
             return
         if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
             raise ConfigError(f"model.fsdp: {type(decoder).__name__} doesn't keep its layers in `layers`; set it false")
-        mesh = init_device_mesh(next(decoder.parameters()).device.type, (self.size,))
+        mesh = init_device_mesh(device.type, (self.size,))
         layers = cast(Sequence[nn.Module], decoder.layers)
+        adapters = {parameter for name, parameter in decoder.named_parameters() if "lora_" in name}
         for layer in layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
         whole = {parameter for parameter in decoder.parameters() if not isinstance(parameter, DTensor)}
         fully_shard(decoder, mesh=mesh, ignored_params=whole)
         for module in decoder.modules():
@@ -131,6 +137,22 @@ class Ranks:
                 # Sums, as everywhere here, since the loss has the whole's normaliser; and by plain ones, as gloo wants.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+
+    def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state (nested dicts and lists) with split tensors made whole, on the CPU of the first rank.
+
+        The other ranks, which write nothing, get empty tensors in their place. All ranks must call it.
+        """
+        return {name: self._gathered(value) for name, value in state.items()}
+
+    def _gathered(self, value: Any) -> Any:
+        if isinstance(value, DTensor):
+            with torch.no_grad():
+                whole = value.full_tensor()
+            return whole.cpu() if self.is_first else whole.new_empty(0)
+        if isinstance(value, dict):
+            return self.gather_state(value)
+        return [self._gathered(item) for item in value] if isinstance(value, list) else value
 
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:
@@ -234,22 +256,8 @@ def _raise_together(own: Exception | None, told: Sequence[tuple[str, str | int] 
             raise RuntimeError(f"rank {rank} failed: {kind}: {detail}")
 
 
-def full_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """A state (nested dicts and lists) with tensors that are split over ranks made whole. All ranks must call it."""
-    return {name: _full(value) for name, value in state.items()}
-
-
 def split_like(whole: Tensor, like: Tensor) -> Tensor:
-    """The tensor, split over ranks as `like` is. All ranks must call it."""
+    """A copy of the tensor, on the device of `like` and split over ranks as that is. All ranks must call it."""
     if not isinstance(like, DTensor):
-        return whole
+        return whole.to(like.device, copy=True)
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
-
-
-def _full(value: Any) -> Any:
-    if isinstance(value, DTensor):
-        with torch.no_grad():
-            return value.full_tensor().cpu()
-    if isinstance(value, dict):
-        return full_tensors(value)
-    return [_full(item) for item in value] if isinstance(value, list) else value

@@ -48,9 +48,7 @@ class Learner:
         self._loss_config = epo_config(config)
         self._ranks = ranks or Ranks()
         check_head(policy.model)
-        self._ranks.shard(policy.model.get_decoder())
-        if reference is not None and reference is not policy.model:
-            self._ranks.shard(reference.get_decoder())
+        self._ranks.shard(policy.model.get_decoder(), policy.model.device)
         self._optimizer = StepOptimizer(
             policy.model.parameters(), config.optim, config.optim, config.horizon, self._ranks
         )
@@ -96,8 +94,10 @@ class Learner:
                 done += len(minibatch)
                 norm = self._optimizer.apply(sums[-1].loss)
                 if (skipped := self._optimizer.skipped_in_row) >= self._config.optim.max_skipped_updates:
+                    loss, tokens = sums[-1].loss, int(sums[-1].nonfinite_tokens)
                     raise NonFiniteError(
-                        minibatch, Circumstances.of(self._policy.model, skipped, sums[-1], norm, penalty_weight)
+                        minibatch,
+                        Circumstances.of("policy", self._policy.model, skipped, loss, norm, tokens, penalty_weight),
                     )
         named = self._named(sum(sums[1:], start=sums[0]).to_floats(), len(sums))
         seconds = watch.read()

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from epo_kernels.train.config import CriticConfig, OptimConfig
 from epo_kernels.train.data import Sample
-from epo_kernels.train.distributed import Ranks, full_tensors, split_like
+from epo_kernels.train.distributed import Ranks, split_like
 
 
 def cosine_with_warmup(update: int, total: int, warmup_ratio: float, min_ratio: float) -> float:
@@ -99,9 +99,12 @@ class StepOptimizer:
         return named
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole tensors by the parameters' order: a run may go on with another number of ranks. All ranks call it."""
+        """Whole tensors by the parameters' order: a run may go on with another number of ranks.
+
+        All ranks call it; it is complete on the first.
+        """
         return {
-            "adamw": [full_tensors(self._adamw.state[parameter]) for parameter in self._parameters],
+            "adamw": [self._ranks.gather_state(self._adamw.state[parameter]) for parameter in self._parameters],
             "steps_done": self._steps_done,
             "skipped_in_row": self.skipped_in_row,
         }
@@ -109,7 +112,7 @@ class StepOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for parameter, own in zip(self._parameters, state["adamw"], strict=True):
             self._adamw.state[parameter] = {
-                name: split_like(value.to(parameter.device), parameter) if value.shape == parameter.shape else value
+                name: split_like(value, parameter) if value.shape == parameter.shape else value.clone()
                 for name, value in own.items()
             }
         self._steps_done = state["steps_done"]

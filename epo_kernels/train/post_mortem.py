@@ -8,34 +8,50 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from epo_kernels.metrics import LossMetrics
 from epo_kernels.train.data import Sample
 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What the update came to. JSON has no NaN and infinity, so numbers that may be are told as text."""
+    """What the update came to. JSON has no NaN or infinity, so numbers that may be either are written as text."""
 
+    network: str  # policy | critic
     updates_in_a_row: int  # that were not finite
     loss: str
     grad_norm: str
-    nonfinite_tokens: int
-    penalty_weight: float
+    nonfinite_tokens: int  # of the critic: states
+    penalty_weight: float | None  # None: the critic's loss has no penalty
     nonfinite_weights: list[str]  # names of parameters that hold NaN or infinity: then no batch is to blame
 
     @classmethod
     def of(
-        cls, model: nn.Module, updates_in_a_row: int, metrics: LossMetrics, grad_norm: float, penalty_weight: float
+        cls,
+        network: str,
+        model: nn.Module,
+        updates_in_a_row: int,
+        loss: Tensor,
+        grad_norm: float,
+        nonfinite_tokens: int,
+        penalty_weight: float | None = None,
     ) -> "Circumstances":
         return cls(
+            network=network,
             updates_in_a_row=updates_in_a_row,
-            loss=str(float(metrics.loss)),
+            loss=str(float(loss)),
             grad_norm=str(grad_norm),
-            nonfinite_tokens=int(metrics.nonfinite_tokens),
+            nonfinite_tokens=nonfinite_tokens,
             penalty_weight=penalty_weight,
-            nonfinite_weights=[name for name, p in model.named_parameters() if not bool(p.isfinite().all())],
+            nonfinite_weights=nonfinite_weights(model),
         )
+
+
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """Names of parameters that hold NaN or infinity. Of a model that is split over ranks, all of them must call it."""
+    finite = {name: parameter.isfinite().all() for name, parameter in model.named_parameters()}
+    whole = {name: flag.full_tensor() if isinstance(flag, DTensor) else flag for name, flag in finite.items()}
+    return [name for name, flag in whole.items() if not flag]
 
 
 class NonFiniteError(RuntimeError):
@@ -44,14 +60,16 @@ class NonFiniteError(RuntimeError):
     def __init__(self, samples: Sequence[Sample], circumstances: Circumstances) -> None:
         self.samples = list(samples)
         self.circumstances = circumstances
+        rate = "optim.lr" if circumstances.network == "policy" else "critic.lr"
         cause = (
-            f"weights are not finite ({', '.join(circumstances.nonfinite_weights[:3])}): lower optim.lr"
+            f"weights are not finite ({', '.join(circumstances.nonfinite_weights[:3])}): lower {rate}"
             if circumstances.nonfinite_weights
             else "all weights are finite, so look at the batch and the settings of the loss"
         )
+        updates = f"{circumstances.updates_in_a_row} {circumstances.network} updates"
+        came_to = f"loss {circumstances.loss}, gradient norm {circumstances.grad_norm}"
         super().__init__(
-            f"{circumstances.updates_in_a_row} updates in a row had no finite loss and gradient (loss "
-            f"{circumstances.loss}, gradient norm {circumstances.grad_norm}; optim.max_skipped_updates); {cause}"
+            f"{updates} in a row had no finite loss and gradient ({came_to}; optim.max_skipped_updates); {cause}"
         )
 
 
@@ -77,7 +95,7 @@ def save_batch(folder: Path, error: NonFiniteError) -> Path:
 
 
 def load_batch(folder: Path) -> list[Sample]:
-    """The samples of `save_batch`, as `Learner.update` takes them."""
+    """The samples of `save_batch`, as `Learner.update` and `Critic.update` take them."""
     tensors = load_file(folder / "batch.safetensors")
     widths = tensors["response_ids.lengths"].tolist()
     columns: dict[str, Sequence[object]] = {}

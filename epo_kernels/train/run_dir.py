@@ -20,7 +20,15 @@ from epo_kernels.train.config import ConfigError
 
 LOCK = "run.lock"
 HEARTBEAT = 5.0  # seconds between two signs of life of the lock's holder
-FILES = ("config.yaml", "metrics.jsonl", "evaluation.json", "versions.json", "branch.json", "report.html", "traceback.txt")
+FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "evaluation.json",
+    "versions.json",
+    "branch.json",
+    "report.html",
+    "traceback.txt",
+)
 FOLDERS = ("base", "checkpoints", "episodes", "nonfinite", "reference", "start", "tensorboard", "wandb")
 
 

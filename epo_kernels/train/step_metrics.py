@@ -56,7 +56,7 @@ def episode_metrics(episodes: Sequence[Episode], played: Sequence[Episode]) -> d
 
 
 def token_metrics(samples: Sequence[Sample], limit: int) -> dict[str, Value]:
-    """Of the samples learned from; response lengths are those of turns."""
+    """Of all samples, before truncated responses are masked; response lengths are those of turns."""
     turns = [response for sample in samples for response in _responses(sample)]
     responses = [len(response) for response in turns]
     prompts = [len(sample.prompt_ids) for sample in samples]

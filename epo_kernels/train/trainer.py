@@ -35,7 +35,7 @@ from epo_kernels.train.collect import Collector
 from epo_kernels.train.config import FROM_SCRATCH, ConfigError, TrainConfig, to_yaml
 from epo_kernels.train.critic import Critic
 from epo_kernels.train.data import Draw, samples_of
-from epo_kernels.train.distributed import Ranks, SharedRollout, full_tensors
+from epo_kernels.train.distributed import Ranks, SharedRollout
 from epo_kernels.train.envs import EnvironmentFailure, make_suite
 from epo_kernels.train.envs.demonstrations import borrow_cache
 from epo_kernels.train.envs.pool import EnvironmentPool
@@ -45,6 +45,7 @@ from epo_kernels.train.header import about_policy, about_tasks, opening
 from epo_kernels.train.learner import Learner
 from epo_kernels.train.policies.dialogue import DialogueBuilder
 from epo_kernels.train.policies.generate import Engine, StopRule, StreamingEngine, TransformersEngine
+from epo_kernels.train.policies.loading import hold_products_in
 from epo_kernels.train.policies.lora import add_adapters, require_peft
 from epo_kernels.train.policies.policy import Policy, build_from_scratch, load_policy, precision
 from epo_kernels.train.policies.prompts import PromptBuilder, Prompts
@@ -191,6 +192,12 @@ class Trainer:
                 self._commit_history(step)
 
             learned = assign_advantages(collected.kept, samples, config.algorithm, config.loss.kl_type)
+            # Of everything sampled, so before truncated responses are masked.
+            sampled = {
+                **token_metrics(samples, config.rollout.max_response_tokens),
+                **mismatch_metrics(samples, *correction),
+            }
+            num_tokens = sum(sample.length for sample in samples)
             if config.algorithm.mask_truncated:
                 samples = leave_out_truncated(samples, config.rollout.max_response_tokens)
 
@@ -217,9 +224,8 @@ class Trainer:
             "epo/phase_weight": phase_weight,
             **episode_metrics(collected.episodes, collected.played),
             **collected.metrics(),
-            **token_metrics(samples, config.rollout.max_response_tokens),
-            **mismatch_metrics(samples, *correction),
-            "perf/throughput": sum(s.length for s in samples) / seconds["step"],
+            **sampled,
+            "perf/throughput": num_tokens / seconds["step"],
             **{f"timing_s/{name}": spent for name, spent in seconds.items()},
         }
 
@@ -273,11 +279,25 @@ class Trainer:
             "history": self.history.state_dict(),
             "rng": rng_state(),
         }
-        weights = full_tensors(self.policy.model.state_dict()) if self.ranks.fsdp else None
+        weights = self._gathered_weights()
         if self.ranks.is_first:
             folder = self.run_dir / "checkpoints"
             with self.display.bar(f"saving step {self.step}", None):
                 save_checkpoint(folder, self.step, self.policy, state, self.config.checkpoint.keep, weights)
+
+    def _save_policy(self, folder: Path) -> None:
+        weights = self._gathered_weights()
+        if self.ranks.is_first:
+            self.policy.save(folder, weights)
+
+    def _gathered_weights(self) -> dict[str, torch.Tensor] | None:
+        """What to save of a policy that is split over ranks, complete on the first; None: as it is."""
+        if not self.ranks.fsdp:
+            return None
+        state = self.policy.model.state_dict()
+        if self.config.model.lora_rank:
+            state = {name: value for name, value in state.items() if "lora_" in name}
+        return self.ranks.gather_state(state)
 
     def _build(self, stack: ExitStack, dry: bool) -> None:
         config = self.config
@@ -317,9 +337,9 @@ class Trainer:
         self.display.say(about_tasks(self.suite, self.tasks, self.panels, config))
 
         if checkpoint:
-            self.policy = load_policy(str(checkpoint / "actor"), config.model)
+            self.policy = self._load(checkpoint / "actor")
         else:
-            self.policy = self._first_policy(dry) if dry else self._shared_policy()
+            self.policy = self._shared_policy(dry)
         self.display.say(about_policy(self.policy))
         with self.display.bar("starting the engine", None):
             self.engine = self._make_engine(stack)
@@ -424,18 +444,46 @@ class Trainer:
             self.display.say(f"the entropy history starts empty: {error}")
         set_rng_state(state["rng"])
 
-    def _shared_policy(self) -> Policy:
-        """The policy before RL, made by the first rank and read by the others."""
+    def _load(self, source: str | Path, frozen: bool = False) -> Policy:
+        """A saved policy, split over the ranks where the run's are, before a weight is read.
+
+        Args:
+            source: a folder or hub id.
+            frozen: it isn't trained, so the weights of products may have their dtype (`hold_products_in`).
+        """
+        dtype = getattr(torch, self.config.model.dtype)
+        narrow = frozen and dtype != torch.float32
+
+        def prepare(model: PreTrainedModel, device: torch.device) -> None:
+            if frozen:
+                model.requires_grad_(False)
+            if narrow:
+                hold_products_in(model, dtype)
+            self.ranks.shard(model.get_decoder(), device)
+
+        return load_policy(str(source), self.config.model, prepare if self.ranks.fsdp or narrow else None)
+
+    def _shared_policy(self, dry: bool) -> Policy:
+        """The policy before RL: read by every rank, or made by the first and read by the others."""
+        model, ranks = self.config.model, self.ranks
+        if ranks.fsdp and model.name_or_path not in FROM_SCRATCH and not model.warm_start.demonstrations:
+            policy = self._load(model.name_or_path)
+            if model.lora_rank:
+                torch.manual_seed(self.config.seed)  # every rank draws the same
+                add_adapters(policy.model, model)
+            return policy
+        if dry:
+            return self._first_policy(dry)
         start = Path(self.config.run_dir) / "start"
-        if self.ranks.is_first:
-            policy = self._first_policy(dry=False)
-            if self.ranks.size > 1:
+        if ranks.is_first:
+            policy = self._first_policy(dry)
+            if ranks.size > 1:
                 policy.save(start)
-        self.ranks.wait()
-        if not self.ranks.is_first:
-            policy = load_policy(str(start), self.config.model)
-        self.ranks.wait()
-        if self.ranks.is_first:
+        ranks.wait()
+        if ranks.fsdp or not ranks.is_first:
+            policy = self._load(start)
+        ranks.wait()
+        if ranks.is_first:
             shutil.rmtree(start, ignore_errors=True)
         return policy
 
@@ -469,6 +517,8 @@ class Trainer:
                 base = (self.run_dir / "base").resolve()
                 policy.save(base)
                 policy = load_policy(str(base), model)
+            if not anew:  # which has seeded already
+                torch.manual_seed(seed)
             add_adapters(policy.model, model)
         return policy
 
@@ -493,12 +543,12 @@ class Trainer:
         if self.config.model.lora_rank:
             return self.policy.model  # without its adapters
         folder = Path(self.config.run_dir) / "reference"
-        if self.ranks.is_first and checkpoint is None:
-            self.policy.save(folder)
-        elif self.ranks.is_first and checkpoint and is_foreign(checkpoint, self.run_dir):
+        if checkpoint is None:
+            self._save_policy(folder)
+        elif self.ranks.is_first and is_foreign(checkpoint, self.run_dir):
             load_policy(str(self._first_reference(checkpoint)), self.config.model).save(folder)
         self.ranks.wait()
-        return load_policy(str(folder), self.config.model).model.requires_grad_(False)
+        return self._load(folder, frozen=True).model.requires_grad_(False)
 
     def _first_reference(self, checkpoint: Path) -> Path:
         """A branch's reference: its origin's where that has one."""

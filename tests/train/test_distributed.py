@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from epo_kernels.train.distributed import Ranks
 from tests.train.conftest import SMALL, lines_of
 from tests.train.test_main import train
+from tests.train.two_ranks import loaded_from
 
 SETTINGS = [
     "optim.lr=3e-4",
@@ -34,11 +35,9 @@ def runs(tmp_path_factory):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "tests.train.two_ranks", str(folder), "practice", *SMALL, *SETTINGS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*command, f"run_dir={folder / 'two'}"], capture_output=True, text=True, timeout=600, env=environment
-    )
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("step 2/2") == 1  # the first rank alone tells
+    assert ended.stdout.count("step 2/2") == 2  # the first rank alone tells
     ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     return folder / "one", folder / "two", ranks
 
@@ -57,7 +56,7 @@ def same(one, other):
 
 def test_the_metrics_are_those_of_one_process(runs):
     one, two, ranks = runs
-    assert [rank["code"] for rank in ranks] == [0, 0]
+    assert [rank["codes"] for rank in ranks] == [[0, 0, 0], [0, 0, 0]]
     same(lines_of(one), lines_of(two))
     records = [json.loads((run / "evaluation.json").read_text()) for run in (one, two)]
     assert records[0] == records[1]
@@ -83,6 +82,47 @@ def test_one_process_goes_on_where_two_stopped(runs, tmp_path):
     assert all(type(value) is torch.Tensor for value in state["critic"]["network"].values())
     assert train(f"run_dir={tmp_path / 'run'}", *SETTINGS) == 0
     same(lines_of(tmp_path / "run"), lines_of(two))
+
+
+def test_two_processes_go_on_where_they_stopped(runs):
+    _, two, _ = runs
+    same(lines_of(two.with_name("resumed")), lines_of(two))
+
+
+def test_a_policy_that_is_loaded_trains_as_in_one_process(runs, tmp_path):
+    _, two, _ = runs
+    assert train(f"run_dir={tmp_path}", *SETTINGS, *loaded_from(two)) == 0
+    (one,), (other,) = lines_of(tmp_path), lines_of(two.with_name("two_loaded"))
+    for name in ("actor/entropy", "actor/loss", "actor/kl_loss", "actor/grad_norm", "critic/vf_loss"):
+        assert one[name] == pytest.approx(other[name], rel=0.02, abs=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "experts"])
+def test_a_model_is_split_before_its_weights_are_read(runs, name):
+    *_, ranks = runs
+    assert sum(rank["loaded"][name]["own_bytes"] for rank in ranks) == ranks[0]["loaded"][name]["all_bytes"]
+    for rank in ranks:
+        loaded = rank["loaded"][name]
+        assert loaded["built_on_meta"]
+        assert loaded["split"]
+        assert loaded["same_type"]
+        assert loaded["same_weights"]
+        assert loaded["same_buffers"]
+        assert loaded["same_logits"]
+        assert loaded["tied"] == (name == "tied")
+
+
+def test_no_rank_ever_holds_a_whole_model(runs):
+    *_, ranks = runs
+    for rank in ranks:
+        loaded = rank["loaded"]["tied"]
+        assert loaded["all_bytes"] > 100e6
+        assert loaded["own_bytes"] < loaded["peak"] < 0.75 * loaded["all_bytes"]
+
+
+def test_broken_weights_are_found_on_every_rank(runs):
+    *_, ranks = runs
+    assert [rank["broken_weights"] for rank in ranks] == [["model.layers.0.mlp.up_proj.weight"]] * 2
 
 
 def test_what_stops_one_rank_stops_all(runs):

@@ -16,6 +16,7 @@ import torch
 
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.checkpoint import list_checkpoints, load_state, step_of
+from epo_kernels.train.critic import Critic
 from epo_kernels.train.envs.practice import PracticeEnvironment
 from epo_kernels.train.learner import Learner
 from epo_kernels.train.post_mortem import load_batch
@@ -222,7 +223,7 @@ def test_updates_without_a_finite_gradient_stop_the_run_and_keep_their_batch(who
         patch.setattr(Learner, "update", poisoned)
         assert train(f"run_dir={tmp_path}", *WHOLE, "optim.max_skipped_updates=3") == 1
     error = capsys.readouterr().err
-    assert "step 2: 3 updates in a row had no finite loss and gradient (loss nan, gradient norm nan" in error
+    assert "step 2: 3 policy updates in a row had no finite loss and gradient (loss nan, gradient norm nan" in error
     assert "all weights are finite" in error
     folder = tmp_path / "nonfinite" / "step_00002"
     assert str(folder) in error
@@ -234,6 +235,26 @@ def test_updates_without_a_finite_gradient_stop_the_run_and_keep_their_batch(who
     assert steps_of(tmp_path)[-1] == 1
     assert train(f"run_dir={tmp_path}", *WHOLE) == 0
     assert_equal_runs(tmp_path, whole_run)
+
+
+def test_updates_of_the_critic_without_a_finite_gradient_stop_the_run_too(tmp_path, monkeypatch, capsys):
+    update = Critic.update
+
+    def poisoned(self, samples, *args, **kwargs):
+        samples[0].returns = torch.full_like(samples[0].returns, float("nan"))
+        return update(self, samples, *args, **kwargs)
+
+    monkeypatch.setattr(Critic, "update", poisoned)
+    settings = ["algorithm.name=ppo", "critic.epochs=3", "optim.max_skipped_updates=2", "evaluate.panels=[]"]
+    assert train(f"run_dir={tmp_path}", *settings) == 1
+    error = capsys.readouterr().err
+    assert "step 1: 2 critic updates in a row had no finite loss and gradient (loss nan, gradient norm" in error
+    folder = tmp_path / "nonfinite" / "step_00001"
+    poisoned_samples = [sample for sample in load_batch(folder) if sample.returns.isnan().any()]
+    assert len(poisoned_samples) == 1
+    facts = json.loads((folder / "circumstances.json").read_text())
+    assert (facts["network"], facts["nonfinite_weights"], facts["penalty_weight"]) == ("critic", [], None)
+    assert facts["nonfinite_tokens"] == len(set(poisoned_samples[0].turns))  # a state for each turn (algorithm.gae)
 
 
 def test_a_collapse_is_told_and_stops_the_run_where_asked(whole_run, tmp_path, capsys):

@@ -36,6 +36,19 @@ def start(cloned, tmp_path_factory):
     return [f"model.name_or_path={folder}", "model.warm_start.demonstrations=0"]
 
 
+def test_metrics_of_what_was_sampled_count_truncated_responses(start, tmp_path):
+    lines = {}
+    for masked in ("true", "false"):
+        run = [f"run_dir={tmp_path / masked}", "evaluate.panels=[]", "steps=1", "rollout.max_response_tokens=3"]
+        assert train(*run, *start, f"algorithm.mask_truncated={masked}") == 0
+        (lines[masked],) = lines_of(tmp_path / masked)
+    assert 0 < lines["false"]["response_length/clip_ratio"] < 1
+    assert lines["true"]["actor/loss"] != lines["false"]["actor/loss"]
+    of_all = ("response", "prompt_length/", "training/", "perf/total_num_tokens", "epo/entropy", "episode/")
+    sampled = [name for name in lines["false"] if name.startswith(of_all)]
+    assert {name: lines["true"][name] for name in sampled} == {name: lines["false"][name] for name in sampled}
+
+
 @pytest.mark.parametrize("epo", EPO)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_runs(algorithm, epo, start, tmp_path):

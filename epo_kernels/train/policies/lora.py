@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from epo_kernels.train.config import ConfigError, ModelConfig
@@ -63,10 +64,15 @@ def without_adapters(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """All weights by the names they have without adapters, with what the adapters add; one at a time."""
+    """All weights, whole, by the names they have without adapters, with what the adapters add; one at a time.
+
+    Those of a model that is split over ranks are gathered: all ranks take each of them.
+    """
     for name, weight in model.state_dict().items():
         if ".lora_" in name:
             continue
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
         if name.endswith(".base_layer.weight"):
             layer: Any = model.get_submodule(name.removesuffix(".base_layer.weight"))
             weight = weight + sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)

@@ -1,6 +1,6 @@
 """The policy: a causal LM with its tokenizer, loaded from a folder or the hub, or built from scratch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from epo_kernels.train.config import FROM_SCRATCH, ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
 from epo_kernels.train.envs import Demonstration
+from epo_kernels.train.policies.loading import load_causal_lm
 from epo_kernels.train.policies.lora import require_peft, train_adapters_alone
 
 USER, ACT = "<|user|>", "<|act|>"
@@ -70,8 +70,15 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_policy(source: str, config: ModelConfig) -> Policy:
+def load_policy(
+    source: str, config: ModelConfig, prepare: Callable[[PreTrainedModel, torch.device], None] | None = None
+) -> Policy:
     """A policy saved with `save_pretrained`, or from the hub.
+
+    Args:
+        source: a folder or hub id.
+        config: of the run.
+        prepare: called with the model and the device it is for, before its weights are read (`load_causal_lm`).
 
     Raises:
         ConfigError: nothing to load there, a tokenizer without a chat template, or adapters without PEFT.
@@ -80,8 +87,9 @@ def load_policy(source: str, config: ModelConfig) -> Policy:
     device = resolve_device(config.device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        # Safetensors alone: other formats are pickles, which can hold programs.
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        model = load_causal_lm(source, prepare and (lambda model: prepare(model, device)))
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name_or_path={source!r} is not to be loaded: {error}") from error
     if tokenizer.chat_template is None:
@@ -121,11 +129,9 @@ def precision(model: PreTrainedModel, dtype: str) -> torch.autocast:
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Ready for sampling and training: without dropout, for good, since both must see one distribution."""
-    torch.nn.Module.to(model, device)
-    for parameter in model.parameters():
-        # Loaded weights lie in the mapped file at odd addresses, and matrix products round by alignment: a resumed run
-        # would differ in the last bit.
-        parameter.data = parameter.data.clone()
+    # A copy even on the same device: loaded weights lie in the mapped file at odd addresses, and matrix products round
+    # by alignment, so a resumed run would differ in the last bit. `_apply` copies a DTensor's local shard too.
+    model._apply(lambda tensor: tensor.to(device, copy=True))
     return model.eval()
 
 

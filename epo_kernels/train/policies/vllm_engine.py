@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from epo_kernels.train.config import ConfigError, RolloutConfig, TrainConfig
 from epo_kernels.train.policies.generate import Completion, Request, StopRule
@@ -127,7 +126,7 @@ class VllmEngine:
 
     def _load(self, asleep: bool) -> None:
         # All of them: of a part, those that vLLM keeps fused would be wrong without a word.
-        weights = ((name, _whole(weight)) for name, weight in merged_weights(self._policy.model))
+        weights = merged_weights(self._policy.model)
         try:
             if asleep:
                 self._engine.wake_up(["weights"])
@@ -268,10 +267,6 @@ def _forget_processes(dist_is_ours: bool) -> None:
         destroy_model_parallel()
     else:
         cleanup_dist_env_and_memory()
-
-
-def _whole(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _divided_by(temperature: float) -> type:
