@@ -464,7 +464,7 @@ class Trainer:
         return load_policy(str(source), self.config.model, prepare if self.ranks.fsdp or narrow else None)
 
     def _shared_policy(self, dry: bool) -> Policy:
-        """The policy before RL: read by every rank, or made by the first and read by the others."""
+        """The policy before RL, read by every rank; made by the first one where it isn't there to be loaded."""
         model, ranks = self.config.model, self.ranks
         if ranks.fsdp and model.name_or_path not in FROM_SCRATCH and not model.warm_start.demonstrations:
             policy = self._load(model.name_or_path)
@@ -477,11 +477,12 @@ class Trainer:
         start = Path(self.config.run_dir) / "start"
         if ranks.is_first:
             policy = self._first_policy(dry)
-            if ranks.size > 1:
-                policy.save(start)
+            if ranks.size == 1:
+                return policy
+            policy.save(start)
+            del policy  # whole, which what is read needn't be
         ranks.wait()
-        if ranks.fsdp or not ranks.is_first:
-            policy = self._load(start)
+        policy = self._load(start)
         ranks.wait()
         if ranks.is_first:
             shutil.rmtree(start, ignore_errors=True)
