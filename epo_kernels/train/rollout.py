@@ -205,14 +205,14 @@ class Rollout:
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
         if not completions:  # of nothing it would make one empty text
             return []
-        return self._policy.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        return self._policy.read([c.token_ids for c in completions])
 
     def _act(self, seat: _Seat, request: Request, completion: Completion, text: str) -> None:
         """Play what the policy answered; what the environment says to it is left pending."""
         assert seat.episode is not None
         assert seat.observation is not None
         # What holds no action goes out as an empty one, which no environment understands.
-        action = parse_action(text, self._response_format) or ""
+        action = parse_action(self._policy.chat.opening + text, self._response_format) or ""
         turn = Turn(seat.observation, request.prompt_ids, completion.token_ids, completion.log_probs, action)
         seat.episode.turns.append(turn)
         seat.pending = self._pool.step(seat.slot, action)

@@ -39,6 +39,7 @@ from epo_kernels.train.learner import Learner
 from epo_kernels.train.policies.dialogue import DialogueBuilder
 from epo_kernels.train.policies.generate import Engine, StopRule, StreamingEngine, TransformersEngine
 from epo_kernels.train.policies.lora import add_adapters, require_peft
+from epo_kernels.train.policies.model_check import check_policy
 from epo_kernels.train.policies.policy import Policy, build_from_scratch, load_policy, precision
 from epo_kernels.train.policies.prompts import PromptBuilder, Prompts
 from epo_kernels.train.policies.vllm_engine import VllmEngine, require_vllm
@@ -277,7 +278,7 @@ class Trainer:
         self.suite.close()  # the simulator that listed them
 
         if checkpoint:
-            self.policy = load_policy(str(checkpoint / "actor"), config.model)
+            self.policy = load_policy(str(checkpoint / "actor"), config.model, self.display.say)
         else:
             self.policy = self._first_policy(dry) if dry else self._shared_policy()
         self.engine = self._make_engine(stack)
@@ -310,7 +311,7 @@ class Trainer:
     def _make_engine(self, stack: ExitStack) -> Engine | StreamingEngine:
         """What writes the policy's responses."""
         policy, rollout = self.policy, self.config.rollout
-        stop = StopRule(policy.tokenizer, policy.end_ids, rollout.response_format)
+        stop = StopRule(policy.tokenizer, policy.end_ids, rollout.response_format, policy.chat.opening)
         if rollout.engine == "transformers":
             return TransformersEngine(
                 policy.model, policy.pad_id, stop, rollout.temperature, rollout.max_response_tokens
@@ -380,7 +381,12 @@ class Trainer:
         with self._bar("demonstrations", count) as bar:
             demonstrations = demonstrate(self.suite, count, bar) if count else []
         anew = model.name_or_path in FROM_SCRATCH
-        policy = build_from_scratch(demonstrations, model, seed) if anew else load_policy(model.name_or_path, model)
+        policy = (
+            build_from_scratch(demonstrations, model, seed)
+            if anew
+            else load_policy(model.name_or_path, model, self.display.say)
+        )
+        self._check(policy)
         if demonstrations and not dry:
             samples = cloning_samples(
                 demonstrations,
@@ -402,19 +408,28 @@ class Trainer:
             add_adapters(policy.model, model)
         return policy
 
+    def _check(self, policy: Policy) -> None:
+        try:
+            for warning in check_policy(policy, self.config):
+                self.display.say(f"warning: {warning}")
+        except ConfigError as error:
+            raise ConfigError(f"model.name_or_path={self.config.model.name_or_path}: {error}") from error
+
     def _prompts(self, policy: Policy) -> Prompts:
         rollout = self.config.rollout
         window = PromptBuilder(
-            policy.tokenizer,
+            policy.chat,
             rollout.history,
             rollout.history_results,
             rollout.max_prompt_tokens,
             rollout.response_format,
             rollout.goal_last,
+            rollout.instruction,
+            rollout.admissible_actions,
         )
         if rollout.layout == "turn":
             return window
-        return DialogueBuilder(window, policy.tokenizer, rollout.max_prompt_tokens)
+        return DialogueBuilder(window, policy.chat, rollout.max_prompt_tokens)
 
     def _reference(self, checkpoint: Path | None, dry: bool) -> PreTrainedModel | None:
         """The frozen starting policy, for the KL term; kept in the run's folder."""

@@ -20,7 +20,7 @@ def state(turns=8, scene="Sign: moon, by day. " * 30):
 @pytest.mark.parametrize("goal_last", [False, True])
 @pytest.mark.parametrize("limit", [20, 30, 40, 60, 100, 200, 400, 2000])
 def test_the_goal_is_never_cut_and_the_limit_holds(cloned, limit, goal_last):
-    builder = PromptBuilder(cloned.tokenizer, 6, 3, limit, "plain", goal_last)
+    builder = PromptBuilder(cloned.chat, 6, 3, limit, "plain", goal_last)
     goal_tokens = len(cloned.tokenizer(f"<|user|>{GOAL}<|act|>")["input_ids"])
     if goal_tokens > limit:
         with pytest.raises(PromptTooLong, match=r"rollout\.max_prompt_tokens is"):
@@ -36,7 +36,7 @@ def test_the_goal_is_never_cut_and_the_limit_holds(cloned, limit, goal_last):
 
 @pytest.mark.parametrize("goal_last", [False, True])
 def test_what_a_prompt_shows(cloned, goal_last):
-    builder = PromptBuilder(cloned.tokenizer, 3, 2, 4000, "plain", goal_last)
+    builder = PromptBuilder(cloned.chat, 3, 2, 4000, "plain", goal_last)
     (ids,) = builder.encode([state(5, scene="the scene")])
     lines = cloned.tokenizer.decode(ids).removeprefix("<|user|>").removesuffix("<|act|>").split("\n")
     seen = ["> go way2", "> go way3", "answer 3 v", "> go way4", "answer 4 v", "the scene"]
@@ -44,7 +44,7 @@ def test_what_a_prompt_shows(cloned, goal_last):
 
 
 def test_the_oldest_actions_go_first(cloned):
-    builder = PromptBuilder(cloned.tokenizer, 6, 0, 220, "plain")
+    builder = PromptBuilder(cloned.chat, 6, 0, 220, "plain")
     (ids,) = builder.encode([state(6, scene="the scene" + " moon" * 60)])
     shown = cloned.tokenizer.decode(ids)
     kept = [n for n in range(6) if f"> go way{n}\n" in shown]
@@ -71,7 +71,7 @@ def test_what_is_remembered_of_prompts(cloned, monkeypatch):
 
 
 def test_the_instruction_comes_with_its_format(cloned):
-    (ids,) = PromptBuilder(cloned.tokenizer, 0, 0, 4000, "think_action").encode([state(0)])
+    (ids,) = PromptBuilder(cloned.chat, 0, 0, 4000, "think_action").encode([state(0)])
     assert "<action>" in cloned.tokenizer.decode(ids)
 
 

@@ -1,0 +1,121 @@
+"""Where a model is loaded from, and whether its files are there, whole, and all that it needs."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from epo_kernels.train.config import ConfigError
+
+HUB_TIMEOUT = 5.0  # seconds
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
+    """Whether the hub must be asked for the model's files: False for a folder (checked), and for a cached model offline.
+
+    Asks the hub once, with a short timeout, where the loaders would ask for every file and retry each.
+
+    Raises:
+        ConfigError: no such folder or model, files that are missing or damaged, or a hub that can't be reached.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        check_files(folder)
+        return False
+    if folder.exists():
+        raise ConfigError(f"{source} is a file; give the folder that it lies in")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source):
+        raise ConfigError(f"there is no folder {source}; give a model's folder, or a hub id such as Qwen/Qwen3-0.6B")
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    is_cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
+    if constants.HF_HUB_OFFLINE:
+        if not is_cached:
+            raise ConfigError(f"there is no folder {source}, HF_HUB_OFFLINE is set, and the hub's cache doesn't have it")
+        return False
+    say(f"model: asking {constants.ENDPOINT} for {source}")
+    try:
+        HfApi().model_info(source, timeout=HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"there is no folder {source}, and no model of that name on {constants.ENDPOINT} (or it is private: "
+            "`hf auth login`)"
+        ) from error
+    except Exception as error:  # whatever the HTTP library raises
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if not is_cached:
+            raise ConfigError(
+                f"there is no folder {source}, and {constants.ENDPOINT} can't be reached ({reason}); download the model "
+                "where there is a connection (`hf download`), and give its folder"
+            ) from error
+        say(f"model: {constants.ENDPOINT} can't be reached ({reason}); taking {source} from the cache")
+        return False
+    return True
+
+
+def check_files(folder: Path) -> None:
+    """Raises ConfigError where a model's folder lacks a file, or has a damaged one."""
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ConfigError(
+            f"{folder} has no config.json; give the folder that save_pretrained wrote (of a run: "
+            "RUN_DIR/checkpoints/global_step_N/actor)"
+        )
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(_LFS_POINTER):
+            raise ConfigError(f"{path} is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
+        rest = (
+            f", only {pickles[0].name}, a pickle, which can run code: convert it where you trust it "
+            "(load it with transformers and call save_pretrained)"
+            if pickles
+            else ": the weights are missing, copy them too"
+        )
+        raise ConfigError(f"{folder} has no .safetensors file{rest}")
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        _check_shards(index)
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} is truncated or damaged ({error}); copy or download it again") from error
+
+
+def _check_shards(index: Path) -> None:
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{index} is damaged ({error!r}); copy or download it again") from error
+    if missing := sorted(shard for shard in shards if not (index.parent / shard).is_file()):
+        raise ConfigError(f"{index.parent} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:3])}")
+
+
+def check_weights(model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
+    """Hold a model against its files.
+
+    Args:
+        model: just loaded.
+        loading: what `from_pretrained` reports of it with `output_loading_info`.
+
+    Raises:
+        ConfigError: weights that the files don't have, or that aren't finite.
+    """
+    if missing := sorted(loading["missing_keys"]):
+        head = any("lm_head" in name or "embed_out" in name for name in missing)
+        raise ConfigError(
+            f"its files lack {len(missing)} weights that {type(model).__name__} has ({', '.join(missing[:3])}), which "
+            "would start at random; export the whole model (AutoModelForCausalLM, save_pretrained)"
+            + (", or set tie_word_embeddings=true in config.json if its head is its embedding" if head else "")
+        )
+    for name, weight in model.named_parameters():
+        # The sum costs no memory; only where it isn't finite is every element looked at.
+        if not weight.detach().sum().isfinite() and not weight.detach().isfinite().all():
+            raise ConfigError(f"its weight {name} has values that aren't finite; export or download the model again")
