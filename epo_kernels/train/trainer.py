@@ -278,7 +278,7 @@ class Trainer:
         self.suite.close()  # the simulator that listed them
 
         if checkpoint:
-            self.policy = load_policy(str(checkpoint / "actor"), config.model, self.display.say)
+            self.policy = self._load(checkpoint / "actor")
         else:
             self.policy = self._first_policy(dry) if dry else self._shared_policy()
         self.engine = self._make_engine(stack)
@@ -375,18 +375,16 @@ class Trainer:
     def _first_policy(self, dry: bool) -> Policy:
         """The policy before RL: loaded or made, and cloned from demonstrations where asked for."""
         model, warm_start, seed = self.config.model, self.config.model.warm_start, self.config.seed
+        anew = model.name_or_path in FROM_SCRATCH
+        if not anew:  # first, since demonstrations take minutes and a model may not do
+            policy = self._load(model.name_or_path)
         count = min(warm_start.demonstrations, 1) if dry else warm_start.demonstrations
         if count:
             self.display.say(f"demonstrations: {count} episodes of {self.suite.name}")
         with self._bar("demonstrations", count) as bar:
             demonstrations = demonstrate(self.suite, count, bar) if count else []
-        anew = model.name_or_path in FROM_SCRATCH
-        policy = (
-            build_from_scratch(demonstrations, model, seed)
-            if anew
-            else load_policy(model.name_or_path, model, self.display.say)
-        )
-        self._check(policy)
+        if anew:
+            policy = self._checked(build_from_scratch(demonstrations, model, seed), model.name_or_path)
         if demonstrations and not dry:
             samples = cloning_samples(
                 demonstrations,
@@ -408,12 +406,17 @@ class Trainer:
             add_adapters(policy.model, model)
         return policy
 
-    def _check(self, policy: Policy) -> None:
+    def _load(self, source: str | Path) -> Policy:
+        return self._checked(load_policy(str(source), self.config.model, self.display.say), str(source))
+
+    def _checked(self, policy: Policy, source: str) -> Policy:
+        """The policy, if it can do what the settings ask of it."""
         try:
             for warning in check_policy(policy, self.config):
-                self.display.say(f"warning: {warning}")
+                self.display.say(f"warning: {source}: {warning}")
         except ConfigError as error:
-            raise ConfigError(f"model.name_or_path={self.config.model.name_or_path}: {error}") from error
+            raise ConfigError(f"model.name_or_path={source}: {error}") from error
+        return policy
 
     def _prompts(self, policy: Policy) -> Prompts:
         rollout = self.config.rollout

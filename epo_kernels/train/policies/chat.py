@@ -26,9 +26,9 @@ _ORDINARY_TEXT = "Sign: moon, by day.\n> go left\n\n  2 doors"
 # For base models. Turns are divided by the end token, which no observation can spell.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
-    "### {{ message['role'].capitalize() }}:\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n"
-    "{% endfor %}{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+    "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
 
 
@@ -70,11 +70,11 @@ class Chat:
             self._dialogue: _Scaffold | ConfigError = self._scaffold(["user", "assistant", "user"])
         except ConfigError as error:
             self._dialogue = error  # of consequence only for those who continue dialogues
-        texts = prompt.texts + (self._dialogue.texts if isinstance(self._dialogue, _Scaffold) else [])
-        self._text = _TextEncoder(tokenizer, texts)
+        scaffolds = [prompt, self._dialogue] if isinstance(self._dialogue, _Scaffold) else [prompt]
+        self._text = _TextEncoder(tokenizer, template, [_fill(one, [_ORDINARY_TEXT] * len(one.strips)) for one in scaffolds])
         self._prompt = self._text.mark(prompt)
         self._check_ordinary_text(prompt)
-        self.control_tokens = self._text.controls_in(texts)
+        self.control_tokens = self._text.written
         self.end_ids: set[int] = set()
         if isinstance(self._dialogue, _Scaffold):
             self.end_ids = self._text.first_control(self._dialogue.texts[2])
@@ -146,25 +146,36 @@ class Chat:
 class _TextEncoder:
     """Encodes text in which control tokens count only where `mark` has named them.
 
-    Control tokens are the tokenizer's special tokens, and those of its other added tokens that `scaffolds` contain.
+    Control tokens are the tokenizer's special tokens, those of its other added tokens that the template's source or what
+    it writes contain, such as <tool_response>, and the tags of a thought.
+
+    Args:
+        tokenizer: backed by the tokenizers library.
+        template: the source of its chat template.
+        rendered: dialogues as the template writes them.
+
+    Attributes:
+        written: the control tokens in `rendered`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, scaffolds: Sequence[str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, rendered: list[str]) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ConfigError(
                 f"the tokenizer ({type(tokenizer).__name__}) has no tokenizer.json, which is needed to keep text apart "
                 "from control tokens; save the model's fast tokenizer beside it"
             )
-        scaffold = "\n".join(scaffolds)
         nonce = secrets.token_hex(8)
+        structure = "".join([THOUGHT, THOUGHT_END, template, *rendered])
         self._ids = {
             token.content: index
             for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special or (token.content in scaffold and not (token.content.strip() or "a").isalnum())
+            if token.special or (token.content in structure and _looks_like_control(token.content))
         }
         self._names = {content: f"\ue000{nonce}{index}\ue001" for content, index in self._ids.items()}
-        longest_first = sorted(self._names, key=len, reverse=True)
+        found = {index for ids in tokenizer(rendered, add_special_tokens=False)["input_ids"] for index in ids}
+        self.written = {content for content, index in self._ids.items() if index in found}
+        longest_first = sorted(self.written, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._encoder = Tokenizer.from_str(_renamed(backend.to_str(), self._names))
         encoder_ids = {self._encoder.token_to_id(name): self._ids[content] for content, name in self._names.items()}
@@ -174,10 +185,6 @@ class _TextEncoder:
         """The scaffold with its control tokens named."""
         texts = [self._pattern.sub(lambda found: self._names[found[0]], text) for text in scaffold.texts]
         return _Scaffold(texts, scaffold.strips)
-
-    def controls_in(self, texts: Sequence[str]) -> set[str]:
-        """The control tokens in texts."""
-        return {token for text in texts for token in self._pattern.findall(text)}
 
     def first_control(self, text: str) -> set[int]:
         """The id of the control token that the text begins with, white space aside; or none."""
@@ -189,6 +196,11 @@ class _TextEncoder:
         if not self._translation:
             return [encoding.ids for encoding in encodings]
         return [[self._translation.get(index, index) for index in encoding.ids] for encoding in encodings]
+
+
+def _looks_like_control(token: str) -> bool:
+    """False for words, white space and punctuation, which some tokenizers add as tokens too."""
+    return len(token) > 2 and any(character.isalpha() for character in token) and not token.strip().isalnum()
 
 
 def _renamed(backend: str, names: Mapping[str, str]) -> str:

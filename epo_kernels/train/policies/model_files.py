@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
     folder = Path(source)
     if folder.is_dir():
         check_files(folder)
-        return False
+        base = _base_of_adapters(folder)
+        return is_on_hub(base, say) if base else False
     if folder.exists():
         raise ConfigError(f"{source} is a file; give the folder that it lies in")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source):
@@ -89,6 +91,39 @@ def check_files(folder: Path) -> None:
             raise ConfigError(f"{path} is truncated or damaged ({error}); copy or download it again") from error
 
 
+def check_config(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a model's config.json asks for what can't be trained here, or for others' code."""
+    if method := settings.get("quantization_config"):
+        name = method.get("quant_method", "quantization_config in config.json")
+        raise ConfigError(
+            f"its weights are quantized ({name}), and such weights can't be trained; choose the model they were made from"
+        )
+    attention = settings.get("attn_implementation") or settings.get("_attn_implementation")
+    if not isinstance(attention, str):
+        return
+    if "/" in attention:
+        raise ConfigError(
+            f"its config.json asks for attention from the hub ({attention}), which is code of others and never run; "
+            "remove attn_implementation from config.json"
+        )
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(attention)
+    if package and find_spec(package) is None:
+        raise ConfigError(
+            f"its config.json asks for attn_implementation={attention}, and the package {package} isn't installed; "
+            "install it, or remove attn_implementation from config.json"
+        )
+
+
+def _base_of_adapters(folder: Path) -> str | None:
+    """What the adapters in a folder without a model belong to."""
+    if (folder / "config.json").is_file():
+        return None
+    try:
+        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / 'adapter_config.json'} names no base model ({error!r}); correct it") from error
+
+
 def _check_shards(index: Path) -> None:
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -108,6 +143,11 @@ def check_weights(model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: weights that the files don't have, or that aren't finite.
     """
+    for name, found, expected in sorted(loading["mismatched_keys"]):
+        raise ConfigError(
+            f"its weight {name} has the shape {tuple(found)}, where config.json makes it {tuple(expected)}; take the "
+            "config.json that belongs to the weights"
+        )
     if missing := sorted(loading["missing_keys"]):
         head = any("lm_head" in name or "embed_out" in name for name in missing)
         raise ConfigError(

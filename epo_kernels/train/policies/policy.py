@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -26,7 +27,7 @@ from epo_kernels.train.data import MiniBatch
 from epo_kernels.train.envs import Demonstration
 from epo_kernels.train.policies.chat import PLAIN_TEMPLATE, THOUGHT, THOUGHT_END, Chat
 from epo_kernels.train.policies.lora import require_peft, train_adapters_alone
-from epo_kernels.train.policies.model_files import check_weights, is_on_hub
+from epo_kernels.train.policies.model_files import check_config, check_weights, is_on_hub
 
 USER, ACT = "<|user|>", "<|act|>"
 VOCABULARY = 1000
@@ -131,10 +132,19 @@ def load_policy(source: str, config: ModelConfig, say: Callable[[str], None] = l
 def _load(source: str, say: Callable[[str], None]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     settings = {"local_files_only": not is_on_hub(source, say), "trust_remote_code": False}
     try:
+        check_config(PreTrainedConfig.get_config_dict(source, local_files_only=settings["local_files_only"])[0])
+    except OSError:
+        pass  # adapters have none, and whatever else it is, the loaders say it better
+    try:
         tokenizer = AutoTokenizer.from_pretrained(source, **settings)
         # Safetensors alone: other formats are pickles, which can hold programs.
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **settings
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # `check_weights` names them
+            output_loading_info=True,
+            **settings,
         )
     except Exception as error:  # whatever reading someone's files may raise
         reason = " ".join(str(error).split())
@@ -143,8 +153,16 @@ def _load(source: str, say: Callable[[str], None]) -> tuple[PreTrainedModel, Pre
                 "it needs code of its own (auto_map in its JSON files), which is never run; use a version of the model "
                 "in one of transformers' own architectures (often called NAME-hf), or convert it to one"
             ) from error
-        raise ConfigError(f"can't be loaded: {reason[:400] or type(error).__name__}") from error
+        raise ConfigError(
+            f"transformers can't load it ({reason[:300] or type(error).__name__}); correct its files, or choose another "
+            "model"
+        ) from error
     check_weights(model, loading)
+    if unused := sorted(loading["unexpected_keys"]):
+        say(
+            f"warning: {source}: {len(unused)} weights of its files are not used ({', '.join(unused[:3])}); where they "
+            "are layers, config.json has too few (num_hidden_layers)"
+        )
     return model, tokenizer
 
 
