@@ -130,21 +130,22 @@ def load_policy(source: str, config: ModelConfig, say: Callable[[str], None] = l
 
 
 def _load(source: str, say: Callable[[str], None]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    settings = {"local_files_only": not is_on_hub(source, say), "trust_remote_code": False}
+    is_here = not is_on_hub(source, say)
     try:
-        check_config(PreTrainedConfig.get_config_dict(source, local_files_only=settings["local_files_only"])[0])
+        check_config(PreTrainedConfig.get_config_dict(source, local_files_only=is_here)[0])
     except OSError:
         pass  # adapters have none, and whatever else it is, the loaders say it better
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_here, trust_remote_code=False)
         # Safetensors alone: other formats are pickles, which can hold programs.
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch.float32,
+            local_files_only=is_here,
+            trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # `check_weights` names them
             output_loading_info=True,
-            **settings,
         )
     except Exception as error:  # whatever reading someone's files may raise
         reason = " ".join(str(error).split())
