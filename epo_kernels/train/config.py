@@ -45,8 +45,12 @@ class ModelConfig:
     """The policy: which model, in which precision, how much of it is trained."""
 
     name_or_path: str = "tiny"  # a folder, a hub id, or from scratch, made for warm_start: tiny (0.5M) | small (26M)
-    chat_template: str | None = None  # null: the tokenizer's | plain (for base models) | a file | the name of one it has
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # its variables, such as {enable_thinking: false}
+    chat_template: str | None = (
+        None  # null: the tokenizer's | plain (for base models) | a file | the name of one it has
+    )
+    chat_template_kwargs: dict[str, Any] = field(
+        default_factory=dict
+    )  # its variables, such as {enable_thinking: false}
     dtype: str = "float32"  # of matrix products: float32 | bfloat16; the weights stay float32
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     threads: int = 0  # of torch on the CPU; 0: a thread a core. Small models are fastest with 1

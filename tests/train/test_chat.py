@@ -16,7 +16,27 @@ from epo_kernels.train.policies.prompts import PromptBuilder
 from epo_kernels.train.policies.warm_start import cloning_samples
 from tests.train.models import QWEN3, TOKENIZERS, base_tokenizer, qwen3_tokenizer
 
-PIECES = ["go left", " ", "\n", "    ", "\t", "é", "你好", "<", "|", ">", "im", "12", "'s", "</", "user", "INST", "[", "]", "\u3000"]
+PIECES = [
+    "go left",
+    " ",
+    "\n",
+    "    ",
+    "\t",
+    "é",
+    "你好",
+    "<",
+    "|",
+    ">",
+    "im",
+    "12",
+    "'s",
+    "</",
+    "user",
+    "INST",
+    "[",
+    "]",
+    "\u3000",
+]
 
 
 def control_ids(tokenizer):
@@ -151,10 +171,18 @@ def policy_that_thinks(template=QWEN3):
 @pytest.mark.parametrize(
     ("template", "response", "kept"),
     [
-        (QWEN3, "<think>\nleft\nor right?\n</think>\n\ngo left\nand more", "<think>\nleft\nor right?\n</think>\n\ngo left\n"),
+        (
+            QWEN3,
+            "<think>\nleft\nor right?\n</think>\n\ngo left\nand more",
+            "<think>\nleft\nor right?\n</think>\n\ngo left\n",
+        ),
         (QWEN3, "go left\nand more", "go left\n"),
         (QWEN3, "<think>\nnever\nends", "<think>\nnever\nends"),
-        (QWEN3.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"), "left\nor right?\n</think>\n\ngo left\nx", "left\nor right?\n</think>\n\ngo left\n"),
+        (
+            QWEN3.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"),
+            "left\nor right?\n</think>\n\ngo left\nx",
+            "left\nor right?\n</think>\n\ngo left\n",
+        ),
     ],
 )
 def test_a_plain_response_ends_with_the_line_after_its_thought(template, response, kept):

@@ -78,7 +78,9 @@ def test_from_a_dry_run_to_the_report(tmp_path, capsys, kind, settings):
 def owned(folder, trace, tokenizer_class=None, **changes):
     """A folder whose JSON files ask to run its own code."""
     (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    edit(folder / "config.json", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, **changes)
+    edit(
+        folder / "config.json", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, **changes
+    )
     if tokenizer_class:
         tokenizer = {"auto_map": {"AutoTokenizer": ["evil.Model", "evil.Model"]}, "tokenizer_class": tokenizer_class}
         edit(folder / "tokenizer_config.json", **tokenizer)
@@ -114,7 +116,10 @@ def spoil(weights):
         (drop_head, ["lm_head.weight", "at random", "tie_word_embeddings=true"]),
         (lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"), ["layers.1.mlp.up_proj", "at random"]),
         (spoil, ["model.norm.weight", "finite"]),
-        (lambda weights: weights.update({"model.norm.weight": torch.ones(16)}), ["model.norm.weight", "(16,)", "(32,)"]),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.ones(16)}),
+            ["model.norm.weight", "(16,)", "(32,)"],
+        ),
     ],
 )
 def test_weights_are_complete_and_finite(folder, change, words):
@@ -142,7 +147,10 @@ def shards(folder):
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 538\n"
 FILES = {
-    "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "truncat"),
+    "truncated": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+        "truncat",
+    ),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "truncated or damaged"),
     "LFS pointer": (lambda f: (f / "model.safetensors").write_text(POINTER), "git lfs pull"),
     "LFS tokenizer": (lambda f: (f / "tokenizer.json").write_text(POINTER), "git lfs pull"),

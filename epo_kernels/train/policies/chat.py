@@ -71,7 +71,9 @@ class Chat:
         except ConfigError as error:
             self._dialogue = error  # of consequence only for those who continue dialogues
         scaffolds = [prompt, self._dialogue] if isinstance(self._dialogue, _Scaffold) else [prompt]
-        self._text = _TextEncoder(tokenizer, template, [_fill(one, [_ORDINARY_TEXT] * len(one.strips)) for one in scaffolds])
+        self._text = _TextEncoder(
+            tokenizer, template, [_fill(one, [_ORDINARY_TEXT] * len(one.strips)) for one in scaffolds]
+        )
         self._prompt = self._text.mark(prompt)
         self._check_ordinary_text(prompt)
         self.control_tokens = self._text.written
@@ -146,8 +148,8 @@ class Chat:
 class _TextEncoder:
     """Encodes text in which control tokens count only where `mark` has named them.
 
-    Control tokens are the tokenizer's special tokens, those of its other added tokens that the template's source or what
-    it writes contain, such as <tool_response>, and the tags of a thought.
+    Control tokens are the tokenizer's special tokens, its other added tokens that occur in the template's source or in
+    what it writes, such as <tool_response>, and the tags of a thought.
 
     Args:
         tokenizer: backed by the tokenizers library.

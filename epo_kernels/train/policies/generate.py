@@ -96,7 +96,7 @@ class StopRule:
         if last in self.end_ids:
             return True
         if last in self._line_breaks:
-            return "\n" in without_thought(self._opening + self._tokenizer.decode(token_ids))
+            return "\n" in without_thought(self._opening + str(self._tokenizer.decode(token_ids)))
         # Ten tokens hold the tag however a tokenizer spells it, letter by letter included.
         return last in self._maybe_closing and CLOSING_TAG in self._tokenizer.decode(token_ids[-10:])
 

@@ -32,7 +32,7 @@ def check_policy(policy: Policy, config: TrainConfig) -> list[str]:
 
 
 def _check_tokens(policy: Policy) -> None:
-    rows = policy.model.get_input_embeddings().weight.shape[0]
+    rows = _embedding_rows(policy.model)
     beyond = [token for token, index in policy.tokenizer.get_vocab().items() if index >= rows]
     # Special tokens that the chat template doesn't write never occur: some models have them without a row.
     special = {token.content for token in policy.tokenizer.added_tokens_decoder.values() if token.special}
@@ -144,9 +144,15 @@ def _check_thinking(policy: Policy, config: TrainConfig) -> list[str]:
 
 def _sequences(policy: Policy) -> tuple[list[int], list[int]]:
     """Two of different lengths, of tokens that any vocabulary has."""
-    size = policy.model.get_input_embeddings().weight.shape[0]
+    size = _embedding_rows(policy.model)
     ids = [index % size for index in range(3, 40) if index % size != policy.pad_id]
     return ids[:7], ids[2:6]
+
+
+def _embedding_rows(model: PreTrainedModel) -> int:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
 
 
 def _logits(model: PreTrainedModel, ids: list[int]) -> Tensor:

@@ -17,9 +17,9 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
-    """Whether the hub must be asked for the model's files: False for a folder (checked), and for a cached model offline.
+    """Whether the model's files come from the hub: False for a folder, which is checked, and for a cached model offline.
 
-    Asks the hub once, with a short timeout, where the loaders would ask for every file and retry each.
+    Asks the hub once, with a short timeout. The loaders would ask for every file and retry each.
 
     Raises:
         ConfigError: no such folder or model, files that are missing or damaged, or a hub that can't be reached.
@@ -39,7 +39,9 @@ def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
     is_cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
     if constants.HF_HUB_OFFLINE:
         if not is_cached:
-            raise ConfigError(f"there is no folder {source}, HF_HUB_OFFLINE is set, and the hub's cache doesn't have it")
+            raise ConfigError(
+                f"there is no folder {source}, HF_HUB_OFFLINE is set, and the hub's cache doesn't have it"
+            )
         return False
     say(f"model: asking {constants.ENDPOINT} for {source}")
     try:
@@ -53,8 +55,8 @@ def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if not is_cached:
             raise ConfigError(
-                f"there is no folder {source}, and {constants.ENDPOINT} can't be reached ({reason}); download the model "
-                "where there is a connection (`hf download`), and give its folder"
+                f"there is no folder {source}, and {constants.ENDPOINT} can't be reached ({reason}); download the "
+                "model where there is a connection (`hf download`), and give its folder"
             ) from error
         say(f"model: {constants.ENDPOINT} can't be reached ({reason}); taking {source} from the cache")
         return False
@@ -96,7 +98,7 @@ def check_config(settings: Mapping[str, Any]) -> None:
     if method := settings.get("quantization_config"):
         name = method.get("quant_method", "quantization_config in config.json")
         raise ConfigError(
-            f"its weights are quantized ({name}), and such weights can't be trained; choose the model they were made from"
+            f"its weights are quantized ({name}), and such weights can't be trained; choose the unquantized model"
         )
     attention = settings.get("attn_implementation") or settings.get("_attn_implementation")
     if not isinstance(attention, str):
@@ -130,7 +132,9 @@ def _check_shards(index: Path) -> None:
     except (ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{index} is damaged ({error!r}); copy or download it again") from error
     if missing := sorted(shard for shard in shards if not (index.parent / shard).is_file()):
-        raise ConfigError(f"{index.parent} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:3])}")
+        raise ConfigError(
+            f"{index.parent} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing[:3])}"
+        )
 
 
 def check_weights(model: PreTrainedModel, loading: Mapping[str, Any]) -> None:

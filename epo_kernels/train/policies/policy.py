@@ -1,7 +1,7 @@
 """The policy: a causal LM with its tokenizer, loaded from a folder or the hub, or built from scratch."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -131,14 +131,12 @@ def load_policy(source: str, config: ModelConfig, say: Callable[[str], None] = l
 
 def _load(source: str, say: Callable[[str], None]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     is_here = not is_on_hub(source, say)
-    try:
+    with suppress(OSError):  # adapters have no config.json, and whatever else it is, the loaders say it better
         check_config(PreTrainedConfig.get_config_dict(source, local_files_only=is_here)[0])
-    except OSError:
-        pass  # adapters have none, and whatever else it is, the loaders say it better
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_here, trust_remote_code=False)
         # Safetensors alone: other formats are pickles, which can hold programs.
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch.float32,
             local_files_only=is_here,
@@ -155,9 +153,10 @@ def _load(source: str, say: Callable[[str], None]) -> tuple[PreTrainedModel, Pre
                 "in one of transformers' own architectures (often called NAME-hf), or convert it to one"
             ) from error
         raise ConfigError(
-            f"transformers can't load it ({reason[:300] or type(error).__name__}); correct its files, or choose another "
-            "model"
+            f"transformers can't load it ({reason[:300] or type(error).__name__}); correct its files, or choose "
+            "another model"
         ) from error
+    model, loading = loaded
     check_weights(model, loading)
     if unused := sorted(loading["unexpected_keys"]):
         say(
@@ -178,7 +177,8 @@ def _chosen_template(choice: str, present: Any) -> str:
     except (OSError, UnicodeDecodeError) as error:
         named = f", or one of the tokenizer's own: {', '.join(present)}" if isinstance(present, dict) else ""
         raise ConfigError(
-            f"model.chat_template must be plain or a file with a Jinja template{named}; {choice} can't be read ({error})"
+            f"model.chat_template must be plain or a file with a Jinja template{named}; {choice} can't be read "
+            f"({error})"
         ) from error
 
 
