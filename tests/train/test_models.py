@@ -236,6 +236,16 @@ def test_a_thought_needs_room(tmp_path):
     assert said == []
 
 
+def test_a_template_that_writes_the_date(folder):
+    dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    (folder / "chat_template.jinja").write_text(dated + LLAMA3.replace("December 2023", "' + date_string + '"))
+    check(folder, said=(said := []))
+    assert "set model.chat_template_kwargs.date_string" in said[0]
+    policy = check(folder, "model.chat_template_kwargs.date_string=a day", said=(said := []))
+    assert said == []
+    assert "Date: a day" in policy.tokenizer.decode(policy.chat.prompts(["x"])[0])
+
+
 def test_the_template_of_a_file_and_of_a_name(folder, tmp_path):
     own = tmp_path / "own.jinja"
     own.write_text(LLAMA3.replace("December 2023", "a day"))

@@ -3,6 +3,7 @@ import pytest
 from epo_kernels.train.data import Turn
 from epo_kernels.train.envs import Observation
 from epo_kernels.train.policies import prompts
+from epo_kernels.train.policies.dialogue import DialogueBuilder
 from epo_kernels.train.policies.prompts import PromptBuilder, PromptTooLong, parse_action
 from tests.train.conftest import prompts_of
 
@@ -75,6 +76,25 @@ def test_the_instruction_comes_with_its_format(cloned):
     assert "<action>" in cloned.tokenizer.decode(ids)
 
 
+def test_an_instruction_of_ones_own_comes_first(cloned):
+    for response_format in ("plain", "think_action"):
+        builder = PromptBuilder(cloned.chat, 0, 0, 4000, response_format, instruction="Be brief.")
+        assert cloned.tokenizer.decode(builder.encode([state(0)])[0]).startswith(f"<|user|>Be brief.\n{GOAL}")
+    (ids,) = PromptBuilder(cloned.chat, 0, 0, 4000, "think_action", instruction="").encode([state(0)])
+    assert cloned.tokenizer.decode(ids).startswith(f"<|user|>{GOAL}")
+
+
+@pytest.mark.parametrize("admissible_actions", [False, True])
+def test_admissible_actions_are_listed_where_asked_for(cloned, suite, admissible_actions):
+    seen = suite.make().reset(suite.tasks("train")[0])
+    builder = PromptBuilder(cloned.chat, 0, 0, 4000, "plain", admissible_actions=admissible_actions)
+    dialogue = DialogueBuilder(builder, cloned.chat, 4000)
+    past = [Turn(seen, [1], [2], [], "go left")]
+    for ids in (builder.encode([(seen, [])])[0], dialogue.encode([(seen, past)])[0]):
+        listed = "\nYou can: go left, go right, go ahead.<|act|>" in cloned.tokenizer.decode(ids)
+        assert listed == admissible_actions
+
+
 @pytest.mark.parametrize(
     ("response", "response_format", "action"),
     [
@@ -82,6 +102,10 @@ def test_the_instruction_comes_with_its_format(cloned):
         ("  go   left \nand then right", "plain", "go left"),
         ("", "plain", None),
         ("\ngo left", "plain", None),
+        ("<think>\nleft or\nright\n</think>\n\ngo left\nand", "plain", "go left"),
+        ("<think>\n\n</think>\n\ngo left", "plain", "go left"),
+        ("<think>left or", "plain", None),
+        ("<think>left</think>", "plain", None),
         ("<think>hm</think><action> go\nleft </action>", "think_action", "go left"),
         ("<action>one</action><action>two</action>", "think_action", "two"),
         ("<action>go left", "think_action", None),

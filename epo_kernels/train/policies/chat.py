@@ -50,6 +50,7 @@ class Chat:
     Attributes:
         opening: what the template begins a response with that belongs to the response: "<think>" or "".
         may_think: whether the template knows of thoughts and leaves room for one.
+        writes_date: whether the template writes today's date, which no setting fixes.
         control_tokens: that the template writes.
         end_ids: the control token that the template ends a response with, if any.
 
@@ -65,6 +66,7 @@ class Chat:
         self._check_settings(template)
         prompt = self._scaffold(["user"])
         self.opening = THOUGHT if prompt.texts[-1].rfind(THOUGHT) > prompt.texts[-1].rfind(THOUGHT_END) else ""
+        self.writes_date = "strftime_now" in template and "date_string" not in self._settings
         self.may_think = THOUGHT_END in template and THOUGHT_END not in prompt.texts[-1]
         try:
             self._dialogue: _Scaffold | ConfigError = self._scaffold(["user", "assistant", "user"])

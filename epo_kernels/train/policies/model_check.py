@@ -28,7 +28,13 @@ def check_policy(policy: Policy, config: TrainConfig) -> list[str]:
     if config.rollout.engine == "transformers":
         _check_cache(policy)
     _check_saving(policy)
-    return _check_thinking(policy, config)
+    warnings = _check_thinking(policy, config)
+    if policy.chat.writes_date:
+        warnings.append(
+            "its chat template writes today's date, so a run that goes on tomorrow has other prompts; set "
+            "model.chat_template_kwargs.date_string where the template has it"
+        )
+    return warnings
 
 
 def _check_tokens(policy: Policy) -> None:

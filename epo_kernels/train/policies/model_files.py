@@ -17,7 +17,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
-    """Whether the model's files come from the hub: False for a folder, which is checked, and for a cached model offline.
+    """Whether the model's files come from the hub. False: a folder, which is checked here, or the cache while offline.
 
     Asks the hub once, with a short timeout. The loaders would ask for every file and retry each.
 
@@ -60,6 +60,7 @@ def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
             ) from error
         say(f"model: {constants.ENDPOINT} can't be reached ({reason}); taking {source} from the cache")
         return False
+    say(f"model: downloading what the cache lacks of {source}")
     return True
 
 

@@ -58,7 +58,7 @@ class PromptBuilder:
             action always shows.
         max_tokens: limit of the prompt. What is too long loses its oldest actions first, then the end of the answer
             and of the scene; never the goal.
-        response_format: decides the instruction where none is given. "think_action" explains its tags, "plain" has none.
+        response_format: decides the instruction where none is given: "think_action" explains its tags, "plain" has none
         goal_last: the goal stands after all else instead of before it.
         instruction: the prompt's first line; "" for none.
         admissible_actions: list what can be done now, where the environment says so.
