@@ -97,7 +97,7 @@ def check_files(folder: Path) -> None:
 def check_config(settings: Mapping[str, Any]) -> None:
     """Raises ConfigError where a model's config.json asks for what can't be trained here, or for others' code."""
     if method := settings.get("quantization_config"):
-        name = method.get("quant_method", "quantization_config in config.json")
+        name = method.get("quant_method") if isinstance(method, dict) else method
         raise ConfigError(
             f"its weights are quantized ({name}), and such weights can't be trained; choose the unquantized model"
         )

@@ -70,12 +70,12 @@ class Policy:
 
     def read(self, responses: Sequence[list[int]]) -> list[str]:
         """Texts of responses, without special tokens other than those around a thought."""
-        special = {
-            index
-            for index, token in self.tokenizer.added_tokens_decoder.items()
-            if token.special and token.content not in (THOUGHT, THOUGHT_END)
-        }
-        return self.tokenizer.batch_decode([[i for i in ids if i not in special] for ids in responses])
+        return self.tokenizer.batch_decode([[i for i in ids if i not in self._unread] for ids in responses])
+
+    @cached_property
+    def _unread(self) -> set[int]:
+        tokens = self.tokenizer.added_tokens_decoder.items()
+        return {index for index, token in tokens if token.special and token.content not in (THOUGHT, THOUGHT_END)}
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """As `load_policy` reads it. `weights` stand in for the model's own."""
@@ -116,7 +116,7 @@ def load_policy(source: str, config: ModelConfig, say: Callable[[str], None] = l
         if own and config.chat_template is not None:
             tokenizer.chat_template = _chosen_template(config.chat_template, tokenizer.chat_template)
         policy = Policy(model, tokenizer, dict(config.chat_template_kwargs))
-        _ = policy.chat
+        _ = policy.chat  # refuses a template that can't be used
     except ConfigError as error:
         where = f"model.name_or_path={source}: {error}"
         raise ConfigError(
