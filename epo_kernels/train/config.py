@@ -43,6 +43,12 @@ class ModelConfig:
     """The policy: which model, in which precision, how much of it is trained."""
 
     name_or_path: str = "tiny"  # a folder, a hub id, or from scratch, made for warm_start: tiny (0.5M) | small (26M)
+    chat_template: str | None = (
+        None  # null: the tokenizer's | plain (for base models) | a file | the name of one it has
+    )
+    chat_template_kwargs: dict[str, Any] = field(
+        default_factory=dict
+    )  # its variables, such as {enable_thinking: false}
     dtype: str = "float32"  # of matrix products: float32 | bfloat16; the weights stay float32
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     threads: int = 0  # of torch on the CPU; 0: a thread a core. Small models are fastest with 1
@@ -76,7 +82,9 @@ class RolloutConfig:
     goal_last: bool = False  # the goal ends the prompt, near to the action: models of two layers copy from there alone
     max_prompt_tokens: int = 256  # the oldest history goes first, then the scene's end; the goal never
     max_response_tokens: int = 16  # what is longer is cut there
-    response_format: str = "plain"  # plain: the first line is the action | think_action: <think>..<action>..
+    response_format: str = "plain"  # plain: a line, after a <think> block if any | think_action: <think>..<action>..
+    instruction: str | None = None  # first line of a prompt; null: what think_action needs, nothing for plain
+    admissible_actions: bool = False  # prompts list what can be done now (practice, alfworld)
     layout: str = "turn"  # turn: a prompt anew each turn, a sample a turn | episode: one growing dialogue, one sample
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
@@ -365,6 +373,11 @@ def warnings_of(config: TrainConfig) -> list[str]:
             f"which its authors' runs crashed on long observations (they went to {NEEDED_PROMPT} later); here such "
             f"prompts lose history and the end of what is seen instead. Set rollout.max_prompt_tokens={NEEDED_PROMPT}"
         )
+    if rollout.response_format == "think_action" and rollout.instruction and "<action>" not in rollout.instruction:
+        found.append(
+            "rollout.instruction doesn't say that an action stands inside <action> </action>, as "
+            "rollout.response_format=think_action needs"
+        )
     return found
 
 
@@ -419,6 +432,7 @@ _CHOICES = {
     "evaluate.decoding": ("greedy", "sampled"),
     "tracking.wandb": ("disabled", "online", "offline"),
 }
+_MAPPINGS = ("model.chat_template_kwargs",)  # settings whose value is a mapping with names of its own
 _AT_LEAST_ONE = (
     "rollout.environments",
     "rollout.cohorts",
@@ -574,6 +588,16 @@ def _check_combinations(config: TrainConfig) -> None:
             f"model.name_or_path={config.model.name_or_path} starts from nothing: model.warm_start.demonstrations "
             "must be at least 1, got 0",
         )
+        _that(
+            config.model.chat_template is None and not config.model.chat_template_kwargs,
+            f"model.name_or_path={config.model.name_or_path} has a chat template of its own: remove "
+            "model.chat_template and model.chat_template_kwargs",
+        )
+    _that(
+        not rollout.admissible_actions or config.env.name != "scienceworld",
+        "rollout.admissible_actions=true: scienceworld has no such list (hundreds of actions, slow to find); set it "
+        "false",
+    )
     _that(
         rollout.layout == "turn" or not rollout.goal_last,
         f"rollout.goal_last=true needs rollout.layout=turn, got {rollout.layout}: a dialogue names its goal once, as "
@@ -720,7 +744,7 @@ def setting_names() -> list[str]:
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and f"{prefix}{name}" not in _MAPPINGS:
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

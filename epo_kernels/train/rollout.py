@@ -210,7 +210,7 @@ class Rollout:
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
         if not completions:  # of nothing it would make one empty text
             return []
-        return self._policy.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+        return self._policy.read([c.token_ids for c in completions])
 
     def _response(self, token_ids: list[int]) -> str:
         """As written, special tokens included, for people to read; only the end token is left out."""
@@ -222,7 +222,7 @@ class Rollout:
         assert seat.episode is not None
         assert seat.observation is not None
         # What holds no action goes out as an empty one, which no environment understands.
-        action = parse_action(text, self._response_format) or ""
+        action = parse_action(self._policy.chat.opening + text, self._response_format) or ""
         turn = Turn(
             seat.observation,
             request.prompt_ids,

@@ -47,6 +47,7 @@ from epo_kernels.train.policies.dialogue import DialogueBuilder
 from epo_kernels.train.policies.generate import Engine, StopRule, StreamingEngine, TransformersEngine
 from epo_kernels.train.policies.loading import hold_products_in
 from epo_kernels.train.policies.lora import add_adapters, require_peft
+from epo_kernels.train.policies.model_check import check_policy
 from epo_kernels.train.policies.policy import Policy, build_from_scratch, load_policy, precision
 from epo_kernels.train.policies.prompts import PromptBuilder, Prompts
 from epo_kernels.train.policies.vllm_engine import VllmEngine, require_vllm
@@ -385,7 +386,7 @@ class Trainer:
     def _make_engine(self, stack: ExitStack) -> Engine | StreamingEngine:
         """What writes the policy's responses."""
         policy, rollout = self.policy, self.config.rollout
-        stop = StopRule(policy.tokenizer, policy.end_ids, rollout.response_format)
+        stop = StopRule(policy.tokenizer, policy.end_ids, rollout.response_format, policy.chat.opening)
         if rollout.engine == "transformers":
             return TransformersEngine(
                 policy.model, policy.pad_id, stop, rollout.temperature, rollout.max_response_tokens
@@ -461,7 +462,10 @@ class Trainer:
                 hold_products_in(model, dtype)
             self.ranks.shard(model.get_decoder(), device)
 
-        return load_policy(str(source), self.config.model, prepare if self.ranks.fsdp or narrow else None)
+        with self.display.bar(f"loading {source}", None):
+            split = prepare if self.ranks.fsdp or narrow else None
+            policy = load_policy(str(source), self.config.model, split, self.display.say)
+        return policy if frozen else self._checked(policy, str(source))
 
     def _shared_policy(self, dry: bool) -> Policy:
         """The policy before RL, read by every rank; made by the first one where it isn't there to be loaded."""
@@ -491,14 +495,18 @@ class Trainer:
     def _first_policy(self, dry: bool) -> Policy:
         """The policy before RL: loaded or made, and cloned from demonstrations where asked for."""
         model, warm_start, seed = self.config.model, self.config.model.warm_start, self.config.seed
+        anew = model.name_or_path in FROM_SCRATCH
+        if not anew:  # first, since demonstrations take minutes and a model may not do
+            with self.display.bar(f"loading {model.name_or_path}", None):
+                policy = load_policy(model.name_or_path, model, say=self.display.say)
+            self._checked(policy, model.name_or_path)
         count = min(warm_start.demonstrations, 1) if dry else warm_start.demonstrations
         if count:
             self.display.say(f"demonstrations: {count} episodes of {self.suite.name}")
         with self._bar("demonstrations", count) as bar:
             demonstrations = demonstrate(self.suite, count, bar) if count else []
-        anew = model.name_or_path in FROM_SCRATCH
-        with self.display.bar(f"loading {model.name_or_path}", None):
-            policy = build_from_scratch(demonstrations, model, seed) if anew else load_policy(model.name_or_path, model)
+        if anew:
+            policy = self._checked(build_from_scratch(demonstrations, model, seed), model.name_or_path)
         if demonstrations and not dry:
             samples = cloning_samples(
                 demonstrations,
@@ -523,19 +531,30 @@ class Trainer:
             add_adapters(policy.model, model)
         return policy
 
+    def _checked(self, policy: Policy, source: str) -> Policy:
+        """The policy, if it can do what the settings ask of it."""
+        try:
+            for warning in check_policy(policy, self.config):
+                self.display.say(f"warning: {source}: {warning}")
+        except ConfigError as error:
+            raise ConfigError(f"model.name_or_path={source}: {error}") from error
+        return policy
+
     def _prompts(self, policy: Policy) -> Prompts:
         rollout = self.config.rollout
         window = PromptBuilder(
-            policy.tokenizer,
+            policy.chat,
             rollout.history,
             rollout.history_results,
             rollout.max_prompt_tokens,
             rollout.response_format,
             rollout.goal_last,
+            rollout.instruction,
+            rollout.admissible_actions,
         )
         if rollout.layout == "turn":
             return window
-        return DialogueBuilder(window, policy.tokenizer, rollout.max_prompt_tokens)
+        return DialogueBuilder(window, policy.chat, rollout.max_prompt_tokens)
 
     def _reference(self, checkpoint: Path | None, dry: bool) -> PreTrainedModel | None:
         """The frozen starting policy, for the KL term; kept in the run's folder."""

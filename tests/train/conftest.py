@@ -102,7 +102,7 @@ def cloned(config: TrainConfig, suite: Suite) -> Policy:
 
 
 def prompts_of(policy: Policy, history: int = 2, max_tokens: int = 128) -> PromptBuilder:
-    return PromptBuilder(policy.tokenizer, history, 1, max_tokens, "plain")
+    return PromptBuilder(policy.chat, history, 1, max_tokens, "plain")
 
 
 def engine_of(policy: Policy, temperature: float = 1.0, max_tokens: int = 6) -> TransformersEngine:

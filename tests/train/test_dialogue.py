@@ -24,7 +24,7 @@ from tests.train.test_rollout import episodes_of
 
 
 def dialogue_of(policy, max_tokens=400):
-    return DialogueBuilder(prompts_of(policy, max_tokens=max_tokens), policy.tokenizer, max_tokens)
+    return DialogueBuilder(prompts_of(policy, max_tokens=max_tokens), policy.chat, max_tokens)
 
 
 def play(policy, suite, prompts, count=5):

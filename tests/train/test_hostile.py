@@ -54,6 +54,8 @@ def test_the_driver_has_no_shell_no_eval_and_reads_no_pickle():
             assert not name.startswith(("pickle.load", "marshal.", "joblib.", "dill.")), where
             assert words.get("shell", "False") == "False", where
             assert words.get("trust_remote_code", "False") == "False", where
+            if (name.startswith("Auto") and name.endswith("from_pretrained")) or name == "EngineArgs":
+                assert words["trust_remote_code"] == "False", where
             if name == "torch.load":
                 assert words["weights_only"] == "True", where
 

@@ -393,7 +393,7 @@ def test_what_the_environment_refuses_is_an_error_of_settings(tmp_path, capsys):
     assert train(f"run_dir={tmp_path}", "env.task_names=[run]") == 2
     assert "practice has no task type 'run'" in capsys.readouterr().err
     assert train(f"run_dir={tmp_path}", "model.name_or_path=/nowhere/at/all") == 2
-    assert "model.name_or_path='/nowhere/at/all' is not to be loaded" in capsys.readouterr().err
+    assert "model.name_or_path=/nowhere/at/all: there is no folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

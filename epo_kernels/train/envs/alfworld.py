@@ -129,11 +129,11 @@ class ALFWorldEnvironment:
     def _observation(self, answer: str, commands: list[str]) -> Observation:
         """Its state is the last answer to a move, which says where the player is and what is there."""
         carried = f"You have: {self._carried}."
-        if self._config.admissible_commands:  # without help, as in the published prompts
-            around = f"You can: {', '.join(command for command in commands if command != 'help')}."
-        else:
-            around = f"Places: {self._places}."
-        return Observation(self._goal, answer, f"{carried} {around}", f"{carried} {self._arrival}")
+        state = f"{carried} {self._arrival}"
+        actions = tuple(command for command in commands if command != "help")  # as in the published prompts
+        if self._config.admissible_commands:
+            return Observation(self._goal, answer, f"{carried} You can: {', '.join(actions)}.", state)
+        return Observation(self._goal, answer, f"{carried} Places: {self._places}.", state, actions)
 
 
 def _file(files: dict[Task, Path], task: Task) -> Path:

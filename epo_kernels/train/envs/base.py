@@ -36,6 +36,7 @@ class Observation:
     text: str  # the answer to the last action; at reset, the opening text
     scene: str = ""  # what can be seen now; "" where `text` says all
     state: str = ""  # GiGPO compares turns of which this is the same; "": those of the same scene, or text without one
+    actions: tuple[str, ...] = ()  # all that can be done now, where the environment knows and `scene` doesn't say
 
 
 @dataclass(frozen=True)

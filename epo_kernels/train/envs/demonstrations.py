@@ -67,7 +67,9 @@ def read_demonstration(path: Path) -> Demonstration | None:
         record = json.loads(text)
         return Demonstration(
             task=Task(**record["task"]),
-            observations=[Observation(**seen) for seen in record["observations"]],
+            observations=[
+                Observation(**seen | {"actions": tuple(seen.get("actions", ()))}) for seen in record["observations"]
+            ],
             actions=list(record["actions"]),
             score=float(record["score"]),
         )

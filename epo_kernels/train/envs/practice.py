@@ -171,7 +171,7 @@ class PracticeEnvironment:
     def _observe(self, answer: str) -> Observation:
         goal = f"Follow the signs through {len(self._rooms)} rooms to the vault."
         here = "" if self._done else self._rooms[self._passed].describe()
-        return Observation(goal, answer, here)
+        return Observation(goal, answer, here, actions=() if self._done else ACTIONS)
 
 
 class PracticeSuite:

@@ -2,14 +2,10 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
-from epo_kernels.train.config import ConfigError
 from epo_kernels.train.data import Turn
 from epo_kernels.train.envs import Observation
+from epo_kernels.train.policies.chat import Chat
 from epo_kernels.train.policies.prompts import PromptBuilder
-
-_RESPONSE = "=response="  # found again in what the chat template writes
 
 
 class DialogueBuilder:
@@ -20,18 +16,18 @@ class DialogueBuilder:
 
     Args:
         window: of first prompts, and of those after a dialogue that grew too long.
-        tokenizer: whose chat template knows the roles user and assistant.
+        chat: of the policy.
         max_tokens: limit of a prompt.
 
     Raises:
         ConfigError: a chat template that doesn't show responses as they are.
     """
 
-    def __init__(self, window: PromptBuilder, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    def __init__(self, window: PromptBuilder, chat: Chat, max_tokens: int) -> None:
+        chat.require_dialogue()
         self._window = window
-        self._tokenizer = tokenizer
+        self._chat = chat
         self._max_tokens = max_tokens
-        self._after_response("")  # refuses the template before anything is played
 
     def encode(self, states: Sequence[tuple[Observation, Sequence[Turn]]]) -> list[list[int]]:
         """Prompt ids of many (observation, past turns), none longer than the limit.
@@ -46,24 +42,7 @@ class DialogueBuilder:
         return [ids for ids in prompts if ids is not None]
 
     def _extend(self, seen: Observation, last: Turn) -> list[int]:
-        answer = "\n".join(text for text in (seen.text, seen.scene) if text)
-        ids = self._tokenizer(self._after_response(answer), add_special_tokens=False)["input_ids"]
+        ids = self._chat.after_response("\n".join(self._window.observed(seen)))
         if ids[:1] == last.response_ids[-1:]:  # the policy closed its response as the template would
             ids = ids[1:]
         return last.prompt_ids + last.response_ids + ids
-
-    def _after_response(self, answer: str) -> str:
-        """What the chat template writes between two responses: the end of one, the answer, the opening of the other."""
-        messages = [
-            {"role": "user", "content": "goal"},
-            {"role": "assistant", "content": _RESPONSE},
-            {"role": "user", "content": answer},
-        ]
-        rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        _, found, after = str(rendered).partition(_RESPONSE)
-        if not found:
-            raise ConfigError(
-                "rollout.layout=episode: the tokenizer's chat template doesn't write a response as it is; "
-                "use rollout.layout=turn, or another model"
-            )
-        return after

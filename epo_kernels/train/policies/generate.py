@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from epo_kernels.train.policies.chat import THOUGHT_END
+from epo_kernels.train.policies.prompts import without_thought
+
 CLOSING_TAG = "</action>"
 
 
@@ -56,32 +59,51 @@ class StreamingEngine(Protocol):
 class StopRule:
     """When a response is over: at an end token; plain: at a line break; think_action: at the closing tag.
 
+    A policy that can think, by its tokenizer or chat template, ends a plain response with the line after its thought.
+
+    Args:
+        tokenizer: of the policy.
+        end_ids: tokens that always end a response.
+        response_format: "plain" or "think_action".
+        opening: what the prompt has begun of the response, see `Chat`.
+
     Attributes:
-        end_ids: tokens that end it, those with a line break among them.
+        end_ids: tokens that end it wherever they stand.
         closing_tag: that ends it too; None: none does.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: set[int], response_format: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, end_ids: set[int], response_format: str, opening: str = ""
+    ) -> None:
         self._tokenizer = tokenizer
+        self._opening = opening
         self.end_ids = set(end_ids)
         self.closing_tag = CLOSING_TAG if response_format == "think_action" else None
         self._maybe_closing: set[int] = set()
+        self._line_breaks: set[int] = set()
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         if response_format == "plain":
-            self.end_ids |= {i for i, text in enumerate(texts) if "\n" in text}
+            breaks = {i for i, text in enumerate(texts) if "\n" in text}
+            if THOUGHT_END in texts or THOUGHT_END in str(tokenizer.chat_template):
+                self._line_breaks = breaks
+            else:
+                self.end_ids |= breaks
         else:
             self._maybe_closing = {i for i, text in enumerate(texts) if ">" in text}
 
     def ends(self, token_ids: list[int]) -> bool:
-        """Whether the response ends with its last token."""
-        if token_ids[-1] in self.end_ids:
+        """Whether the response, given from its first token, ends with its last."""
+        last = token_ids[-1]
+        if last in self.end_ids:
             return True
+        if last in self._line_breaks:
+            return "\n" in without_thought(self._opening + str(self._tokenizer.decode(token_ids)))
         # Ten tokens hold the tag however a tokenizer spells it, letter by letter included.
-        return token_ids[-1] in self._maybe_closing and CLOSING_TAG in self._tokenizer.decode(token_ids[-10:])
+        return last in self._maybe_closing and CLOSING_TAG in self._tokenizer.decode(token_ids[-10:])
 
     def length(self, token_ids: list[int]) -> int:
         """How many tokens belong to the response: those up to the first that ends it, or all."""
-        ends = (n for n in range(1, len(token_ids) + 1) if self.ends(token_ids[max(n - 10, 0) : n]))
+        ends = (n for n in range(1, len(token_ids) + 1) if self.ends(token_ids[:n]))
         return next(ends, len(token_ids))
 
 

@@ -14,20 +14,31 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from epo_kernels.train.policies.model_files import check_weights
+
 Prepare = Callable[[PreTrainedModel], None]
 
 
-def load_causal_lm(source: str, prepare: Prepare | None = None) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` in float32, from safetensors alone.
+def load_causal_lm(
+    source: str,
+    prepare: Prepare | None = None,
+    *,
+    local_files_only: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` in float32, from safetensors alone, without running code of the source.
 
     Args:
         source: a folder or hub id, of a model or of adapters.
         prepare: changes the model before its weights are read; afterwards where they can't be read in parts.
+        local_files_only: the hub isn't asked.
+        say: receives a warning of weights that the model doesn't use.
+
+    Raises:
+        ConfigError: weights that are missing, of another shape, or not finite.
     """
-    # Safetensors alone: other formats are pickles, which can hold programs.
-    settings: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
     if prepare is None:
-        return AutoModelForCausalLM.from_pretrained(source, **settings)
+        return _loaded(AutoModelForCausalLM, source, local_files_only, say)
     prepared: list[PreTrainedModel] = []
 
     def prepare_early(model: PreTrainedModel) -> None:
@@ -37,10 +48,29 @@ def load_causal_lm(source: str, prepare: Prepare | None = None) -> PreTrainedMod
 
     classes = _PreparedClasses(AutoModelForCausalLM._model_mapping, prepare_early)
     auto: Any = type(AutoModelForCausalLM.__name__, (AutoModelForCausalLM,), {"_model_mapping": classes})
-    loaded = auto.from_pretrained(source, **settings)
+    model = _loaded(auto, source, local_files_only, say)
     if not prepared:
-        prepare(loaded)
-    return loaded
+        prepare(model)
+    return model
+
+
+def _loaded(auto: Any, source: str, local_files_only: bool, say: Callable[[str], None]) -> PreTrainedModel:
+    model, loading = auto.from_pretrained(
+        source,
+        dtype=torch.float32,
+        local_files_only=local_files_only,
+        trust_remote_code=False,
+        use_safetensors=True,  # other formats are pickles, which can contain programs
+        ignore_mismatched_sizes=True,  # `check_weights` names them
+        output_loading_info=True,
+    )
+    check_weights(model, loading)
+    if unused := sorted(loading["unexpected_keys"]):
+        say(
+            f"warning: {source}: {len(unused)} weights of its files are not used ({', '.join(unused[:3])}); where they "
+            "are layers, config.json has too few (num_hidden_layers)"
+        )
+    return model
 
 
 def hold_products_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

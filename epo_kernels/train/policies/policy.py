@@ -1,14 +1,18 @@
 """The policy: a causal LM with its tokenizer, loaded from a folder or the hub, or built from scratch."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -20,8 +24,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from epo_kernels.train.config import FROM_SCRATCH, ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
 from epo_kernels.train.envs import Demonstration
-from epo_kernels.train.policies.loading import load_causal_lm
+from epo_kernels.train.policies.chat import PLAIN_TEMPLATE, THOUGHT, THOUGHT_END, Chat
+from epo_kernels.train.policies.loading import Prepare, load_causal_lm
 from epo_kernels.train.policies.lora import require_peft, train_adapters_alone
+from epo_kernels.train.policies.model_files import check_config, is_on_hub
 
 USER, ACT = "<|user|>", "<|act|>"
 VOCABULARY = 1000
@@ -37,19 +43,39 @@ CHAT_TEMPLATE = (
 class Policy:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    chat_settings: dict[str, Any] = field(default_factory=dict)  # variables of the chat template
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The tokenizer's chat template."""
+        return Chat(self.tokenizer, self.chat_settings)
 
     @property
     def end_ids(self) -> set[int]:
-        """Token ids that end a response."""
+        """Token ids that end a response: those declared, and what the chat template ends one with."""
         generation = self.model.generation_config
         declared = generation.eos_token_id if generation is not None else None
         ids = set(declared) if isinstance(declared, list) else {declared}
-        return {int(i) for i in ids | {self.tokenizer.eos_token_id} if i is not None}
+        return {int(i) for i in ids | {self.tokenizer.eos_token_id} | self.chat.end_ids if i is not None}
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends a response in demonstrations."""
+        return self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else min(self.end_ids)
 
     @property
     def pad_id(self) -> int:
         """Fills batches up; always masked, so any id will do where the tokenizer names none."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.end_ids)
+
+    def read(self, responses: Sequence[list[int]]) -> list[str]:
+        """Texts of responses, without special tokens other than those around a thought."""
+        return self.tokenizer.batch_decode([[i for i in ids if i not in self._unread] for ids in responses])
+
+    @cached_property
+    def _unread(self) -> set[int]:
+        tokens = self.tokenizer.added_tokens_decoder.items()
+        return {index for index, token in tokens if token.special and token.content not in (THOUGHT, THOUGHT_END)}
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """As `load_policy` reads it. `weights` stand in for the model's own."""
@@ -71,32 +97,103 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_policy(
-    source: str, config: ModelConfig, prepare: Callable[[PreTrainedModel, torch.device], None] | None = None
+    source: str,
+    config: ModelConfig,
+    prepare: Callable[[PreTrainedModel, torch.device], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Policy:
     """A policy saved with `save_pretrained`, or from the hub.
 
     Args:
-        source: a folder or hub id.
-        config: of the run.
+        source: a folder or hub id: config.name_or_path, or what a run saved, which has its chat template already.
+        config: of the model.
         prepare: called with the model and the device it is for, before its weights are read (`load_causal_lm`).
+        say: receives a line before what takes time.
 
     Raises:
-        ConfigError: nothing to load there, a tokenizer without a chat template, or adapters without PEFT.
+        ConfigError: nothing to load there, or nothing that can be trained: code of its own, damaged or missing weights,
+            no usable chat template, or adapters without PEFT.
     """
     require_peft(config)
     device = resolve_device(config.device)
+    own = source == config.name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = load_causal_lm(source, prepare and (lambda model: prepare(model, device)))
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name_or_path={source!r} is not to be loaded: {error}") from error
-    if tokenizer.chat_template is None:
-        raise ConfigError(f"model.name_or_path={source!r}: its tokenizer has no chat template; use a chat model")
+        model, tokenizer = _load(source, prepare and (lambda model: prepare(model, device)), say)
+        if own and config.chat_template is not None:
+            tokenizer.chat_template = _chosen_template(config.chat_template, tokenizer.chat_template)
+        policy = Policy(model, tokenizer, dict(config.chat_template_kwargs))
+        _ = policy.chat  # refuses a template that can't be used
+    except ConfigError as error:
+        where = f"model.name_or_path={source}: {error}"
+        raise ConfigError(
+            where if own else f"{source}: {error} (to go on from another checkpoint: resume=FOLDER)"
+        ) from error
+    _make_savable(model, tokenizer, say)
     if getattr(model, "_hf_peft_config_loaded", False):
         train_adapters_alone(model)
-    return Policy(_placed(model, device), tokenizer)
+    _placed(model, device)
+    return policy
+
+
+def _load(
+    source: str, prepare: Prepare | None, say: Callable[[str], None]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    is_here = not is_on_hub(source, say)
+    with suppress(OSError):  # adapters have no config.json, and whatever else it is, the loaders say it better
+        check_config(PreTrainedConfig.get_config_dict(source, local_files_only=is_here)[0])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_here, trust_remote_code=False)
+        return load_causal_lm(source, prepare, local_files_only=is_here, say=say), tokenizer
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever reading someone's files may raise
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ConfigError(
+                "it needs code of its own (auto_map in its JSON files), which is never run; use a version of the model "
+                "in one of transformers' own architectures (often called NAME-hf), or convert it to one"
+            ) from error
+        raise ConfigError(
+            f"transformers can't load it ({reason[:300] or type(error).__name__}); correct its files, or choose "
+            "another model"
+        ) from error
+
+
+def _chosen_template(choice: str, present: Any) -> str:
+    """The text of `model.chat_template`: a builtin, one of the tokenizer's by name, or a file."""
+    if choice == "plain":
+        return PLAIN_TEMPLATE
+    if isinstance(present, dict) and choice in present:
+        return present[choice]
+    try:
+        return Path(choice).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        named = f", or one of the tokenizer's own: {', '.join(present)}" if isinstance(present, dict) else ""
+        raise ConfigError(
+            f"model.chat_template must be plain or a file with a Jinja template{named}; {choice} can't be read "
+            f"({error})"
+        ) from error
+
+
+def _make_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
+    """Change what would break a checkpoint, or ask its readers to run code; the driver itself uses none of it."""
+    generation = model.generation_config
+    if generation is not None and not _is_valid(generation):
+        generation.do_sample, change = True, "do_sample=true"  # as a temperature without it was meant
+        if not _is_valid(generation):
+            ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            model.generation_config, change = GenerationConfig(**ids), "its token ids alone"
+        say(f"model: its generation_config.json contradicts itself, so checkpoints are saved with {change}")
+    for holder in (vars(model.config), tokenizer.init_kwargs):
+        holder.pop("auto_map", None)
+
+
+def _is_valid(generation: GenerationConfig) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def build_from_scratch(demonstrations: Sequence[Demonstration], config: ModelConfig, seed: int) -> Policy:

@@ -182,6 +182,7 @@ class VllmEngine:
                 engine = LLMEngine.from_engine_args(
                     EngineArgs(
                         model=folder,
+                        trust_remote_code=False,
                         load_format="dummy",
                         generation_config="vllm",
                         dtype=config.model.dtype,

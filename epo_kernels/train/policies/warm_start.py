@@ -47,11 +47,11 @@ def cloning_samples(
     """Samples as the rollout would make them, had it played the actions shown: prompts, actions and end tokens."""
     episodes = []
     for demonstration in demonstrations:
-        responses = policy.tokenizer(demonstration.actions, add_special_tokens=False)["input_ids"]
+        responses = policy.chat.text(demonstration.actions)
         past: list[Turn] = []
         for index, (seen, action) in enumerate(zip(demonstration.observations, demonstration.actions, strict=True)):
             (prompt_ids,) = prompts.encode([(seen, past)])
-            response_ids = [*responses[index], policy.tokenizer.eos_token_id][:max_response_tokens]
+            response_ids = [*responses[index], policy.end_id][:max_response_tokens]
             is_last = index + 1 == len(demonstration.actions)
             result = "" if is_last else demonstration.observations[index + 1].text
             log_probs = [0.0] * len(response_ids)  # nobody sampled them
