@@ -187,7 +187,7 @@ def test_a_branch_has_settings_of_its_own(whole_run, tmp_path, capsys):
     assert train(*branch) == 0
     said = capsys.readouterr().out
     table = said[said.index("settings of this branch") :].splitlines()[1:6]
-    assert [line.split() for line in table] == [
+    assert [line.split()[2:] for line in table] == [  # after date and time
         ["setting", "saved", "now"],
         ["steps", "4", "5"],
         ["algorithm.name", "grpo", "ppo"],
