@@ -195,7 +195,8 @@ def linear_epo_loss(
             their whole (hidden and bias too): see `group`.
         bias: (V,) or None.
         logits_dtype: dtype of the logits; None: that of the products (autocast's, or what hidden and weight promote
-            to). torch.float32 is the fp32 head of a bfloat16 model.
+            to). torch.float32 is the fp32 head of a bfloat16 model, also under autocast: products then take hidden and
+            weight in the dtype that they promote to, and are added up in float32.
         num_active: number of tokens whose mask is 1, where the caller knows it; saves the one host sync. A wrong number
             raises where values are read (on the CPU), and elsewhere makes loss, metrics and gradients NaN.
         max_chunk_bytes: bound on the live logits, in bytes.
@@ -212,7 +213,7 @@ def linear_epo_loss(
     """
     hidden, weight, bias, group = local_head(hidden, weight, bias, group)
     rows, layout = check_rows(hidden, tokens, cu_seqlens, name="hidden")
-    projection = check_projection(rows, weight, bias, logits_dtype)
+    projection, layout = check_projection(layout, rows, weight, bias, logits_dtype)
     chosen, shard, width = _over_ranks(
         choose_backend(backend, rows.device, projection.logits_dtype), group, rows, weight.shape[0], mask,
         function="linear_epo_loss", vocab_size=vocab_size, cfg=cfg, bounds=entropy_bounds is not None,
@@ -242,7 +243,7 @@ def linear_epo_loss(
         logit_softcap=logit_softcap,
         logit_scale=logit_scale,
     )
-    check_chunking(num_active, max_chunk_bytes, inputs.mask)
+    num_active, max_chunk_bytes = check_chunking(num_active, max_chunk_bytes, inputs.mask)
     check_replicated(shard, inputs.mask, hidden=rows, temperature=transform.temperature, **vars(inputs))
     return chosen.linear_epo_loss(
         replace(projection, shard=shard),
@@ -408,7 +409,7 @@ def linear_log_probs_and_entropy(
     """
     hidden, weight, bias, group = local_head(hidden, weight, bias, group)
     rows, layout = check_rows(hidden, tokens, cu_seqlens=None, name="hidden")
-    projection = check_projection(rows, weight, bias, logits_dtype)
+    projection, layout = check_projection(layout, rows, weight, bias, logits_dtype)
     chosen, shard, width = _over_ranks(
         choose_backend(backend, rows.device, projection.logits_dtype), group, rows, weight.shape[0], mask,
         function="linear_log_probs_and_entropy", vocab_size=vocab_size, entropy=entropy,
@@ -423,7 +424,7 @@ def linear_log_probs_and_entropy(
         logit_scale=logit_scale,
     )
     token_rows, counted = check_tokens(layout, tokens, mask, transform)
-    check_chunking(num_active, max_chunk_bytes, counted)
+    num_active, max_chunk_bytes = check_chunking(num_active, max_chunk_bytes, counted)
     check_replicated(shard, counted, hidden=rows, tokens=token_rows, temperature=transform.temperature)
     log_probs, entropies = chosen.linear_log_probs_and_entropy(
         replace(projection, shard=shard),

@@ -19,11 +19,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from epo_kernels.autograd import differentiable_once
 from epo_kernels.backends.rows import ROW_SUMS, RowKernels, RowLoss, Rows, RowStatistics, Terms
-from epo_kernels.inputs import LogitTransform, Projection
-from epo_kernels.ops import SPENT
+from epo_kernels.inputs import LogitTransform, Projection, without_autocast
 from epo_kernels.sharded import PartialSums, Shard
 
 ROW_MULTIPLE = 128  # rows of a matrix product's tile
@@ -135,7 +134,9 @@ class Head:
         for start in range(0, len(self.active), self._rows):
             part = slice(start, min(start + self._rows, len(self.active)))
             hidden = self.active[part].take(self.hidden).to(self.product_weight.dtype)
-            yield part, hidden, self._logits(hidden)
+            with without_autocast(hidden.device):
+                logits = self._logits(hidden)
+            yield part, hidden, logits
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits, weight = self._buffer[: hidden.shape[0]], self.product_weight.t()
@@ -168,7 +169,10 @@ class HeadGradients:
         """Add those of a chunk with hidden (c, D) and grad_logits (c, V)."""
         if self._bias is not None:
             self._bias += grad_logits.sum(dim=0, dtype=self._bias.dtype)
-        grad_logits = grad_logits.to(hidden.dtype)
+        with without_autocast(hidden.device):
+            self._add_products(part, hidden, grad_logits.to(hidden.dtype))
+
+    def _add_products(self, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
         if self._sums is None and self._hidden is not None:
             self._put([(part, grad_logits @ self._head.product_weight)])
         elif self._sums is not None:
@@ -286,7 +290,7 @@ class LinearStatistics(torch.autograd.Function):
         return statistics.log_probs, statistics.entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_log_probs, grad_entropy):
         hidden, weight, bias, *saved = ctx.saved_tensors
         statistics = RowStatistics(*saved)
@@ -347,7 +351,7 @@ def linear_loss(
     active = find_active(mask, num_active)
     heads = projection.hidden, projection.weight, projection.bias
     needs = tuple(torch.is_grad_enabled() and head is not None and head.requires_grad for head in heads)
-    loss, log_probs, entropy, sums = LinearLoss.apply(
+    loss, log_probs, entropy, sums, _ = LinearLoss.apply(
         *heads,
         kernels,
         head_maker(projection, active, max_chunk_bytes),
@@ -395,18 +399,17 @@ class LinearLoss(torch.autograd.Function):
                 gradients.add(part, hidden_chunk, logits)
         gradients.complete()
         ctx.gradients, ctx.kernels, ctx.gradient_scale = gradients, kernels, terms.gradient_scale
+        ctx.spent = False
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(log_probs, entropy, sums)
-        return sums[ROW_SUMS.index("loss")].to(terms.weights.dtype), log_probs, entropy, sums
+        anchor = hidden.new_empty(0)
+        ctx.save_for_backward(anchor)
+        return sums[ROW_SUMS.index("loss")].to(terms.weights.dtype), log_probs, entropy, sums, anchor
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_loss, *_):
-        if grad_loss is None:
-            return (None,) * 8
-        if ctx.gradients is None:
-            raise RuntimeError(SPENT)
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients, ctx.gradients, ctx.spent = ctx.gradients, None, True
         factor = (grad_loss / ctx.gradient_scale).to(grad_loss.dtype)
 
         def multiply(gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -435,7 +438,7 @@ def certainty(mask: Tensor, num_active: int | None) -> Tensor | float:
     """1, but NaN where num_active isn't the mask's count: a factor, so that gradients become NaN too. No sync."""
     if num_active is None:
         return 1.0
-    return torch.where(mask.sum() == num_active, 1.0, float("nan"))
+    return torch.where(mask.sum() == num_active, 1.0, float("nan")).float()
 
 
 def _tiles(length: int, line_bytes: int) -> Iterator[slice]:

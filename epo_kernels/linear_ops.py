@@ -1,4 +1,4 @@
-"""The linear statistics as two functional `torch.library` operators, for graphs that are being compiled.
+"""The linear statistics as two functional `torch.library` operators, for where a graph is traced.
 
 How many tokens count is known only when the graph runs, so the dropping of masked rows and the loop over chunks stay
 inside the operators; what goes between them, a loss for example, is traced. Logits are computed twice, 8 N D V.
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epo_kernels.autograd import refuse_transforms
 from epo_kernels.backends.rows import RowStatistics
 from epo_kernels.inputs import LogitTransform, Projection
 from epo_kernels.linear import certainty, find_active, gradients_of_head, head_maker, row_maker, statistics_of_head
-from epo_kernels.ops import KERNELS
+from epo_kernels.ops import KERNELS, raise_twice
 
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor mask, Tensor temperature, SymInt vocab_size, "
@@ -34,7 +35,7 @@ def traced_linear_statistics(
     num_active: int | None,
     max_chunk_bytes: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear.linear_log_probs_and_entropy` for a graph that is being compiled, with that backend's kernels."""
+    """`linear.linear_log_probs_and_entropy` where a graph is traced, with that backend's kernels."""
     temperature = transform.temperature
     if not isinstance(temperature, Tensor):
         temperature = torch.full((), temperature, dtype=torch.float32, device=tokens.device)
@@ -151,6 +152,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_transforms(grad_log_probs, grad_entropy)
     tensors, statistics = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     needs = list(ctx.needs_input_grad[:3])
     gradients = linear_gradient(
@@ -169,3 +171,4 @@ def _backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, *_: Tensor
 
 
 linear_statistics.register_autograd(_backward, setup_context=_save)
+linear_gradient.register_autograd(raise_twice)

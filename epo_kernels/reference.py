@@ -278,8 +278,7 @@ def loss_of_given_statistics(
 
     There is no vocabulary: inputs.tokens are 0, or -1 where another argument of the token is inconsistent.
     """
-    inconsistent = inputs.mask & (inputs.tokens < 0)
-    log_probs = log_probs * torch.where(inconsistent, float("nan"), 1.0)
+    log_probs = _nan_at(inputs.mask & (inputs.tokens < 0), log_probs)
     return loss_of_statistics(_at(inputs.mask, log_probs), _at(inputs.mask, entropy), 1, inputs, coefficients, cfg)
 
 
@@ -323,7 +322,7 @@ def token_losses(
             total = total + _term(coefficients.kl, kl_penalty(_source(coefficients.kl, log_probs), ref, cfg.kl_type))
     # Clamps and comparisons stop the gradient of NaN as they stop others; here it must reach the row.
     lost = mask & total.isnan()
-    total = torch.where(lost, log_probs * torch.where(lost, float("nan"), 0.0), total)
+    total = torch.where(lost, _nan_at(lost, log_probs), total)
     return TokenLosses(total, pg, kl, policy, band)
 
 
@@ -359,9 +358,7 @@ def masked_log_probs_and_entropy(
     z = transform_logits(torch.where(mask[..., None], logits, 0.0), transform)
     valid = mask & _in_vocabulary(tokens, transform.vocab_size)
     log_probs, entropy = log_probs_and_entropy(z, torch.where(valid, tokens, 0))
-    # A factor, not a summand: what the clamp of a NaN ratio sends back is 0, and only 0 * NaN spreads to the row.
-    log_probs = log_probs * torch.where(mask & ~valid, float("nan"), 1.0)
-    return _at(mask, log_probs), _at(mask, entropy)
+    return _at(mask, _nan_at(mask & ~valid, log_probs)), _at(mask, entropy)
 
 
 class Band(NamedTuple):
@@ -400,6 +397,14 @@ def band_of_tokens(entropy: Tensor, inputs: TokenInputs, cfg: LossSettings) -> B
 def _at(mask: Tensor, values: Tensor) -> Tensor:
     """values where the mask is 1 and 0 elsewhere, in value and gradient."""
     return torch.where(mask, values, 0)
+
+
+def _nan_at(bad: Tensor, values: Tensor) -> Tensor:
+    """values, and NaN where bad, in value and gradient.
+
+    A factor, not a summand: what the clamp of a NaN ratio sends back is 0, and only 0 * NaN spreads to the row.
+    """
+    return values * torch.ones_like(values).masked_fill(bad, float("nan"))
 
 
 def _in_vocabulary(tokens: Tensor, vocab_size: int) -> Tensor:

@@ -23,14 +23,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
 from epo_kernels import reference
+from epo_kernels.autograd import differentiable_once
 from epo_kernels.backends.rows import (
     COEFFICIENTS,
     ROW_SUMS,
@@ -117,9 +118,11 @@ def find_shard(
             f"group must be a torch.distributed process group with this rank in it, got {group!r} "
             f"({type(group).__name__})"
         )
-    words = {name: repr(fact) for name, fact in facts.items() if not isinstance(fact, int)}
-    numbers = [fact if isinstance(fact, int) else zlib.crc32(words[name].encode()) for name, fact in facts.items()]
-    record = torch.tensor([width, 0, *numbers, *[0] * (_RECORD - len(numbers))]).to(device)
+    words = {name: repr(fact) for name, fact in facts.items() if not isinstance(fact, Integral)}
+    numbers = [
+        int(fact) if isinstance(fact, Integral) else zlib.crc32(words[name].encode()) for name, fact in facts.items()
+    ]
+    record = torch.tensor([width, 0, *numbers, *[0] * (_RECORD - len(numbers))], device=device)
     if mask is not None:
         record[1] = torch.count_nonzero(mask)
     widths, counted, *known = gather(record, group).t().tolist()
@@ -313,34 +316,45 @@ class PartialSums:
 
 
 class GatheredColumns(torch.autograd.Function):
-    """A rank's columns (..., width) -> those of all ranks, (..., total). The gradient of what is the same on all ranks
-    is so too: each takes its columns."""
+    """A rank's columns (..., width) -> those of all ranks, (..., total), and an anchor.
+
+    The gradient of what is the same on all ranks is so too: each takes its columns.
+    """
 
     @staticmethod
-    def forward(ctx: Any, columns: Tensor, shard: Shard) -> Tensor:
+    def forward(ctx: Any, columns: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
         ctx.columns = shard.columns
+        anchor = columns.new_empty(0)
+        ctx.save_for_backward(anchor)
+        ctx.set_materialize_grads(False)
         widest = max(shard.widths)
         padded = torch.nn.functional.pad(columns, (0, widest - columns.shape[-1]))
         parts = zip(shard.gather(padded).unbind(), shard.widths, strict=True)
-        return torch.cat([part[..., :width] for part, width in parts], dim=-1)
+        return torch.cat([part[..., :width] for part, width in parts], dim=-1), anchor
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    @differentiable_once
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, None]:
         return gradient[..., ctx.columns], None
 
 
 class ReplicatedInput(torch.autograd.Function):
-    """What is the same on all ranks, and enters a product with a rank's columns: its gradients are added up."""
+    """What is the same on all ranks, and enters a product with a rank's columns, and an anchor.
+
+    The ranks' gradients are added up.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, shard: Shard) -> Tensor:
+    def forward(ctx: Any, values: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
         ctx.group = shard.group
-        return values.view_as(values)
+        anchor = values.new_empty(0)
+        ctx.save_for_backward(anchor)
+        ctx.set_materialize_grads(False)
+        return values.view_as(values), anchor
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    @differentiable_once
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, None]:
         total = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
         dist.all_reduce(total, group=ctx.group)
         return total.to(gradient.dtype), None

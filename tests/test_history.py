@@ -156,8 +156,8 @@ def test_a_commit_that_fails_leaves_the_history_as_it_was(tokens, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_turns": 0}, "num_turns must be at least 1, got 0"),
-        ({"num_turns": 3, "window": 0}, "window must be at least 1 step or None, got 0"),
+        ({"num_turns": 0}, "num_turns must be an int of at least 1, got 0"),
+        ({"num_turns": 3, "window": 0}, "window must be an int of at least 1 step, or None, got 0"),
         ({"num_turns": 3, "scope": "episode"}, "scope must be one of turn, global, got 'episode'"),
         ({"num_turns": 3, "weighting": "none"}, "weighting must be one of token, step, got 'none'"),
     ],

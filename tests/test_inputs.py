@@ -141,10 +141,15 @@ WRONG_PACKED = {
     "cu start": (
         {"cu_seqlens": torch.tensor([1, 6])},
         ValueError,
-        r"cu_seqlens must rise .*got \[1, 6\]",
+        r"cu_seqlens must rise from 0 to the 6 tokens, got 1 as its first border",
     ),
-    "cu end": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"cu_seqlens must rise from 0 to the 6 tokens"),
-    "cu order": ({"cu_seqlens": torch.tensor([0, 5, 3, 6])}, ValueError, r"cu_seqlens must rise"),
+    "cu end": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"cu_seqlens must rise .*, got 5 as its last border"),
+    "cu order": (
+        {"cu_seqlens": torch.tensor([0, 5, 3, 6])},
+        ValueError,
+        r"cu_seqlens must rise from 0 to the 6 tokens, got 3 after 5 at place 2 of 4",
+    ),
+    "cu batch": ({"cu_seqlens": torch.tensor([[0, 6]])}, ValueError, r"cu_seqlens must be .*cu_seqlens.squeeze\(0\)"),
     "mode": (
         {"cfg": ek.EPOConfig(loss_agg_mode="seq-mean-token-mean")},
         ValueError,

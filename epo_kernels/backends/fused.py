@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from epo_kernels import linear, linear_ops, ops, reference
+from epo_kernels.autograd import refuse_transforms
 from epo_kernels.backends.rows import COEFFICIENTS, Prepared, RowKernels, RowLoss, Rows, Terms, Weighing
 from epo_kernels.config import EPOConfig
-from epo_kernels.inputs import Coefficients, LogitTransform, Projection, Scalar, TokenInputs
+from epo_kernels.inputs import Coefficients, LogitTransform, Projection, Scalar, TokenInputs, tracing
 from epo_kernels.metrics import LossMetrics
 from epo_kernels.sharded import Shard, ShardedRows
 from epo_kernels.weights import sequence_lengths, token_weights
@@ -75,8 +76,9 @@ class FusedBackend:
         *,
         inplace: bool,
     ) -> reference.EPOOutput:
+        refuse_transforms(logits)
         rows = Rows(logits, inputs.tokens, inputs.mask, transform)
-        if torch.compiler.is_compiling() or _holds_means(inputs, cfg):
+        if tracing() or _holds_means(inputs, cfg):
             # A band needs its segment's mean before any gradient: statistics, the maths per token, then the gradient.
             # Compiled graphs go the same way, because it leaves nothing to multiply in backward.
             log_probs, entropy = self._statistics(rows, entropy=True, inplace=inplace)
@@ -91,6 +93,7 @@ class FusedBackend:
     def log_probs_and_entropy(
         self, logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
+        refuse_transforms(logits)
         return self._statistics(Rows(logits, tokens, mask, transform), entropy=entropy, inplace=False)
 
     def linear_epo_loss(
@@ -104,7 +107,8 @@ class FusedBackend:
         num_active: int | None,
         max_chunk_bytes: int,
     ) -> reference.EPOOutput:
-        if torch.compiler.is_compiling() or _holds_means(inputs, cfg):
+        refuse_transforms(projection.hidden, projection.weight, projection.bias)
+        if tracing() or _holds_means(inputs, cfg):
             log_probs, entropy = self.linear_log_probs_and_entropy(
                 projection,
                 transform,
@@ -149,9 +153,10 @@ class FusedBackend:
         num_active: int | None,
         max_chunk_bytes: int,
     ) -> tuple[Tensor, Tensor | None]:
+        refuse_transforms(projection.hidden, projection.weight, projection.bias)
         statistics = (
             partial(linear_ops.traced_linear_statistics, self.name)
-            if torch.compiler.is_compiling()
+            if tracing()
             else partial(linear.linear_log_probs_and_entropy, self.kernels)
         )
         return statistics(
@@ -165,7 +170,7 @@ class FusedBackend:
         )
 
     def _statistics(self, rows: Rows, *, entropy: bool, inplace: bool) -> tuple[Tensor, Tensor | None]:
-        if torch.compiler.is_compiling():  # functional: a permission to overwrite goes unused
+        if tracing():  # functional: a permission to overwrite goes unused
             return ops.traced_statistics(self.name, rows, entropy=entropy)
         return ops.fused_statistics(self.kernels, rows, entropy=entropy, inplace=inplace)
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from epo_kernels import reference
+from epo_kernels.autograd import refuse_transforms
 from epo_kernels.config import EPOConfig
-from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs
+from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs, without_autocast
 from epo_kernels.sharded import GatheredColumns, ReplicatedInput, Shard
 
 
@@ -76,11 +77,15 @@ class ReferenceBackend:
         return self.log_probs_and_entropy(self._project(projection, mask), transform, tokens, mask, entropy=entropy)
 
     def _whole(self, logits: Tensor) -> Tensor:
-        return logits if self._shard is None else GatheredColumns.apply(logits, self._shard)
+        if self._shard is None:
+            return logits
+        refuse_transforms(logits)
+        return GatheredColumns.apply(logits, self._shard)[0]
 
     def _project(self, projection: Projection, mask: Tensor) -> Tensor:
         if self._shard is not None:
-            projection = replace(projection, hidden=ReplicatedInput.apply(projection.hidden, self._shard))
+            refuse_transforms(projection.hidden, projection.weight, projection.bias)
+            projection = replace(projection, hidden=ReplicatedInput.apply(projection.hidden, self._shard)[0])
         return project(projection, mask)
 
 
@@ -91,5 +96,5 @@ def project(projection: Projection, mask: Tensor) -> Tensor:
     hidden = torch.where(mask[..., None], projection.hidden, 0.0).to(narrow).to(wide)
     weight = projection.weight.to(narrow).to(wide)
     bias = None if projection.bias is None else projection.bias.to(wide)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         return F.linear(hidden, weight, bias)

@@ -137,6 +137,23 @@ def case_scoring_and_its_gradient(rank, world):
         assert_close(got, expected, rtol=2e-5, atol=2e-5)
 
 
+def case_second_derivatives_and_forward_mode_raise(rank, world):
+    case, columns, cfg = Case(), own_columns(V, rank, world, "even"), ek.EPOConfig()
+    for backend in ("eager", "reference"):
+        layer, weight = torch.ones((), dtype=torch.float64, requires_grad=True), case.weight[columns].requires_grad_()
+
+        def loss(layer, weight=weight, backend=backend):
+            return case.loss(backend, cfg, case.hidden * layer, weight, None, group=dist.group.WORLD).loss
+
+        (gradient,) = torch.autograd.grad(loss(layer), weight, create_graph=True)
+        with pytest.raises(RuntimeError, match='Use backend="reference", without group='):
+            torch.autograd.grad(gradient.sum(), layer)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(layer.detach(), layer.detach())
+            with pytest.raises(RuntimeError, match='Use backend="reference", without group='):
+                loss(dual)
+
+
 def case_no_token_counts(rank, world):
     case = Case(active=0.0)
     got = run_part(case, "eager", ek.EPOConfig(**HINGE), own_columns(V, rank, world, "even"))
