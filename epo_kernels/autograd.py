@@ -1,6 +1,7 @@
-"""The limits of fused gradients: first derivatives, in reverse mode, of plain tensors. Whatever else is asked raises here.
+"""The limits of fused gradients: first derivatives, in reverse mode, of plain tensors.
 
-PyTorch itself would return zeros or a part of the result, or raise an error about its internals.
+Whatever else is asked raises here. PyTorch itself would return zeros or a part of the result, or raise an error about
+its internals.
 """
 
 from __future__ import annotations

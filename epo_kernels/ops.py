@@ -21,6 +21,7 @@ from epo_kernels.autograd import TWICE, differentiable_once, refuse_transforms
 from epo_kernels.backends.rows import RowKernels, RowLoss, Rows, RowStatistics, Terms
 from epo_kernels.inputs import LogitTransform
 
+
 def fused_loss(kernels: RowKernels, rows: Rows, terms: Terms, *, inplace: bool) -> RowLoss:
     """The loss of the rows, differentiable once in `rows.logits`; no gradient is made where none is wanted.
 
@@ -80,8 +81,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        *upstream, _ = upstream
-        factor = RowLoss(*upstream).loss
+        *_, factor, _ = upstream
         gradient, _ = ctx.saved_tensors
         ctx.spent = True
         ctx.kernels.scale(gradient, factor if ctx.gradient_scale is None else factor / ctx.gradient_scale)

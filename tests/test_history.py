@@ -189,6 +189,32 @@ def test_state_goes_round_through_a_file_with_its_open_step(settings):
         assert len(again) == len(history)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_defaults_of_torch_change_nothing(device, dtype, monkeypatch):
+    """Everything that has no tensor to follow is float32 or float64, and on the CPU."""
+    bound_of = {"turns": torch.tensor([[2, 0], [7, -1]]), "low": 0.5, "high": 2.0}
+    expected = history_of(STEPS)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        history = ek.EntropyHistory(3)
+        for step in STEPS:
+            turns, values = (torch.tensor(column, device="cpu") for column in zip(*step, strict=True))
+            history.update(turns, values.float(), torch.ones_like(turns))
+            history.commit()
+        history.commit()  # a step without tokens
+        again = ek.EntropyHistory(3)
+        again.load_state_dict(history.state_dict())
+        bounds = again.bounds(**bound_of)
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    torch.testing.assert_close(again.means(), expected.means(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(bounds, expected.bounds(**bound_of), rtol=0, atol=0)
+
+
 def test_a_state_is_a_copy():
     history = history_of(STEPS)
     state = history.state_dict()

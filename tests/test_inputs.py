@@ -96,7 +96,11 @@ WRONG = {
     "kl tensor without ref": ({"kl_coeff": torch.tensor(0.0)}, ValueError, r"ref_log_probs must be given"),
     "ref shape": ({"ref_log_probs": ones(5, 3)}, ValueError, r"ref_log_probs must have the shape of tokens"),
     "is_weights": ({"is_weights": ones(3, 5, 1)}, ValueError, r"is_weights must have the shape of tokens"),
-    "cu on padded": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"cu_seqlens goes with packed logits"),
+    "cu on padded": (
+        {"cu_seqlens": torch.tensor([0, 5])},
+        ValueError,
+        r"cu_seqlens goes with packed logits, got a padded batch of 3; pack the rows",
+    ),
     "max_length": (
         {"cfg": ek.EPOConfig(loss_agg_mode="seq-mean-token-sum-norm"), "max_length": 0},
         ValueError,
@@ -166,7 +170,13 @@ WRONG_PACKED = {
         r"max_length must be given for packed logits",
     ),
     "advantages": ({"advantages": ones(1)}, ValueError, r"cu_seqlens must be given to spread advantages \(1,\)"),
-    "mask": ({"mask": ones(1, 6)}, ValueError, r"mask must have shape \(6,\), got \(1, 6\)"),
+    "mask": ({"mask": ones(1, 6)}, ValueError, r"mask must have shape \(6,\), got \(1, 6\); give mask.squeeze\(0\)"),
+    "old": ({"old_log_probs": ones(1, 6)}, ValueError, r"old_log_probs must have .*; give old_log_probs.squeeze\(0\)"),
+    "rows": (
+        {"logits": ones(1, 6, 7), "cu_seqlens": torch.tensor([0, 6])},
+        ValueError,
+        r"cu_seqlens goes with packed logits, got a padded batch of 1; give logits.squeeze\(0\), and squeeze\(0\) of",
+    ),
 }
 
 
@@ -336,10 +346,26 @@ def test_log_probs_and_entropy_of_an_unread_invalid_token_is_nan():
     assert torch.isfinite(entropy).all()
 
 
-def test_meta_tensors_pass_by_shape_alone():
-    case = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in padded_case().items()}
-    out = ek.epo_loss(**case, backend="reference")
-    assert (out.loss.shape, out.log_probs.shape, out.entropy.dtype) == ((), (3, 5), torch.float32)
+@pytest.mark.parametrize("checked", ["0", "1"])
+def test_meta_tensors_pass_by_shape_alone(checked, monkeypatch):
+    monkeypatch.setenv("EPO_KERNELS_CHECK", checked)
+    case = random_case(SEGMENT, dtype=F32)
+    case["entropy_bounds"] = tuple(bound.to("meta") for bound in case["entropy_bounds"])
+    case = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in case.items()}
+    logits, tokens, mask = case.pop("logits").requires_grad_(), case["tokens"], case["mask"]
+    hidden, weight = (torch.empty(*shape, device="meta", requires_grad=True) for shape in ((3, 5, 4), (7, 4)))
+    statistics = ek.log_probs_and_entropy(logits, tokens, mask=mask)
+    linear_statistics = ek.linear_log_probs_and_entropy(hidden, weight, tokens, mask=mask, num_active=12)
+    given = {name: value for name, value in case.items() if name != "tokens"}
+    for out, leaf in [
+        (ek.epo_loss(logits, **case), logits),
+        (ek.linear_epo_loss(hidden, weight, **case), hidden),
+        (ek.epo_loss_from_log_probs(*statistics, **given), logits),
+        (ek.epo_loss_from_log_probs(*linear_statistics, **given), weight),
+    ]:
+        assert (out.loss.shape, out.log_probs.shape, out.entropy.dtype) == ((), (3, 5), F32)
+        assert {value.device.type for value in (out.loss, out.log_probs, out.entropy, out.metrics.values)} == {"meta"}
+        assert torch.autograd.grad(out.loss, leaf, retain_graph=True)[0].shape == leaf.shape
 
 
 def test_bad_values_that_cannot_be_read_make_the_loss_nan(monkeypatch):
@@ -368,12 +394,58 @@ def test_a_temperature_that_is_not_positive_is_named():
     assert ek.epo_loss(logits, tokens, None, ones, mask, ek.EPOConfig(), temperature=cold).loss.isfinite()
 
 
-def test_numpy_scalars_are_numbers():
-    logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
-    numbers = {"normalizer": np.int64(3), "entropy_coeff": np.float32(0.5)}
-    plain = {"normalizer": 3, "entropy_coeff": 0.5}
-    ours, theirs = (ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig(), **n).loss for n in (numbers, plain))
-    assert torch.equal(ours, theirs)
+class Index:
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, Index, torch.tensor])
+def test_what_stands_for_an_int_is_one(kind):
+    """Like NumPy's scalars, which are numbers too."""
+    logits, tokens, ones = torch.randn(6, 4), torch.tensor([0, 1, 2, 2, 1, 0]), torch.ones(6)
+    head = {"hidden": logits, "weight": torch.eye(5, 4)}
+    cfg = ek.EPOConfig(penalty="hinge", band_scope="segment", loss_agg_mode="seq-mean-token-sum-norm")
+    arguments = {"tokens": tokens, "old_log_probs": None, "advantages": ones, "mask": ones, "cfg": cfg}
+    bands = {"entropy_bounds": (ones, ones), "segment_ids": tokens, "cu_seqlens": torch.tensor([0, 6])}
+
+    def loss(integer, scalar):
+        rows = {"vocab_size": integer(3), "max_length": integer(9), "num_segments": integer(3)}
+        chunks = {"num_active": integer(6), "max_chunk_bytes": integer(200)}
+        numbers = {"normalizer": scalar(3), "entropy_coeff": np.float32(0.5)}
+        return ek.linear_epo_loss(**head, **arguments, **bands, **rows, **chunks, **numbers).loss
+
+    assert torch.equal(loss(kind, np.int64), loss(int, int))
+    history = ek.EntropyHistory(kind(3), window=kind(2))
+    assert (type(history.num_turns), type(history.window)) == (int, int)
+    with pytest.raises(ValueError, match=r"vocab_size must be an int in \[1, 4\].*, got"):
+        ek.epo_loss(logits, **arguments, **bands, vocab_size=kind(5))
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "max_length", "num_segments", "num_active", "max_chunk_bytes"])
+@pytest.mark.parametrize("value", [True, np.bool_(True), 2.0, "2", torch.tensor(2.0)])
+def test_what_does_not_stand_for_an_int_is_named(name, value):
+    logits, tokens, ones = torch.randn(1, 6, 4), torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 6)
+    cfg = ek.EPOConfig(loss_agg_mode="seq-mean-token-sum-norm")
+    with pytest.raises(ValueError, match=f"{name} must be an int"):
+        ek.linear_epo_loss(logits, torch.eye(4), tokens, None, ones, ones, cfg, **{name: value})
+
+
+def test_messages_are_short_whatever_the_size():
+    count = 100_000
+    logits, tokens, ones = torch.zeros(count, 1), torch.zeros(count, dtype=torch.int64), torch.ones(count)
+    borders = torch.arange(count + 1)
+    borders[70_000] = 3
+    for wrong, told in [
+        ({"cu_seqlens": borders}, "got 3 after 69999 at place 70000 of 100001"),
+        ({"vocab_size": list(range(count))}, "vocab_size must be an int"),
+        ({"normalizer": list(range(count))}, "normalizer must be a number"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=told) as error:
+            ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig(), **wrong)
+        assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize("name", ["old_log_probs", "ref_log_probs"])

@@ -291,6 +291,65 @@ def test_autocast_and_master_weights() -> None:
         assert (got - truth).norm() <= 1.05 * (theirs - truth).norm() + 1e-3 * truth.norm()
 
 
+@pytest.mark.parametrize(
+    ("backend", "inside"),  # backward inside of autocast too: PyTorch's own products would be cast there
+    [
+        ("reference", False),
+        ("eager", False),
+        ("eager", True),
+        pytest.param("cpu", False, marks=NEEDS_CPU),
+        pytest.param("cpu", True, marks=NEEDS_CPU),
+    ],
+)
+@pytest.mark.parametrize("scope", ["token", "segment"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float32_head_under_autocast(dtype: torch.dtype, scope: str, backend: str, inside: bool) -> None:
+    """Products in float32 of the very operands, forward and backward: as without autocast, bit for bit."""
+    case, cfg = Case(dtype), ek.EPOConfig(band_scope=scope, **HINGE)
+    expected = case.run(backend, cfg, logits_dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        leaves = [value.clone().requires_grad_() for value in (case.hidden, case.weight, case.bias)]
+        out = case.loss(backend, cfg, *leaves, logits_dtype=torch.float32)
+        if inside:
+            out.loss.backward()
+    if not inside:
+        out.loss.backward()
+    got = [out.loss.detach(), out.log_probs, out.entropy, *(leaf.grad for leaf in leaves)]
+    assert_alike(got, expected, tolerance=0.0)
+    wide = [value.float() for value in (case.hidden, case.weight, case.bias)]
+    truth = torch.log_softmax(wide[0] @ wide[1].t() + wide[2], -1).gather(-1, case.tokens[..., None])[..., 0]
+    torch.testing.assert_close(out.log_probs, torch.where(case.mask, truth, 0.0), rtol=1e-5, atol=1e-5)
+
+
+def test_scores_of_a_float32_head_under_autocast() -> None:
+    case = Case(torch.bfloat16)
+    call = {"mask": case.mask, "bias": case.bias, "logits_dtype": torch.float32, "backend": "eager"}
+
+    def score(function=ek.linear_log_probs_and_entropy) -> list[Tensor]:
+        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        log_probs, entropy = function(hidden, weight, case.tokens, **call)
+        gradients = torch.autograd.grad((log_probs * entropy).sum(), [hidden, weight])
+        return [log_probs.detach(), entropy.detach(), *gradients]
+
+    expected = score()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_alike(score(), expected, tolerance=0.0)
+        torch._dynamo.reset()
+        compiled = score(torch.compile(ek.linear_log_probs_and_entropy, backend="eager"))
+    assert_alike(compiled, expected, tolerance=0.0)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    case, cfg = Case(), ek.EPOConfig(**HINGE)
+    expected = case.run("auto", cfg)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = case.run("auto", cfg)
+        mixed = case.loss("auto", cfg, case.hidden.float(), case.weight, case.bias)
+    assert [value.dtype for value in got] == [torch.float64] * 6
+    assert_alike(got, expected, tolerance=0.0)
+    assert (mixed.loss.dtype, mixed.log_probs.dtype) == (torch.float64, torch.float64)
+
+
 @pytest.mark.parametrize("entropy", [True, False])
 def test_log_probs_and_entropy(entropy: bool) -> None:
     case = Case()
