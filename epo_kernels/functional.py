@@ -114,7 +114,9 @@ def epo_loss(
         TypeError, ValueError: an argument is wrong; the message names it, what it must be and what it is. Values of
             CUDA tensors aren't read: there a bad one makes the loss NaN, counts in `metrics.invalid_tokens`, and raises
             with the environment variable EPO_KERNELS_CHECK=1.
-        RuntimeError: a backend asked for by name can't run here, or group= under `torch.compile`.
+        RuntimeError: a backend asked for by name can't run here, or group= under `torch.compile`. Second derivatives,
+            forward-mode AD, `torch.func` transforms and batched gradients, unless the reference backend computes them
+            without group=.
     """
     logits, group = local_logits(logits, group)
     rows, layout = check_rows(logits, tokens, cu_seqlens, least_width=1 if group is None else 0)

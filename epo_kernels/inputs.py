@@ -4,9 +4,9 @@ Padded (B, T) and packed (N,) batches come out alike: a packed batch is one row,
 arguments (float32, int64, bool) are only viewed here, never copied, so that a fused backend launches nothing but its
 own kernels.
 
-Checks of shapes, types and devices always run. Checks of values run where they are free: on CPU tensors, outside of
-`torch.compile`; on CUDA with EPO_KERNELS_CHECK=1, at the price of a sync. Where they don't run, a bad value makes the
-loss NaN and is counted in `metrics.invalid_tokens`.
+Checks of shapes, types and devices always run. Checks of values run where they are free: on CPU tensors, but not under
+`torch.compile`, FakeTensorMode or a `torch.func` transform; on CUDA with EPO_KERNELS_CHECK=1, at the price of a sync.
+Where they don't run, a bad value makes the loss NaN and is counted in `metrics.invalid_tokens`.
 """
 
 from __future__ import annotations
