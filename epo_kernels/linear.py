@@ -134,9 +134,7 @@ class Head:
         for start in range(0, len(self.active), self._rows):
             part = slice(start, min(start + self._rows, len(self.active)))
             hidden = self.active[part].take(self.hidden).to(self.product_weight.dtype)
-            with without_autocast(hidden.device):
-                logits = self._logits(hidden)
-            yield part, hidden, logits
+            yield part, hidden, self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits, weight = self._buffer[: hidden.shape[0]], self.product_weight.t()
@@ -146,8 +144,9 @@ class Head:
             torch.mm(hidden, weight, out_dtype=self.logits_dtype, out=logits)
         else:
             wide = hidden.to(self.logits_dtype)
-            for tile in _tiles(weight.shape[1], wide.shape[1] * wide.element_size()):
-                logits[:, tile] = wide @ weight[:, tile].to(wide.dtype)
+            with without_autocast(hidden.device):
+                for tile in _tiles(weight.shape[1], wide.shape[1] * wide.element_size()):
+                    logits[:, tile] = wide @ weight[:, tile].to(wide.dtype)
         return logits if self._product_bias is None else logits.add_(self._product_bias)
 
 
@@ -169,12 +168,9 @@ class HeadGradients:
         """Add those of a chunk with hidden (c, D) and grad_logits (c, V)."""
         if self._bias is not None:
             self._bias += grad_logits.sum(dim=0, dtype=self._bias.dtype)
-        with without_autocast(hidden.device):
-            self._add_products(part, hidden, grad_logits.to(hidden.dtype))
-
-    def _add_products(self, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
+        grad_logits = grad_logits.to(hidden.dtype)
         if self._sums is None and self._hidden is not None:
-            self._put([(part, grad_logits @ self._head.product_weight)])
+            self._put([(part, _wide_product(grad_logits, self._head.product_weight, grad_logits.dtype))])
         elif self._sums is not None:
             wide = torch.promote_types(grad_logits.dtype, torch.float32)
             self._put(self._sums.exchange(part, _wide_product(grad_logits, self._head.product_weight, wide)))
@@ -203,14 +199,15 @@ class HeadGradients:
 
 def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in a dtype that may be wider than theirs."""
-    if dtype == right.dtype:
-        return left @ right
-    if right.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    total = left.new_zeros(left.shape[0], right.shape[1], dtype=dtype)
-    for tile in _tiles(right.shape[0], right.shape[1] * dtype.itemsize):
-        total.addmm_(left[:, tile].to(dtype), right[tile].to(dtype))
-    return total
+    with without_autocast(left.device):
+        if dtype == right.dtype:
+            return left @ right
+        if right.is_cuda:
+            return torch.mm(left, right, out_dtype=dtype)
+        total = left.new_zeros(left.shape[0], right.shape[1], dtype=dtype)
+        for tile in _tiles(right.shape[0], right.shape[1] * dtype.itemsize):
+            total.addmm_(left[:, tile].to(dtype), right[tile].to(dtype))
+        return total
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

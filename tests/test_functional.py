@@ -368,10 +368,12 @@ def test_autocast_leaves_the_statistics_in_float32():
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=NEEDS_CPU)])
 @pytest.mark.parametrize("scope", ["token", "segment"])
-def test_defaults_of_torch_change_nothing(scope, backend, default):
+@pytest.mark.parametrize("penalty", ["none", "gate"])
+def test_defaults_of_torch_change_nothing(penalty, scope, backend, default):
     """Neither the default dtype nor the default device: what comes back has the documented dtypes and values."""
-    cfg = ek.EPOConfig(penalty="gate", kl_coeff=0.1, band_scope=scope, loss_agg_mode="seq-mean-token-mean")
-    case = random_case(cfg, dtype=torch.float32, vocab=64)
+    cfg = ek.EPOConfig(penalty=penalty, kl_coeff=0.1, band_scope=scope, loss_agg_mode="seq-mean-token-mean")
+    bounds = torch.full((3, 5), 2.0), torch.full((3, 5), 2.5)
+    case = random_case(cfg, dtype=torch.float32, vocab=64, entropy_bounds=bounds)
     expected, before = run(case, backend), torch.get_default_dtype()
     head, given = torch.eye(64), {name: value for name, value in case.items() if name not in ("logits", "tokens")}
     call = {"mask": case["mask"], "backend": backend}
