@@ -76,9 +76,9 @@ def epo_loss(
             argument: NaN and -100 may stand there.
         cfg: see `EPOConfig`.
         entropy_bounds: (lower, upper) of the entropy band in nats, like tokens, one a sequence, or, with segment_ids,
-            one a segment: (num_segments,). (-inf, +inf) where nothing is known. In segment scope the tightest bounds
-            among a segment's tokens hold. In a packed batch of N tokens, (N,) is always read as like tokens: where
-            there could be N segments too, give bounds[segment_ids].
+            one a segment: (num_segments,). lower <= upper; (-inf, +inf) where nothing is known. In segment scope the
+            tightest bounds among a segment's tokens hold. In a packed batch of N tokens, (N,) is always read as like
+            tokens: where there could be N segments too, give bounds[segment_ids].
         segment_ids: like tokens, int64 in [0, num_segments): tokens of one id make one segment, wherever they stand.
             For turns told apart by sequence, give `turns + num_turns * torch.arange(B)[:, None]` and
             `num_segments=B * num_turns`. None: a sequence is a segment. Micro-batches add up exactly when none of them
@@ -99,7 +99,7 @@ def epo_loss(
         loss_scale: factor on the loss, scalar, folded into the token weights.
         vocab_size: entries of a row that are vocabulary, where a padded head has more.
         logit_softcap: c of c tanh(x / c), applied to scaled logits before the temperature.
-        logit_scale: factor on the logits.
+        logit_scale: factor on the logits, not 0; None for none.
         inplace: allows a backend to overwrite logits with their gradient, which halves the memory; don't use the logits
             afterwards.
         backend: a name of `available_backends`, or "auto".
@@ -201,7 +201,7 @@ def linear_epo_loss(
             weight in the dtype that they promote to, and are added up in float32.
         num_active: number of tokens whose mask is 1, where the caller knows it; saves the one host sync. A wrong number
             raises where values are read (on the CPU), and elsewhere makes loss, metrics and gradients NaN.
-        max_chunk_bytes: bound on the live logits, in bytes.
+        max_chunk_bytes: bound on the memory of a chunk of tokens, in bytes: logits, hidden states and their gradients.
         group: ranks among which the vocabulary is split: weight and bias are then this rank's rows, those that follow
             the rows of the rank before, in any number; all else is the same on every rank, and so are the results and
             the gradient of hidden; those of weight and bias are the rank's own. A weight that is a DTensor Shard(0)

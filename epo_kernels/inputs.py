@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from epo_kernels.config import BandScope, EPOConfig
+from epo_kernels.config import FLOAT32_LARGEST, FLOAT32_SMALLEST, BandScope, EPOConfig
 
 if TYPE_CHECKING:
     from epo_kernels.sharded import Shard
@@ -330,16 +330,30 @@ def check_transform(
     if vocab_size is None:
         vocab_size = width
     vocab_size = check_integer("vocab_size", vocab_size, 1, width, " (the logits' width)")
-    if isinstance(temperature, Tensor) and temperature.dim() > 0:
-        temperature = layout.floats("temperature", temperature, a_sequence=True)
-    else:
-        temperature = check_scalar("temperature", temperature, low=0.0, open_low=True)
     for name, value, low in (("logit_softcap", logit_softcap, 0.0), ("logit_scale", logit_scale, -math.inf)):
         if isinstance(value, Tensor):
             raise TypeError(f"{name} must be a number or None, got a tensor")
         if value is not None:
             check_scalar(name, value, low, open_low=True)
-    return LogitTransform(vocab_size, temperature, logit_softcap, logit_scale)
+            if not FLOAT32_SMALLEST <= abs(value) <= FLOAT32_LARGEST:
+                limits = f"{FLOAT32_SMALLEST:.3g} and {FLOAT32_LARGEST:.3g}"
+                raise ValueError(f"{name} must be None, or between {limits} in size, got {value}")
+    if logit_softcap is not None and abs(logit_scale or 1.0) / logit_softcap > FLOAT32_LARGEST:
+        raise ValueError(f"logit_softcap must be large enough to divide logit_scale by, got {logit_softcap}")
+    transform = LogitTransform(vocab_size, temperature, logit_softcap, logit_scale)
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        return replace(transform, temperature=layout.floats("temperature", temperature, a_sequence=True))
+    temperature = check_scalar("temperature", temperature, low=0.0, open_low=True)
+    if not isinstance(temperature, Tensor) and not torch.compiler.is_compiling():
+        lowest = _lowest_temperature(transform)
+        if not lowest <= temperature <= FLOAT32_LARGEST:
+            raise ValueError(f"temperature must be between {lowest:.3g} and {FLOAT32_LARGEST:.3g}, got {temperature}")
+    return replace(transform, temperature=temperature)
+
+
+def _lowest_temperature(transform: LogitTransform) -> float:
+    """The lowest one by which float32 can divide everything that the transform multiplies by."""
+    return FLOAT32_SMALLEST * max(1.0, abs(transform.scale or 1.0), transform.softcap or 1.0)
 
 
 def check_tokens(
@@ -360,9 +374,10 @@ def check_tokens(
             odd = counted & (mask != 1)
             tokens = _reject(tokens, odd, mask, "mask must be bool, or hold only 0 and 1")
     temperature = transform.temperature
-    if isinstance(temperature, Tensor) and temperature.dim() > 0:
-        cold = counted & ~(temperature > 0)
-        tokens = _reject(tokens, cold, temperature, "temperature must be > 0 where the mask is 1")
+    if isinstance(temperature, Tensor):
+        sound = (temperature >= _lowest_temperature(transform)) & (temperature <= FLOAT32_LARGEST)
+        advice = "temperature must be > 0, finite, and large enough for float32 to divide by where the mask is 1"
+        tokens = _reject(tokens, counted & ~sound, temperature.expand(counted.shape), advice)
     if layout.in_order is not None:
         tokens = torch.where(layout.in_order, tokens, INVALID_TOKEN)
     if checks_values(layout.device):  # elsewhere the kernels see for themselves
@@ -604,25 +619,35 @@ def _check_bands(
             num_segments = bounds[0].shape[0]
         tokens, ids, num_segments = _segments(layout, tokens, counted, segment_ids, num_segments)
 
-    def bound(name: str, value: Tensor, unknown: float) -> Tensor:
-        if by_segment:
-            check_tensor(name, value, torch.Size([num_segments]), layout.device)
-            value = value.detach().to(layout.dtype)
-            return value if scope == "segment" else value[ids]
-        value = layout.floats(name, value, a_sequence=True)
-        if scope == "token":
-            return value
+    def bound(name: str, value: Tensor) -> Tensor:
+        if not by_segment:
+            return layout.floats(name, value, a_sequence=True)
+        check_tensor(name, value, torch.Size([num_segments]), layout.device)
+        return value.detach().to(layout.dtype)
+
+    def tightest(value: Tensor, unknown: float) -> Tensor:
         value = torch.where(counted, value, unknown)
         if ids is None:
             value = F.pad(value, (0, 1), value=unknown)  # rows of no tokens at all have no extremum
             return value.amax(dim=1) if unknown < 0 else value.amin(dim=1)
-        tightest = torch.full((num_segments,), unknown, dtype=layout.dtype, device=layout.device)
-        return tightest.scatter_reduce(0, ids.reshape(-1), value.reshape(-1), "amax" if unknown < 0 else "amin")
+        result = torch.full((num_segments,), unknown, dtype=layout.dtype, device=layout.device)
+        return result.scatter_reduce(0, ids.reshape(-1), value.reshape(-1), "amax" if unknown < 0 else "amin")
 
     lower = upper = None
     if bounds is not None:
-        lower = bound("entropy_bounds[0]", bounds[0], -math.inf)
-        upper = bound("entropy_bounds[1]", bounds[1], math.inf)
+        lower, upper = bound("entropy_bounds[0]", bounds[0]), bound("entropy_bounds[1]", bounds[1])
+        if checks_values(layout.device):  # elsewhere the backends see for themselves
+            pairs = torch.stack([lower, upper], dim=-1)
+            pairs = pairs[ids] if by_segment else pairs
+            bad = counted & ~(pairs[..., 0] <= pairs[..., 1])
+            _reject(tokens, bad, pairs, "entropy_bounds must be (lower, upper), lower <= upper, where the mask is 1")
+        if scope == "segment":
+            # NaN outlives the tightening. Bands that are sound one by one may cross after it: both bounds then hold.
+            lower = torch.where(lower <= upper, lower, math.nan)
+            if not by_segment:
+                lower, upper = tightest(lower, -math.inf), tightest(upper, math.inf)
+        elif by_segment:
+            lower, upper = lower[ids], upper[ids]
     return (tokens, ids, num_segments, lower, upper) if scope == "segment" else (tokens, None, 0, lower, upper)
 
 
@@ -653,6 +678,6 @@ def _reject(tokens: Tensor, bad: Tensor, values: Tensor, message: str, limit: in
         return torch.where(bad, INVALID_TOKEN, tokens)
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
-        value = values[tuple(where)].item()
+        value = values[tuple(where)].tolist()
         raise ValueError(f"{message.format(limit=limit)}, got {value} at row {where[0]}, position {where[1]}")
     return tokens

@@ -68,8 +68,9 @@ class _Call:
         projection = Projection(hidden, weight, bias, product_dtype, logits_dtype)
         self.mask = mask
         self.active = find_active(mask, num_active)
-        self.rows_of = row_maker(LogitTransform(vocab_size, temperature, softcap, scale), tokens, self.active)
-        self.head = head_maker(projection, self.active, max_chunk_bytes)(hidden, weight, bias)
+        transform = LogitTransform(vocab_size, temperature, softcap, scale)
+        self.rows_of = row_maker(transform, tokens, self.active)
+        self.head = head_maker(projection, transform, self.active, max_chunk_bytes)(hidden, weight, bias)
         self.kernels = KERNELS[backend]()
 
     def put(self, values: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def linear_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         tuple(needs),
     )
     hidden, weight, bias = (  # an empty tensor of its own for each: outputs of an operator may not alias
-        call.head.hidden.new_empty(0) if value is None else value for value in gradients.finish(Tensor.to)
+        call.head.hidden.new_empty(0) if value is None else value for value in gradients.finish()
     )
     return hidden, weight, bias
 

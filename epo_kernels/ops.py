@@ -72,7 +72,6 @@ class FusedLoss(torch.autograd.Function):
         anchor = logits.new_empty(0)
         ctx.save_for_backward(gradient, anchor)
         ctx.kernels = kernels
-        ctx.gradient_scale = terms.gradient_scale if logits.dtype == torch.float16 else None
         ctx.spent = False
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(result.log_probs, result.entropy, result.sums)
@@ -84,7 +83,7 @@ class FusedLoss(torch.autograd.Function):
         *_, factor, _ = upstream
         gradient, _ = ctx.saved_tensors
         ctx.spent = True
-        ctx.kernels.scale(gradient, factor if ctx.gradient_scale is None else factor / ctx.gradient_scale)
+        ctx.kernels.scale(gradient, factor)
         return gradient, None, None, None, None
 
 

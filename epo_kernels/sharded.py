@@ -76,6 +76,11 @@ class Shard:
         start = sum(self.widths[: self.rank])
         return slice(start, start + self.widths[self.rank])
 
+    def own_vocabulary(self, vocab_size: int) -> int:
+        """How many of this rank's columns are of the vocabulary; the rest is padding."""
+        columns = self.columns
+        return max(min(vocab_size, columns.stop) - columns.start, 0)
+
     @cached_property
     def ends(self) -> Tensor:
         """(ranks,) int64: where each rank's columns end."""
@@ -212,12 +217,11 @@ class ShardedRows:
         statistics = self.statistics(rows, entropy=True)
         result, grad_log_probs, grad_entropy = loss_of_rows(rows, statistics, terms)
         if out is not None:
-            scale = terms.gradient_scale
-            self.gradient(rows, statistics, scale * grad_log_probs, scale * grad_entropy, out)
+            self.gradient(rows, statistics, grad_log_probs, grad_entropy, out)
         return result
 
-    def prepare(self, rows: Rows, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
-        return self._kernels.prepare(rows, weighing, coefficients)
+    def prepare(self, mask: Tensor, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
+        return self._kernels.prepare(mask, weighing, coefficients)
 
     def rate(self, transform: LogitTransform) -> Scalar:
         return self._kernels.rate(transform)
@@ -227,12 +231,11 @@ class ShardedRows:
 
     def _own_columns(self, rows: Rows) -> Rows | None:
         """The rows as this rank has them; None where all of it is padding. Tokens of other ranks are out of range."""
-        columns = self._shard.columns
-        vocab_size = min(rows.transform.vocab_size, columns.stop) - columns.start
+        vocab_size = self._shard.own_vocabulary(rows.transform.vocab_size)
         if vocab_size < 1:
             return None
         transform = replace(rows.transform, vocab_size=vocab_size)
-        return Rows(rows.logits, rows.tokens - columns.start, rows.mask, transform)
+        return Rows(rows.logits, rows.tokens - self._shard.columns.start, rows.mask, transform)
 
 
 @dataclass(frozen=True)

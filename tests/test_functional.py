@@ -335,6 +335,21 @@ def test_from_log_probs_takes_half_precision_and_names_what_is_wrong():
             from_log_probs(case, wrong)
 
 
+def test_from_log_probs_counts_bad_bounds(monkeypatch):
+    lower, upper = torch.zeros(3, 5), torch.ones(3, 5)
+    lower[0, 0] = 2.0
+    for scope in ("token", "segment"):
+        case = random_case(ek.EPOConfig(penalty="hinge", band_scope=scope), entropy_bounds=(lower, upper))
+        statistics = ek.log_probs_and_entropy(case["logits"], case["tokens"], backend="reference")
+        with pytest.raises(ValueError, match=r"entropy_bounds must be .* got \[2.0, 1.0\] at row 0, position 0"):
+            from_log_probs(case, statistics)
+        with monkeypatch.context() as patch:
+            patch.setattr("epo_kernels.inputs.checks_values", lambda device: False)
+            out = from_log_probs(case, statistics)
+        assert out.loss.isnan()
+        assert out.metrics.invalid_tokens == (1 if scope == "token" else case["mask"][0].sum())
+
+
 # ---- mixed precision ------------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,25 @@ WRONG = {
         ValueError,
         r"entropy_bounds must be \(lower, upper\) when penalty is 'hinge', got None",
     ),
+    "bounds nan": (
+        {"entropy_bounds": (ones(3, 5), ones(3, 5) * math.nan)},
+        ValueError,
+        r"entropy_bounds must be \(lower, upper\), lower <= upper.*got \[1.0, nan\] at row 0, position 0",
+    ),
+    "bounds crossed": (
+        {"cfg": HINGE, "entropy_bounds": (ones(3) * 2, ones(3))},
+        ValueError,
+        r"entropy_bounds must be .*lower <= upper.*got \[2.0, 1.0\]",
+    ),
+    "bounds crossed a turn": (
+        {
+            "cfg": SEGMENT,
+            "entropy_bounds": (torch.tensor([0.0, 3.0]), torch.tensor([1.0, 2.0])),
+            "segment_ids": tokens_with(1),
+        },
+        ValueError,
+        r"entropy_bounds must be .*got \[3.0, 2.0\] at row 1, position 2",
+    ),
     "bounds tensor": ({"entropy_bounds": ones(2, 3, 5)}, TypeError, r"entropy_bounds must be a pair.*got Tensor"),
     "bounds numbers": ({"entropy_bounds": (0.0, 1.0)}, TypeError, r"entropy_bounds must be a pair of tensors"),
     "bounds three": ({"entropy_bounds": (*BANDS, BANDS[0])}, TypeError, r"entropy_bounds must be a pair"),
@@ -121,6 +140,27 @@ WRONG = {
         r"temperature must be a number .*got '1' \(str",
     ),
     "temperature shape": ({"temperature": ones(5)}, ValueError, r"temperature must have the shape of tokens"),
+    "temperature underflows": ({"temperature": 1e-40}, ValueError, r"temperature must be between 1.18e-38.*got 1e-40"),
+    "temperature of a scale": (
+        {"temperature": 1e-37, "logit_scale": 1e2},
+        ValueError,
+        r"temperature must be between 1.18e-36 .*got 1e-37",
+    ),
+    "temperature of a softcap": ({"temperature": 1e-37, "logit_softcap": 30.0}, ValueError, r"temperature must be b"),
+    "temperature overflows": ({"temperature": 1e39}, ValueError, r"temperature must be between .*got 1e\+39"),
+    "temperature 0-d": ({"temperature": torch.tensor(0.0)}, ValueError, r"temperature must be > 0, .*got 0.0 at row 0"),
+    "temperature 0-d nan": ({"temperature": torch.tensor(math.nan)}, ValueError, r"temperature must be > 0, .*got nan"),
+    "temperatures inf": ({"temperature": ones(3, 5) * math.inf}, ValueError, r"temperature must be > 0, .*got inf"),
+    "temperatures tiny": ({"temperature": ones(3) * 1e-40}, ValueError, r"temperature must be > 0, .*large enough"),
+    "scale 0": ({"logit_scale": 0}, ValueError, r"logit_scale must be None, or between 1.18e-38 .*got 0"),
+    "scale tiny": ({"logit_scale": -1e-50}, ValueError, r"logit_scale must be None, or between .*got -1e-50"),
+    "scale huge": ({"logit_scale": 1e39}, ValueError, r"logit_scale must be None, or between .*got 1e\+39"),
+    "softcap tiny": ({"logit_softcap": 1e-40}, ValueError, r"logit_softcap must be None, or between .*got 1e-40"),
+    "softcap of a scale": (
+        {"logit_softcap": 1e-20, "logit_scale": 1e20},
+        ValueError,
+        r"logit_softcap must be large enough to divide logit_scale by, got 1e-20",
+    ),
     "softcap 0": ({"logit_softcap": 0.0}, ValueError, r"logit_softcap must be finite and > 0, got 0.0"),
     "softcap tensor": ({"logit_softcap": torch.tensor(1.0)}, TypeError, r"logit_softcap must be a number or None"),
     "scale inf": ({"logit_scale": math.inf}, ValueError, r"logit_scale must be finite, got inf"),
@@ -377,6 +417,9 @@ def test_bad_values_that_cannot_be_read_make_the_loss_nan(monkeypatch):
     assert ek.epo_loss(logits, tokens, None, ones, ones, cfg, **good).loss.isfinite()
     for bad, count in [
         ({"temperature": torch.tensor([1.0, 0.0, 1.0, -1.0, 1.0, 1.0])}, 2),
+        ({"temperature": torch.tensor([1.0, 1e-40, 1.0, math.inf, math.nan, 1.0])}, 3),
+        ({"temperature": torch.tensor(1e-40)}, 6),
+        ({"temperature": torch.tensor(-1.0)}, 6),
         ({"cu_seqlens": torch.tensor([2, 1, 6])}, 6),
         ({"cu_seqlens": torch.tensor([0, 2, 5])}, 6),
     ]:
@@ -388,10 +431,21 @@ def test_bad_values_that_cannot_be_read_make_the_loss_nan(monkeypatch):
 def test_a_temperature_that_is_not_positive_is_named():
     logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
     cold = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
-    with pytest.raises(ValueError, match=r"temperature must be > 0 where the mask is 1, got 0\.0"):
+    with pytest.raises(ValueError, match=r"temperature must be > 0, .* got 0\.0"):
         ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig(), temperature=cold)
     mask = cold > 0
     assert ek.epo_loss(logits, tokens, None, ones, mask, ek.EPOConfig(), temperature=cold).loss.isfinite()
+
+
+@pytest.mark.parametrize("scope", ["token", "segment"])
+def test_bounds_that_nobody_reads_may_be_anything(scope):
+    """Those of masked tokens and of segments without a token; infinite ones are no bounds; equal ones are a band."""
+    cfg = ek.EPOConfig(penalty="hinge", band_scope=scope, entropy_coeff=0.5)
+    case = random_case(cfg, dtype=F32, segment_ids=torch.zeros(3, 5, dtype=torch.int64))
+    lower, upper = torch.tensor([1.0, math.nan, 2.0]), torch.tensor([1.0, 1.0, math.nan])
+    assert run({**case, "entropy_bounds": (lower, upper)})[0].loss.isfinite()
+    lower, upper = (torch.where(case["mask"], bound, math.nan) for bound in (-torch.inf, torch.inf))
+    assert run({**case, "entropy_bounds": (lower, upper)})[0].loss.isfinite()
 
 
 class Index:
