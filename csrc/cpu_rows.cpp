@@ -205,7 +205,6 @@ void cpu_loss(const Rows& rows, const Terms& terms, const Matrix& out, float* lo
     const Sweeps& sweeps = sweeps_for(rows, machine);
     const bool stream = out.data && prepare_output(rows, out);
     const Coefficients coefficients = coefficients_of(terms);
-    const float gradient_scale = *terms.gradient_scale;
     std::vector<double> partial(static_cast<std::size_t>(tasks_of(rows) * kNumSums), 0.0);
     for_each_task(rows, machine, [&](std::int64_t task, std::int64_t begin, std::int64_t end) {
         std::vector<char> scratch;
@@ -227,9 +226,8 @@ void cpu_loss(const Rows& rows, const Terms& terms, const Matrix& out, float* lo
             add_sums(&partial[static_cast<std::size_t>(task * kNumSums)], loss, stats.log_prob, stats.entropy,
                      token.weight, !row.valid());
             if (!out.data) continue;
-            const float weight = token.weight * gradient_scale;
-            write_gradient(rows, row, x, stats, weight * loss.d_log_prob, weight * loss.d_entropy, transform, out,
-                           stream, sweeps);
+            write_gradient(rows, row, x, stats, token.weight * loss.d_log_prob, token.weight * loss.d_entropy,
+                           transform, out, stream, sweeps);
         }
     });
     std::fill(sums, sums + kNumSums, 0.0);

@@ -10,30 +10,28 @@ constexpr int kThreads = 256;
 constexpr int kTokensPerBlock = 4 * kThreads;
 
 struct Sequences {
-    float total, with_tokens, shortest;  // counted tokens, sequences that have any, and the fewest that one has
+    float total, with_tokens;  // counted tokens, and sequences that have any
 };
 
 // Every block reads all lengths in the same order, so that no block waits for another.
 __device__ inline Sequences read_lengths(const Weighing& weighing) {
-    __shared__ float totals[kThreads], with_tokens[kThreads], shortest[kThreads];
-    float total = 0.0f, with = 0.0f, fewest = INFINITY;
+    __shared__ float totals[kThreads], with_tokens[kThreads];
+    float total = 0.0f, with = 0.0f;
     for (std::int64_t i = threadIdx.x; i < weighing.sequences; i += kThreads) {
         const float length = static_cast<float>(weighing.lengths[i]);
         total += length;
         with += length > 0.0f ? 1.0f : 0.0f;
-        if (length > 0.0f) fewest = fminf(fewest, length);
     }
-    totals[threadIdx.x] = total, with_tokens[threadIdx.x] = with, shortest[threadIdx.x] = fewest;
+    totals[threadIdx.x] = total, with_tokens[threadIdx.x] = with;
     __syncthreads();
     for (int half = kThreads / 2; half > 0; half /= 2) {
         if (threadIdx.x < half) {
             totals[threadIdx.x] += totals[threadIdx.x + half];
             with_tokens[threadIdx.x] += with_tokens[threadIdx.x + half];
-            shortest[threadIdx.x] = fminf(shortest[threadIdx.x], shortest[threadIdx.x + half]);
         }
         __syncthreads();
     }
-    return {totals[0], with_tokens[0], shortest[0]};
+    return {totals[0], with_tokens[0]};
 }
 
 // w of a token that counts, of a sequence of that length (epo_kernels/weights.py).
@@ -45,14 +43,6 @@ __device__ inline float weight_of(const Weighing& weighing, const Sequences& seq
     return weighing.loss_scale.get() / denominator;
 }
 
-// A power of two that brings the largest weight to [2^(bits - 1), 2^bits).
-__device__ inline float scale_of(const Weighing& weighing, const Sequences& sequences) {
-    if (!weighing.scale_gradient) return 1.0f;
-    int exponent = 0;
-    if (sequences.with_tokens > 0.0f) frexpf(fabsf(weight_of(weighing, sequences, sequences.shortest)), &exponent);
-    return ldexpf(1.0f, min(max(weighing.weight_bits - exponent, -100), 100));
-}
-
 __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Weighing weighing,
                                                    const __grid_constant__ Prepared out) {
     const Sequences sequences = read_lengths(weighing);
@@ -60,7 +50,6 @@ __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Weigh
         if (threadIdx.x < kNumCoefficients)
             out.coefficients[threadIdx.x] = weighing.coefficients[threadIdx.x].get();
         if (threadIdx.x == 0) {
-            *out.gradient_scale = scale_of(weighing, sequences);
             *out.ticket = 0;
             out.extras[0] = sequences.with_tokens;
             out.extras[1] = 0.0;

@@ -398,7 +398,6 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
     __syncwarp();
 
     const Coefficients coefficients = coefficients_of(args.terms);
-    const float gradient_scale = *args.terms.gradient_scale;
     const int worker = warp.rank * kThreads + static_cast<int>(threadIdx.x), workers = args.ranks * kThreads;
     unsigned turn = 0;
     for (std::int64_t i = warp.cluster; i < warp.count; i += warp.clusters) {
@@ -423,8 +422,7 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
         const RowStats stats = finish2({row.m, row.s, row.u}, token < 0 ? NAN : row.y_token, transform.outer);
         const TokenLoss loss =
             token_loss(stats.log_prob, stats.entropy, terms, coefficients, args.terms.kl_type, args.terms.penalty);
-        const float weight = terms.weight * gradient_scale;
-        const float a = weight * loss.d_log_prob, b = weight * loss.d_entropy;
+        const float a = terms.weight * loss.d_log_prob, b = terms.weight * loss.d_entropy;
         warp.put_gradient(i, tiles, outer2, stats.m, gradient_line2(a, b, stats, transform), token,
                           token_gradient(a, b, stats, transform));
         if (leader) {

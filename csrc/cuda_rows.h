@@ -52,16 +52,15 @@ struct Weighing {
     PerToken<const std::int64_t> sequence_ids;  // null: a batch row is a sequence
     const std::int64_t* lengths;                // counted tokens of each sequence
     AggMode mode;
-    bool normalized, scale_gradient;
+    bool normalized;
     Scalar normalizer, loss_scale;
     float max_length;
-    int weight_bits;
     Scalar coefficients[kNumCoefficients];
 };
 
 // weights: (B, T), contiguous. extras: the sequences that have tokens, and 0.
 struct Prepared {
-    float *weights, *coefficients, *gradient_scale;
+    float *weights, *coefficients;
     int* ticket;
     double* extras;
 };

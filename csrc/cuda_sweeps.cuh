@@ -273,9 +273,8 @@ __global__ void __launch_bounds__(kMostThreads) loss_kernel(const __grid_constan
             add_sums(sums, loss, stats.log_prob, stats.entropy, terms.weight, token < 0);
         }
         if (args.out.data) {
-            const float weight = terms.weight * *args.terms.gradient_scale;
-            write_gradient<Element, Softcap>(rows, args.out, at, view, stats, weight * loss.d_log_prob,
-                                             weight * loss.d_entropy, token, y_token);
+            write_gradient<Element, Softcap>(rows, args.out, at, view, stats, terms.weight * loss.d_log_prob,
+                                             terms.weight * loss.d_entropy, token, y_token);
         }
         __syncthreads();  // the block's shared parts are free for the next row
     }

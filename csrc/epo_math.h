@@ -120,6 +120,7 @@ struct TokenLoss {
     float total, pg, kl, penalty, ratio, log_ratio;
     float d_log_prob, d_entropy;  // of total, before the token's weight
     bool clipped, dual_clipped, below, above;
+    bool invalid;  // its band is: the loss is NaN
 };
 
 EPO_FN float clamp_keeping_nan(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
@@ -145,15 +146,14 @@ EPO_FN KlValue kl_penalty(float log_prob, float ref_log_prob, KlType type) {
 
 struct BandValue {
     float penalty, derivative, gate;
-    bool below, above;
+    bool below, above, invalid;
 };
 
 EPO_FN BandValue hold_against_band(float entropy, float lower, float upper, Penalty penalty, float alpha) {
-    BandValue band{0.0f, 0.0f, 1.0f, entropy < lower, entropy > upper};
+    BandValue band{0.0f, 0.0f, 1.0f, entropy < lower, entropy > upper, !(lower <= upper)};
     const bool outside = !(lower < entropy && entropy < upper);  // at the very bounds too
     if (penalty == Penalty::gate) band.gate = outside ? alpha : 1.0f;
     if (penalty == Penalty::indicator) band.penalty = outside ? alpha : 0.0f;
-    // Both at once where the band is upside down.
     const float under = band.below ? lower - entropy : 0.0f;
     const float over = band.above ? entropy - upper : 0.0f;
     if (penalty == Penalty::hinge) {
@@ -187,11 +187,12 @@ EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& tok
     loss.d_log_prob = constant ? 0.0f : token.is_weight * unclipped;
     loss.total = loss.pg;
 
-    BandValue band{0.0f, 0.0f, 1.0f, false, false};
+    BandValue band{0.0f, 0.0f, 1.0f, false, false, false};
     if (token.has_band) band = hold_against_band(entropy, token.lower, token.upper, penalty, c.penalty_alpha);
     loss.penalty = band.penalty;
     loss.below = band.below;
     loss.above = band.above;
+    loss.invalid = band.invalid;
     if (c.entropy != 0.0f) {
         float bonus = band.gate * entropy;
         loss.d_entropy = -c.entropy * band.gate;
@@ -209,6 +210,7 @@ EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& tok
             loss.d_log_prob += c.kl * kl.derivative;
         }
     }
+    if (band.invalid) loss.total = NAN;
     if (loss.total != loss.total) loss.d_log_prob = loss.total;  // NaN: the whole row's gradient is
     return loss;
 }
@@ -217,7 +219,9 @@ EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& tok
 constexpr int kNumSums = 15;
 
 template <class Sum>
-EPO_FN void add_sums(Sum* sums, const TokenLoss& loss, float log_prob, float entropy, float weight, bool invalid) {
+EPO_FN void add_sums(Sum* sums, const TokenLoss& loss, float log_prob, float entropy, float weight,
+                     bool invalid_token) {
+    const bool invalid = invalid_token || loss.invalid;
     const bool finite = is_finite(loss.total) && is_finite(entropy);
     const Sum terms[kNumSums] = {
         Sum(1),           Sum(weight * loss.total), Sum(weight * loss.pg),  Sum(weight * loss.penalty),

@@ -46,8 +46,7 @@ constexpr int kNumCoefficients = 7;
 
 struct Terms {
     PerToken<const float> weights, advantages, old_log_probs, ref_log_probs, is_weights, lower, upper;
-    const float* coefficients;    // in the order of epo::Coefficients
-    const float* gradient_scale;  // one number
+    const float* coefficients;  // in the order of epo::Coefficients
     KlType kl_type;
     Penalty penalty;
 };

@@ -12,6 +12,9 @@ Penalty = Literal["none", "hinge", "quadratic", "indicator", "gate"]
 BandScope = Literal["token", "segment"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
+# The range in which float32 keeps its whole precision: outside, a number or its reciprocal is 0 or inf.
+FLOAT32_SMALLEST, FLOAT32_LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
+
 # The published settings of each environment (arXiv 2509.22576 and the launch lines of its repository).
 _PAPER_ALPHA = {"scienceworld": 0.05, "alfworld": 0.1}
 
@@ -74,6 +77,11 @@ class EPOConfig:
         self._check_range("penalty_alpha", low=0.0)
         self._check_range("smooth_coeff", low=0.0)
         self._check_range("temperature", low=0.0, open_low=True)
+        if not FLOAT32_SMALLEST <= self.temperature <= FLOAT32_LARGEST:
+            raise ValueError(
+                f"EPOConfig.temperature must be between {FLOAT32_SMALLEST:.3g} and {FLOAT32_LARGEST:.3g}, by which "
+                f"float32 can divide, got {self.temperature!r}"
+            )
         self._check_choice("kl_type", get_args(KLType))
         self._check_choice("penalty", get_args(Penalty))
         self._check_choice("band_scope", get_args(BandScope))

@@ -76,9 +76,9 @@ def epo_loss(
             argument: NaN and -100 may stand there.
         cfg: see `EPOConfig`.
         entropy_bounds: (lower, upper) of the entropy band in nats, like tokens, one a sequence, or, with segment_ids,
-            one a segment: (num_segments,). (-inf, +inf) where nothing is known. In segment scope the tightest bounds
-            among a segment's tokens hold. In a packed batch of N tokens, (N,) is always read as like tokens: where
-            there could be N segments too, give bounds[segment_ids].
+            one a segment: (num_segments,). lower <= upper; (-inf, +inf) where nothing is known. In segment scope the
+            tightest bounds among a segment's tokens hold. In a packed batch of N tokens, (N,) is always read as like
+            tokens: where there could be N segments too, give bounds[segment_ids].
         segment_ids: like tokens, int64 in [0, num_segments): tokens of one id make one segment, wherever they stand.
             For turns told apart by sequence, give `turns + num_turns * torch.arange(B)[:, None]` and
             `num_segments=B * num_turns`. None: a sequence is a segment. Micro-batches add up exactly when none of them
@@ -99,7 +99,7 @@ def epo_loss(
         loss_scale: factor on the loss, scalar, folded into the token weights.
         vocab_size: entries of a row that are vocabulary, where a padded head has more.
         logit_softcap: c of c tanh(x / c), applied to scaled logits before the temperature.
-        logit_scale: factor on the logits.
+        logit_scale: factor on the logits, not 0; None for none.
         inplace: allows a backend to overwrite logits with their gradient, which halves the memory; don't use the logits
             afterwards.
         backend: a name of `available_backends`, or "auto".
@@ -114,7 +114,9 @@ def epo_loss(
         TypeError, ValueError: an argument is wrong; the message names it, what it must be and what it is. Values of
             CUDA tensors aren't read: there a bad one makes the loss NaN, counts in `metrics.invalid_tokens`, and raises
             with the environment variable EPO_KERNELS_CHECK=1.
-        RuntimeError: a backend asked for by name can't run here, or group= under `torch.compile`.
+        RuntimeError: a backend asked for by name can't run here, or group= under `torch.compile`. Second derivatives,
+            forward-mode AD, `torch.func` transforms and batched gradients, unless the reference backend computes them
+            without group=.
     """
     logits, group = local_logits(logits, group)
     rows, layout = check_rows(logits, tokens, cu_seqlens, least_width=1 if group is None else 0)
@@ -195,10 +197,11 @@ def linear_epo_loss(
             their whole (hidden and bias too): see `group`.
         bias: (V,) or None.
         logits_dtype: dtype of the logits; None: that of the products (autocast's, or what hidden and weight promote
-            to). torch.float32 is the fp32 head of a bfloat16 model.
+            to). torch.float32 is the fp32 head of a bfloat16 model, also under autocast: products then take hidden and
+            weight in the dtype that they promote to, and are added up in float32.
         num_active: number of tokens whose mask is 1, where the caller knows it; saves the one host sync. A wrong number
             raises where values are read (on the CPU), and elsewhere makes loss, metrics and gradients NaN.
-        max_chunk_bytes: bound on the live logits, in bytes.
+        max_chunk_bytes: bound on the memory of a chunk of tokens, in bytes: logits, hidden states and their gradients.
         group: ranks among which the vocabulary is split: weight and bias are then this rank's rows, those that follow
             the rows of the rank before, in any number; all else is the same on every rank, and so are the results and
             the gradient of hidden; those of weight and bias are the rank's own. A weight that is a DTensor Shard(0)
@@ -212,7 +215,7 @@ def linear_epo_loss(
     """
     hidden, weight, bias, group = local_head(hidden, weight, bias, group)
     rows, layout = check_rows(hidden, tokens, cu_seqlens, name="hidden")
-    projection = check_projection(rows, weight, bias, logits_dtype)
+    projection, layout = check_projection(layout, rows, weight, bias, logits_dtype)
     chosen, shard, width = _over_ranks(
         choose_backend(backend, rows.device, projection.logits_dtype), group, rows, weight.shape[0], mask,
         function="linear_epo_loss", vocab_size=vocab_size, cfg=cfg, bounds=entropy_bounds is not None,
@@ -242,7 +245,7 @@ def linear_epo_loss(
         logit_softcap=logit_softcap,
         logit_scale=logit_scale,
     )
-    check_chunking(num_active, max_chunk_bytes, inputs.mask)
+    num_active, max_chunk_bytes = check_chunking(num_active, max_chunk_bytes, inputs.mask)
     check_replicated(shard, inputs.mask, hidden=rows, temperature=transform.temperature, **vars(inputs))
     return chosen.linear_epo_loss(
         replace(projection, shard=shard),
@@ -408,7 +411,7 @@ def linear_log_probs_and_entropy(
     """
     hidden, weight, bias, group = local_head(hidden, weight, bias, group)
     rows, layout = check_rows(hidden, tokens, cu_seqlens=None, name="hidden")
-    projection = check_projection(rows, weight, bias, logits_dtype)
+    projection, layout = check_projection(layout, rows, weight, bias, logits_dtype)
     chosen, shard, width = _over_ranks(
         choose_backend(backend, rows.device, projection.logits_dtype), group, rows, weight.shape[0], mask,
         function="linear_log_probs_and_entropy", vocab_size=vocab_size, entropy=entropy,
@@ -423,7 +426,7 @@ def linear_log_probs_and_entropy(
         logit_scale=logit_scale,
     )
     token_rows, counted = check_tokens(layout, tokens, mask, transform)
-    check_chunking(num_active, max_chunk_bytes, counted)
+    num_active, max_chunk_bytes = check_chunking(num_active, max_chunk_bytes, counted)
     check_replicated(shard, counted, hidden=rows, tokens=token_rows, temperature=transform.temperature)
     log_probs, entropies = chosen.linear_log_probs_and_entropy(
         replace(projection, shard=shard),

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from epo_kernels.inputs import check_integer
+
 HistoryScope = Literal["turn", "global"]
 HistoryWeighting = Literal["token", "step"]
 
@@ -42,10 +44,9 @@ class EntropyHistory:
         scope: HistoryScope = "turn",
         weighting: HistoryWeighting = "token",
     ) -> None:
-        if num_turns < 1:
-            raise ValueError(f"num_turns must be at least 1, got {num_turns}")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 step or None, got {window}")
+        num_turns = check_integer("num_turns", num_turns, 1)
+        if window is not None:
+            window = check_integer("window", window, 1, meaning=" step, or None")
         if scope not in get_args(HistoryScope):
             raise ValueError(f"scope must be one of {', '.join(get_args(HistoryScope))}, got {scope!r}")
         if weighting not in get_args(HistoryWeighting):
@@ -55,7 +56,7 @@ class EntropyHistory:
         self.scope = scope
         self.weighting = weighting
         # Per turn, value and weight whose quotient is H̄. float64 and on the CPU: small, exact enough to add for ever.
-        self._total = torch.zeros(2, num_turns, dtype=torch.float64)
+        self._total = torch.zeros(2, num_turns, dtype=torch.float64, device="cpu")
         self._steps: list[Tensor] = []  # the committed steps of the window, each (2, num_turns)
         self._num_steps = 0
         self._open: Tensor | None = None  # (2, num_turns + 1) on the device of the entropies; last: out of range
@@ -104,8 +105,9 @@ class EntropyHistory:
             ValueError: a counted token had a turn out of [0, num_turns) or an entropy that isn't finite. The open step
                 is dropped, the history unchanged.
         """
-        step = self._open if self._open is not None else torch.zeros(2, self.num_turns + 1, dtype=torch.float64)
-        self._open = None
+        step, self._open = self._open, None
+        if step is None:
+            step = torch.zeros(2, self.num_turns + 1, dtype=torch.float64, device="cpu")
         if group is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             warnings.warn(
                 "EntropyHistory.commit without a group closes this rank's step alone, and each rank gets a band of its "
@@ -160,8 +162,8 @@ class EntropyHistory:
         mean = self.means()
         known = ~torch.isnan(mean)
         # A last row for turns that aren't known; inf is filled in, never multiplied (0 * inf is NaN).
-        lower = torch.full((self.num_turns + 1,), float("-inf"))
-        upper = torch.full((self.num_turns + 1,), float("inf"))
+        lower = torch.full((self.num_turns + 1,), float("-inf"), dtype=torch.float32, device="cpu")
+        upper = torch.full((self.num_turns + 1,), float("inf"), dtype=torch.float32, device="cpu")
         lower[:-1][known] = (low * mean[known]).float()
         if high != float("inf"):
             upper[:-1][known] = (high * mean[known]).float()
@@ -195,8 +197,8 @@ class EntropyHistory:
                     "build it with the saved settings"
                 )
         self._num_steps = int(state["num_steps"])
-        self._total = state["total"].clone()
-        self._steps = [step.clone() for step in state["steps"]]
+        self._total = state["total"].to("cpu", copy=True)
+        self._steps = [step.to("cpu", copy=True) for step in state["steps"]]
         self._open = None if state["open"] is None else state["open"].clone()
 
 

@@ -4,24 +4,27 @@ Padded (B, T) and packed (N,) batches come out alike: a packed batch is one row,
 arguments (float32, int64, bool) are only viewed here, never copied, so that a fused backend launches nothing but its
 own kernels.
 
-Checks of shapes, types and devices always run. Checks of values run where they are free: on CPU tensors, outside of
-`torch.compile`; on CUDA with EPO_KERNELS_CHECK=1, at the price of a sync. Where they don't run, a bad value makes the
-loss NaN and is counted in `metrics.invalid_tokens`.
+Checks of shapes, types and devices always run. Checks of values run where they are free: on CPU tensors, but not under
+`torch.compile`, FakeTensorMode or a `torch.func` transform; on CUDA with EPO_KERNELS_CHECK=1, at the price of a sync.
+Where they don't run, a bad value makes the loss NaN and is counted in `metrics.invalid_tokens`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
+import operator
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+import reprlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from epo_kernels.config import BandScope, EPOConfig
+from epo_kernels.config import FLOAT32_LARGEST, FLOAT32_SMALLEST, BandScope, EPOConfig
 
 if TYPE_CHECKING:
     from epo_kernels.sharded import Shard
@@ -89,7 +92,8 @@ class Projection:
         hidden: (B, T, D), any strides; a packed batch is (1, N, D).
         weight: (V, D), any strides.
         bias: (V,) or None.
-        product_dtype: dtype in which both enter a product: that of autocast where it is on, else what they promote to.
+        product_dtype: dtype in which both enter a product: what they promote to, or that of autocast. Autocast leaves
+            float64 alone, and products whose logits are asked for in another dtype than its own.
         logits_dtype: dtype in which logits are kept: the products' own, or a wider one.
         shard: the part of a vocabulary that weight and bias are; None where they are all of it.
     """
@@ -138,6 +142,7 @@ class Layout:
             otherwise = f", or one value a sequence ({self.num_sequences},)" if a_sequence else ""
             raise ValueError(
                 f"{name} must have the shape of tokens {tuple(self.shape)}{otherwise}, got {tuple(value.shape)}"
+                f"{_squeeze_hint(name, value, self.shape)}"
             )
         check_tensor(name, value, value.shape if by_sequence else self.shape, self.device)
         if not value.is_floating_point():
@@ -159,11 +164,30 @@ class Coefficients:
     loss_scale: Scalar
 
 
+def tracing() -> bool:
+    """Whether a graph is traced here, by `torch.compile` or a FakeTensorMode: tensors have no memory to read."""
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def checks_values(device: torch.device) -> bool:
-    """Whether values may be read here: free on the CPU, on request elsewhere, never while compiling."""
-    if torch.compiler.is_compiling():
+    """Whether values may be read here: free on the CPU, on request elsewhere, never where there are none to read."""
+    if tracing() or device.type == "meta" or torch._C._are_functorch_transforms_active():
         return False
     return device.type == "cpu" or os.environ.get("EPO_KERNELS_CHECK", "0") == "1"
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the dtypes of a product's operands are its own; nothing on devices without autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast casts products to, None where it is off."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -178,9 +202,31 @@ def check_tensor(name: str, value: Tensor, shape: torch.Size, device: torch.devi
     if hasattr(value, "device_mesh"):
         raise TypeError(f"{name} must be a plain tensor, got a DTensor; give {name}.full_tensor()")
     if value.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}{_squeeze_hint(name, value, shape)}"
+        )
     if value.device != device:
         raise ValueError(f"{name} must be on {device}, where logits or hidden states are, got {value.device}")
+
+
+def _squeeze_hint(name: str, value: Tensor, shape: torch.Size) -> str:
+    return f"; give {name}.squeeze(0)" if value.shape == (1, *shape) else ""
+
+
+def check_integer(name: str, value: SupportsIndex, low: int, high: int | None = None, meaning: str = "") -> int:
+    """An int, or what stands for one (a NumPy integer, not a bool), of at least low and at most high.
+
+    Raises:
+        ValueError: naming the argument, its range (with its meaning, if one is given) and what it is.
+    """
+    given = value
+    if not isinstance(value, (bool, int)) and hasattr(value, "__index__"):
+        with contextlib.suppress(TypeError):  # of a tensor that isn't an integer
+            value = operator.index(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        wanted = f"of at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be an int {wanted}{meaning}, got {reprlib.repr(given)}")
+    return value
 
 
 def check_scalar(name: str, value: Scalar, low: float = -math.inf, open_low: bool = False) -> Scalar:
@@ -190,7 +236,7 @@ def check_scalar(name: str, value: Scalar, low: float = -math.inf, open_low: boo
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
         return value.detach()
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {reprlib.repr(value)} ({type(value).__name__})")
     if torch.compiler.is_compiling():  # a guard on the value would recompile at every step of a schedule
         return value
     if not math.isfinite(value) or value < low or (open_low and value == low):
@@ -218,6 +264,13 @@ def check_rows(
         raise ValueError(
             f"{name} must be (batch, time, width) or packed (tokens, width) with width > 0, got {tuple(rows.shape)}"
         )
+    if cu_seqlens is not None and rows.dim() == 3:
+        cure = (
+            f"give {name}.squeeze(0), and squeeze(0) of every argument shaped like tokens"
+            if rows.shape[0] == 1
+            else "pack the rows into one, or leave cu_seqlens out"
+        )
+        raise ValueError(f"cu_seqlens goes with packed {name}, got a padded batch of {rows.shape[0]}; {cure}")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens must be int64 (or int32), got {tokens.dtype}")
     check_tensor("tokens", tokens, rows.shape[:-1], rows.device)
@@ -226,9 +279,9 @@ def check_rows(
 
 
 def check_projection(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
-) -> Projection:
-    """The head, with hidden already checked as rows (B, T, D).
+    layout: Layout, hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
+) -> tuple[Projection, Layout]:
+    """The head, with hidden already checked as rows (B, T, D), and the layout with the dtype of its logits' statistics.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it is.
@@ -245,15 +298,17 @@ def check_projection(
     if bias is not None:
         check_tensor("bias", bias, weight.shape[:1], hidden.device)
     product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type):
-        product_dtype = torch.get_autocast_dtype(hidden.device.type)
+    cast_to = autocast_dtype(hidden.device)
+    if cast_to is not None and product_dtype != torch.float64 and logits_dtype in (None, cast_to):
+        product_dtype = cast_to
+    allowed = dict.fromkeys((product_dtype, torch.promote_types(product_dtype, torch.float32)))
     if logits_dtype is None:
         logits_dtype = product_dtype
-    if logits_dtype not in (product_dtype, torch.promote_types(product_dtype, torch.float32)):
-        raise ValueError(
-            f"logits_dtype must be {product_dtype}, the products' own, or torch.float32, got {logits_dtype}"
-        )
-    return Projection(hidden, weight, bias, product_dtype, logits_dtype)
+    if logits_dtype not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise ValueError(f"logits_dtype must be {names} where products are in {product_dtype}, got {logits_dtype}")
+    projection = Projection(hidden, weight, bias, product_dtype, logits_dtype)
+    return projection, replace(layout, dtype=compute_dtype(logits_dtype))
 
 
 def check_transform(
@@ -274,18 +329,31 @@ def check_transform(
         raise ValueError("weight must have a row for each entry of the vocabulary, it has none")
     if vocab_size is None:
         vocab_size = width
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= width:
-        raise ValueError(f"vocab_size must be an int in [1, {width}] (the logits' width), got {vocab_size!r}")
-    if isinstance(temperature, Tensor) and temperature.dim() > 0:
-        temperature = layout.floats("temperature", temperature, a_sequence=True)
-    else:
-        temperature = check_scalar("temperature", temperature, low=0.0, open_low=True)
+    vocab_size = check_integer("vocab_size", vocab_size, 1, width, " (the logits' width)")
     for name, value, low in (("logit_softcap", logit_softcap, 0.0), ("logit_scale", logit_scale, -math.inf)):
         if isinstance(value, Tensor):
             raise TypeError(f"{name} must be a number or None, got a tensor")
         if value is not None:
             check_scalar(name, value, low, open_low=True)
-    return LogitTransform(vocab_size, temperature, logit_softcap, logit_scale)
+            if not FLOAT32_SMALLEST <= abs(value) <= FLOAT32_LARGEST:
+                limits = f"{FLOAT32_SMALLEST:.3g} and {FLOAT32_LARGEST:.3g}"
+                raise ValueError(f"{name} must be None, or between {limits} in size, got {value}")
+    if logit_softcap is not None and abs(logit_scale or 1.0) / logit_softcap > FLOAT32_LARGEST:
+        raise ValueError(f"logit_softcap must be large enough to divide logit_scale by, got {logit_softcap}")
+    transform = LogitTransform(vocab_size, temperature, logit_softcap, logit_scale)
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        return replace(transform, temperature=layout.floats("temperature", temperature, a_sequence=True))
+    temperature = check_scalar("temperature", temperature, low=0.0, open_low=True)
+    if not isinstance(temperature, Tensor) and not torch.compiler.is_compiling():
+        lowest = _lowest_temperature(transform)
+        if not lowest <= temperature <= FLOAT32_LARGEST:
+            raise ValueError(f"temperature must be between {lowest:.3g} and {FLOAT32_LARGEST:.3g}, got {temperature}")
+    return replace(transform, temperature=temperature)
+
+
+def _lowest_temperature(transform: LogitTransform) -> float:
+    """The lowest one by which float32 can divide everything that the transform multiplies by."""
+    return FLOAT32_SMALLEST * max(1.0, abs(transform.scale or 1.0), transform.softcap or 1.0)
 
 
 def check_tokens(
@@ -306,9 +374,10 @@ def check_tokens(
             odd = counted & (mask != 1)
             tokens = _reject(tokens, odd, mask, "mask must be bool, or hold only 0 and 1")
     temperature = transform.temperature
-    if isinstance(temperature, Tensor) and temperature.dim() > 0:
-        cold = counted & ~(temperature > 0)
-        tokens = _reject(tokens, cold, temperature, "temperature must be > 0 where the mask is 1")
+    if isinstance(temperature, Tensor):
+        sound = (temperature >= _lowest_temperature(transform)) & (temperature <= FLOAT32_LARGEST)
+        advice = "temperature must be > 0, finite, and large enough for float32 to divide by where the mask is 1"
+        tokens = _reject(tokens, counted & ~sound, temperature.expand(counted.shape), advice)
     if layout.in_order is not None:
         tokens = torch.where(layout.in_order, tokens, INVALID_TOKEN)
     if checks_values(layout.device):  # elsewhere the kernels see for themselves
@@ -398,17 +467,19 @@ def check_loss(
     return transform, inputs, coefficients
 
 
-def check_chunking(num_active: int | None, max_chunk_bytes: int, mask: Tensor) -> None:
-    """Raises ValueError unless both are ints that make sense for a checked mask (B, T)."""
-    num_tokens = mask.numel()
-    if num_active is not None and (not isinstance(num_active, int) or not 0 <= num_active <= num_tokens):
-        raise ValueError(f"num_active must be an int in [0, {num_tokens}] (the number of tokens), got {num_active!r}")
-    if num_active is not None and checks_values(mask.device) and int(mask.sum()) != num_active:
-        raise ValueError(
-            f"num_active must be {int(mask.sum())}, the number of tokens whose mask is 1, got {num_active}"
-        )
-    if not isinstance(max_chunk_bytes, int) or max_chunk_bytes < 1:
-        raise ValueError(f"max_chunk_bytes must be an int of at least 1, got {max_chunk_bytes!r}")
+def check_chunking(num_active: int | None, max_chunk_bytes: int, mask: Tensor) -> tuple[int | None, int]:
+    """(num_active, max_chunk_bytes) beside a checked mask (B, T).
+
+    Raises:
+        ValueError: one of them isn't an int, or makes no sense for the mask.
+    """
+    if num_active is not None:
+        num_active = check_integer("num_active", num_active, 0, mask.numel(), " (the number of tokens)")
+        if checks_values(mask.device) and int(mask.sum()) != num_active:
+            raise ValueError(
+                f"num_active must be {int(mask.sum())}, the number of tokens whose mask is 1, got {num_active}"
+            )
+    return num_active, check_integer("max_chunk_bytes", max_chunk_bytes, 1)
 
 
 def check_loss_inputs(
@@ -440,8 +511,8 @@ def check_loss_inputs(
         )
     if ref_log_probs is None and (isinstance(kl_coeff, Tensor) or kl_coeff != 0):
         raise ValueError("ref_log_probs must be given when kl_coeff isn't 0, got None")
-    if num_segments is not None and (not isinstance(num_segments, int) or num_segments < 1):
-        raise ValueError(f"num_segments must be an int of at least 1, got {num_segments!r}")
+    if num_segments is not None:
+        num_segments = check_integer("num_segments", num_segments, 1)
     needs_sequences = cfg.loss_agg_mode != "token-mean" or (cfg.band_scope == "segment" and segment_ids is None)
     if layout.packed and layout.sequence_ids is None and needs_sequences:
         raise ValueError(
@@ -479,38 +550,45 @@ def _check_max_length(layout: Layout, cfg: EPOConfig, max_length: int | None) ->
         if layout.packed:
             raise ValueError(f"max_length must be given for packed logits with loss_agg_mode={cfg.loss_agg_mode!r}")
         return max(layout.shape[1], 1)
-    if not isinstance(max_length, int) or max_length < 1:
-        raise ValueError(f"max_length must be an int of at least 1, got {max_length!r}")
-    return max_length
+    return check_integer("max_length", max_length, 1)
 
 
 def _sequences(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor | None, int, Tensor | None]:
     """sequence_ids (1, N), number of sequences, in_order of a packed batch; None, B, None of a padded one."""
     if cu_seqlens is None:
         return None, tokens.shape[0] if tokens.dim() == 2 else 1, None
-    if tokens.dim() != 1:
-        raise ValueError("cu_seqlens goes with packed logits (tokens, vocab); these are padded (batch, time, vocab)")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {kind}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.device != tokens.device:
         raise ValueError(
             f"cu_seqlens must be (num_sequences + 1,) on {tokens.device}, got {tuple(cu_seqlens.shape)} on "
-            f"{cu_seqlens.device}"
+            f"{cu_seqlens.device}{_squeeze_hint('cu_seqlens', cu_seqlens, cu_seqlens.shape[1:])}"
         )
     in_order: Tensor | None = None
     if not checks_values(tokens.device):
         rising = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
         in_order = rising & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens.shape[0])
     else:
-        borders = cu_seqlens.tolist()
-        if borders[0] != 0 or borders[-1] != tokens.shape[0] or borders != sorted(borders):
-            raise ValueError(f"cu_seqlens must rise from 0 to the {tokens.shape[0]} tokens, got {borders}")
+        _check_borders(cu_seqlens.tolist(), tokens.shape[0])
     num_sequences = cu_seqlens.shape[0] - 1
     positions = torch.arange(tokens.shape[0], device=tokens.device, dtype=cu_seqlens.dtype)
     # Tokens past the last border can only be there where values aren't read.
     ids = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True).clamp(max=num_sequences - 1)
     return ids[None], num_sequences, in_order
+
+
+def _check_borders(borders: list[int], num_tokens: int) -> None:
+    fall = next((place for place in range(1, len(borders)) if borders[place] < borders[place - 1]), None)
+    if borders[0] != 0:
+        got = f"{borders[0]} as its first border"
+    elif fall is not None:
+        got = f"{borders[fall]} after {borders[fall - 1]} at place {fall} of {len(borders)}"
+    elif borders[-1] != num_tokens:
+        got = f"{borders[-1]} as its last border"
+    else:
+        return
+    raise ValueError(f"cu_seqlens must rise from 0 to the {num_tokens} tokens, got {got}")
 
 
 def _check_bands(
@@ -541,25 +619,35 @@ def _check_bands(
             num_segments = bounds[0].shape[0]
         tokens, ids, num_segments = _segments(layout, tokens, counted, segment_ids, num_segments)
 
-    def bound(name: str, value: Tensor, unknown: float) -> Tensor:
-        if by_segment:
-            check_tensor(name, value, torch.Size([num_segments]), layout.device)
-            value = value.detach().to(layout.dtype)
-            return value if scope == "segment" else value[ids]
-        value = layout.floats(name, value, a_sequence=True)
-        if scope == "token":
-            return value
+    def bound(name: str, value: Tensor) -> Tensor:
+        if not by_segment:
+            return layout.floats(name, value, a_sequence=True)
+        check_tensor(name, value, torch.Size([num_segments]), layout.device)
+        return value.detach().to(layout.dtype)
+
+    def tightest(value: Tensor, unknown: float) -> Tensor:
         value = torch.where(counted, value, unknown)
         if ids is None:
             value = F.pad(value, (0, 1), value=unknown)  # rows of no tokens at all have no extremum
             return value.amax(dim=1) if unknown < 0 else value.amin(dim=1)
-        tightest = torch.full((num_segments,), unknown, dtype=layout.dtype, device=layout.device)
-        return tightest.scatter_reduce(0, ids.reshape(-1), value.reshape(-1), "amax" if unknown < 0 else "amin")
+        result = torch.full((num_segments,), unknown, dtype=layout.dtype, device=layout.device)
+        return result.scatter_reduce(0, ids.reshape(-1), value.reshape(-1), "amax" if unknown < 0 else "amin")
 
     lower = upper = None
     if bounds is not None:
-        lower = bound("entropy_bounds[0]", bounds[0], -math.inf)
-        upper = bound("entropy_bounds[1]", bounds[1], math.inf)
+        lower, upper = bound("entropy_bounds[0]", bounds[0]), bound("entropy_bounds[1]", bounds[1])
+        if checks_values(layout.device):  # elsewhere the backends see for themselves
+            pairs = torch.stack([lower, upper], dim=-1)
+            pairs = pairs[ids] if by_segment else pairs
+            bad = counted & ~(pairs[..., 0] <= pairs[..., 1])
+            _reject(tokens, bad, pairs, "entropy_bounds must be (lower, upper), lower <= upper, where the mask is 1")
+        if scope == "segment":
+            # NaN outlives the tightening. Bands that are sound one by one may cross after it: both bounds then hold.
+            lower = torch.where(lower <= upper, lower, math.nan)
+            if not by_segment:
+                lower, upper = tightest(lower, -math.inf), tightest(upper, math.inf)
+        elif by_segment:
+            lower, upper = lower[ids], upper[ids]
     return (tokens, ids, num_segments, lower, upper) if scope == "segment" else (tokens, None, 0, lower, upper)
 
 
@@ -590,6 +678,6 @@ def _reject(tokens: Tensor, bad: Tensor, values: Tensor, message: str, limit: in
         return torch.where(bad, INVALID_TOKEN, tokens)
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
-        value = values[tuple(where)].item()
+        value = values[tuple(where)].tolist()
         raise ValueError(f"{message.format(limit=limit)}, got {value} at row {where[0]}, position {where[1]}")
     return tokens

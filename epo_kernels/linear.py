@@ -7,7 +7,10 @@ Masked tokens are dropped before the first product. Then, chunk by chunk of the 
     segment scope           the same, with the loss between the two                        8 N D V
     without gradient        logits → loss or statistics                                    2 N D V
 
-Alive at a time: one chunk of logits, and ∂weight in float32. Every fused backend brings its own row kernels.
+Alive at a time: one chunk, and ∂weight in float32; ∂hidden too, where hidden states are float16. Every fused backend
+brings its own row kernels.
+
+Products multiply by the vocabulary's rows of the head only, so its padding may hold anything, NaN and inf included.
 """
 
 from __future__ import annotations
@@ -19,16 +22,17 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from epo_kernels.autograd import differentiable_once
 from epo_kernels.backends.rows import ROW_SUMS, RowKernels, RowLoss, Rows, RowStatistics, Terms
-from epo_kernels.inputs import LogitTransform, Projection
-from epo_kernels.ops import SPENT
-from epo_kernels.sharded import PartialSums, Shard
+from epo_kernels.inputs import LogitTransform, Projection, without_autocast
+from epo_kernels.sharded import PartialSums, Shard, loss_of_rows
 
 ROW_MULTIPLE = 128  # rows of a matrix product's tile
 _TILE_COLUMNS = 256
 _CAST_TILE_BYTES = 32 << 20  # float32 copies of narrower operands, on the CPU
+_FLOAT16_EXPONENT = 15  # ∂logits of a chunk are scaled to below 2^this; float16 ends at 2^16
+_SMALLEST_GRADIENT = 2.0**-80  # smaller ones than this aren't scaled any further
 
 Needs = tuple[bool, bool, bool]  # whether hidden states, weight and bias want a gradient
 MakeHead = Callable[[Tensor, Tensor, Tensor | None], "Head"]
@@ -44,7 +48,7 @@ def chunk_rows(num_rows: int, row_bytes: int, max_chunk_bytes: int, hidden_size:
 
     Args:
         num_rows: tokens in all.
-        row_bytes: live bytes of one token's logits.
+        row_bytes: live bytes of one token.
         max_chunk_bytes: the budget.
         hidden_size: D.
         num_processors: multiprocessors of the GPU, 1 on a CPU.
@@ -98,8 +102,9 @@ class Head:
         weight: (V, D).
         bias: (V,) or None.
         product_dtype, logits_dtype: see `Projection`.
+        vocab_size: entries of the whole vocabulary; only those rows of the weight are multiplied by.
         active: the tokens that count.
-        max_chunk_bytes: bound on the live logits.
+        max_chunk_bytes: bound on a chunk's logits, hidden states and their gradients.
         shard: see `Projection`. Chunks are those of the widest rank, and so the same on all.
     """
 
@@ -109,6 +114,7 @@ class Head:
         weight: Tensor,
         bias: Tensor | None,
         *,
+        vocab_size: int,
         product_dtype: torch.dtype,
         logits_dtype: torch.dtype,
         active: Active,
@@ -119,76 +125,142 @@ class Head:
         self.active = active
         self.shard = shard
         self.logits_dtype = logits_dtype
-        self.product_weight = self.weight.to(product_dtype)
-        self._product_bias = None if bias is None else bias.detach().to(logits_dtype)
+        self.vocabulary = slice(vocab_size if shard is None else shard.own_vocabulary(vocab_size))
+        self.product_weight = self.weight[self.vocabulary].to(product_dtype)
+        self._product_bias = None if bias is None else bias.detach()[self.vocabulary].to(logits_dtype)
         width, hidden_size = weight.shape
         widest = width if shard is None else max(shard.widths)
         row_bytes = widest * logits_dtype.itemsize
         if logits_dtype != product_dtype:  # ∂logits is cast for the two products
             row_bytes += widest * product_dtype.itemsize
+        # Hidden states, and their gradient, which may be float32.
+        row_bytes += hidden_size * (product_dtype.itemsize + max(product_dtype.itemsize, 4))
         processors = _processors(hidden.device) if shard is None else 1  # ranks may have different chips
         self._rows = chunk_rows(len(active), row_bytes, max_chunk_bytes, hidden_size, processors)
         self._buffer = hidden.new_empty(min(self._rows, len(active)), width, dtype=logits_dtype)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each chunk's place among the active tokens, hidden (c, D), and logits (c, V), which the next overwrites."""
+        """Each chunk's place among the active tokens, hidden (c, D), and logits (c, V), which the next overwrites.
+
+        Logits past the vocabulary are unspecified.
+        """
         for start in range(0, len(self.active), self._rows):
             part = slice(start, min(start + self._rows, len(self.active)))
             hidden = self.active[part].take(self.hidden).to(self.product_weight.dtype)
-            yield part, hidden, self._logits(hidden)
+            logits = self._buffer[: len(hidden)]
+            self._project(hidden, logits[:, self.vocabulary])
+            yield part, hidden, logits
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits, weight = self._buffer[: hidden.shape[0]], self.product_weight.t()
+    def _project(self, hidden: Tensor, logits: Tensor) -> None:
+        weight = self.product_weight.t()
         if self.logits_dtype == hidden.dtype:
             torch.mm(hidden, weight, out=logits)
         elif hidden.is_cuda:
             torch.mm(hidden, weight, out_dtype=self.logits_dtype, out=logits)
         else:
             wide = hidden.to(self.logits_dtype)
-            for tile in _tiles(weight.shape[1], wide.shape[1] * wide.element_size()):
-                logits[:, tile] = wide @ weight[:, tile].to(wide.dtype)
-        return logits if self._product_bias is None else logits.add_(self._product_bias)
+            with without_autocast(hidden.device):
+                for tile in _tiles(weight.shape[1], wide.shape[1] * wide.element_size()):
+                    logits[:, tile] = wide @ weight[:, tile].to(wide.dtype)
+        if self._product_bias is not None:
+            logits.add_(self._product_bias)
 
 
 class HeadGradients:
     """∂hidden, ∂weight and ∂bias, added up chunk by chunk; None where none is wanted.
 
     Of a shard's columns ∂hidden is a part: float32, added up over the ranks, and rounded once.
+
+    float16 is too narrow for gradients before they are multiplied by their upstream. ∂hidden of float16 hidden states
+    is float32 until the end. Where the products take float16, ∂logits are multiplied by a power of two that brings the
+    chunk's largest just below float16's largest. The scale never rises from chunk to chunk; where it falls, ∂weight,
+    in which all chunks add up, falls with it.
     """
 
-    def __init__(self, head: Head, needs: Needs) -> None:
-        self._head = head
+    def __init__(self, head: Head, needs: Needs, kernels: RowKernels) -> None:
+        self._head, self._kernels = head, kernels
+        self.scales = head.product_weight.dtype == torch.float16
+        self._scale: Tensor | None = None  # of ∂weight
         wide = torch.promote_types(head.product_weight.dtype, torch.float32)
-        self._hidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self._weight = torch.zeros_like(head.product_weight, dtype=wide) if needs[1] else None
-        self._bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide) if needs[2] else None
+        self._hidden = self._weight = self._bias = None
+        if needs[0]:
+            dtype = torch.float32 if head.hidden.dtype == torch.float16 else head.hidden.dtype
+            self._hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=torch.contiguous_format)
+        if needs[1]:
+            self._weight = torch.zeros_like(head.weight, dtype=wide)
+        if needs[2]:
+            self._bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide)
         self._sums = PartialSums(head.shard) if head.shard is not None and needs[0] else None
 
+    def add_rows(
+        self,
+        part: slice,
+        hidden: Tensor,
+        rows: Rows,
+        statistics: RowStatistics,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> None:
+        """Add those of a chunk with hidden (c, D), for upstream gradients (1, c); they overwrite the rows' logits."""
+        if self.scales:
+            scale = self._lowered(_float16_scale(rows.transform, statistics, grad_log_probs, grad_entropy))
+            grad_log_probs = grad_log_probs * scale
+            grad_entropy = None if grad_entropy is None else grad_entropy * scale
+        self._kernels.gradient(rows, statistics, grad_log_probs, grad_entropy, rows.logits)
+        self.add(part, hidden, rows.logits[0])
+
     def add(self, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
-        """Add those of a chunk with hidden (c, D) and grad_logits (c, V)."""
+        """Add those of a chunk with hidden (c, D) and grad_logits (c, V), which are multiplied by the scale."""
+        vocabulary, weight = self._head.vocabulary, self._head.product_weight
         if self._bias is not None:
-            self._bias += grad_logits.sum(dim=0, dtype=self._bias.dtype)
-        grad_logits = grad_logits.to(hidden.dtype)
-        if self._sums is None and self._hidden is not None:
-            self._put([(part, grad_logits @ self._head.product_weight)])
-        elif self._sums is not None:
+            self._bias[vocabulary] += self._unscaled(grad_logits[:, vocabulary].sum(dim=0, dtype=self._bias.dtype))
+        grad_logits = grad_logits.to(hidden.dtype)[:, vocabulary]  # cast whole, which keeps rows aligned
+        if self._sums is not None:
             wide = torch.promote_types(grad_logits.dtype, torch.float32)
-            self._put(self._sums.exchange(part, _wide_product(grad_logits, self._head.product_weight, wide)))
+            self._put(self._sums.exchange(part, self._unscaled(_wide_product(grad_logits, weight, wide))))
+        elif self._hidden is not None:
+            wide = torch.float32 if self.scales else grad_logits.dtype
+            self._put([(part, self._unscaled(_wide_product(grad_logits, weight, wide)))])
         if self._weight is not None:
-            _add_product(self._weight, grad_logits.t(), hidden)
+            _add_product(self._weight[vocabulary], grad_logits.t(), hidden)
 
     def complete(self) -> None:
         """After the last chunk: wait for what other ranks add."""
         if self._sums is not None:
             self._put(self._sums.finish())
 
-    def finish(self, multiply: Callable[[Tensor, torch.dtype], Tensor]) -> tuple[Tensor | None, ...]:
-        """multiply(gradient, dtype of its input) of each; they are given away to it, so call this once."""
-        inputs = self._head.hidden, self._head.weight, self._head.bias
-        return tuple(
-            None if gradient is None or value is None else multiply(gradient, value.dtype)
-            for gradient, value in zip((self._hidden, self._weight, self._bias), inputs, strict=True)
+    def finish(self, factor: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients times factor, in the dtypes of their inputs; they are given away, so call this once."""
+        head = self._head
+        of_weight = factor
+        if self._scale is not None:
+            of_weight = self._scale.reciprocal() if factor is None else factor / self._scale
+        return (
+            self._multiplied(self._hidden, head.hidden, factor),
+            self._multiplied(self._weight, head.weight, of_weight),
+            self._multiplied(self._bias, head.bias, factor),
         )
+
+    def _multiplied(self, gradient: Tensor | None, value: Tensor | None, factor: Tensor | None) -> Tensor | None:
+        if gradient is None or value is None or factor is None:
+            return gradient if gradient is None or value is None else gradient.to(value.dtype)
+        if gradient.dtype == value.dtype:
+            self._kernels.scale(gradient[(None,) * (3 - gradient.dim())], factor)
+            return gradient
+        # Multiplied before it is rounded, in the pass that rounds it.
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=value.dtype))
+
+    def _lowered(self, scale: Tensor) -> Tensor:
+        """The scale from here on: this one, or a smaller one before."""
+        if self._scale is not None:
+            scale = torch.minimum(scale, self._scale)
+            if self._weight is not None:
+                self._kernels.scale(self._weight[None], scale / self._scale)
+        self._scale = scale
+        return scale
+
+    def _unscaled(self, values: Tensor) -> Tensor:
+        return values if self._scale is None else values.div_(self._scale)
 
     def _put(self, parts: Iterable[tuple[slice, Tensor]]) -> None:
         assert self._hidden is not None
@@ -197,16 +269,34 @@ class HeadGradients:
             self._hidden[places.rows, places.columns] = grad_hidden.to(self._hidden.dtype)
 
 
+def _float16_scale(
+    transform: LogitTransform, statistics: RowStatistics, grad_log_probs: Tensor, grad_entropy: Tensor | None
+) -> Tensor:
+    """The power of two, 0-d float32, that brings the largest gradient of some rows' logits close below 2^15. No sync.
+
+    |∂ℓ/∂x| = |∂z/∂x (a (1[v=y] - p) - b p (log p + H))| <= |∂z/∂x| (|a| + |b| (1/e + H)), where |∂z/∂x| <= scale/τ.
+    """
+    largest = grad_log_probs.abs()
+    if grad_entropy is not None:
+        assert statistics.entropy is not None
+        largest = largest + grad_entropy.abs() * (math.exp(-1.0) + statistics.entropy)
+    largest = largest * abs(1.0 if transform.scale is None else transform.scale) / transform.temperature
+    # What isn't finite stays so under any scale, and has no say in that of other rows.
+    finite = torch.where(largest.isfinite(), largest, 0.0).amax().clamp(min=_SMALLEST_GRADIENT)
+    return torch.ldexp(torch.ones_like(finite), _FLOAT16_EXPONENT - torch.frexp(finite).exponent)
+
+
 def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in a dtype that may be wider than theirs."""
-    if dtype == right.dtype:
-        return left @ right
-    if right.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    total = left.new_zeros(left.shape[0], right.shape[1], dtype=dtype)
-    for tile in _tiles(right.shape[0], right.shape[1] * dtype.itemsize):
-        total.addmm_(left[:, tile].to(dtype), right[tile].to(dtype))
-    return total
+    with without_autocast(left.device):
+        if dtype == right.dtype:
+            return left @ right
+        if right.is_cuda:
+            return torch.mm(left, right, out_dtype=dtype)
+        total = left.new_zeros(left.shape[0], right.shape[1], dtype=dtype)
+        for tile in _tiles(right.shape[0], right.shape[1] * dtype.itemsize):
+            total.addmm_(left[:, tile].to(dtype), right[tile].to(dtype))
+        return total
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -259,7 +349,7 @@ def gradients_of_head(
     needs: Needs,
 ) -> HeadGradients:
     """Gradients for upstream ones (1, n) of log-prob and entropy: the logits once more, and two products."""
-    gradients = HeadGradients(head, needs)
+    gradients = HeadGradients(head, needs, kernels)
     for part, hidden, logits in head.chunks():
         chunk = RowStatistics(
             statistics.log_probs[:, part],
@@ -268,8 +358,7 @@ def gradients_of_head(
             statistics.sum[:, part],
         )
         grad_entropies = None if grad_entropy is None else grad_entropy[:, part]
-        kernels.gradient(rows_of(part, logits), chunk, grad_log_probs[:, part], grad_entropies, logits[None])
-        gradients.add(part, hidden, logits)
+        gradients.add_rows(part, hidden, rows_of(part, logits), chunk, grad_log_probs[:, part], grad_entropies)
     gradients.complete()
     return gradients
 
@@ -286,7 +375,7 @@ class LinearStatistics(torch.autograd.Function):
         return statistics.log_probs, statistics.entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_log_probs, grad_entropy):
         hidden, weight, bias, *saved = ctx.saved_tensors
         statistics = RowStatistics(*saved)
@@ -302,7 +391,7 @@ class LinearStatistics(torch.autograd.Function):
             grad_entropy,
             ctx.needs_input_grad[:3],
         )
-        return *gradients.finish(Tensor.to), None, None, None, None
+        return *gradients.finish(), None, None, None, None
 
 
 def linear_log_probs_and_entropy(
@@ -323,7 +412,7 @@ def linear_log_probs_and_entropy(
         projection.weight,
         projection.bias,
         kernels,
-        head_maker(projection, active, max_chunk_bytes),
+        head_maker(projection, transform, active, max_chunk_bytes),
         row_maker(transform, tokens, active),
         entropy,
     )
@@ -347,10 +436,10 @@ def linear_loss(
     active = find_active(mask, num_active)
     heads = projection.hidden, projection.weight, projection.bias
     needs = tuple(torch.is_grad_enabled() and head is not None and head.requires_grad for head in heads)
-    loss, log_probs, entropy, sums = LinearLoss.apply(
+    loss, log_probs, entropy, sums, _ = LinearLoss.apply(
         *heads,
         kernels,
-        head_maker(projection, active, max_chunk_bytes),
+        head_maker(projection, transform, active, max_chunk_bytes),
         row_maker(transform, tokens, active),
         terms.map(lambda values: active.take(values)[None]),
         needs,
@@ -383,46 +472,44 @@ class LinearLoss(torch.autograd.Function):
         needs: Needs,
     ):
         head = make_head(hidden, weight, bias)
-        gradients = HeadGradients(head, needs)
+        gradients = HeadGradients(head, needs, kernels)
         log_probs, entropy = terms.weights.new_empty((2, *terms.weights.shape))
         sums = terms.weights.new_zeros(len(ROW_SUMS), dtype=torch.float64)
         for part, hidden_chunk, logits in head.chunks():
             chunk = terms.map(lambda values, part=part: values[:, part])  # type: ignore[misc]
-            result = kernels.loss(rows_of(part, logits), chunk, logits[None] if any(needs) else None)
+            rows = rows_of(part, logits)
+            if not any(needs):
+                result = kernels.loss(rows, chunk, None)
+            elif gradients.scales:  # by a scale that the gradients of all the chunk's tokens must be known for
+                statistics = kernels.statistics(rows, entropy=True)
+                result, *grad_statistics = loss_of_rows(rows, statistics, chunk)
+                gradients.add_rows(part, hidden_chunk, rows, statistics, *grad_statistics)
+            else:
+                result = kernels.loss(rows, chunk, rows.logits)
+                gradients.add(part, hidden_chunk, logits)
             log_probs[:, part], entropy[:, part] = result.log_probs, result.entropy
             sums += result.sums
-            if any(needs):
-                gradients.add(part, hidden_chunk, logits)
         gradients.complete()
-        ctx.gradients, ctx.kernels, ctx.gradient_scale = gradients, kernels, terms.gradient_scale
+        ctx.gradients = gradients
+        ctx.spent = False
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(log_probs, entropy, sums)
-        return sums[ROW_SUMS.index("loss")].to(terms.weights.dtype), log_probs, entropy, sums
+        anchor = hidden.new_empty(0)
+        ctx.save_for_backward(anchor)
+        return sums[ROW_SUMS.index("loss")].to(terms.weights.dtype), log_probs, entropy, sums, anchor
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_loss, *_):
-        if grad_loss is None:
-            return (None,) * 8
-        if ctx.gradients is None:
-            raise RuntimeError(SPENT)
-        gradients, ctx.gradients = ctx.gradients, None
-        factor = (grad_loss / ctx.gradient_scale).to(grad_loss.dtype)
-
-        def multiply(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-            if gradient.dtype == dtype:
-                ctx.kernels.scale(gradient[(None,) * (3 - gradient.dim())], factor)
-                return gradient
-            # Multiplied before it is rounded, in the pass that rounds it.
-            return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-
-        return *gradients.finish(multiply), None, None, None, None, None
+        gradients, ctx.gradients, ctx.spent = ctx.gradients, None, True
+        return *gradients.finish(grad_loss), None, None, None, None, None
 
 
-def head_maker(projection: Projection, active: Active, max_chunk_bytes: int) -> MakeHead:
+def head_maker(projection: Projection, transform: LogitTransform, active: Active, max_chunk_bytes: int) -> MakeHead:
     """Everything of a head but its tensors, which autograd hands back in backward."""
     return partial(
         Head,
+        vocab_size=transform.vocab_size,
         product_dtype=projection.product_dtype,
         logits_dtype=projection.logits_dtype,
         active=active,
@@ -435,7 +522,7 @@ def certainty(mask: Tensor, num_active: int | None) -> Tensor | float:
     """1, but NaN where num_active isn't the mask's count: a factor, so that gradients become NaN too. No sync."""
     if num_active is None:
         return 1.0
-    return torch.where(mask.sum() == num_active, 1.0, float("nan"))
+    return torch.where(mask.sum() == num_active, 1.0, float("nan")).float()
 
 
 def _tiles(length: int, line_bytes: int) -> Iterator[slice]:

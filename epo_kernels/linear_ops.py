@@ -1,4 +1,4 @@
-"""The linear statistics as two functional `torch.library` operators, for graphs that are being compiled.
+"""The linear statistics as two functional `torch.library` operators, for where a graph is traced.
 
 How many tokens count is known only when the graph runs, so the dropping of masked rows and the loop over chunks stay
 inside the operators; what goes between them, a loss for example, is traced. Logits are computed twice, 8 N D V.
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epo_kernels.autograd import refuse_transforms
 from epo_kernels.backends.rows import RowStatistics
 from epo_kernels.inputs import LogitTransform, Projection
 from epo_kernels.linear import certainty, find_active, gradients_of_head, head_maker, row_maker, statistics_of_head
-from epo_kernels.ops import KERNELS
+from epo_kernels.ops import KERNELS, raise_twice
 
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor mask, Tensor temperature, SymInt vocab_size, "
@@ -34,7 +35,7 @@ def traced_linear_statistics(
     num_active: int | None,
     max_chunk_bytes: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear.linear_log_probs_and_entropy` for a graph that is being compiled, with that backend's kernels."""
+    """`linear.linear_log_probs_and_entropy` where a graph is traced, with that backend's kernels."""
     temperature = transform.temperature
     if not isinstance(temperature, Tensor):
         temperature = torch.full((), temperature, dtype=torch.float32, device=tokens.device)
@@ -67,8 +68,9 @@ class _Call:
         projection = Projection(hidden, weight, bias, product_dtype, logits_dtype)
         self.mask = mask
         self.active = find_active(mask, num_active)
-        self.rows_of = row_maker(LogitTransform(vocab_size, temperature, softcap, scale), tokens, self.active)
-        self.head = head_maker(projection, self.active, max_chunk_bytes)(hidden, weight, bias)
+        transform = LogitTransform(vocab_size, temperature, softcap, scale)
+        self.rows_of = row_maker(transform, tokens, self.active)
+        self.head = head_maker(projection, transform, self.active, max_chunk_bytes)(hidden, weight, bias)
         self.kernels = KERNELS[backend]()
 
     def put(self, values: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def linear_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         tuple(needs),
     )
     hidden, weight, bias = (  # an empty tensor of its own for each: outputs of an operator may not alias
-        call.head.hidden.new_empty(0) if value is None else value for value in gradients.finish(Tensor.to)
+        call.head.hidden.new_empty(0) if value is None else value for value in gradients.finish()
     )
     return hidden, weight, bias
 
@@ -151,6 +153,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_transforms(grad_log_probs, grad_entropy)
     tensors, statistics = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
     needs = list(ctx.needs_input_grad[:3])
     gradients = linear_gradient(
@@ -169,3 +172,4 @@ def _backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, *_: Tensor
 
 
 linear_statistics.register_autograd(_backward, setup_context=_save)
+linear_gradient.register_autograd(raise_twice)

@@ -1,9 +1,9 @@
 """Autograd around the rows' kernels, the same for every fused backend.
 
 Eager: `FusedLoss` makes the gradient in forward, together with the loss; `FusedStatistics` makes it in backward, for
-whatever gradients come upstream. Under `torch.compile` the statistics and their gradient are two functional operators
-of `torch.library`, opaque to the compiler, which traces the per-token maths between them; the gradient of the logits
-then comes out final, and nothing is left to scale.
+whatever gradients come upstream. Under `torch.compile` and for fake tensors the statistics and their gradient are two
+functional operators of `torch.library`, opaque to the compiler, which traces the per-token maths between them; the
+gradient of the logits then comes out final, and nothing is left to scale.
 
 The operators have no autocast rule on purpose: autocast lets them through, where a rule could only copy the logits.
 """
@@ -16,16 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from epo_kernels.autograd import TWICE, differentiable_once, refuse_transforms
 from epo_kernels.backends.rows import RowKernels, RowLoss, Rows, RowStatistics, Terms
 from epo_kernels.inputs import LogitTransform
-
-SPENT = (
-    "the gradient of this fused loss has been given away by an earlier backward: it was made once, and backward hands "
-    'it on. Call the loss again, or take backend="reference", whose graph can be walked more than once '
-    "(retain_graph=True)"
-)
 
 
 def fused_loss(kernels: RowKernels, rows: Rows, terms: Terms, *, inplace: bool) -> RowLoss:
@@ -41,7 +35,8 @@ def fused_loss(kernels: RowKernels, rows: Rows, terms: Terms, *, inplace: bool) 
         return kernels.loss(rows, terms, None)
     if inplace:
         _check_overwritable(rows.logits)
-    return RowLoss(*FusedLoss.apply(rows.logits, kernels, rows, terms, inplace))
+    *result, _ = FusedLoss.apply(rows.logits, kernels, rows, terms, inplace)
+    return RowLoss(*result)
 
 
 def fused_statistics(
@@ -74,25 +69,21 @@ class FusedLoss(torch.autograd.Function):
         result = kernels.loss(rows, terms, gradient)
         if inplace:
             torch.autograd.graph.increment_version(gradient)
-        ctx.save_for_backward(gradient)
+        anchor = logits.new_empty(0)
+        ctx.save_for_backward(gradient, anchor)
         ctx.kernels = kernels
-        ctx.gradient_scale = terms.gradient_scale if logits.dtype == torch.float16 else None
         ctx.spent = False
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(result.log_probs, result.entropy, result.sums)
-        return tuple(result)
+        return *result, anchor
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        factor = RowLoss(*upstream).loss
-        if factor is None:
-            return (None,) * 5
-        if ctx.spent:
-            raise RuntimeError(SPENT)
-        (gradient,) = ctx.saved_tensors
+        *_, factor, _ = upstream
+        gradient, _ = ctx.saved_tensors
         ctx.spent = True
-        ctx.kernels.scale(gradient, factor if ctx.gradient_scale is None else factor / ctx.gradient_scale)
+        ctx.kernels.scale(gradient, factor)
         return gradient, None, None, None, None
 
 
@@ -119,12 +110,10 @@ class FusedStatistics(torch.autograd.Function):
         return statistics.log_probs, statistics.entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
-            raise RuntimeError(SPENT)
         logits, tokens, mask, temperature, *saved = ctx.saved_tensors
         logits, statistics = logits.detach(), RowStatistics(*saved)
         out = logits if ctx.inplace else torch.empty_like(logits)
@@ -158,13 +147,13 @@ def _check_overwritable(logits: Tensor) -> None:
         )
 
 
-# Under torch.compile: kernels are found by the name of their backend, and the temperature is always a tensor.
+# Where a graph is traced, kernels are found by the name of their backend, and the temperature is always a tensor.
 
 KERNELS: dict[str, Callable[[], RowKernels]] = {}
 
 
 def traced_statistics(backend: str, rows: Rows, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """`fused_statistics` for a graph that is being compiled, with the kernels of the backend of that name."""
+    """`fused_statistics` where a graph is traced, with the kernels of the backend of that name."""
     transform = rows.transform
     temperature = transform.temperature
     if not isinstance(temperature, Tensor):
@@ -259,6 +248,7 @@ def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _backward_of_statistics(
     ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, *_: Tensor
 ) -> tuple[Tensor | None, ...]:
+    refuse_transforms(grad_log_probs, grad_entropy)
     logits, tokens, mask, temperature, *statistics = ctx.saved_tensors
     gradient = row_gradient(
         logits,
@@ -274,4 +264,10 @@ def _backward_of_statistics(
     return gradient, *(None,) * 8
 
 
+def raise_twice(*_: Any) -> None:
+    """The backward of operators that compute a gradient."""
+    raise RuntimeError(TWICE)
+
+
 row_statistics.register_autograd(_backward_of_statistics, setup_context=_save_statistics)
+row_gradient.register_autograd(raise_twice)

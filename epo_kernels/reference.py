@@ -18,6 +18,7 @@ Conventions at the edges, which every backend keeps:
   that of k3, passes its gradient on [-20, 20], both ends included, and none outside; so does k3 on values up to 10.
 - At the very bound of the band the penalty and its derivative are 0 (hinge, quadratic); the indicator and the gate
   count the bound as outside.
+- A counted token whose band is inconsistent (lower > upper, or NaN) has a loss of NaN, and is counted as invalid.
 - A counted token whose loss is NaN, whatever made it so (a NaN old_log_prob, say), makes the gradient of its row NaN.
 - A term whose coefficient is 0 is skipped, not multiplied.
 """
@@ -250,7 +251,7 @@ def row_sums(
 ) -> dict[str, Tensor]:
     """The sums over counted tokens that metrics are made of, 0-d float64; log_probs and entropy are detached."""
     mask = inputs.mask
-    invalid = mask & ~_in_vocabulary(inputs.tokens, vocab_size)
+    invalid = mask & (losses.band.invalid | ~_in_vocabulary(inputs.tokens, vocab_size))
     logged = {
         "tokens": mask,
         "loss": weights * losses.total,
@@ -278,8 +279,7 @@ def loss_of_given_statistics(
 
     There is no vocabulary: inputs.tokens are 0, or -1 where another argument of the token is inconsistent.
     """
-    inconsistent = inputs.mask & (inputs.tokens < 0)
-    log_probs = log_probs * torch.where(inconsistent, float("nan"), 1.0)
+    log_probs = _nan_at(inputs.mask & (inputs.tokens < 0), log_probs)
     return loss_of_statistics(_at(inputs.mask, log_probs), _at(inputs.mask, entropy), 1, inputs, coefficients, cfg)
 
 
@@ -322,8 +322,8 @@ def token_losses(
         if _may_be_on(coefficients.kl):
             total = total + _term(coefficients.kl, kl_penalty(_source(coefficients.kl, log_probs), ref, cfg.kl_type))
     # Clamps and comparisons stop the gradient of NaN as they stop others; here it must reach the row.
-    lost = mask & total.isnan()
-    total = torch.where(lost, log_probs * torch.where(lost, float("nan"), 0.0), total)
+    lost = mask & (total.isnan() | band.invalid)
+    total = torch.where(lost, _nan_at(lost, log_probs), total)
     return TokenLosses(total, pg, kl, policy, band)
 
 
@@ -359,9 +359,7 @@ def masked_log_probs_and_entropy(
     z = transform_logits(torch.where(mask[..., None], logits, 0.0), transform)
     valid = mask & _in_vocabulary(tokens, transform.vocab_size)
     log_probs, entropy = log_probs_and_entropy(z, torch.where(valid, tokens, 0))
-    # A factor, not a summand: what the clamp of a NaN ratio sends back is 0, and only 0 * NaN spreads to the row.
-    log_probs = log_probs * torch.where(mask & ~valid, float("nan"), 1.0)
-    return _at(mask, log_probs), _at(mask, entropy)
+    return _at(mask, _nan_at(mask & ~valid, log_probs)), _at(mask, entropy)
 
 
 class Band(NamedTuple):
@@ -371,25 +369,28 @@ class Band(NamedTuple):
     gate: Tensor  # factor of the bonus, detached
     below: Tensor
     above: Tensor
+    invalid: Tensor  # a token's bounds are crossed, or NaN
 
 
 def band_of_tokens(entropy: Tensor, inputs: TokenInputs, cfg: LossSettings) -> Band:
     """Hold each token's entropy, or its segment's mean, against the band."""
     if inputs.lower is None or inputs.upper is None:
         nowhere = torch.zeros_like(inputs.mask)
-        return Band(torch.zeros_like(entropy), torch.ones_like(entropy), nowhere, nowhere)
+        return Band(torch.zeros_like(entropy), torch.ones_like(entropy), nowhere, nowhere, nowhere)
     if cfg.band_scope == "token":
         held = entropy
         lower = torch.where(inputs.mask, inputs.lower, float("-inf"))
         upper = torch.where(inputs.mask, inputs.upper, float("inf"))
+        invalid = ~(lower <= upper)
     else:
         held = segment_means(entropy, inputs.mask, inputs.segment_ids, inputs.num_segments)
         lower, upper = inputs.lower, inputs.upper
+        invalid = lower.isnan() | upper.isnan()
     gate = torch.ones_like(held)
     if cfg.penalty == "gate":
         gate = torch.where(outside_band(held.detach(), lower, upper), cfg.penalty_alpha, gate)
     penalty = band_penalty(held, lower, upper, cfg.penalty, cfg.penalty_alpha)
-    band = Band(penalty, gate, held < lower, held > upper)
+    band = Band(penalty, gate, held < lower, held > upper, invalid)
     if cfg.band_scope == "token":
         return band
     if inputs.segment_ids is None:
@@ -400,6 +401,14 @@ def band_of_tokens(entropy: Tensor, inputs: TokenInputs, cfg: LossSettings) -> B
 def _at(mask: Tensor, values: Tensor) -> Tensor:
     """values where the mask is 1 and 0 elsewhere, in value and gradient."""
     return torch.where(mask, values, 0)
+
+
+def _nan_at(bad: Tensor, values: Tensor) -> Tensor:
+    """values, and NaN where bad, in value and gradient.
+
+    A factor, not a summand: what the clamp of a NaN ratio sends back is 0, and only 0 * NaN spreads to the row.
+    """
+    return values * torch.ones_like(values).masked_fill(bad, float("nan"))
 
 
 def _in_vocabulary(tokens: Tensor, vocab_size: int) -> Tensor:

@@ -23,14 +23,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
 from epo_kernels import reference
+from epo_kernels.autograd import differentiable_once
 from epo_kernels.backends.rows import (
     COEFFICIENTS,
     ROW_SUMS,
@@ -75,6 +76,11 @@ class Shard:
         start = sum(self.widths[: self.rank])
         return slice(start, start + self.widths[self.rank])
 
+    def own_vocabulary(self, vocab_size: int) -> int:
+        """How many of this rank's columns are of the vocabulary; the rest is padding."""
+        columns = self.columns
+        return max(min(vocab_size, columns.stop) - columns.start, 0)
+
     @cached_property
     def ends(self) -> Tensor:
         """(ranks,) int64: where each rank's columns end."""
@@ -117,9 +123,11 @@ def find_shard(
             f"group must be a torch.distributed process group with this rank in it, got {group!r} "
             f"({type(group).__name__})"
         )
-    words = {name: repr(fact) for name, fact in facts.items() if not isinstance(fact, int)}
-    numbers = [fact if isinstance(fact, int) else zlib.crc32(words[name].encode()) for name, fact in facts.items()]
-    record = torch.tensor([width, 0, *numbers, *[0] * (_RECORD - len(numbers))]).to(device)
+    words = {name: repr(fact) for name, fact in facts.items() if not isinstance(fact, Integral)}
+    numbers = [
+        int(fact) if isinstance(fact, Integral) else zlib.crc32(words[name].encode()) for name, fact in facts.items()
+    ]
+    record = torch.tensor([width, 0, *numbers, *[0] * (_RECORD - len(numbers))], device=device)
     if mask is not None:
         record[1] = torch.count_nonzero(mask)
     widths, counted, *known = gather(record, group).t().tolist()
@@ -209,12 +217,11 @@ class ShardedRows:
         statistics = self.statistics(rows, entropy=True)
         result, grad_log_probs, grad_entropy = loss_of_rows(rows, statistics, terms)
         if out is not None:
-            scale = terms.gradient_scale
-            self.gradient(rows, statistics, scale * grad_log_probs, scale * grad_entropy, out)
+            self.gradient(rows, statistics, grad_log_probs, grad_entropy, out)
         return result
 
-    def prepare(self, rows: Rows, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
-        return self._kernels.prepare(rows, weighing, coefficients)
+    def prepare(self, mask: Tensor, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
+        return self._kernels.prepare(mask, weighing, coefficients)
 
     def rate(self, transform: LogitTransform) -> Scalar:
         return self._kernels.rate(transform)
@@ -224,12 +231,11 @@ class ShardedRows:
 
     def _own_columns(self, rows: Rows) -> Rows | None:
         """The rows as this rank has them; None where all of it is padding. Tokens of other ranks are out of range."""
-        columns = self._shard.columns
-        vocab_size = min(rows.transform.vocab_size, columns.stop) - columns.start
+        vocab_size = self._shard.own_vocabulary(rows.transform.vocab_size)
         if vocab_size < 1:
             return None
         transform = replace(rows.transform, vocab_size=vocab_size)
-        return Rows(rows.logits, rows.tokens - columns.start, rows.mask, transform)
+        return Rows(rows.logits, rows.tokens - self._shard.columns.start, rows.mask, transform)
 
 
 @dataclass(frozen=True)
@@ -313,34 +319,45 @@ class PartialSums:
 
 
 class GatheredColumns(torch.autograd.Function):
-    """A rank's columns (..., width) -> those of all ranks, (..., total). The gradient of what is the same on all ranks
-    is so too: each takes its columns."""
+    """A rank's columns (..., width) -> those of all ranks, (..., total), and an anchor.
+
+    The gradient of what is the same on all ranks is so too: each takes its columns.
+    """
 
     @staticmethod
-    def forward(ctx: Any, columns: Tensor, shard: Shard) -> Tensor:
+    def forward(ctx: Any, columns: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
         ctx.columns = shard.columns
+        anchor = columns.new_empty(0)
+        ctx.save_for_backward(anchor)
+        ctx.set_materialize_grads(False)
         widest = max(shard.widths)
         padded = torch.nn.functional.pad(columns, (0, widest - columns.shape[-1]))
         parts = zip(shard.gather(padded).unbind(), shard.widths, strict=True)
-        return torch.cat([part[..., :width] for part, width in parts], dim=-1)
+        return torch.cat([part[..., :width] for part, width in parts], dim=-1), anchor
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    @differentiable_once
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, None]:
         return gradient[..., ctx.columns], None
 
 
 class ReplicatedInput(torch.autograd.Function):
-    """What is the same on all ranks, and enters a product with a rank's columns: its gradients are added up."""
+    """What is the same on all ranks, and enters a product with a rank's columns, and an anchor.
+
+    The ranks' gradients are added up.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, shard: Shard) -> Tensor:
+    def forward(ctx: Any, values: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
         ctx.group = shard.group
-        return values.view_as(values)
+        anchor = values.new_empty(0)
+        ctx.save_for_backward(anchor)
+        ctx.set_materialize_grads(False)
+        return values.view_as(values), anchor
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    @differentiable_once
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, None]:
         total = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
         dist.all_reduce(total, group=ctx.group)
         return total.to(gradient.dtype), None

@@ -47,7 +47,6 @@ class Terms:
         lower: Array | None,
         upper: Array | None,
         coefficients: Array,
-        gradient_scale: Array,
         kl_type: str,
         penalty: str,
     ) -> None: ...
@@ -152,16 +151,14 @@ def cuda_prepare(
     loss_scale: float | Array,
     max_length: float,
     coefficients: Sequence[float | Array],
-    weight_bits: int | None,
     weights: Array,
     coefficients_out: Array,
-    gradient_scale: Array,
     ticket: Array,
     extras: Array,
     device: int,
     stream: int,
 ) -> None:
-    """Token weights and coefficients; weight_bits None: the gradient needs no scale."""
+    """Token weights and coefficients."""
 
 def cuda_scale(values: Array, factor: Array, device: int, stream: int) -> None:
     """values *= factor in float32; touches no values where the factor is 1."""

@@ -212,11 +212,10 @@ struct TermsArguments {
 TermsArguments make_terms(const RowsArguments& rows_, const Array& weights, const Array& advantages,
                       const MaybeArray& old_log_probs, const MaybeArray& ref_log_probs, const MaybeArray& is_weights,
                       const MaybeArray& lower, const MaybeArray& upper, const Array& coefficients,
-                      const Array& gradient_scale, const std::string& kl_type, const std::string& penalty) {
+                      const std::string& kl_type, const std::string& penalty) {
     const epo::Rows& rows = rows_.rows;
     if (bool(lower) != bool(upper)) refuse("lower and upper must be given together");
     expect_contiguous(coefficients, "coefficients", "float32", {epo::kNumCoefficients});
-    expect(gradient_scale, "gradient_scale", "float32", {});
     const epo::Terms terms{floats(weights, "weights", rows),
                            floats(advantages, "advantages", rows),
                            floats(old_log_probs, "old_log_probs", rows),
@@ -225,10 +224,9 @@ TermsArguments make_terms(const RowsArguments& rows_, const Array& weights, cons
                            floats(lower, "lower", rows),
                            floats(upper, "upper", rows),
                            static_cast<const float*>(coefficients.data()),
-                           static_cast<const float*>(gradient_scale.data()),
                            kl_type_of(kl_type),
                            penalty_of(penalty)};
-    Owners owners{weights.owner, advantages.owner, coefficients.owner, gradient_scale.owner};
+    Owners owners{weights.owner, advantages.owner, coefficients.owner};
     for (const MaybeArray* given : {&old_log_probs, &ref_log_probs, &is_weights, &lower, &upper})
         if (*given) owners.push_back((*given)->owner);
     return {terms, tokens_shape(rows), std::move(owners)};
@@ -401,12 +399,10 @@ epo::AggMode mode_of(const std::string& name) {
            name);
 }
 
-// weight_bits: None where the gradient needs no scale.
 void cuda_prepare(const Array& mask, const Array& lengths, const MaybeArray& sequence_ids, const std::string& mode,
                   const std::optional<Number>& normalizer, const Number& loss_scale, double max_length,
-                  const std::vector<Number>& coefficients, std::optional<int> weight_bits, const Array& weights,
-                  const Array& coefficients_out, const Array& gradient_scale, const Array& ticket, const Array& extras,
-                  int device, std::uintptr_t stream) {
+                  const std::vector<Number>& coefficients, const Array& weights, const Array& coefficients_out,
+                  const Array& ticket, const Array& extras, int device, std::uintptr_t stream) {
     if (mask.shape.size() != 2) refuse("mask must have two sizes (batch, time), got " + text(mask.shape));
     epo::Rows like{};  // the sizes that per_token looks at
     like.batch = mask.shape[0];
@@ -428,20 +424,16 @@ void cuda_prepare(const Array& mask, const Array& lengths, const MaybeArray& seq
     if (normalizer) weighing.normalizer = scalar(*normalizer, "normalizer");
     weighing.loss_scale = scalar(loss_scale, "loss_scale");
     weighing.max_length = static_cast<float>(max_length);
-    weighing.scale_gradient = weight_bits.has_value();
-    weighing.weight_bits = weight_bits.value_or(0);
     if (coefficients.size() != epo::kNumCoefficients)
         refuse("coefficients must be " + std::to_string(epo::kNumCoefficients) + ", got " +
                std::to_string(coefficients.size()));
     for (std::size_t i = 0; i < coefficients.size(); ++i)
         weighing.coefficients[i] = scalar(coefficients[i], "a coefficient");
     expect_contiguous(coefficients_out, "coefficients_out", "float32", {epo::kNumCoefficients});
-    expect(gradient_scale, "gradient_scale", "float32", {});
     expect_contiguous(ticket, "ticket", "int32", {1});
     expect_contiguous(extras, "extras", "float64", {2});
     const epo::Prepared out{results(weights, "weights", like), static_cast<float*>(coefficients_out.data()),
-                            static_cast<float*>(gradient_scale.data()), static_cast<int*>(ticket.data()),
-                            static_cast<double*>(extras.data())};
+                            static_cast<int*>(ticket.data()), static_cast<double*>(extras.data())};
     raise_if(epo::cuda_prepare(weighing, out, place_of(device, stream)));
 }
 
@@ -474,8 +466,8 @@ void bind_cuda(py::module_& module) {
                py::arg("device"), py::arg("stream"), py::arg("family") = "chosen");
     module.def("cuda_prepare", &cuda_prepare, py::arg("mask"), py::arg("lengths"), py::arg("sequence_ids"),
                py::arg("loss_agg_mode"), py::arg("normalizer"), py::arg("loss_scale"), py::arg("max_length"),
-               py::arg("coefficients"), py::arg("weight_bits"), py::arg("weights"), py::arg("coefficients_out"),
-               py::arg("gradient_scale"), py::arg("ticket"), py::arg("extras"), py::arg("device"), py::arg("stream"));
+               py::arg("coefficients"), py::arg("weights"), py::arg("coefficients_out"), py::arg("ticket"),
+               py::arg("extras"), py::arg("device"), py::arg("stream"));
     module.def("cuda_scale", &cuda_scale, py::arg("values"), py::arg("factor"), py::arg("device"), py::arg("stream"));
 }
 
@@ -495,8 +487,7 @@ PYBIND11_MODULE(_native, module) {
     py::class_<TermsArguments>(module, "Terms")
         .def(py::init(&make_terms), py::arg("rows"), py::arg("weights"), py::arg("advantages"),
              py::arg("old_log_probs"), py::arg("ref_log_probs"), py::arg("is_weights"), py::arg("lower"),
-             py::arg("upper"), py::arg("coefficients"), py::arg("gradient_scale"), py::arg("kl_type"),
-             py::arg("penalty"));
+             py::arg("upper"), py::arg("coefficients"), py::arg("kl_type"), py::arg("penalty"));
 #if defined(EPO_WITH_CUDA)
     bind_cuda(module);
 #else

@@ -55,8 +55,7 @@ class EagerRows(PlainHelpers):
         statistics = self.statistics(rows, entropy=True)
         result, grad_log_probs, grad_entropy = loss_of_rows(rows, statistics, terms)
         if out is not None:
-            scale = terms.gradient_scale
-            self.gradient(rows, statistics, scale * grad_log_probs, scale * grad_entropy, out)
+            self.gradient(rows, statistics, grad_log_probs, grad_entropy, out)
         return result
 
     def rate(self, transform: LogitTransform) -> Scalar:

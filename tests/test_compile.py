@@ -62,6 +62,16 @@ CASES = {
 }
 
 
+def test_bad_bounds_make_a_compiled_loss_nan():
+    case = case_of("segment")
+    lower, upper = (bound.clone() for bound in case["entropy_bounds"])
+    lower[0, 0] = upper[0, 0] + 1.0
+    function = torch.compile(loss_of({**case, "entropy_bounds": (lower, upper)}), backend="eager", fullgraph=True)
+    out = function(case["logits"], {})
+    assert out.loss.isnan()
+    assert out.metrics.invalid_tokens == case["mask"][0].sum()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_inductor_equals_eager(name):
     case = CASES[name]()

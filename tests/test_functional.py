@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import epo_kernels as ek
 from tests import plain
 from tests.cases import MODES, PENALTIES, assert_equals_plain, assert_identical, random_case, run, to_packed
+from tests.test_linear import NEEDS_CPU
 
 F64 = {"dtype": torch.float64}
 
@@ -334,6 +335,21 @@ def test_from_log_probs_takes_half_precision_and_names_what_is_wrong():
             from_log_probs(case, wrong)
 
 
+def test_from_log_probs_counts_bad_bounds(monkeypatch):
+    lower, upper = torch.zeros(3, 5), torch.ones(3, 5)
+    lower[0, 0] = 2.0
+    for scope in ("token", "segment"):
+        case = random_case(ek.EPOConfig(penalty="hinge", band_scope=scope), entropy_bounds=(lower, upper))
+        statistics = ek.log_probs_and_entropy(case["logits"], case["tokens"], backend="reference")
+        with pytest.raises(ValueError, match=r"entropy_bounds must be .* got \[2.0, 1.0\] at row 0, position 0"):
+            from_log_probs(case, statistics)
+        with monkeypatch.context() as patch:
+            patch.setattr("epo_kernels.inputs.checks_values", lambda device: False)
+            out = from_log_probs(case, statistics)
+        assert out.loss.isnan()
+        assert out.metrics.invalid_tokens == (1 if scope == "token" else case["mask"][0].sum())
+
+
 # ---- mixed precision ------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +378,36 @@ def test_autocast_leaves_the_statistics_in_float32():
     expected = run(case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_identical(run(case), expected)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=NEEDS_CPU)])
+@pytest.mark.parametrize("scope", ["token", "segment"])
+@pytest.mark.parametrize("penalty", ["none", "gate"])
+def test_defaults_of_torch_change_nothing(penalty, scope, backend, default):
+    """Neither the default dtype nor the default device: what comes back has the documented dtypes and values."""
+    cfg = ek.EPOConfig(penalty=penalty, kl_coeff=0.1, band_scope=scope, loss_agg_mode="seq-mean-token-mean")
+    bounds = torch.full((3, 5), 2.0), torch.full((3, 5), 2.5)
+    case = random_case(cfg, dtype=torch.float32, vocab=64, entropy_bounds=bounds)
+    expected, before = run(case, backend), torch.get_default_dtype()
+    head, given = torch.eye(64), {name: value for name, value in case.items() if name not in ("logits", "tokens")}
+    call = {"mask": case["mask"], "backend": backend}
+    torch.set_default_dtype(default)
+    torch.set_default_device("meta")
+    try:
+        assert_identical(run(case, backend), expected)
+        statistics = ek.log_probs_and_entropy(case["logits"], case["tokens"], **call)
+        linear = ek.linear_log_probs_and_entropy(case["logits"], head, case["tokens"], **call)
+        outs = (
+            ek.epo_loss_from_log_probs(*statistics, **given),
+            ek.linear_epo_loss(hidden=case["logits"], weight=head, tokens=case["tokens"], **given, backend=backend),
+        )
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert_close((*statistics, *linear), (*expected[0][2:], *expected[0][2:]))
+    for out in outs:
+        assert_close((out.loss, *out[2:]), (expected[0].loss, *expected[0][2:]))
 
 
 # ---- backends -------------------------------------------------------------------------------------------------------

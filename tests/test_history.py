@@ -156,8 +156,8 @@ def test_a_commit_that_fails_leaves_the_history_as_it_was(tokens, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_turns": 0}, "num_turns must be at least 1, got 0"),
-        ({"num_turns": 3, "window": 0}, "window must be at least 1 step or None, got 0"),
+        ({"num_turns": 0}, "num_turns must be an int of at least 1, got 0"),
+        ({"num_turns": 3, "window": 0}, "window must be an int of at least 1 step, or None, got 0"),
         ({"num_turns": 3, "scope": "episode"}, "scope must be one of turn, global, got 'episode'"),
         ({"num_turns": 3, "weighting": "none"}, "weighting must be one of token, step, got 'none'"),
     ],
@@ -187,6 +187,32 @@ def test_state_goes_round_through_a_file_with_its_open_step(settings):
             each.commit()
         torch.testing.assert_close(again.means(), history.means(), rtol=0, atol=0, equal_nan=True)
         assert len(again) == len(history)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_defaults_of_torch_change_nothing(device, dtype, monkeypatch):
+    """Everything that has no tensor to follow is float32 or float64, and on the CPU."""
+    bound_of = {"turns": torch.tensor([[2, 0], [7, -1]]), "low": 0.5, "high": 2.0}
+    expected = history_of(STEPS)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        history = ek.EntropyHistory(3)
+        for step in STEPS:
+            turns, values = (torch.tensor(column, device="cpu") for column in zip(*step, strict=True))
+            history.update(turns, values.float(), torch.ones_like(turns))
+            history.commit()
+        history.commit()  # a step without tokens
+        again = ek.EntropyHistory(3)
+        again.load_state_dict(history.state_dict())
+        bounds = again.bounds(**bound_of)
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    torch.testing.assert_close(again.means(), expected.means(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(bounds, expected.bounds(**bound_of), rtol=0, atol=0)
 
 
 def test_a_state_is_a_copy():

@@ -56,6 +56,25 @@ WRONG = {
         ValueError,
         r"entropy_bounds must be \(lower, upper\) when penalty is 'hinge', got None",
     ),
+    "bounds nan": (
+        {"entropy_bounds": (ones(3, 5), ones(3, 5) * math.nan)},
+        ValueError,
+        r"entropy_bounds must be \(lower, upper\), lower <= upper.*got \[1.0, nan\] at row 0, position 0",
+    ),
+    "bounds crossed": (
+        {"cfg": HINGE, "entropy_bounds": (ones(3) * 2, ones(3))},
+        ValueError,
+        r"entropy_bounds must be .*lower <= upper.*got \[2.0, 1.0\]",
+    ),
+    "bounds crossed a turn": (
+        {
+            "cfg": SEGMENT,
+            "entropy_bounds": (torch.tensor([0.0, 3.0]), torch.tensor([1.0, 2.0])),
+            "segment_ids": tokens_with(1),
+        },
+        ValueError,
+        r"entropy_bounds must be .*got \[3.0, 2.0\] at row 1, position 2",
+    ),
     "bounds tensor": ({"entropy_bounds": ones(2, 3, 5)}, TypeError, r"entropy_bounds must be a pair.*got Tensor"),
     "bounds numbers": ({"entropy_bounds": (0.0, 1.0)}, TypeError, r"entropy_bounds must be a pair of tensors"),
     "bounds three": ({"entropy_bounds": (*BANDS, BANDS[0])}, TypeError, r"entropy_bounds must be a pair"),
@@ -96,7 +115,11 @@ WRONG = {
     "kl tensor without ref": ({"kl_coeff": torch.tensor(0.0)}, ValueError, r"ref_log_probs must be given"),
     "ref shape": ({"ref_log_probs": ones(5, 3)}, ValueError, r"ref_log_probs must have the shape of tokens"),
     "is_weights": ({"is_weights": ones(3, 5, 1)}, ValueError, r"is_weights must have the shape of tokens"),
-    "cu on padded": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"cu_seqlens goes with packed logits"),
+    "cu on padded": (
+        {"cu_seqlens": torch.tensor([0, 5])},
+        ValueError,
+        r"cu_seqlens goes with packed logits, got a padded batch of 3; pack the rows",
+    ),
     "max_length": (
         {"cfg": ek.EPOConfig(loss_agg_mode="seq-mean-token-sum-norm"), "max_length": 0},
         ValueError,
@@ -117,6 +140,27 @@ WRONG = {
         r"temperature must be a number .*got '1' \(str",
     ),
     "temperature shape": ({"temperature": ones(5)}, ValueError, r"temperature must have the shape of tokens"),
+    "temperature underflows": ({"temperature": 1e-40}, ValueError, r"temperature must be between 1.18e-38.*got 1e-40"),
+    "temperature of a scale": (
+        {"temperature": 1e-37, "logit_scale": 1e2},
+        ValueError,
+        r"temperature must be between 1.18e-36 .*got 1e-37",
+    ),
+    "temperature of a softcap": ({"temperature": 1e-37, "logit_softcap": 30.0}, ValueError, r"temperature must be b"),
+    "temperature overflows": ({"temperature": 1e39}, ValueError, r"temperature must be between .*got 1e\+39"),
+    "temperature 0-d": ({"temperature": torch.tensor(0.0)}, ValueError, r"temperature must be > 0, .*got 0.0 at row 0"),
+    "temperature 0-d nan": ({"temperature": torch.tensor(math.nan)}, ValueError, r"temperature must be > 0, .*got nan"),
+    "temperatures inf": ({"temperature": ones(3, 5) * math.inf}, ValueError, r"temperature must be > 0, .*got inf"),
+    "temperatures tiny": ({"temperature": ones(3) * 1e-40}, ValueError, r"temperature must be > 0, .*large enough"),
+    "scale 0": ({"logit_scale": 0}, ValueError, r"logit_scale must be None, or between 1.18e-38 .*got 0"),
+    "scale tiny": ({"logit_scale": -1e-50}, ValueError, r"logit_scale must be None, or between .*got -1e-50"),
+    "scale huge": ({"logit_scale": 1e39}, ValueError, r"logit_scale must be None, or between .*got 1e\+39"),
+    "softcap tiny": ({"logit_softcap": 1e-40}, ValueError, r"logit_softcap must be None, or between .*got 1e-40"),
+    "softcap of a scale": (
+        {"logit_softcap": 1e-20, "logit_scale": 1e20},
+        ValueError,
+        r"logit_softcap must be large enough to divide logit_scale by, got 1e-20",
+    ),
     "softcap 0": ({"logit_softcap": 0.0}, ValueError, r"logit_softcap must be finite and > 0, got 0.0"),
     "softcap tensor": ({"logit_softcap": torch.tensor(1.0)}, TypeError, r"logit_softcap must be a number or None"),
     "scale inf": ({"logit_scale": math.inf}, ValueError, r"logit_scale must be finite, got inf"),
@@ -141,10 +185,15 @@ WRONG_PACKED = {
     "cu start": (
         {"cu_seqlens": torch.tensor([1, 6])},
         ValueError,
-        r"cu_seqlens must rise .*got \[1, 6\]",
+        r"cu_seqlens must rise from 0 to the 6 tokens, got 1 as its first border",
     ),
-    "cu end": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"cu_seqlens must rise from 0 to the 6 tokens"),
-    "cu order": ({"cu_seqlens": torch.tensor([0, 5, 3, 6])}, ValueError, r"cu_seqlens must rise"),
+    "cu end": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"cu_seqlens must rise .*, got 5 as its last border"),
+    "cu order": (
+        {"cu_seqlens": torch.tensor([0, 5, 3, 6])},
+        ValueError,
+        r"cu_seqlens must rise from 0 to the 6 tokens, got 3 after 5 at place 2 of 4",
+    ),
+    "cu batch": ({"cu_seqlens": torch.tensor([[0, 6]])}, ValueError, r"cu_seqlens must be .*cu_seqlens.squeeze\(0\)"),
     "mode": (
         {"cfg": ek.EPOConfig(loss_agg_mode="seq-mean-token-mean")},
         ValueError,
@@ -161,7 +210,13 @@ WRONG_PACKED = {
         r"max_length must be given for packed logits",
     ),
     "advantages": ({"advantages": ones(1)}, ValueError, r"cu_seqlens must be given to spread advantages \(1,\)"),
-    "mask": ({"mask": ones(1, 6)}, ValueError, r"mask must have shape \(6,\), got \(1, 6\)"),
+    "mask": ({"mask": ones(1, 6)}, ValueError, r"mask must have shape \(6,\), got \(1, 6\); give mask.squeeze\(0\)"),
+    "old": ({"old_log_probs": ones(1, 6)}, ValueError, r"old_log_probs must have .*; give old_log_probs.squeeze\(0\)"),
+    "rows": (
+        {"logits": ones(1, 6, 7), "cu_seqlens": torch.tensor([0, 6])},
+        ValueError,
+        r"cu_seqlens goes with packed logits, got a padded batch of 1; give logits.squeeze\(0\), and squeeze\(0\) of",
+    ),
 }
 
 
@@ -331,10 +386,26 @@ def test_log_probs_and_entropy_of_an_unread_invalid_token_is_nan():
     assert torch.isfinite(entropy).all()
 
 
-def test_meta_tensors_pass_by_shape_alone():
-    case = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in padded_case().items()}
-    out = ek.epo_loss(**case, backend="reference")
-    assert (out.loss.shape, out.log_probs.shape, out.entropy.dtype) == ((), (3, 5), torch.float32)
+@pytest.mark.parametrize("checked", ["0", "1"])
+def test_meta_tensors_pass_by_shape_alone(checked, monkeypatch):
+    monkeypatch.setenv("EPO_KERNELS_CHECK", checked)
+    case = random_case(SEGMENT, dtype=F32)
+    case["entropy_bounds"] = tuple(bound.to("meta") for bound in case["entropy_bounds"])
+    case = {name: v.to("meta") if isinstance(v, torch.Tensor) else v for name, v in case.items()}
+    logits, tokens, mask = case.pop("logits").requires_grad_(), case["tokens"], case["mask"]
+    hidden, weight = (torch.empty(*shape, device="meta", requires_grad=True) for shape in ((3, 5, 4), (7, 4)))
+    statistics = ek.log_probs_and_entropy(logits, tokens, mask=mask)
+    linear_statistics = ek.linear_log_probs_and_entropy(hidden, weight, tokens, mask=mask, num_active=12)
+    given = {name: value for name, value in case.items() if name != "tokens"}
+    for out, leaf in [
+        (ek.epo_loss(logits, **case), logits),
+        (ek.linear_epo_loss(hidden, weight, **case), hidden),
+        (ek.epo_loss_from_log_probs(*statistics, **given), logits),
+        (ek.epo_loss_from_log_probs(*linear_statistics, **given), weight),
+    ]:
+        assert (out.loss.shape, out.log_probs.shape, out.entropy.dtype) == ((), (3, 5), F32)
+        assert {value.device.type for value in (out.loss, out.log_probs, out.entropy, out.metrics.values)} == {"meta"}
+        assert torch.autograd.grad(out.loss, leaf, retain_graph=True)[0].shape == leaf.shape
 
 
 def test_bad_values_that_cannot_be_read_make_the_loss_nan(monkeypatch):
@@ -346,6 +417,9 @@ def test_bad_values_that_cannot_be_read_make_the_loss_nan(monkeypatch):
     assert ek.epo_loss(logits, tokens, None, ones, ones, cfg, **good).loss.isfinite()
     for bad, count in [
         ({"temperature": torch.tensor([1.0, 0.0, 1.0, -1.0, 1.0, 1.0])}, 2),
+        ({"temperature": torch.tensor([1.0, 1e-40, 1.0, math.inf, math.nan, 1.0])}, 3),
+        ({"temperature": torch.tensor(1e-40)}, 6),
+        ({"temperature": torch.tensor(-1.0)}, 6),
         ({"cu_seqlens": torch.tensor([2, 1, 6])}, 6),
         ({"cu_seqlens": torch.tensor([0, 2, 5])}, 6),
     ]:
@@ -357,18 +431,75 @@ def test_bad_values_that_cannot_be_read_make_the_loss_nan(monkeypatch):
 def test_a_temperature_that_is_not_positive_is_named():
     logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
     cold = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
-    with pytest.raises(ValueError, match=r"temperature must be > 0 where the mask is 1, got 0\.0"):
+    with pytest.raises(ValueError, match=r"temperature must be > 0, .* got 0\.0"):
         ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig(), temperature=cold)
     mask = cold > 0
     assert ek.epo_loss(logits, tokens, None, ones, mask, ek.EPOConfig(), temperature=cold).loss.isfinite()
 
 
-def test_numpy_scalars_are_numbers():
-    logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
-    numbers = {"normalizer": np.int64(3), "entropy_coeff": np.float32(0.5)}
-    plain = {"normalizer": 3, "entropy_coeff": 0.5}
-    ours, theirs = (ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig(), **n).loss for n in (numbers, plain))
-    assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("scope", ["token", "segment"])
+def test_bounds_that_nobody_reads_may_be_anything(scope):
+    """Those of masked tokens and of segments without a token; infinite ones are no bounds; equal ones are a band."""
+    cfg = ek.EPOConfig(penalty="hinge", band_scope=scope, entropy_coeff=0.5)
+    case = random_case(cfg, dtype=F32, segment_ids=torch.zeros(3, 5, dtype=torch.int64))
+    lower, upper = torch.tensor([1.0, math.nan, 2.0]), torch.tensor([1.0, 1.0, math.nan])
+    assert run({**case, "entropy_bounds": (lower, upper)})[0].loss.isfinite()
+    lower, upper = (torch.where(case["mask"], bound, math.nan) for bound in (-torch.inf, torch.inf))
+    assert run({**case, "entropy_bounds": (lower, upper)})[0].loss.isfinite()
+
+
+class Index:
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, Index, torch.tensor])
+def test_what_stands_for_an_int_is_one(kind):
+    """Like NumPy's scalars, which are numbers too."""
+    logits, tokens, ones = torch.randn(6, 4), torch.tensor([0, 1, 2, 2, 1, 0]), torch.ones(6)
+    head = {"hidden": logits, "weight": torch.eye(5, 4)}
+    cfg = ek.EPOConfig(penalty="hinge", band_scope="segment", loss_agg_mode="seq-mean-token-sum-norm")
+    arguments = {"tokens": tokens, "old_log_probs": None, "advantages": ones, "mask": ones, "cfg": cfg}
+    bands = {"entropy_bounds": (ones, ones), "segment_ids": tokens, "cu_seqlens": torch.tensor([0, 6])}
+
+    def loss(integer, scalar):
+        rows = {"vocab_size": integer(3), "max_length": integer(9), "num_segments": integer(3)}
+        chunks = {"num_active": integer(6), "max_chunk_bytes": integer(200)}
+        numbers = {"normalizer": scalar(3), "entropy_coeff": np.float32(0.5)}
+        return ek.linear_epo_loss(**head, **arguments, **bands, **rows, **chunks, **numbers).loss
+
+    assert torch.equal(loss(kind, np.int64), loss(int, int))
+    history = ek.EntropyHistory(kind(3), window=kind(2))
+    assert (type(history.num_turns), type(history.window)) == (int, int)
+    with pytest.raises(ValueError, match=r"vocab_size must be an int in \[1, 4\].*, got"):
+        ek.epo_loss(logits, **arguments, **bands, vocab_size=kind(5))
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "max_length", "num_segments", "num_active", "max_chunk_bytes"])
+@pytest.mark.parametrize("value", [True, np.bool_(True), 2.0, "2", torch.tensor(2.0)])
+def test_what_does_not_stand_for_an_int_is_named(name, value):
+    logits, tokens, ones = torch.randn(1, 6, 4), torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 6)
+    cfg = ek.EPOConfig(loss_agg_mode="seq-mean-token-sum-norm")
+    with pytest.raises(ValueError, match=f"{name} must be an int"):
+        ek.linear_epo_loss(logits, torch.eye(4), tokens, None, ones, ones, cfg, **{name: value})
+
+
+def test_messages_are_short_whatever_the_size():
+    count = 100_000
+    logits, tokens, ones = torch.zeros(count, 1), torch.zeros(count, dtype=torch.int64), torch.ones(count)
+    borders = torch.arange(count + 1)
+    borders[70_000] = 3
+    for wrong, told in [
+        ({"cu_seqlens": borders}, "got 3 after 69999 at place 70000 of 100001"),
+        ({"vocab_size": list(range(count))}, "vocab_size must be an int"),
+        ({"normalizer": list(range(count))}, "normalizer must be a number"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=told) as error:
+            ek.epo_loss(logits, tokens, None, ones, ones, ek.EPOConfig(), **wrong)
+        assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize("name", ["old_log_probs", "ref_log_probs"])

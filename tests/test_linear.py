@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import epo_kernels as ek
-from epo_kernels import backends, inputs, linear
+from epo_kernels import backends, inputs, linear, linear_ops
 from epo_kernels.backends.fused import FusedBackend
 from tests.eager_rows import EagerRows
 
 B, T, D, V = 3, 50, 6, 11
-SMALL = 128 * V * 8  # bytes of a chunk of 128 float64 rows: two chunks of the 150 tokens
+SMALL = 128 * (V + 2 * D) * 8  # bytes of a chunk of 128 float64 rows: two chunks of the 150 tokens
 HINGE: dict = {"penalty": "hinge", "penalty_alpha": 2.0, "entropy_coeff": 0.1}
 
 
@@ -150,6 +150,60 @@ def test_masked_rows_are_never_read(backend: str, scope: str) -> None:
     poisoned = case.run(backend, cfg)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(poisoned, clean, strict=True))
     assert torch.equal(poisoned[3][~case.mask], torch.zeros_like(poisoned[3][~case.mask]))
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference", pytest.param("cpu", marks=NEEDS_CPU)])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float16, None)],
+)
+def test_padding_rows_of_the_head_are_never_read(backend: str, poison: float, dtype: torch.dtype, logits_dtype) -> None:
+    """In all linear functions, and the gradient of the padding is 0."""
+    clean, poisoned = Case(dtype), Case(dtype)
+    poisoned.weight[V - 2 :], poisoned.bias[V - 2 :] = poison, poison
+
+    def everything(case: Case) -> list[Tensor]:
+        case.tokens %= V - 2
+        results = []
+        for scope in ("token", "segment"):
+            cfg = ek.EPOConfig(band_scope=scope, **HINGE)
+            results += case.run(backend, cfg, vocab_size=V - 2, logits_dtype=logits_dtype)
+        leaves = [value.clone().requires_grad_() for value in (case.hidden, case.weight, case.bias)]
+        log_probs, entropy = ek.linear_log_probs_and_entropy(
+            *leaves[:2], case.tokens, bias=leaves[2], vocab_size=V - 2, backend=backend, logits_dtype=logits_dtype
+        )
+        (log_probs.sin() + entropy.square()).sum().backward()
+        return [*results, log_probs.detach(), entropy.detach(), *(leaf.grad for leaf in leaves)]
+
+    got = everything(poisoned)
+    for ours, theirs in zip(got, everything(clean), strict=True):
+        assert torch.equal(ours, theirs)
+    for gradient in (got[4], got[5], got[10], got[11], got[-2], got[-1]):
+        assert gradient[: V - 2].abs().min() > 0
+        assert torch.equal(gradient[V - 2 :], torch.zeros_like(gradient[V - 2 :]))
+
+
+@NEEDS_CPU
+def test_padding_rows_are_never_read_in_the_operators_of_compiled_graphs() -> None:
+    case, transform = Case(torch.float32), inputs.LogitTransform(V - 2, 1.0, None, None)
+    case.weight[V - 2 :], case.bias[V - 2 :] = float("nan"), float("inf")
+    heads = [value.clone().requires_grad_() for value in (case.hidden, case.weight, case.bias)]
+    log_probs, entropy = linear_ops.traced_linear_statistics(
+        "cpu",
+        inputs.Projection(*heads, torch.float32, torch.float32),
+        transform,
+        case.tokens % (V - 2),
+        case.mask,
+        entropy=True,
+        num_active=None,
+        max_chunk_bytes=SMALL,
+    )
+    (log_probs + entropy).sum().backward()
+    for gradient in (leaf.grad for leaf in heads[1:]):
+        assert gradient[: V - 2].isfinite().all()
+        assert torch.equal(gradient[V - 2 :], torch.zeros_like(gradient[V - 2 :]))
+    assert heads[0].grad.isfinite().all()
 
 
 @pytest.mark.parametrize("scope", ["token", "segment"])
@@ -291,6 +345,65 @@ def test_autocast_and_master_weights() -> None:
         assert (got - truth).norm() <= 1.05 * (theirs - truth).norm() + 1e-3 * truth.norm()
 
 
+@pytest.mark.parametrize(
+    ("backend", "inside"),  # backward inside of autocast too: PyTorch's own products would be cast there
+    [
+        ("reference", False),
+        ("eager", False),
+        ("eager", True),
+        pytest.param("cpu", False, marks=NEEDS_CPU),
+        pytest.param("cpu", True, marks=NEEDS_CPU),
+    ],
+)
+@pytest.mark.parametrize("scope", ["token", "segment"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float32_head_under_autocast(dtype: torch.dtype, scope: str, backend: str, inside: bool) -> None:
+    """Products in float32 of the very operands, forward and backward: as without autocast, bit for bit."""
+    case, cfg = Case(dtype), ek.EPOConfig(band_scope=scope, **HINGE)
+    expected = case.run(backend, cfg, logits_dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        leaves = [value.clone().requires_grad_() for value in (case.hidden, case.weight, case.bias)]
+        out = case.loss(backend, cfg, *leaves, logits_dtype=torch.float32)
+        if inside:
+            out.loss.backward()
+    if not inside:
+        out.loss.backward()
+    got = [out.loss.detach(), out.log_probs, out.entropy, *(leaf.grad for leaf in leaves)]
+    assert_alike(got, expected, tolerance=0.0)
+    wide = [value.float() for value in (case.hidden, case.weight, case.bias)]
+    truth = torch.log_softmax(wide[0] @ wide[1].t() + wide[2], -1).gather(-1, case.tokens[..., None])[..., 0]
+    torch.testing.assert_close(out.log_probs, torch.where(case.mask, truth, 0.0), rtol=1e-5, atol=1e-5)
+
+
+def test_scores_of_a_float32_head_under_autocast() -> None:
+    case = Case(torch.bfloat16)
+    call = {"mask": case.mask, "bias": case.bias, "logits_dtype": torch.float32, "backend": "eager"}
+
+    def score(function=ek.linear_log_probs_and_entropy) -> list[Tensor]:
+        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        log_probs, entropy = function(hidden, weight, case.tokens, **call)
+        gradients = torch.autograd.grad((log_probs * entropy).sum(), [hidden, weight])
+        return [log_probs.detach(), entropy.detach(), *gradients]
+
+    expected = score()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_alike(score(), expected, tolerance=0.0)
+        torch._dynamo.reset()
+        compiled = score(torch.compile(ek.linear_log_probs_and_entropy, backend="eager"))
+    assert_alike(compiled, expected, tolerance=0.0)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    case, cfg = Case(), ek.EPOConfig(**HINGE)
+    expected = case.run("auto", cfg)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = case.run("auto", cfg)
+        mixed = case.loss("auto", cfg, case.hidden.float(), case.weight, case.bias)
+    assert [value.dtype for value in got] == [torch.float64] * 6
+    assert_alike(got, expected, tolerance=0.0)
+    assert (mixed.loss.dtype, mixed.log_probs.dtype) == (torch.float64, torch.float64)
+
+
 @pytest.mark.parametrize("entropy", [True, False])
 def test_log_probs_and_entropy(entropy: bool) -> None:
     case = Case()
@@ -381,6 +494,25 @@ def test_chunks_are_multiples_of_tiles_within_the_budget() -> None:
     assert linear.chunk_rows(8192, row, 1, 3584, 132) == 1
     assert linear.chunk_rows(300, row, 1 << 40, 3584, 1) == 384
     assert linear.chunk_rows(0, row, 1 << 30, 3584, 132) == 128
+
+
+@pytest.mark.parametrize(("width", "vocab"), [(1024, 2), (8, 4096)])
+def test_chunks_count_their_hidden_states(width: int, vocab: int) -> None:
+    hidden, budget = torch.zeros(1, 3000, width), 2 << 20
+    active = linear.find_active(torch.ones(1, 3000, dtype=torch.bool), None)
+    head = linear.Head(
+        hidden,
+        torch.zeros(vocab, width),
+        None,
+        vocab_size=vocab,
+        product_dtype=torch.float32,
+        logits_dtype=torch.float32,
+        active=active,
+        max_chunk_bytes=budget,
+    )
+    chunks = [4 * (2 * chunk.numel() + logits.numel()) for _, chunk, logits in head.chunks()]
+    assert len(chunks) > 1
+    assert budget / 2 < chunks[0] == max(chunks) <= budget
 
 
 def test_errors_name_the_argument() -> None:

@@ -7,7 +7,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from epo_kernels.backends.fused import FP16_WEIGHT_BITS
 from epo_kernels.backends.native import (
     array,
     maybe_array,
@@ -118,13 +117,12 @@ class CudaRows:
         )
         return RowLoss(log_probs, entropy, sums, loss)
 
-    def prepare(self, rows: Rows, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
-        mask, device = rows.mask, rows.mask.device
+    def prepare(self, mask: Tensor, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
+        device = mask.device
         lengths = sequence_lengths(mask, weighing.sequence_ids, weighing.num_sequences)
         prepared = Prepared(
-            weights=_results(rows),
+            weights=torch.empty(mask.shape, dtype=torch.float32, device=device),
             coefficients=torch.empty(len(coefficients), dtype=torch.float32, device=device),
-            gradient_scale=torch.empty((), dtype=torch.float32, device=device),
             ticket=torch.empty(1, dtype=torch.int32, device=device),
             extras=torch.empty(2, dtype=torch.float64, device=device),
         )
@@ -140,7 +138,6 @@ class CudaRows:
             scale,
             float(weighing.max_length or 1),
             values,
-            FP16_WEIGHT_BITS if rows.logits.dtype == torch.float16 else None,
             *(array(result) for result in prepared),
             *_place(mask),
         )

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from epo_kernels import linear, linear_ops, ops, reference
+from epo_kernels.autograd import refuse_transforms
 from epo_kernels.backends.rows import COEFFICIENTS, Prepared, RowKernels, RowLoss, Rows, Terms, Weighing
 from epo_kernels.config import EPOConfig
-from epo_kernels.inputs import Coefficients, LogitTransform, Projection, Scalar, TokenInputs
+from epo_kernels.inputs import Coefficients, LogitTransform, Projection, Scalar, TokenInputs, tracing
 from epo_kernels.metrics import LossMetrics
 from epo_kernels.sharded import Shard, ShardedRows
 from epo_kernels.weights import sequence_lengths, token_weights
-
-# float16: the largest token weight, times the scale of the gradient, lies in [2^(this - 1), 2^this).
-FP16_WEIGHT_BITS = 5
 
 
 class FusedBackend:
@@ -75,22 +73,23 @@ class FusedBackend:
         *,
         inplace: bool,
     ) -> reference.EPOOutput:
+        refuse_transforms(logits)
         rows = Rows(logits, inputs.tokens, inputs.mask, transform)
-        if torch.compiler.is_compiling() or _holds_means(inputs, cfg):
+        if tracing() or _holds_means(inputs, cfg) or logits.dtype == torch.float16:
             # A band needs its segment's mean before any gradient: statistics, the maths per token, then the gradient.
-            # Compiled graphs go the same way, because it leaves nothing to multiply in backward.
+            # Compiled graphs go the same way, because it leaves nothing to multiply in backward. So does float16, which
+            # is only wide enough for the gradient once it is multiplied by its upstream, a GradScaler's scale.
             log_probs, entropy = self._statistics(rows, entropy=True, inplace=inplace)
             assert entropy is not None
             return reference.loss_of_statistics(log_probs, entropy, transform.vocab_size, inputs, coefficients, cfg)
-        prepared = self.kernels.prepare(
-            rows, weighing_of(inputs, coefficients, cfg), coefficients_of(coefficients, cfg)
-        )
+        prepared = self._prepare(inputs, coefficients, cfg)
         result = ops.fused_loss(self.kernels, rows, terms_of(inputs, prepared, cfg), inplace=inplace)
         return _output(result, prepared, inputs, cfg)
 
     def log_probs_and_entropy(
         self, logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
+        refuse_transforms(logits)
         return self._statistics(Rows(logits, tokens, mask, transform), entropy=entropy, inplace=False)
 
     def linear_epo_loss(
@@ -104,7 +103,8 @@ class FusedBackend:
         num_active: int | None,
         max_chunk_bytes: int,
     ) -> reference.EPOOutput:
-        if torch.compiler.is_compiling() or _holds_means(inputs, cfg):
+        refuse_transforms(projection.hidden, projection.weight, projection.bias)
+        if tracing() or _holds_means(inputs, cfg):
             log_probs, entropy = self.linear_log_probs_and_entropy(
                 projection,
                 transform,
@@ -119,13 +119,7 @@ class FusedBackend:
             if not out.loss.requires_grad:  # scored once, and that was all
                 return out
             return out._replace(metrics=out.metrics.replace(recomputed_tokens=out.metrics.tokens))
-        # Only the dtype of these rows' logits counts here: the one that their gradient is rounded to.
-        rows = Rows(
-            projection.hidden.new_empty(0, dtype=projection.product_dtype), inputs.tokens, inputs.mask, transform
-        )
-        prepared = self.kernels.prepare(
-            rows, weighing_of(inputs, coefficients, cfg), coefficients_of(coefficients, cfg)
-        )
+        prepared = self._prepare(inputs, coefficients, cfg)
         result = linear.linear_loss(
             self.kernels,
             projection,
@@ -149,9 +143,10 @@ class FusedBackend:
         num_active: int | None,
         max_chunk_bytes: int,
     ) -> tuple[Tensor, Tensor | None]:
+        refuse_transforms(projection.hidden, projection.weight, projection.bias)
         statistics = (
             partial(linear_ops.traced_linear_statistics, self.name)
-            if torch.compiler.is_compiling()
+            if tracing()
             else partial(linear.linear_log_probs_and_entropy, self.kernels)
         )
         return statistics(
@@ -164,8 +159,12 @@ class FusedBackend:
             max_chunk_bytes=max_chunk_bytes,
         )
 
+    def _prepare(self, inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig) -> Prepared:
+        weighing = weighing_of(inputs, coefficients, cfg)
+        return self.kernels.prepare(inputs.mask, weighing, coefficients_of(coefficients, cfg))
+
     def _statistics(self, rows: Rows, *, entropy: bool, inplace: bool) -> tuple[Tensor, Tensor | None]:
-        if torch.compiler.is_compiling():  # functional: a permission to overwrite goes unused
+        if tracing():  # functional: a permission to overwrite goes unused
             return ops.traced_statistics(self.name, rows, entropy=entropy)
         return ops.fused_statistics(self.kernels, rows, entropy=entropy, inplace=inplace)
 
@@ -177,13 +176,20 @@ def _holds_means(inputs: TokenInputs, cfg: EPOConfig) -> bool:
 
 def _output(result: RowLoss, prepared: Prepared, inputs: TokenInputs, cfg: EPOConfig) -> reference.EPOOutput:
     sums, extras = result.sums, prepared.extras
-    metrics = LossMetrics(torch.cat([sums[:1], extras[:1], sums[1:], extras[1:]]))
+    metrics, loss = LossMetrics(torch.cat([sums[:1], extras[:1], sums[1:], extras[1:]])), result.loss
     if cfg.band_scope == "segment" and inputs.lower is not None:  # a band without a penalty is only looked at
         band = reference.band_of_tokens(result.entropy, inputs, cfg)
-        below, above = ((side & inputs.mask).sum() for side in (band.below, band.above))
-        metrics = metrics.replace(below_band_tokens=below, above_band_tokens=above)
+        below, above, invalid = ((side & inputs.mask).sum() for side in (band.below, band.above, band.invalid))
+        doubt = torch.where(invalid > 0, float("nan"), 1.0).to(loss.dtype)  # a factor, so that gradients become NaN too
+        loss = loss * doubt
+        metrics = metrics.replace(
+            below_band_tokens=below,
+            above_band_tokens=above,
+            invalid_tokens=metrics.invalid_tokens + invalid,
+            loss=metrics.loss * doubt,
+        )
     return reference.EPOOutput(
-        result.loss, metrics, result.log_probs.reshape(inputs.shape), result.entropy.reshape(inputs.shape)
+        loss, metrics, result.log_probs.reshape(inputs.shape), result.entropy.reshape(inputs.shape)
     )
 
 
@@ -223,7 +229,6 @@ def terms_of(inputs: TokenInputs, prepared: Prepared, cfg: EPOConfig) -> Terms:
         lower=inputs.lower if by_token else None,
         upper=inputs.upper if by_token else None,
         coefficients=prepared.coefficients,
-        gradient_scale=prepared.gradient_scale,
         ticket=prepared.ticket,
         kl_type=cfg.kl_type,
         penalty=cfg.penalty,
@@ -233,8 +238,7 @@ def terms_of(inputs: TokenInputs, prepared: Prepared, cfg: EPOConfig) -> Terms:
 class PlainHelpers:
     """The two small operations of `RowKernels` in plain PyTorch."""
 
-    def prepare(self, rows: Rows, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
-        mask = rows.mask
+    def prepare(self, mask: Tensor, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
         lengths = sequence_lengths(mask, weighing.sequence_ids, weighing.num_sequences)
         weights = token_weights(
             mask,
@@ -245,16 +249,11 @@ class PlainHelpers:
             normalizer=weighing.normalizer,
             loss_scale=weighing.loss_scale,
         ).contiguous()
-        scale = weights.new_ones(())
-        if rows.logits.dtype == torch.float16 and weights.numel() > 0:
-            exponent = torch.frexp(weights.abs().amax()).exponent
-            scale = torch.ldexp(scale, (FP16_WEIGHT_BITS - exponent).clamp(-100, 100))
         extras = weights.new_zeros(2, dtype=torch.float64)
         extras[0] = (lengths > 0).sum()
         return Prepared(
             weights,
             torch.stack([torch.as_tensor(value, dtype=torch.float32, device=mask.device) for value in coefficients]),
-            scale,
             mask.new_zeros(1, dtype=torch.int32),
             extras,
         )

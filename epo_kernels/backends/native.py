@@ -105,7 +105,6 @@ def native_terms(rows: _native.Rows, terms: Terms) -> _native.Terms:
         maybe_array(terms.lower),
         maybe_array(terms.upper),
         array(terms.coefficients),
-        array(terms.gradient_scale),
         terms.kl_type,
         terms.penalty,
     )

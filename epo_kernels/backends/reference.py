@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from epo_kernels import reference
+from epo_kernels.autograd import refuse_transforms
 from epo_kernels.config import EPOConfig
-from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs
+from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs, without_autocast
 from epo_kernels.sharded import GatheredColumns, ReplicatedInput, Shard
 
 
@@ -59,7 +60,7 @@ class ReferenceBackend:
         max_chunk_bytes: int,
     ) -> reference.EPOOutput:
         # Neither chunks nor dropped rows: the whole logits, as the other ways to compute them are tested against.
-        logits = self._project(projection, inputs.mask)
+        logits = self._project(projection, transform, inputs.mask)
         return self.epo_loss(logits, transform, inputs, coefficients, cfg, inplace=False)
 
     def linear_log_probs_and_entropy(
@@ -73,23 +74,32 @@ class ReferenceBackend:
         num_active: int | None,
         max_chunk_bytes: int,
     ) -> tuple[Tensor, Tensor | None]:
-        return self.log_probs_and_entropy(self._project(projection, mask), transform, tokens, mask, entropy=entropy)
+        return self.log_probs_and_entropy(
+            self._project(projection, transform, mask), transform, tokens, mask, entropy=entropy
+        )
 
     def _whole(self, logits: Tensor) -> Tensor:
-        return logits if self._shard is None else GatheredColumns.apply(logits, self._shard)
+        if self._shard is None:
+            return logits
+        refuse_transforms(logits)
+        return GatheredColumns.apply(logits, self._shard)[0]
 
-    def _project(self, projection: Projection, mask: Tensor) -> Tensor:
-        if self._shard is not None:
-            projection = replace(projection, hidden=ReplicatedInput.apply(projection.hidden, self._shard))
-        return project(projection, mask)
+    def _project(self, projection: Projection, transform: LogitTransform, mask: Tensor) -> Tensor:
+        if self._shard is None:
+            return project(projection, mask, transform.vocab_size)
+        refuse_transforms(projection.hidden, projection.weight, projection.bias)
+        projection = replace(projection, hidden=ReplicatedInput.apply(projection.hidden, self._shard)[0])
+        logits = project(projection, mask, self._shard.own_vocabulary(transform.vocab_size))
+        return F.pad(logits, (0, projection.weight.shape[0] - logits.shape[-1]))
 
 
-def project(projection: Projection, mask: Tensor) -> Tensor:
-    """The whole logits (B, T, V) in `logits_dtype`; hidden states of masked tokens are taken as 0, and never read."""
+def project(projection: Projection, mask: Tensor, vocab_size: int) -> Tensor:
+    """The logits (B, T, vocab_size) in `logits_dtype`. Neither hidden states of masked tokens nor rows of the head past
+    the vocabulary are read."""
     # Values of the products' dtype, multiplied and added up in that of the logits.
     narrow, wide = projection.product_dtype, projection.logits_dtype
     hidden = torch.where(mask[..., None], projection.hidden, 0.0).to(narrow).to(wide)
-    weight = projection.weight.to(narrow).to(wide)
-    bias = None if projection.bias is None else projection.bias.to(wide)
-    with torch.autocast(hidden.device.type, enabled=False):
+    weight = projection.weight[:vocab_size].to(narrow).to(wide)
+    bias = None if projection.bias is None else projection.bias[:vocab_size].to(wide)
+    with without_autocast(hidden.device):
         return F.linear(hidden, weight, bias)

@@ -72,8 +72,6 @@ class Terms:
         old_log_probs: None: on-policy, ratio 1 with its gradient.
         lower, upper: the band of each token; None: no band.
         coefficients: (len(COEFFICIENTS),) float32 on the device of the logits.
-        gradient_scale: 0-d float32 on that device, a power of two that the written gradient is multiplied by (1 but for
-            float16, whose gradient would underflow).
         ticket: (1,) int32 on that device, holding 0, for kernels whose blocks count how many are done; a launch leaves
             it at 0.
         kl_type, penalty: as in EPOConfig.
@@ -87,7 +85,6 @@ class Terms:
     lower: Tensor | None
     upper: Tensor | None
     coefficients: Tensor
-    gradient_scale: Tensor
     ticket: Tensor
     kl_type: KLType
     penalty: Penalty
@@ -122,7 +119,7 @@ class Weighing:
 
 
 class Prepared(NamedTuple):
-    """What a loss launch needs beside its arguments; the first four go into `Terms`.
+    """What a loss launch needs beside its arguments; the first three go into `Terms`.
 
     extras: (2,) float64, the metrics that no row knows: the number of sequences with a counted token, and 0 for
     "recomputed_tokens".
@@ -130,7 +127,6 @@ class Prepared(NamedTuple):
 
     weights: Tensor
     coefficients: Tensor
-    gradient_scale: Tensor
     ticket: Tensor
     extras: Tensor
 
@@ -188,10 +184,13 @@ class RowKernels(Protocol):
         """
 
     def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
-        """Token-scope loss; writes gradient_scale * ∂loss/∂logits to out, every element, unless out is None."""
+        """Token-scope loss; writes ∂loss/∂logits to out, every element, unless out is None."""
 
-    def prepare(self, rows: Rows, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
-        """Weights, and coefficients in the order of COEFFICIENTS, on the device. Plainly: `fused.PlainHelpers`."""
+    def prepare(self, mask: Tensor, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
+        """Weights of a mask (B, T), and coefficients in the order of COEFFICIENTS, on the device.
+
+        Plainly: `fused.PlainHelpers`.
+        """
 
     def rate(self, transform: LogitTransform) -> Scalar:
         """What a difference of maxima is multiplied by to be one of z; (B, T) where the temperature is."""

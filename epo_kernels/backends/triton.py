@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from epo_kernels.backends.fused import FP16_WEIGHT_BITS, FusedBackend
+from epo_kernels.backends.fused import FusedBackend
 from epo_kernels.backends.rows import COEFFICIENTS, ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
 from epo_kernels.inputs import LogitTransform, Scalar
 from epo_kernels.weights import sequence_lengths
@@ -222,8 +222,7 @@ class TritonRows:
             *_strided(terms.is_weights),
             *_strided(terms.lower),
             *_strided(terms.upper),
-            *(terms.coefficients, terms.gradient_scale),
-            *(log_probs, entropies, partials, terms.ticket, sums, loss),
+            *(terms.coefficients, log_probs, entropies, partials, terms.ticket, sums, loss),
             *((None, 0, 0, 1) if out is None else (out, *out.stride())),
             KL_TYPE=terms.kl_type,
             PENALTY=terms.penalty,
@@ -231,13 +230,12 @@ class TritonRows:
         )
         return RowLoss(log_probs, entropies, sums, loss)
 
-    def prepare(self, rows: Rows, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
-        mask, device = rows.mask, rows.mask.device
+    def prepare(self, mask: Tensor, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
+        device = mask.device
         batch, length = mask.shape
         prepared = Prepared(
             weights=torch.empty(batch, length, dtype=torch.float32, device=device),
             coefficients=torch.empty(len(coefficients), dtype=torch.float32, device=device),
-            gradient_scale=torch.empty((), dtype=torch.float32, device=device),
             ticket=torch.empty(1, dtype=torch.int32, device=device),
             extras=torch.empty(2, dtype=torch.float64, device=device),
         )
@@ -265,8 +263,6 @@ class TritonRows:
                 *prepared,
                 MODE=weighing.loss_agg_mode,
                 NORMALIZED=weighing.normalizer is not None,
-                HALF=rows.logits.dtype == torch.float16,
-                WEIGHT_BITS=FP16_WEIGHT_BITS,
                 SEQUENCES=sequences,
                 TOKENS=tokens,
                 num_warps=4,

@@ -332,6 +332,7 @@ def token_loss(
         penalty, penalty_slope, gate = band_penalty(entropy, lower, upper, penalty_alpha, PENALTY)
         sums = slot(sums, 11, (entropy < lower).to(tl.float32))
         sums = slot(sums, 12, (entropy > upper).to(tl.float32))
+        valid = valid & (lower <= upper)
     # A term whose coefficient is 0 is skipped, not multiplied: what it would multiply may be infinite.
     punished = penalty_coeff != 0.0
     bonus = gate * entropy - tl.where(punished, penalty_coeff * penalty, 0.0)
@@ -344,8 +345,9 @@ def token_loss(
         loss = loss + tl.where(kl_coeff != 0.0, kl_coeff * kl, 0.0)
         grad_log_prob = grad_log_prob + tl.where(kl_coeff != 0.0, kl_coeff * kl_slope, 0.0)
         sums = slot(sums, 4, weight * kl)
+    loss = tl.where(valid, loss, float("nan"))
     # Clamps stop the gradient of a NaN as they stop others; here it must reach the row.
-    grad_log_prob = tl.where(log_prob == log_prob, grad_log_prob, float("nan"))
+    grad_log_prob = tl.where(valid & (log_prob == log_prob), grad_log_prob, float("nan"))
 
     finite = (tl.abs(loss) < float("inf")) & (tl.abs(entropy) < float("inf"))
     sums = slot(sums, 0, 1.0)
@@ -487,7 +489,6 @@ def row_loss_kernel(
     lowers, lower_b, lower_t,
     uppers, upper_b, upper_t,
     coefficients,  # (7,) float32, in the order of COEFFICIENTS
-    gradient_scale,  # 0-d float32
     log_probs, entropies,  # (B, T) float32, contiguous
     partials, ticket, sums_out, loss_out,  # (programs, 16) float64, (1,) int32, (15,) float64, 0-d float32
     out, out_b, out_t, out_v,  # (B, T, V), or None: no gradient
@@ -538,8 +539,6 @@ def row_loss_kernel(
 
             if out is not None:
                 out_row = at(out, batch, time, out_b, out_t)
-                amplifier = tl.load(gradient_scale)
-                grad_log_prob, grad_entropy = grad_log_prob * amplifier, grad_entropy * amplifier
                 if ONE_TILE:
                     store_gradient(
                         out_row, columns, out_v, width, vocab_size, y, token, m, log2_s, inverse, scale, softcap,
@@ -578,15 +577,12 @@ def token_weights_kernel(
     penalty_coeff, penalty_coeff_ptr, kl_coeff, kl_coeff_ptr,
     max_length, clip_low, clip_high, clip_c, penalty_alpha,  # numbers
     weights,  # (B, T) float32, contiguous
-    coefficients, gradient_scale,  # (7,) and 0-d float32
+    coefficients,  # (7,) float32
     ticket, extras,  # (1,) int32, (2,) float64
-    MODE: tl.constexpr, NORMALIZED: tl.constexpr, HALF: tl.constexpr, WEIGHT_BITS: tl.constexpr,
-    SEQUENCES: tl.constexpr, TOKENS: tl.constexpr,
+    MODE: tl.constexpr, NORMALIZED: tl.constexpr, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Token weights, and every number that the loss launch reads. A program counts all tokens, then weighs its own."""
-    total, sequences, shortest = count_tokens(
-        mask, mask_b, mask_t, batch, length, lengths, num_sequences, SEQUENCES, TOKENS
-    )
+    total, sequences = count_tokens(mask, mask_b, mask_t, batch, length, lengths, num_sequences, SEQUENCES, TOKENS)
     if NORMALIZED:
         denominator = number(normalizer, normalizer_ptr)
     elif MODE == "token-mean":
@@ -623,12 +619,6 @@ def token_weights_kernel(
         tl.store(coefficients + 4, number(penalty_coeff, penalty_coeff_ptr))
         tl.store(coefficients + 5, penalty_alpha)
         tl.store(coefficients + 6, number(kl_coeff, kl_coeff_ptr))
-        amplifier = 1.0
-        if HALF:
-            if MODE == "seq-mean-token-mean":
-                denominator = denominator * tl.maximum(shortest, 1).to(tl.float32)
-            amplifier = power_of_two_over(tl.abs(tl.math.div_rn(numerator, denominator)), WEIGHT_BITS)
-        tl.store(gradient_scale, amplifier)
         tl.store(ticket, 0)
         tl.store(extras, sequences.to(tl.float64))
         tl.store(extras + 1, 0.0)
@@ -655,10 +645,9 @@ def lengths_of(mask, mask_b, mask_t, sequence, batch, length, SEQUENCES: tl.cons
 def count_tokens(
     mask, mask_b, mask_t, batch, length, lengths, num_sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """(counted tokens, sequences that have some, tokens of the shortest of those), int64."""
+    """(counted tokens, sequences that have some), int64."""
     total = tl.zeros([SEQUENCES], tl.int64)
     sequences = tl.zeros([SEQUENCES], tl.int64)
-    shortest = tl.full([SEQUENCES], 1 << 62, tl.int64)
     for first in range(0, num_sequences, SEQUENCES):
         sequence = first + tl.arange(0, SEQUENCES)
         if lengths is None:
@@ -667,16 +656,7 @@ def count_tokens(
             counts = tl.load(lengths + sequence, mask=sequence < num_sequences, other=0)
         total += counts
         sequences += (counts > 0).to(tl.int64)
-        shortest = tl.where(counts > 0, tl.minimum(shortest, counts), shortest)
-    return tl.sum(total, axis=0), tl.sum(sequences, axis=0), tl.min(shortest, axis=0)
-
-
-@triton.jit
-def power_of_two_over(weight, BITS: tl.constexpr):
-    """The power of two that brings a positive float32 into [2^(BITS - 1), 2^BITS), by the bits of its exponent."""
-    exponent = (weight.to(tl.int32, bitcast=True) >> 23) - 126  # weight lies in [2^(exponent - 1), 2^exponent)
-    wanted = tl.minimum(tl.maximum(BITS - exponent, -100), 100)
-    return ((wanted + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.sum(total, axis=0), tl.sum(sequences, axis=0)
 
 
 @triton.jit(do_not_specialize=["rows", "length"])

@@ -88,7 +88,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": 4 if variant.kernel == "weights" else 8}
     constants: dict[str, Any] = {
         "BLOCK": 4096, "SEQUENCES": 1, "TOKENS": triton.WEIGHTS_TILE, "MODE": variant.mode, "NORMALIZED": False,
-        "HALF": True, "WEIGHT_BITS": 5, "UNIT_STRIDE": variant.unit_stride, "PADDED": variant.padded,
+        "UNIT_STRIDE": variant.unit_stride, "PADDED": variant.padded,
         "PENALTY": variant.penalty, "KL_TYPE": variant.kl_type,
         "lengths": None, "sequence_ids": None, "normalizer_ptr": None,
     }  # fmt: skip

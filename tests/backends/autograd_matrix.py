@@ -46,7 +46,7 @@ class AutogradMatrix:
         logits = case["logits"].requires_grad_()
         out = self.loss(case, logits)
         node = out.loss.grad_fn
-        (saved,) = node.saved_tensors
+        saved, _ = node.saved_tensors
         expected = saved.clone()
         saved.data[0, 0, 0] = 123.0  # a backward that computed the gradient again, or replaced it, would lose this
         (gradient,) = torch.autograd.grad(out.loss, logits)
@@ -80,14 +80,21 @@ class AutogradMatrix:
         with pytest.raises(RuntimeError, match="given away by an earlier backward"):
             out.loss.backward()
 
-    def test_double_backward_raises(self):
-        case = self.case()
+    @pytest.mark.parametrize("scope", ["token", "segment"])
+    def test_double_backward_raises(self, scope):
+        case = self.case(cfg=_with_scope(BUSY, scope))
         logits = case["logits"].requires_grad_()
-        out = self.loss(case, logits)
-        scale = torch.ones((), device=self.device, requires_grad=True)
-        (gradient,) = torch.autograd.grad(out.loss * scale, logits, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        (gradient,) = torch.autograd.grad(self.loss(case, logits).loss, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match='Use backend="reference"'):
             gradient.sum().backward()
+
+    @pytest.mark.parametrize("scope", ["token", "segment"])
+    def test_forward_mode_raises(self, scope):
+        case = self.case(cfg=_with_scope(BUSY, scope))
+        with torch.autograd.forward_ad.dual_level():
+            logits = torch.autograd.forward_ad.make_dual(case["logits"], torch.ones_like(case["logits"]))
+            with pytest.raises(RuntimeError, match='Use backend="reference"'):
+                self.loss(case, logits)
 
     def test_two_losses_on_shared_logits(self):
         case = self.case()

@@ -168,11 +168,34 @@ class BackendMatrix:
         unknown = torch.full((3, 5), INF)
         self.check({**case, "entropy_bounds": (-unknown, unknown)})
 
-    @pytest.mark.parametrize("penalty", ["hinge", "quadratic"])
-    def test_a_band_upside_down_counts_both_sides(self, penalty):
-        case = busy_case(replace(BUSY, penalty=penalty), vocab=20)
-        lower, upper = case["entropy_bounds"]
-        self.check({**case, "entropy_bounds": (1.5 * upper, 0.5 * lower)})
+    @pytest.mark.parametrize(
+        ("cfg", "count"),
+        [
+            (BUSY, 3),
+            (replace(BUSY, penalty="none"), 3),
+            (replace(BUSY, band_scope="segment"), 4),  # the two turns in which they stand
+            (replace(BUSY, band_scope="segment", penalty="none"), 4),
+        ],
+    )
+    def test_bad_bounds_are_counted_and_make_the_loss_nan(self, cfg, count, monkeypatch):
+        monkeypatch.setattr("epo_kernels.inputs.checks_values", lambda device: False)  # as on CUDA
+        turns = torch.arange(5).expand(3, 5) // 2 + 3 * torch.arange(3)[:, None]
+        lower, upper = torch.full((3, 5), 0.5), torch.full((3, 5), 1.0)
+        case = busy_case(cfg, vocab=20, segment_ids=turns, entropy_bounds=(lower, upper))
+        case["mask"][0, :4], case["mask"][1, 0] = True, False
+        sound, _ = self.run(case)
+        lower[0, 0], upper[0, 1], lower[0, 2] = math.nan, math.nan, 1.1
+        lower[1, 0] = math.nan  # masked: never read
+        out, gradient = self.run(case)
+        assert sound.loss.isfinite()
+        assert out.loss.isnan()
+        assert metrics_of(out)["invalid_tokens"] == count
+        assert metrics_of(out)["nonfinite_tokens"] == 0
+        assert_close(out.log_probs, sound.log_probs)
+        if cfg.penalty != "none":
+            bad = gradient.isnan().any(-1).cpu()
+            assert bad.sum() == count
+            assert bad[0, :4].sum() == count
 
     @pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
     def test_a_coefficient_of_zero_multiplies_nothing(self, zero):
@@ -304,6 +327,39 @@ class BackendMatrix:
         monkeypatch.setattr(type(backends._BACKENDS[self.backend].kernels), "statistics", None)
         out, _ = self.check(busy_case(cfg, vocab=50, entropy_bounds=bounds))
         assert metrics_of(out)["below_band_tokens"] > 0
+
+    @pytest.mark.parametrize(
+        ("changed", "upstream"),
+        [
+            ({"log_ratio": 9.0, "normalizer": 45}, 1.0),  # up to e^9 / 45 = 180
+            ({"log_ratio": 17.5, "loss_scale": 2.0**-4}, 2.0**-4),
+            ({"temperature": 0.01, "log_ratio": 5.0}, 1.0),
+            ({"is_weights": 1e4, "log_ratio": 2.0}, 0.5),
+            ({"advantages": -3e4, "normalizer": 1e3}, 1.0),
+            ({"normalizer": 1e-3}, 10.0),
+            ({"normalizer": 2.0**26, "log_ratio": 6.0}, 65536.0),
+            ({"loss_scale": 2.0**-20, "log_ratio": 12.0}, 65536.0),
+        ],
+    )
+    def test_float16_gradients_are_those_of_eager(self, changed, upstream):
+        """One token's gradient is far beyond those of the others."""
+        cfg = replace(BUSY, clip_ratio_c=None, penalty="none", kl_coeff=0.0)
+        case = busy_case(cfg, vocab=20, batch=1, time=3, dtype=torch.float16)
+        case["advantages"], case["is_weights"] = -torch.ones(1, 3), torch.ones(1, 3)
+        settings = dict(changed)
+        logits, temperature = case["logits"].double(), settings.get("temperature", 1.0)
+        log_probs, _ = ek.log_probs_and_entropy(logits, case["tokens"], temperature=temperature, backend="reference")
+        case["old_log_probs"] = (log_probs - torch.tensor([0.0, settings.pop("log_ratio", 0.0), 0.5])).float()
+        for name in {"advantages", "is_weights"} & set(settings):
+            case[name][0, 1] = settings.pop(name)
+        case |= settings
+        _, truth = run(moved(case, "cpu", torch.float64), upstream=upstream)
+        _, eager = run(moved(case, self.device), upstream=upstream)
+        _, ours = self.run(case, upstream=upstream)
+        assert 2.0**-10 < truth.abs().max() < 60_000
+        rounding = torch.maximum(2.0**-10 * truth.abs().amax(-1, keepdim=True), torch.tensor(2.0**-24))
+        error, allowed = ((values.cpu().double() - truth).abs() for values in (ours, eager))
+        assert (error <= allowed + rounding).all()
 
     def test_invalid_tokens_are_counted_and_make_the_loss_nan(self, monkeypatch):
         monkeypatch.setattr("epo_kernels.inputs.checks_values", lambda device: False)

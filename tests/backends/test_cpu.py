@@ -49,7 +49,6 @@ def rows():
             lower=None,
             upper=None,
             coefficients=coefficients,
-            gradient_scale=torch.tensor(1.0),
             ticket=torch.zeros(1, dtype=torch.int32),
             kl_type="k3",
             penalty="none",

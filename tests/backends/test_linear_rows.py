@@ -22,6 +22,45 @@ def test_error_is_that_of_eager_or_less(backend: str, scope: str, dtype: torch.d
         assert (got.double() - true).norm() <= (theirs.double() - true).norm() + rounded
 
 
+@NEEDS_CPU
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+@pytest.mark.parametrize(
+    ("log_ratio", "keywords", "upstream"),
+    [
+        (9.0, {}, 1.0),
+        (9.0, {"max_chunk_bytes": 1}, 1.0),  # the scale falls at the token's chunk
+        (9.0, {"normalizer": 2.0**26}, 65536.0),
+        (16.0, {"loss_scale": 2.0**-8}, 1.0),
+        (0.0, {"normalizer": 2.0**-8}, 1.0),
+    ],
+)
+def test_float16_gradients_overflow_only_where_those_of_eager_do(logits_dtype, log_ratio, keywords, upstream):
+    check_float16("cpu", logits_dtype, log_ratio, keywords, upstream)
+
+
+def test_float16_gradients_of_triton_overflow_only_where_those_of_eager_do():
+    check_float16("triton", None, 9.0, {}, 1.0)
+
+
+def check_float16(backend, logits_dtype, log_ratio, keywords, upstream):
+    """One token's gradient is far beyond those of the others."""
+    case, exact, cfg = Case(torch.float16), Case(torch.float16), ek.EPOConfig(clip_ratio_c=None)
+    exact.hidden, exact.weight, exact.bias = (v.double() for v in (case.hidden, case.weight, case.bias))
+    place = tuple(case.mask.nonzero()[40])
+    for one in (case, exact):
+        one.advantages[place], one.keywords["is_weights"][place] = -1.0, 1.0
+        logits = exact.hidden @ exact.weight.t() + exact.bias
+        one.old_log_probs[place] = logits.log_softmax(-1)[place][case.tokens[place]] - log_ratio
+    truth = exact.run("reference", cfg, upstream, **keywords)
+    eager = case.run("reference", cfg, upstream, logits_dtype=logits_dtype, **keywords)
+    ours = case.run(backend, cfg, upstream, logits_dtype=logits_dtype, **keywords)
+    for got, theirs, true in zip(ours[3:], eager[3:], truth[3:], strict=True):
+        assert 1.0 < true.abs().max() < 60_000
+        assert got.isfinite().all()
+        rounding = torch.finfo(torch.float16).eps * true.norm()
+        assert (got.double() - true).norm() <= (theirs.double() - true).norm() + rounding
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scoring_and_its_gradient(backend: str) -> None:
     case = Case(torch.float32)
@@ -29,7 +68,7 @@ def test_scoring_and_its_gradient(backend: str) -> None:
     def run(backend: str) -> list[torch.Tensor]:
         hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
         log_probs, entropy = ek.linear_log_probs_and_entropy(
-            hidden, weight, case.tokens, mask=case.mask, backend=backend, max_chunk_bytes=128 * 11 * 4
+            hidden, weight, case.tokens, mask=case.mask, backend=backend, max_chunk_bytes=128 * (11 + 12) * 4
         )
         (log_probs.sin().sum() + entropy.square().sum()).backward()
         return [log_probs.detach(), entropy.detach(), hidden.grad, weight.grad]

@@ -65,8 +65,9 @@ def test_offsets_past_2_to_the_31(kind):
     assert not gradient[:, :-4].any()
 
 
-def test_nothing_syncs():
-    case = moved(busy_case(vocab=1000, dtype=torch.float16), CUDA)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nothing_syncs(dtype):
+    case = moved(busy_case(vocab=1000, dtype=dtype), CUDA)
     logits = case.pop("logits").requires_grad_()
     coefficient = torch.tensor(0.1, device=CUDA)
     loss_of({**case, "logits": logits}, entropy_coeff=coefficient).loss.backward()  # compiles

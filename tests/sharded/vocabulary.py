@@ -96,6 +96,46 @@ def case_a_rank_of_padding_alone(rank, world):
     check_linear(rank, world, "eager", ek.EPOConfig(**HINGE), "even", vocab_size=1)
 
 
+def case_padding_of_the_head_is_never_read(rank, world):
+    """Neither where a rank has some of it, nor where it has nothing else."""
+    for backend in ("eager", "reference"):
+        for vocab_size in (V - 1, V - V // world - V % world):
+            case, cfg = Case(), ek.EPOConfig(**HINGE)
+            case.tokens %= vocab_size
+            expected = case.run("reference", cfg, vocab_size=vocab_size)
+            case.weight[vocab_size:], case.bias[vocab_size:] = math.nan, math.inf
+            columns = own_columns(V, rank, world, "even")
+            got = run_part(case, backend, cfg, columns, vocab_size=vocab_size)
+            expected[4:] = [gradient[columns] for gradient in expected[4:]]
+            for ours, theirs in zip(got, expected, strict=True):
+                assert_close(ours, theirs, rtol=1e-6, atol=1e-6, check_dtype=False)
+
+
+def case_bad_bounds_are_counted_and_make_the_loss_nan(rank, world):
+    case, columns = busy_case(vocab=12), own_columns(12, rank, world, "even")
+    case["entropy_bounds"][0][0, 0] = math.nan
+    with mock.patch("epo_kernels.inputs.checks_values", return_value=False):
+        out, gradient = run_columns(case, FUSED, columns)
+    assert out.loss.isnan()
+    assert out.metrics.invalid_tokens == 1
+    assert gradient.isnan().any(-1).sum() == 1
+
+
+def case_float16_gradients_do_not_overflow(rank, world):
+    columns, cfg = own_columns(V, rank, world, "uneven"), ek.EPOConfig(clip_ratio_c=None)
+    case, exact = Case(torch.float16), Case(torch.float16)
+    exact.hidden, exact.weight, exact.bias = (v.double() for v in (case.hidden, case.weight, case.bias))
+    for one in (case, exact):
+        one.old_log_probs[0, 0] -= 9.0
+        one.advantages[0, 0] = -1.0
+        one.mask[0, 0] = True
+    truth = exact.run("reference", cfg)
+    got = run_part(case, FUSED, cfg, columns)
+    truth[4:] = [gradient[columns] for gradient in truth[4:]]
+    for ours, true in zip(got[3:], truth[3:], strict=True):
+        assert (ours.double() - true).norm() <= 2e-3 * true.norm()
+
+
 def case_linear_error_is_that_of_eager_or_less(rank, world):
     columns = own_columns(V, rank, world, "uneven")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -135,6 +175,23 @@ def case_scoring_and_its_gradient(rank, world):
     for backend in (FUSED, "reference"):
         got = score(case.weight[columns], backend, group=dist.group.WORLD)
         assert_close(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def case_second_derivatives_and_forward_mode_raise(rank, world):
+    case, columns, cfg = Case(), own_columns(V, rank, world, "even"), ek.EPOConfig()
+    for backend in ("eager", "reference"):
+        layer, weight = torch.ones((), dtype=torch.float64, requires_grad=True), case.weight[columns].requires_grad_()
+
+        def loss(layer, weight=weight, backend=backend):
+            return case.loss(backend, cfg, case.hidden * layer, weight, None, group=dist.group.WORLD).loss
+
+        (gradient,) = torch.autograd.grad(loss(layer), weight, create_graph=True)
+        with pytest.raises(RuntimeError, match='Use backend="reference", without group='):
+            torch.autograd.grad(gradient.sum(), layer)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(layer.detach(), layer.detach())
+            with pytest.raises(RuntimeError, match='Use backend="reference", without group='):
+                loss(dual)
 
 
 def case_no_token_counts(rank, world):

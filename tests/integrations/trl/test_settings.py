@@ -83,7 +83,7 @@ def test_every_field_is_known():
         ({"band_low": 3.0}, "low <= high"),
         ({"history_scope": "task"}, "scope must be one of turn, global"),
         ({"history_weighting": "step mean"}, "weighting must be one of token, step"),
-        ({"history_window": 0}, "window must be at least 1"),
+        ({"history_window": 0}, "window must be an int of at least 1"),
         ({"phase_schedule": "cosine"}, "schedule must be one of constant, paper, official"),
         ({"phase_horizon": -3}, "total_steps must be at least 1"),
     ],

@@ -113,7 +113,7 @@ def test_the_keys_arrive_for_every_engine(engine, kind):
         ([*HINGE, f"+{EPO}.xyz=2"], "epo.xyz is no key of EPO; known: penalty, penalty_alpha"),
         ([*HINGE[:1], f"+{EPO}.penalty=hing"], "penalty must be one of none, hinge"),
         ([*HINGE, f"+{EPO}.band_low=3"], "low and high must satisfy"),
-        ([*HINGE, f"+{EPO}.num_turns=0"], "num_turns must be at least 1"),
+        ([*HINGE, f"+{EPO}.num_turns=0"], "num_turns must be an int of at least 1"),
         ([*HINGE, f"+{EPO}.phase_schedule=cosine"], "schedule must be one of"),
         (HINGE[1:], "epo is set, but not used: .*loss_mode is 'vanilla', it must be 'epo'"),
     ],
