@@ -70,7 +70,8 @@ class Terms:
     Attributes:
         weights: contiguous; 0 where the mask is.
         old_log_probs: None: on-policy, ratio 1 with its gradient.
-        lower, upper: the band of each token; None: no band.
+        lower, upper: the band of each token; None: no band. A counted token without lower <= upper is invalid: its loss
+            and the gradient of its row are NaN, and it is counted.
         coefficients: (len(COEFFICIENTS),) float32 on the device of the logits.
         ticket: (1,) int32 on that device, holding 0, for kernels whose blocks count how many are done; a launch leaves
             it at 0.

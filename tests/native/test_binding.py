@@ -125,8 +125,8 @@ def test_terms_of_other_rows_are_refused(given):
     floats = array(torch.ones(2, 3))
 
     def make_terms(rows, floats=floats, coefficients=7, penalty="none", upper=None):
-        numbers, scale = array(torch.ones(coefficients)), array(torch.ones(()))
-        return _native.Terms(rows, floats, floats, None, None, None, floats, upper, numbers, scale, "k3", penalty)
+        numbers = array(torch.ones(coefficients))
+        return _native.Terms(rows, floats, floats, None, None, None, floats, upper, numbers, "k3", penalty)
 
     terms = make_terms(rows, upper=floats)
     with pytest.raises(ValueError, match="given together"):
