@@ -65,7 +65,8 @@ def test_from_a_dry_run_to_the_report(tmp_path, capsys, kind, settings):
     folder = save_model(tmp_path / kind, kind)
     if kind == "qwen3":  # as Qwen ships it
         edit(folder / "generation_config.json", temperature=0.6, top_p=0.95, top_k=20)
-    command = ["practice", *SMALL, *OWN, f"model.name_or_path={folder}", f"run_dir={run_dir}", "watch.valid_actions=0", *settings]
+    own = [f"model.name_or_path={folder}", f"run_dir={run_dir}", "watch.valid_actions=0"]
+    command = ["practice", *SMALL, *OWN, *own, *settings]
     assert main([*command, "--dry-run"]) == 0
     assert not run_dir.exists()
     assert main(command) == 0
