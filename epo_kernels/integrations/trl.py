@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import epo_kernels as ek
 from epo_kernels.config import BandScope, Penalty
+from epo_kernels.heads import Head, check_head, head_of
 from epo_kernels.history import HistoryScope, HistoryWeighting
 from epo_kernels.integrations import require
 
@@ -59,7 +60,7 @@ _TRL_NAMES = {
     "entropy_coeff": "entropy_coef",
 }
 
-LossHead = Callable[[Tensor, Tensor, Tensor | None], ek.EPOOutput]
+LossHead = Callable[[Tensor, Head], ek.EPOOutput]
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -240,7 +241,10 @@ class EPOTrainer(GRPOTrainer):
         self._first_scored: tuple[Tensor, Tensor] | None = None
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._text_config = base.config.get_text_config()
-        self._logit_softcap, self._logit_scale = _logit_transform(self._text_config)
+        try:
+            check_head(base)
+        except ValueError as error:
+            raise ValueError(f"{error}; trl.GRPOTrainer can train this model") from error
         _add_loss_head(base)
 
     def _refuse_model(self) -> None:
@@ -381,8 +385,8 @@ class EPOTrainer(GRPOTrainer):
             share = tokens / (items / self.args.steps_per_generation if self.model.training else items)
         return share.float().expand(sequences)
 
-    def _loss_of_head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, batch: _MicroBatch) -> ek.EPOOutput:
-        """The micro-batch's loss from the last hidden states (B, P + T, D) and the head (V, D)."""
+    def _loss_of_head(self, hidden: Tensor, head: Head, *, batch: _MicroBatch) -> ek.EPOOutput:
+        """The micro-batch's loss from the last hidden states (B, P + T, D) and the head."""
         inputs, mask, turns = batch.inputs, batch.mask, batch.turns
         tokens = inputs["completion_ids"]
         sequences, length = tokens.shape
@@ -401,22 +405,17 @@ class EPOTrainer(GRPOTrainer):
             "is_weights": is_weights,
             "normalizer": batch.normalizer,
         }
-        head: dict[str, Any] = {
-            "bias": bias,
-            "logit_softcap": self._logit_softcap,
-            "logit_scale": self._logit_scale,
-        }
         hidden = hidden[:, -length - 1 : -1]  # the one before a token predicts it
         context: Any = nullcontext()
         if self.args.cast_lm_head_to_fp32:
             hidden, context = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
         with context:
             if self.beta == 0.0:
-                return ek.linear_epo_loss(hidden, weight, tokens, **terms, **head)
+                return ek.linear_epo_loss(hidden, head.weight, tokens, **terms, **head.keywords)
             # TRL's KL isn't the library's: unclamped, with the policy's weights, and times the ratio unless asked
             # otherwise. It is added to the loss of log-probs, whose logits are computed again in backward.
             log_probs, entropy = ek.linear_log_probs_and_entropy(
-                hidden, weight, tokens, mask=mask, temperature=self._loss_config.temperature, **head
+                hidden, head.weight, tokens, mask=mask, temperature=self._loss_config.temperature, **head.keywords
             )
         assert entropy is not None
         out = ek.epo_loss_from_log_probs(log_probs, entropy, **terms)
@@ -497,7 +496,7 @@ def _turns(mask: Tensor) -> Tensor:
 
 
 def _add_loss_head(model: PreTrainedModel) -> None:
-    """Let `model(..., loss_head=f)` return f(last hidden states, head's weight, bias), and not project by itself.
+    """Let `model(..., loss_head=f)` return f(last hidden states, head), and not project by itself.
 
     Beside it come the router's logits of a mixture of experts, or None. All within the model's own forward, because
     wrappers (DDP, FSDP, PEFT, autocast) do their work around it.
@@ -509,24 +508,8 @@ def _add_loss_head(model: PreTrainedModel) -> None:
         if loss_head is None:
             return original(*args, **kwargs)
         kwargs.pop("labels", None)  # PEFT hands them on
-        outputs, head = self.base_model(*args, **{**kwargs, "use_cache": False}), self.get_output_embeddings()
-        loss = loss_head(outputs.last_hidden_state.to(head.weight.device), head.weight, head.bias)
+        outputs, head = self.base_model(*args, **{**kwargs, "use_cache": False}), head_of(self)
+        loss = loss_head(outputs.last_hidden_state.to(head.weight.device), head)
         return loss, getattr(outputs, "router_logits", None)
 
     model.forward = types.MethodType(forward, model)
-
-
-def _logit_transform(config: Any) -> tuple[float | None, float | None]:
-    """(softcap, scale) that a model puts its logits through, by the names that transformers' configs have for them."""
-    scale = next(
-        (
-            value
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        None,
-    )
-    scaling = getattr(config, "logits_scaling", None)
-    if scale is None and scaling is not None:  # a divisor, but for one family
-        scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
-    return getattr(config, "final_logit_softcapping", None), scale
