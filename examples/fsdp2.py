@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import epo_kernels as ek
 
 STEPS, MICRO_BATCHES, SEQUENCES, LENGTH, TURNS = 3, 2, 4, 32, 4
-CFG = ek.EPOConfig(penalty="hinge", penalty_alpha=2.0, entropy_coeff=1e-2)
+CFG = ek.EPOConfig(penalty="hinge", penalty_alpha=2.0, band_scope="segment", entropy_coeff=1e-2)
 
 
 class WithLoss(nn.Module):
@@ -41,9 +41,12 @@ def main() -> list[float]:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = Qwen2Config(vocab_size=512, num_hidden_layers=2, **sizes, tie_word_embeddings=True)
     model = WithLoss(Qwen2ForCausalLM(config)).to(device)
+    # Weights are products' operands in bfloat16 and are updated in float32. The inputs stay as they are: in bfloat16 the
+    # old log-probs would move ratios by up to 3 %.
+    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     history = ek.EntropyHistory(num_turns=TURNS)
     torch.manual_seed(1 + rank)  # dialogues of its own
