@@ -91,13 +91,13 @@ def epo_loss(
             Under `torch.compile` give tensors: a number is first compiled in as a constant.
         entropy_coeff: in place of the config's.
         kl_coeff: in place of the config's.
-        ref_log_probs: like tokens, float32 or float64, log-probs under the reference policy; needed where kl_coeff isn't
-            0.
+        ref_log_probs: like tokens, float32 or float64, log-probs under the reference policy; needed where kl_coeff
+            isn't 0.
         is_weights: like tokens (or (B,)), float, factor of the policy loss, e.g. truncated importance weights against
             rollout mismatch.
         temperature: in place of the config's; number, 0-d tensor, like tokens, or (B,).
-        normalizer: takes the place of the number of tokens (token-mean) or of sequences (other modes), scalar, not of 16
-            bits. With the whole batch's number, the losses of unequal micro-batches add up to that of the batch.
+        normalizer: takes the place of the number of tokens (token-mean) or of sequences (other modes), scalar, of
+            more than 16 bits. With the whole batch's number, the losses of unequal micro-batches add up to that of the batch.
         loss_scale: factor on the loss, scalar, folded into the token weights.
         vocab_size: entries of a row that are vocabulary, where a padded head has more.
         logit_softcap: c of c tanh(x / c), applied to scaled logits before the temperature.

@@ -41,8 +41,8 @@ def main() -> list[float]:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = Qwen2Config(vocab_size=512, num_hidden_layers=2, **sizes, tie_word_embeddings=True)
     model = WithLoss(Qwen2ForCausalLM(config)).to(device)
-    # Weights are products' operands in bfloat16 and are updated in float32. The inputs stay as they are: in bfloat16 the
-    # old log-probs would move ratios by up to 3 %.
+    # Products run in bfloat16, updates in float32. Inputs must not be cast: rounding old log-probs to bfloat16 moves
+    # ratios by up to 3 %, with the same weights.
     policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

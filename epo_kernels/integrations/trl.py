@@ -46,7 +46,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
-from trl.trainer.utils import nanmax, nanmin  # noqa: E402
+from trl.trainer.utils import FusedCausalLMOutput, nanmax, nanmin  # noqa: E402
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 HISTORY_FILE = "epo_history.pt"
@@ -245,7 +245,9 @@ class EPOTrainer(GRPOTrainer):
             check_head(base)
         except ValueError as error:
             raise ValueError(f"{error}; trl.GRPOTrainer can train this model") from error
-        _add_loss_head(base)
+        _add_loss_head(base, self._scores_of_head)
+        if self.ref_model is not None:  # of the policy's class and config
+            _add_loss_head(self.accelerator.unwrap_model(self.ref_model), self._scores_of_head)
 
     def _refuse_model(self) -> None:
         if isinstance(self.processing_class, ProcessorMixin):
@@ -405,10 +407,7 @@ class EPOTrainer(GRPOTrainer):
             "is_weights": is_weights,
             "normalizer": batch.normalizer,
         }
-        hidden = hidden[:, -length - 1 : -1]  # the one before a token predicts it
-        context: Any = nullcontext()
-        if self.args.cast_lm_head_to_fp32:
-            hidden, context = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+        hidden, context = self._head_precision(hidden[:, -length - 1 : -1])  # the one before a token predicts it
         with context:
             if self.beta == 0.0:
                 return ek.linear_epo_loss(hidden, head.weight, tokens, **terms, **head.keywords)
@@ -420,6 +419,28 @@ class EPOTrainer(GRPOTrainer):
         assert entropy is not None
         out = ek.epo_loss_from_log_probs(log_probs, entropy, **terms)
         return out._replace(loss=out.loss + self.beta * self._weighted_kl(log_probs, batch))
+
+    def _scores_of_head(self, hidden: Tensor, head: Head, *, labels: Tensor) -> FusedCausalLMOutput:
+        """Log-probs and entropies of the labels (B, P + T) but the first, float32, 0 where a label is -100."""
+        labels = labels[:, 1:]
+        hidden, context = self._head_precision(hidden[:, :-1])
+        with context:
+            log_probs, entropy = ek.linear_log_probs_and_entropy(
+                hidden,
+                head.weight,
+                labels,
+                mask=labels != -100,
+                temperature=self._loss_config.temperature,
+                entropy_grad=False,
+                **head.keywords,
+            )
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy)
+
+    def _head_precision(self, hidden: Tensor) -> tuple[Tensor, Any]:
+        """The hidden states, and the context for the head's product, by TRL's cast_lm_head_to_fp32."""
+        if not self.args.cast_lm_head_to_fp32:
+            return hidden, nullcontext()
+        return hidden.float(), torch.autocast(hidden.device.type, enabled=False)
 
     def _weighted_kl(self, log_probs: Tensor, batch: _MicroBatch) -> Tensor:
         return (batch.share[:, None] * self._kl(log_probs, batch)).sum() / batch.normalizer
@@ -495,21 +516,27 @@ def _turns(mask: Tensor) -> Tensor:
     return ((mask & ~before).cumsum(dim=1) - 1).clamp(min=0)
 
 
-def _add_loss_head(model: PreTrainedModel) -> None:
+def _add_loss_head(model: PreTrainedModel, score: Callable[..., FusedCausalLMOutput]) -> None:
     """Let `model(..., loss_head=f)` return f(last hidden states, head), and not project by itself.
 
     Beside it come the router's logits of a mixture of experts, or None. All within the model's own forward, because
-    wrappers (DDP, FSDP, PEFT, autocast) do their work around it.
+    wrappers (DDP, FSDP, PEFT, autocast) do their work around it. `score` answers TRL's `model(..., labels=labels,
+    fused_lm_head=True)`, so that old and reference log-probs are of the same head as the loss; TRL's own fused head
+    knows fewer transforms.
     """
     original = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
-    def forward(self: Any, *args: Any, loss_head: LossHead | None = None, **kwargs: Any) -> Any:
-        if loss_head is None:
+    def forward(
+        self: Any, *args: Any, loss_head: LossHead | None = None, fused_lm_head: bool = False, **kwargs: Any
+    ) -> Any:
+        if loss_head is None and not fused_lm_head:
             return original(*args, **kwargs)
-        kwargs.pop("labels", None)  # PEFT hands them on
+        labels = kwargs.pop("labels", None)  # PEFT hands them on
         outputs, head = self.base_model(*args, **{**kwargs, "use_cache": False}), head_of(self)
-        loss = loss_head(outputs.last_hidden_state.to(head.weight.device), head)
-        return loss, getattr(outputs, "router_logits", None)
+        hidden = outputs.last_hidden_state.to(head.weight.device)
+        if loss_head is None:
+            return score(hidden, head, labels=labels.to(head.weight.device))
+        return loss_head(hidden, head), getattr(outputs, "router_logits", None)
 
     model.forward = types.MethodType(forward, model)
