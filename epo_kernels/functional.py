@@ -96,8 +96,9 @@ def epo_loss(
         is_weights: like tokens (or (B,)), float, factor of the policy loss, e.g. truncated importance weights against
             rollout mismatch.
         temperature: in place of the config's; number, 0-d tensor, like tokens, or (B,).
-        normalizer: takes the place of the number of tokens (token-mean) or of sequences (other modes), scalar, of
-            more than 16 bits. With the whole batch's number, the losses of unequal micro-batches add up to that of the batch.
+        normalizer: takes the place of the number of tokens (token-mean) or of sequences (other modes), scalar, in more
+            than 16 bits. With the whole batch's number, the losses of unequal micro-batches add up to that of the
+            batch.
         loss_scale: factor on the loss, scalar, folded into the token weights.
         vocab_size: entries of a row that are vocabulary, where a padded head has more.
         logit_softcap: c of c tanh(x / c), applied to scaled logits before the temperature.

@@ -4,6 +4,8 @@ The loss is the end of the model's forward: there FSDP has gathered the head, he
 takes its gradient. Two micro-batches a step, whose gradients leave the ranks once.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -14,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import epo_kernels as ek
 
 STEPS, MICRO_BATCHES, SEQUENCES, LENGTH, TURNS = 3, 2, 4, 32, 4
-CFG = ek.EPOConfig(penalty="hinge", penalty_alpha=2.0, band_scope="segment", entropy_coeff=1e-2)
+CFG = replace(ek.EPOConfig.restoring(), entropy_coeff=1e-2)
 
 
 class WithLoss(nn.Module):
@@ -67,6 +69,8 @@ def main() -> list[float]:
                 advantages[i],
                 mask[i],
                 entropy_bounds=history.bounds(turns, low=0.5, high=1.0),
+                segment_ids=turns + TURNS * torch.arange(SEQUENCES, device=device)[:, None],
+                num_segments=TURNS * SEQUENCES,
                 normalizer=tokens,
                 loss_scale=float(world),  # FSDP averages gradients over ranks
             )

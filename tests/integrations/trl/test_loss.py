@@ -189,7 +189,11 @@ def test_logit_transforms(folder, tmp_path, model_class, config):
             layer.bias.normal_()
     path = save(tmp_path / "model", folder, model)
     assert_scores_and_loss_are_the_models(make(path, tmp_path, temperature=0.8))
-    if model_class in (GraniteForCausalLM, CohereForCausalLM, Gemma2ForCausalLM):  # of the others clipped tokens leave no gradient, or TRL no softcap
+    if model_class in (
+        GraniteForCausalLM,
+        CohereForCausalLM,
+        Gemma2ForCausalLM,
+    ):  # of the others clipped tokens leave no gradient, or TRL no softcap
         compare(path, tmp_path, micro_batch(), temperature=0.8)
 
 

@@ -4,13 +4,28 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
-from transformers import Qwen2ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from verl.models.transformers import monkey_patch
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
 import epo_kernels as ek
 from epo_kernels.integrations.verl import EPOTrainingWorker, turns_of_mask
 from tests.integrations.verl.harness import (
     PROMPT,
+    VOCAB,
     actor_config,
     batch_of,
     episodes,
@@ -325,6 +340,18 @@ def test_the_fused_head_makes_no_logits(workers, monkeypatch):
     assert called == [0.7, 0.7]  # once a micro-batch
 
 
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
 HEADS = {
     "softcap": (Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=3.0)),
     "divisor": (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=2.5)),
