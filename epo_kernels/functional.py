@@ -15,6 +15,7 @@ from epo_kernels.inputs import (
     Scalar,
     check_chunking,
     check_loss,
+    check_precise,
     check_projection,
     check_rows,
     check_tokens,
@@ -69,8 +70,8 @@ def epo_loss(
         logits: (B, T, V), or packed (N, V), any strides; bfloat16, float16, float32 (float64 on the reference backend).
             A DTensor behaves as its whole: split by columns it is computed so (`group`), else it is gathered.
         tokens: (B, T) or (N,) int64, the sampled tokens.
-        old_log_probs: like tokens, float, log-probs under the policy that sampled; None: on-policy, where the ratio is
-            1 and has its gradient.
+        old_log_probs: like tokens, float32 or float64, log-probs under the policy that sampled; None: on-policy, where
+            the ratio is 1 and has its gradient.
         advantages: like tokens, or one a sequence: (B,).
         mask: like tokens, bool or 0/1; 1 at tokens that the policy produced. Nothing is read where it is 0, in any
             argument: NaN and -100 may stand there.
@@ -90,12 +91,14 @@ def epo_loss(
             Under `torch.compile` give tensors: a number is first compiled in as a constant.
         entropy_coeff: in place of the config's.
         kl_coeff: in place of the config's.
-        ref_log_probs: like tokens, float, log-probs under the reference policy; needed where kl_coeff isn't 0.
+        ref_log_probs: like tokens, float32 or float64, log-probs under the reference policy; needed where kl_coeff
+            isn't 0.
         is_weights: like tokens (or (B,)), float, factor of the policy loss, e.g. truncated importance weights against
             rollout mismatch.
         temperature: in place of the config's; number, 0-d tensor, like tokens, or (B,).
-        normalizer: takes the place of the number of tokens (token-mean) or of sequences (other modes), scalar. With the
-            whole batch's number, the losses of unequal micro-batches add up to that of the batch.
+        normalizer: takes the place of the number of tokens (token-mean) or of sequences (other modes), scalar, in more
+            than 16 bits. With the whole batch's number, the losses of unequal micro-batches add up to that of the
+            batch.
         loss_scale: factor on the loss, scalar, folded into the token weights.
         vocab_size: entries of a row that are vocabulary, where a padded head has more.
         logit_softcap: c of c tanh(x / c), applied to scaled logits before the temperature.
@@ -285,7 +288,7 @@ def epo_loss_from_log_probs(
     `linear_log_probs_and_entropy`). The config's temperature isn't read: it is in both already.
 
     Args:
-        log_probs: (B, T), or packed (N,), float, log-prob of each sampled token; differentiable.
+        log_probs: (B, T), or packed (N,), float32 or float64, log-prob of each sampled token; differentiable.
         entropy: like log_probs, float, in nats; differentiable. Its gradient is the bonus' and the band's.
         (the others): as in `epo_loss`, with log_probs in the place of tokens.
 
@@ -296,6 +299,7 @@ def epo_loss_from_log_probs(
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be a floating tensor, got {kind}")
+    check_precise("log_probs", log_probs)
     if log_probs.dim() not in (1, 2):
         raise ValueError(f"log_probs must be (batch, time) or packed (tokens,), got {tuple(log_probs.shape)}")
     no_tokens = torch.zeros_like(log_probs, dtype=torch.int64)

@@ -3,6 +3,8 @@
 The task: answer any prompt with even tokens alone. Four turns a dialogue, and the environment adds a token in between.
 """
 
+from dataclasses import replace
+
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -16,7 +18,7 @@ def main() -> list[float]:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_hidden_layers=1, **sizes, eos_token_id=None))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    cfg = ek.EPOConfig(penalty="hinge", penalty_alpha=2.0, entropy_coeff=1e-2, clip_ratio_c=None)
+    cfg = replace(ek.EPOConfig.restoring(), entropy_coeff=1e-2, clip_ratio_c=None)
     history = ek.EntropyHistory(num_turns=TURNS)
     rewards = []
     for step in range(STEPS):
@@ -38,6 +40,8 @@ def main() -> list[float]:
             mask,
             cfg,
             entropy_bounds=history.bounds(turns, low=0.5, high=1.0),
+            segment_ids=turns + TURNS * torch.arange(DIALOGUES)[:, None],  # each turn of each dialogue
+            num_segments=TURNS * DIALOGUES,
             penalty_weight=ek.phase_weight(step, STEPS),
         )
         optimizer.zero_grad()

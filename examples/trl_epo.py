@@ -40,6 +40,7 @@ def main(model: str | None = None) -> EPOTrainer:
         entropy_coef=0.03,
         penalty="hinge",
         penalty_alpha=2.0,
+        band_scope="segment",
         band_low=0.8,
         band_high=1.2,
     )

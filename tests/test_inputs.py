@@ -280,14 +280,31 @@ def test_a_mask_may_be_bool_or_hold_0_and_1(dtype):
 
 def test_other_dtypes_that_mean_the_same():
     case = random_case(ek.EPOConfig(penalty="hinge", kl_coeff=0.1), dtype=F32)
-    for name in ("old_log_probs", "advantages", "ref_log_probs"):
-        case[name] = case[name].bfloat16().float()
+    case["advantages"] = case["advantages"].bfloat16().float()
     case["entropy_bounds"] = tuple(bound.bfloat16().float() for bound in case["entropy_bounds"])
     wider = {name: case[name].double() for name in ("old_log_probs", "advantages", "ref_log_probs")}
-    narrow = {name: case[name].bfloat16() for name in ("old_log_probs", "advantages", "ref_log_probs")}
+    narrow = {"advantages": case["advantages"].bfloat16()}
     bounds = {"entropy_bounds": [bound.bfloat16() for bound in case["entropy_bounds"]]}
     assert_identical(run({**case, **wider, "tokens": case["tokens"].int()}), run(case))
     assert_identical(run({**case, **narrow, **bounds}), run(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["old_log_probs", "ref_log_probs", "normalizer"])
+def test_what_16_bits_would_round_away_is_refused(name, dtype):
+    case = {**random_case(ek.EPOConfig(kl_coeff=0.1), dtype=F32), "normalizer": torch.tensor(7.0)}
+    message = f"{name} must be float32 or float64, got {dtype}, .* MixedPrecisionPolicy\\(cast_forward_inputs=False\\)"
+    with pytest.raises(TypeError, match=message):
+        run({**case, name: case[name].to(dtype)})
+
+
+@pytest.mark.parametrize("name", ["log_probs", "old_log_probs", "ref_log_probs"])
+def test_log_probs_of_16_bits_are_refused(name):
+    given = {name: -torch.rand(2, 3) for name in ("log_probs", "entropy", "old_log_probs", "advantages")}
+    given |= {"mask": torch.ones(2, 3), "cfg": ek.EPOConfig(), "ref_log_probs": -torch.rand(2, 3)}
+    ek.epo_loss_from_log_probs(**given)
+    with pytest.raises(TypeError, match=f"{name} must be float32 or float64, got torch.bfloat16"):
+        ek.epo_loss_from_log_probs(**{**given, name: given[name].bfloat16()})
 
 
 def test_canonical_arguments_are_viewed_never_copied():

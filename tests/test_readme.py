@@ -19,6 +19,7 @@ def test_the_example_runs():
         "advantages": torch.randn(2),
         "mask": torch.ones(shape, dtype=torch.bool),
         "turns": torch.arange(5).expand(shape),
+        "rows": torch.arange(2)[:, None],
     }
     exec(code, names)
     assert names["out"].loss.isfinite()

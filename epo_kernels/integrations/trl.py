@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import epo_kernels as ek
 from epo_kernels.config import BandScope, Penalty
+from epo_kernels.heads import Head, check_head, head_of
 from epo_kernels.history import HistoryScope, HistoryWeighting
 from epo_kernels.integrations import require
 
@@ -45,7 +46,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
-from trl.trainer.utils import nanmax, nanmin  # noqa: E402
+from trl.trainer.utils import FusedCausalLMOutput, nanmax, nanmin  # noqa: E402
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 HISTORY_FILE = "epo_history.pt"
@@ -59,7 +60,7 @@ _TRL_NAMES = {
     "entropy_coeff": "entropy_coef",
 }
 
-LossHead = Callable[[Tensor, Tensor, Tensor | None], ek.EPOOutput]
+LossHead = Callable[[Tensor, Head], ek.EPOOutput]
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -240,8 +241,13 @@ class EPOTrainer(GRPOTrainer):
         self._first_scored: tuple[Tensor, Tensor] | None = None
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._text_config = base.config.get_text_config()
-        self._logit_softcap, self._logit_scale = _logit_transform(self._text_config)
-        _add_loss_head(base)
+        try:
+            check_head(base)
+        except ValueError as error:
+            raise ValueError(f"{error}; trl.GRPOTrainer can train this model") from error
+        _add_loss_head(base, self._scores_of_head)
+        if self.ref_model is not None:  # of the policy's class and config
+            _add_loss_head(self.accelerator.unwrap_model(self.ref_model), self._scores_of_head)
 
     def _refuse_model(self) -> None:
         if isinstance(self.processing_class, ProcessorMixin):
@@ -381,8 +387,8 @@ class EPOTrainer(GRPOTrainer):
             share = tokens / (items / self.args.steps_per_generation if self.model.training else items)
         return share.float().expand(sequences)
 
-    def _loss_of_head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, batch: _MicroBatch) -> ek.EPOOutput:
-        """The micro-batch's loss from the last hidden states (B, P + T, D) and the head (V, D)."""
+    def _loss_of_head(self, hidden: Tensor, head: Head, *, batch: _MicroBatch) -> ek.EPOOutput:
+        """The micro-batch's loss from the last hidden states (B, P + T, D) and the head."""
         inputs, mask, turns = batch.inputs, batch.mask, batch.turns
         tokens = inputs["completion_ids"]
         sequences, length = tokens.shape
@@ -401,26 +407,40 @@ class EPOTrainer(GRPOTrainer):
             "is_weights": is_weights,
             "normalizer": batch.normalizer,
         }
-        head: dict[str, Any] = {
-            "bias": bias,
-            "logit_softcap": self._logit_softcap,
-            "logit_scale": self._logit_scale,
-        }
-        hidden = hidden[:, -length - 1 : -1]  # the one before a token predicts it
-        context: Any = nullcontext()
-        if self.args.cast_lm_head_to_fp32:
-            hidden, context = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+        hidden, context = self._head_precision(hidden[:, -length - 1 : -1])  # the one before a token predicts it
         with context:
             if self.beta == 0.0:
-                return ek.linear_epo_loss(hidden, weight, tokens, **terms, **head)
+                return ek.linear_epo_loss(hidden, head.weight, tokens, **terms, **head.keywords)
             # TRL's KL isn't the library's: unclamped, with the policy's weights, and times the ratio unless asked
             # otherwise. It is added to the loss of log-probs, whose logits are computed again in backward.
             log_probs, entropy = ek.linear_log_probs_and_entropy(
-                hidden, weight, tokens, mask=mask, temperature=self._loss_config.temperature, **head
+                hidden, head.weight, tokens, mask=mask, temperature=self._loss_config.temperature, **head.keywords
             )
         assert entropy is not None
         out = ek.epo_loss_from_log_probs(log_probs, entropy, **terms)
         return out._replace(loss=out.loss + self.beta * self._weighted_kl(log_probs, batch))
+
+    def _scores_of_head(self, hidden: Tensor, head: Head, *, labels: Tensor) -> FusedCausalLMOutput:
+        """Log-probs and entropies of the labels (B, P + T) but the first, float32, 0 where a label is -100."""
+        labels = labels[:, 1:]
+        hidden, context = self._head_precision(hidden[:, :-1])
+        with context:
+            log_probs, entropy = ek.linear_log_probs_and_entropy(
+                hidden,
+                head.weight,
+                labels,
+                mask=labels != -100,
+                temperature=self._loss_config.temperature,
+                entropy_grad=False,
+                **head.keywords,
+            )
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy)
+
+    def _head_precision(self, hidden: Tensor) -> tuple[Tensor, Any]:
+        """The hidden states, and the context for the head's product, by TRL's cast_lm_head_to_fp32."""
+        if not self.args.cast_lm_head_to_fp32:
+            return hidden, nullcontext()
+        return hidden.float(), torch.autocast(hidden.device.type, enabled=False)
 
     def _weighted_kl(self, log_probs: Tensor, batch: _MicroBatch) -> Tensor:
         return (batch.share[:, None] * self._kl(log_probs, batch)).sum() / batch.normalizer
@@ -496,37 +516,27 @@ def _turns(mask: Tensor) -> Tensor:
     return ((mask & ~before).cumsum(dim=1) - 1).clamp(min=0)
 
 
-def _add_loss_head(model: PreTrainedModel) -> None:
-    """Let `model(..., loss_head=f)` return f(last hidden states, head's weight, bias), and not project by itself.
+def _add_loss_head(model: PreTrainedModel, score: Callable[..., FusedCausalLMOutput]) -> None:
+    """Let `model(..., loss_head=f)` return f(last hidden states, head), and not project by itself.
 
     Beside it come the router's logits of a mixture of experts, or None. All within the model's own forward, because
-    wrappers (DDP, FSDP, PEFT, autocast) do their work around it.
+    wrappers (DDP, FSDP, PEFT, autocast) do their work around it. `score` answers TRL's `model(..., labels=labels,
+    fused_lm_head=True)`, so that old and reference log-probs are of the same head as the loss; TRL's own fused head
+    knows fewer transforms.
     """
     original = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
-    def forward(self: Any, *args: Any, loss_head: LossHead | None = None, **kwargs: Any) -> Any:
-        if loss_head is None:
+    def forward(
+        self: Any, *args: Any, loss_head: LossHead | None = None, fused_lm_head: bool = False, **kwargs: Any
+    ) -> Any:
+        if loss_head is None and not fused_lm_head:
             return original(*args, **kwargs)
-        kwargs.pop("labels", None)  # PEFT hands them on
-        outputs, head = self.base_model(*args, **{**kwargs, "use_cache": False}), self.get_output_embeddings()
-        loss = loss_head(outputs.last_hidden_state.to(head.weight.device), head.weight, head.bias)
-        return loss, getattr(outputs, "router_logits", None)
+        labels = kwargs.pop("labels", None)  # PEFT hands them on
+        outputs, head = self.base_model(*args, **{**kwargs, "use_cache": False}), head_of(self)
+        hidden = outputs.last_hidden_state.to(head.weight.device)
+        if loss_head is None:
+            return score(hidden, head, labels=labels.to(head.weight.device))
+        return loss_head(hidden, head), getattr(outputs, "router_logits", None)
 
     model.forward = types.MethodType(forward, model)
-
-
-def _logit_transform(config: Any) -> tuple[float | None, float | None]:
-    """(softcap, scale) that a model puts its logits through, by the names that transformers' configs have for them."""
-    scale = next(
-        (
-            value
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        None,
-    )
-    scaling = getattr(config, "logits_scaling", None)
-    if scale is None and scaling is not None:  # a divisor, but for one family
-        scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
-    return getattr(config, "final_logit_softcapping", None), scale

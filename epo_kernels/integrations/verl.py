@@ -25,7 +25,9 @@ import functools
 import logging
 import os
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from epo_kernels.functional import epo_loss_from_log_probs, linear_log_probs_and_entropy
+from epo_kernels.heads import Head, check_head, head_of
 from epo_kernels.integrations.verl_keys import KEYS, LOSS_MODE, RESPONSE_MASK, EPOSettings
 from epo_kernels.reference import EPOOutput
 from epo_kernels.schedule import phase_weight
@@ -61,6 +64,8 @@ logger = logging.getLogger(__name__)
 
 FUSED_BACKEND = "epo"
 HISTORY_FILE = "epo_entropy_history.pt"
+
+_head: ContextVar[Head | None] = ContextVar("head", default=None)  # of the model whose forward runs
 
 
 @dataclass
@@ -255,11 +260,12 @@ class EPOFusedLinear(torch_functional.FusedLinearForPPO):
         self.impl_backend = impl_backend
 
     def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
-        """(…, D), (V, D), (…) int -> log-probs and entropies (…) float32."""
+        """(…, D), (V, D), (…) int -> log-probs and entropies (…) float32. Of a patched model the whole head counts."""
         if self.impl_backend != FUSED_BACKEND:
             return super().forward(hidden_states, vocab_weights, input_ids, temperature)
+        head = _head.get() or Head(vocab_weights)
         return linear_log_probs_and_entropy(
-            hidden_states, vocab_weights, input_ids.to(torch.int64), temperature=temperature
+            hidden_states, head.weight, input_ids.to(torch.int64), temperature=temperature, **head.keywords
         )
 
 
@@ -338,25 +344,49 @@ _patch_forward = monkey_patch.patch_forward_with_backends
 
 @functools.wraps(_patch_forward)
 def patch_forward_with_backends(model, use_fused_kernels=False, fused_kernels_backend=None):
-    """verl's, which knows "epo" too: its "torch" forward, whose head is then `EPOFusedLinear`."""
+    """verl's, which knows "epo" too: its "torch" forward, whose head is then `EPOFusedLinear`.
+
+    Raises:
+        ValueError: a model whose head isn't served; see `check_head`.
+    """
     if not use_fused_kernels or fused_kernels_backend != FUSED_BACKEND:
         return _patch_forward(model, use_fused_kernels, fused_kernels_backend)
+    original = getattr(type(model).forward, "original", type(model).forward)  # of a class that is patched already
+    _check_model(model, original)
     _patch_forward(model, use_fused_kernels, "torch")
     model._verl_fused_kernels_backend = FUSED_BACKEND  # what that forward asks for its head
     forward = type(model).forward
 
     @functools.wraps(forward)
-    def with_gathered_head(self, *args, **kwargs):
+    def with_whole_head(self, *args, **kwargs):
         # FSDP2 gathers a weight when its module is called, and the head never is; verl makes it a unit of its own.
-        head = self.lm_head if isinstance(self.lm_head, FSDPModule) else None
-        if head is not None:
-            head.unshard()
-        output = forward(self, *args, **kwargs)
-        if head is not None and not torch.is_grad_enabled():
-            head.reshard()  # what backward does otherwise
+        layer = self.lm_head if isinstance(self.lm_head, FSDPModule) else None
+        if layer is not None:
+            layer.unshard()
+        token = _head.set(head_of(self))
+        try:
+            output = forward(self, *args, **kwargs)
+        finally:
+            _head.reset(token)
+        if layer is not None and not torch.is_grad_enabled():
+            layer.reshard()  # what backward does otherwise
         return output
 
-    type(model).forward = with_gathered_head
+    with_whole_head.original = original  # type: ignore[attr-defined]
+    type(model).forward = with_whole_head
+
+
+def _check_model(model: Any, forward: Any) -> None:
+    """Raise ValueError unless verl's "torch" forward and `EPOFusedLinear` compute what the model's own forward does."""
+    try:
+        if getattr(model, "lm_head", None) is not model.get_output_embeddings() or not hasattr(model, "model"):
+            raise ValueError(f"{type(model).__name__} must have its decoder in .model and its output layer in .lm_head")
+        check_head(model, MethodType(forward, model))
+    except ValueError as error:
+        raise ValueError(
+            f"actor_rollout_ref.model.fused_kernel_options.impl_backend={FUSED_BACKEND}: {error}; set "
+            "actor_rollout_ref.model.use_fused_kernels=false"
+        ) from error
 
 
 verl_config.PolicyLossConfig = EPOPolicyLossConfig

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import epo_kernels as ek
+from epo_kernels.heads import check_head, head_of
 from epo_kernels.metrics import METRIC_NAMES
-from epo_kernels.train.config import TrainConfig, epo_config
+from epo_kernels.train.config import ConfigError, TrainConfig, epo_config
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
 from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.optimizer import StepOptimizer
 from epo_kernels.train.policies.lora import without_adapters
-from epo_kernels.train.policies.policy import Policy, check_head, checkpointing, head_of, response_hidden
+from epo_kernels.train.policies.policy import Policy, checkpointing, response_hidden
 from epo_kernels.train.post_mortem import Circumstances, NonFiniteError
 from epo_kernels.train.progress import Report, ignore, part_of
 from epo_kernels.train.stopwatch import Stopwatch
@@ -36,7 +37,7 @@ class Learner:
         ranks: that train together; None: this process alone.
 
     Raises:
-        ConfigError: a model whose logits aren't a linear map of its hidden states.
+        ConfigError: a model whose logits can't be computed from its hidden states; see `check_head`.
     """
 
     def __init__(
@@ -47,7 +48,10 @@ class Learner:
         self._config = config
         self._loss_config = epo_config(config)
         self._ranks = ranks or Ranks()
-        check_head(policy.model)
+        try:
+            check_head(policy.model)
+        except ValueError as error:
+            raise ConfigError(f"model.name_or_path={config.model.name_or_path}: {error}") from error
         self._ranks.shard(policy.model.get_decoder(), policy.model.device)
         self._optimizer = StepOptimizer(
             policy.model.parameters(), config.optim, config.optim, config.horizon, self._ranks
@@ -165,7 +169,7 @@ class Learner:
             batch.advantages,
             batch.mask,
             self._loss_config,
-            bias=head.bias,
+            **head.keywords,
             num_active=batch.num_sampled,
             entropy_bounds=history.bounds(batch.turns, loss.band_low, loss.band_high),
             **segments,
@@ -175,8 +179,6 @@ class Learner:
             normalizer=normalizer,
             # Constant: the padded width differs from micro-batch to micro-batch.
             max_length=longest,
-            logit_scale=head.logit_scale,
-            logit_softcap=head.logit_softcap,
         )
 
     @torch.no_grad()
@@ -191,13 +193,11 @@ class Learner:
                 response_hidden(model.get_decoder(), batch),
                 head.weight,
                 batch.tokens,
-                bias=head.bias,
+                **head.keywords,
                 num_active=batch.num_sampled,
                 mask=batch.mask,
                 temperature=self._loss_config.temperature,
                 entropy_grad=False,
-                logit_scale=head.logit_scale,
-                logit_softcap=head.logit_softcap,
             )
             assert entropy is not None
             log_probs, entropy = log_probs.cpu(), entropy.cpu()

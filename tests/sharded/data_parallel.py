@@ -7,7 +7,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
@@ -174,7 +174,7 @@ class Tied(nn.Module):
 
     def forward(self, ids, *batch, **keywords):
         hidden = self.body(self.embed(ids))
-        return ek.linear_epo_loss(hidden, self.head.weight, *batch, ek.EPOConfig(), backend=FUSED, **keywords).loss
+        return ek.linear_epo_loss(hidden, self.head.weight, *batch, ek.EPOConfig(), backend=FUSED, **keywords)
 
 
 def batches(case, rank, world):
@@ -197,7 +197,7 @@ def case_tied_embedding_under_fsdp2(rank, world):
     model.load_state_dict(whole.state_dict())
     for other in range(world):
         for micro in batches(case, other, world):
-            whole(*micro, normalizer=count, max_chunk_bytes=SMALL).backward()
+            whole(*micro, normalizer=count, max_chunk_bytes=SMALL).loss.backward()
 
     fully_shard(model.body, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
@@ -208,13 +208,42 @@ def case_tied_embedding_under_fsdp2(rank, world):
         model.set_reshard_after_backward(is_last)
         with CommDebugMode() as told:
             # FSDP averages over ranks what the normalizer has made a share of the whole.
-            model(*micro, normalizer=count, loss_scale=float(world)).backward()
+            model(*micro, normalizer=count, loss_scale=float(world)).loss.backward()
         counts.append({str(op).split(".")[-1]: number for op, number in told.get_comm_counts().items()})
     # Head and embedding are gathered once for both micro-batches; the body, freed after its forward, in backwards too.
     assert gathers_and_scatters(counts[0]) == (3, 0), counts
     assert gathers_and_scatters(counts[1]) == (1, 2), counts
     for (name, sharded), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
         assert_close(sharded.grad.full_tensor(), expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def case_mixed_precision_under_fsdp2_leaves_ratios_alone(rank, world):
+    """README's advice: with the weights that made the old log-probs every ratio is 1. FSDP2's default is refused."""
+    case, mesh = Case(torch.float32), init_device_mesh("cpu", (world,))
+    ids, tokens, _, advantages, mask = batches(case, rank, world)[0]
+    count = torch.tensor(float(mask.sum()))
+
+    def sharded(**policy):
+        torch.manual_seed(0)
+        model = Tied()
+        policy = MixedPrecisionPolicy(torch.bfloat16, **policy)
+        fully_shard(model.body, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    model = sharded(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    old = model(ids, tokens, None, advantages, mask, normalizer=count).log_probs.detach()
+    again = model(ids, tokens, old, advantages, mask, normalizer=count)
+    ratios = torch.where(mask.bool(), (again.log_probs - old).exp(), 1)
+    assert old.dtype == torch.float32
+    assert not torch.equal(old, old.bfloat16().float())
+    assert_close(ratios, torch.ones_like(ratios), rtol=0, atol=1e-6)
+    assert float(again.metrics.ppo_kl_sum) == pytest.approx(0, abs=1e-6)
+    expected = -(advantages * mask).sum() / count
+    assert_close(again.metrics.pg_loss.float(), expected, rtol=1e-6, atol=1e-6)
+
+    for old_log_probs, name in ((old, "old_log_probs"), (None, "normalizer")):
+        with pytest.raises(TypeError, match=rf"{name} must be float32.*cast_forward_inputs=False"):
+            sharded()(ids, tokens, old_log_probs, advantages, mask, normalizer=count if name == "normalizer" else None)
 
 
 def case_ddp(rank, world):
@@ -226,10 +255,10 @@ def case_ddp(rank, world):
     model = DistributedDataParallel(model)
     for other in range(world):
         for micro in batches(case, other, world):
-            whole(*micro, normalizer=count).backward()
+            whole(*micro, normalizer=count).loss.backward()
     first, last = batches(case, rank, world)
     with model.no_sync():
-        model(*first, normalizer=count, loss_scale=float(world)).backward()
-    model(*last, normalizer=count, loss_scale=float(world)).backward()
+        model(*first, normalizer=count, loss_scale=float(world)).loss.backward()
+    model(*last, normalizer=count, loss_scale=float(world)).loss.backward()
     for ours, expected in zip(model.parameters(), whole.parameters(), strict=True):
         assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-6)

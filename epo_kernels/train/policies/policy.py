@@ -269,46 +269,6 @@ def response_hidden(decoder: PreTrainedModel, batch: MiniBatch) -> Tensor:
     return hidden[:, -batch.tokens.shape[1] :]
 
 
-@dataclass(frozen=True)
-class Head:
-    """From last hidden states to logits: what `ek.linear_epo_loss` needs to know of a model."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    logit_scale: float | None
-    logit_softcap: float | None
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    linear, settings = model.get_output_embeddings(), model.config.get_text_config()
-    divisor = getattr(settings, "logits_scaling", None)  # Granite's name
-    scale = 1 / divisor if divisor else getattr(settings, "logit_scale", None)  # Cohere's
-    return Head(linear.weight, linear.bias, scale, getattr(settings, "final_logit_softcapping", None))  # Gemma's
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Hold the head against the model's own logits, once.
-
-    Raises:
-        ConfigError: they differ: the model does more than a linear map, scale and soft cap between hidden states and
-            logits.
-    """
-    head = head_of(model)
-    ids = torch.arange(4, device=model.device)[None] % head.weight.shape[0]
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()
-    logits = logits * (1.0 if head.logit_scale is None else head.logit_scale)
-    if head.logit_softcap is not None:
-        logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
-    wanted = model(input_ids=ids, use_cache=False).logits.float()
-    if not torch.allclose(logits, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max())):
-        raise ConfigError(
-            f"{type(model).__name__} does more between its hidden states and its logits than a linear map, a scale and "
-            "a soft cap, so the loss can't be made from hidden states; choose another model in model.name_or_path"
-        )
-
-
 @contextmanager
 def checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
     """Inside, layers keep their inputs alone and compute the rest again in backward, where enabled.

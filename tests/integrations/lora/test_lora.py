@@ -78,6 +78,14 @@ def test_adapters_start_as_nothing_and_alone_are_trained():
     assert len(learner.state_dict()["adamw"]) == len(trained)
 
 
+def test_an_adapter_on_the_output_layer_is_refused():
+    """Its weight would be the frozen one."""
+    policy = build_from_scratch([], ModelConfig(), seed=0)
+    add_adapters(policy.model, ModelConfig(lora_rank=2, lora_targets="q_proj, lm_head"))
+    with pytest.raises(ConfigError, match=r"output layer must have no adapter, got peft\..*target_modules"):
+        Learner(policy, None, load_config("practice", [*SMALL, "model.lora_rank=2"]))
+
+
 def test_targets_that_are_not_there():
     policy = build_from_scratch([], ModelConfig(), seed=0)
     with pytest.raises(ConfigError, match=r"model\.lora_targets=nowhere"):

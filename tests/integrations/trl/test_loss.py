@@ -5,15 +5,24 @@ import torch
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 import epo_kernels as ek
@@ -135,21 +144,118 @@ SIZES = {
 }
 
 
+def save(path, folder, model):
+    """The model in a folder, with the tokenizer of another."""
+    model.save_pretrained(path)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(path)
+    return str(path)
+
+
+def assert_scores_and_loss_are_the_models(trainer):
+    """Scores are those of the model's own logits, and so is the loss: by these scores every ratio is 1."""
+    inputs = micro_batch(old=False)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    model, temperature = trainer.model.train(), trainer.args.temperature
+    counted = inputs["completion_mask"].bool()
+    with torch.no_grad():
+        scores = trainer._get_per_token_logps_and_entropies(model, ids, mask, 9, batch_size=2, compute_entropy=True)
+        wanted = (model(ids, attention_mask=mask).logits[:, -10:-1] / temperature).log_softmax(-1)
+    found = wanted.gather(-1, inputs["completion_ids"][..., None])[..., 0], -(wanted.exp() * wanted).sum(-1)
+    for score, expected in zip(scores, found, strict=False):
+        torch.testing.assert_close(score[counted], expected[counted], rtol=1e-5, atol=1e-5)
+    on_policy = loss_and_gradients(trainer, inputs)
+    assert_same(loss_and_gradients(trainer, inputs | {"old_per_token_logps": scores[0]}), on_policy)
+
+
 @pytest.mark.parametrize(
     ("model_class", "config"),
     [
         (Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=3.0)),
+        (RecurrentGemmaForCausalLM, RecurrentGemmaConfig(**{**SIZES, "num_hidden_layers": 3}, lru_width=32)),
         (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=2.5)),
         (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.25)),
+        (PhiForCausalLM, PhiConfig(**SIZES)),
     ],
-    ids=["softcap", "divisor", "scale"],
+    ids=["softcap", "recurrent gemma's softcap", "divisor", "scale", "bias"],
 )
 def test_logit_transforms(folder, tmp_path, model_class, config):
     torch.manual_seed(1)
-    model_class(config).save_pretrained(tmp_path / "model")
-    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "model")
-    _, ours = compare(str(tmp_path / "model"), tmp_path, micro_batch(), temperature=0.8)
-    assert (ours._logit_softcap, ours._logit_scale) in ((3.0, None), (None, 0.4), (None, 0.25))
+    model = model_class(config)
+    with torch.no_grad():
+        layer = model.get_output_embeddings()
+        layer.weight.mul_(10)  # logits that the softcaps bend
+        if layer.bias is not None:
+            layer.bias.normal_()
+    path = save(tmp_path / "model", folder, model)
+    assert_scores_and_loss_are_the_models(make(path, tmp_path, temperature=0.8))
+    if model_class in (
+        GraniteForCausalLM,
+        CohereForCausalLM,
+        Gemma2ForCausalLM,
+    ):  # of the others clipped tokens leave no gradient, or TRL no softcap
+        compare(path, tmp_path, micro_batch(), temperature=0.8)
+
+
+def test_a_head_that_is_a_network_is_refused(folder, tmp_path):
+    path = save(tmp_path / "bert", folder, BertLMHeadModel(BertConfig(**SIZES, is_decoder=True)))
+    cure = "BertLMHeadModel does more between .* trl.GRPOTrainer can train this model"
+    with pytest.raises(ValueError, match=cure):
+        make(AutoModelForCausalLM.from_pretrained(path, is_decoder=True), tmp_path, trainer=tokenizer_of(folder))
+
+
+def tokenizer_of(folder):
+    return {"processing_class": PreTrainedTokenizerFast.from_pretrained(folder)}
+
+
+@pytest.mark.parametrize(
+    ("tied", "adapters"),
+    [
+        (True, {"trainable_token_indices": [3, 50, 70]}),
+        (False, {"trainable_token_indices": {"embed_tokens": [*range(2, 258)], "lm_head": [3, 50]}}),
+        (False, {"modules_to_save": ["lm_head"]}),
+        (True, {"target_modules": ["q_proj", "embed_tokens"]}),
+    ],
+    ids=["tokens", "tokens of both", "whole head", "embedding"],
+)
+def test_adapters_on_and_around_the_head(folder, tmp_path, tied, adapters):
+    torch.manual_seed(1)
+    path = save(tmp_path / "model", folder, Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied)))
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **adapters})
+    trainer = make(path, tmp_path, trainer={"peft_config": config}, max_steps=1, num_iterations=2)
+    trainer.train()  # so that adapters differ from what they began as
+    assert_scores_and_loss_are_the_models(trainer)
+    gradients = loss_and_gradients(trainer, micro_batch())[1]
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert gradients.keys() == trained
+    assert all(bool(gradient.abs().max() > 0) for gradient in gradients.values())
+
+
+def test_a_reference_is_scored_by_the_same_head(folder, tmp_path):
+    config = RecurrentGemmaConfig(**{**SIZES, "num_hidden_layers": 3}, lru_width=32)
+    torch.manual_seed(1)
+    model = RecurrentGemmaForCausalLM(config)
+    model.get_output_embeddings().weight.data.mul_(10)
+    trainer = make(save(tmp_path / "model", folder, model), tmp_path, beta=0.3)
+    inputs = micro_batch(old=False)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    scores = [
+        trainer._get_per_token_logps_and_entropies(model, ids, mask, 9)[0].detach()
+        for model in (trainer.model, trainer.ref_model)
+    ]
+    assert torch.equal(*scores)
+    metrics = loss_and_gradients(trainer, inputs | {"ref_per_token_logps": scores[1]})[2]
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_scores_of_a_model_in_16_bits_are_float32(folder, tmp_path):
+    trainer = make(folder, tmp_path, model_init_kwargs={"dtype": "bfloat16"}, num_iterations=2, max_steps=2)
+    trainer.train()
+    ids = torch.arange(2, 14)[None]
+    scores = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 6)[0]
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
 
 
 @pytest.mark.parametrize("coefficient", [None, 0.5, 0.0])

@@ -66,18 +66,18 @@ def save_tiny_model(path):
 
 
 @contextmanager
-def forward_of_its_own(worker):
+def forward_of_its_own(worker, family=Qwen2ForCausalLM):
     """verl gives the model's class another forward; with this, only the model that the worker makes inside has it."""
-    forward = Qwen2ForCausalLM.forward
+    forward = family.forward
     try:
         yield
         model = getattr(worker, "actor", worker).engine.module
-        model.forward = MethodType(Qwen2ForCausalLM.forward, model)
+        model.forward = MethodType(family.forward, model)
     finally:
-        Qwen2ForCausalLM.forward = forward
+        family.forward = forward
 
 
-def make_worker(model_path, remove_padding=False, fused=None, lr=0.0):
+def make_worker(model_path, remove_padding=False, fused=None, lr=0.0, family=Qwen2ForCausalLM):
     """The class of worker that verl gives the actor, over the FSDP2 engine in float32. fused: backend of the head."""
     config = TrainingWorkerConfig(
         model_type="language_model",
@@ -102,7 +102,7 @@ def make_worker(model_path, remove_padding=False, fused=None, lr=0.0):
         checkpoint_config=CheckpointConfig(),
     )
     worker = ActorRolloutRefWorker.actor_worker_cls(config)
-    with forward_of_its_own(worker):
+    with forward_of_its_own(worker, family):
         worker.reset()
     worker.gradients = None
     step = worker.engine.optimizer_step

@@ -4,13 +4,28 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
-from transformers import Qwen2ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from verl.models.transformers import monkey_patch
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
 import epo_kernels as ek
 from epo_kernels.integrations.verl import EPOTrainingWorker, turns_of_mask
 from tests.integrations.verl.harness import (
     PROMPT,
+    VOCAB,
     actor_config,
     batch_of,
     episodes,
@@ -323,3 +338,60 @@ def test_the_fused_head_makes_no_logits(workers, monkeypatch):
     )
     update(worker, actor_config(epo=HINGE, entropy_coeff=0.3), episodes())
     assert called == [0.7, 0.7]  # once a micro-batch
+
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+HEADS = {
+    "softcap": (Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=3.0)),
+    "divisor": (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=2.5)),
+    "scale": (CohereForCausalLM, CohereConfig(**SIZES, logit_scale=0.25)),
+    "bias": (PhiForCausalLM, PhiConfig(**SIZES)),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_fused_head_does_what_the_models_own_does(tmp_path, name):
+    family, config = HEADS[name]
+    torch.manual_seed(0)
+    model = family(config)
+    with torch.no_grad():
+        layer = model.get_output_embeddings()
+        layer.weight.mul_(2)
+        if layer.bias is not None:
+            layer.bias.normal_()
+    model.save_pretrained(tmp_path)
+    actor, tensors = actor_config("vanilla", **POLICY, entropy_coeff=0.3), episodes()
+    plain, fused = (make_worker(tmp_path, fused=fused, family=family) for fused in (None, "epo"))
+    expected = update(plain, actor, tensors)
+    assert_same_update(fused, update(fused, actor, tensors), expected, plain.gradients)
+
+
+def test_a_head_that_is_not_served_is_refused_by_name():
+    class Doubled(Qwen2ForCausalLM):
+        def forward(self, **kwargs):
+            output = super().forward(**kwargs)
+            output.logits = 2 * output.logits
+            return output
+
+    for family, config in ((Doubled, Qwen2Config(**SIZES)), (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES))):
+        forward = family.forward
+        with pytest.raises(ValueError, match=f"impl_backend=epo: {family.__name__}.*use_fused_kernels=false"):
+            monkey_patch.patch_forward_with_backends(family(config), True, "epo")
+        assert family.forward is forward
+
+
+def test_a_class_that_is_patched_already_is_compared_with_its_own_forward(monkeypatch):
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", Qwen2ForCausalLM.forward)  # put back afterwards
+    for _ in range(2):
+        monkey_patch.patch_forward_with_backends(Qwen2ForCausalLM(Qwen2Config(**SIZES)), True, "epo")
