@@ -425,8 +425,11 @@ class BackendMatrix:
         rounding = torch.finfo(dtype).eps * truth[1].abs().max().item()
         assert_no_worse("gradient", fused[1], eager[1], truth[1], rounding)
 
-    def test_scoring_equals_training(self):
-        case = moved(busy_case(vocab=600), self.device)
+    @pytest.mark.parametrize(("vocab", "rounding"), [(600, 0.0), (9001, 1e-6)])
+    def test_scoring_agrees_with_training(self, vocab, rounding):
+        """The same bits below 16 KB a row. From there on a GPU trains and scores with different kernels, which add up
+        a row in different orders, so float32 roundings differ."""
+        case = moved(busy_case(vocab=vocab), self.device)
         with torch.no_grad():
             scored = ek.epo_loss(**case, backend=self.backend)
             log_probs, entropy = ek.log_probs_and_entropy(
@@ -434,7 +437,7 @@ class BackendMatrix:
             )
         out, _ = self.run(case)
         assert not scored.loss.requires_grad
-        assert_close(scored.loss, out.loss.detach(), rtol=0, atol=0)
-        assert_close(scored.metrics.values, out.metrics.values, rtol=0, atol=0)
+        assert_close(scored.loss, out.loss.detach(), rtol=rounding, atol=rounding)
+        assert_close(scored.metrics.values, out.metrics.values, rtol=rounding, atol=rounding)
         assert_close(log_probs, out.log_probs, rtol=1e-6, atol=1e-6)
         assert_close(entropy, out.entropy, rtol=1e-6, atol=1e-6)
