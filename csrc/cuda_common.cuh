@@ -106,15 +106,17 @@ __device__ inline void publish_sums(const double* block_sums, double* workspace,
                                     double* sums, float* loss) {
     __shared__ bool last;
     __syncthreads();
-    if (threadIdx.x < kNumSums) {
-        workspace[index * kNumSums + threadIdx.x] = block_sums[threadIdx.x];
+    if (threadIdx.x < kNumSums) workspace[index * kNumSums + threadIdx.x] = block_sums[threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // The thread that takes the ticket must itself fence on either side of it: then its block's sums, which the
+        // barrier above orders before the fence, reach the last block, whose barrier below passes all of them on.
+        __threadfence();
+        last = atomicAdd(ticket, 1) == count - 1;
         __threadfence();
     }
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(ticket, 1) == count - 1;
-    __syncthreads();
     if (!last) return;
-    __threadfence();
     const int lane = threadIdx.x % kLanes;
     for (int k = threadIdx.x / kLanes; k < kNumSums; k += blockDim.x / kLanes) {
         double sum = 0.0;

@@ -485,14 +485,14 @@ void bind_cuda(py::module_& module) {
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Row kernels in C++ and CUDA; see epo_kernels/backends/rows.py for what they compute.";
-    py::class_<Array>(module, "Array")
+    py::class_<Array>(module, "Array", py::module_local())
         .def(py::init<std::uintptr_t, std::string, Shape, Shape, std::uintptr_t, std::int64_t, py::object>(),
              py::arg("pointer"), py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("storage"),
              py::arg("capacity"), py::arg("owner"));
-    py::class_<RowsArguments>(module, "Rows")
+    py::class_<RowsArguments>(module, "Rows", py::module_local())
         .def(py::init(&make_rows), py::arg("logits"), py::arg("tokens"), py::arg("mask"), py::arg("temperature"),
              py::arg("vocab_size"), py::arg("scale"), py::arg("softcap"));
-    py::class_<TermsArguments>(module, "Terms")
+    py::class_<TermsArguments>(module, "Terms", py::module_local())
         .def(py::init(&make_terms), py::arg("rows"), py::arg("weights"), py::arg("advantages"),
              py::arg("old_log_probs"), py::arg("ref_log_probs"), py::arg("is_weights"), py::arg("lower"),
              py::arg("upper"), py::arg("coefficients"), py::arg("gradient_scale"), py::arg("kl_type"),
