@@ -109,11 +109,10 @@ __device__ inline void publish_sums(const double* block_sums, double* workspace,
     if (threadIdx.x < kNumSums) workspace[index * kNumSums + threadIdx.x] = block_sums[threadIdx.x];
     __syncthreads();
     if (threadIdx.x == 0) {
-        // The thread that takes the ticket must itself fence on either side of it: then its block's sums, which the
-        // barrier above orders before the fence, reach the last block, whose barrier below passes all of them on.
-        __threadfence();
+        // By the thread that takes the ticket: the fences of those that wrote would not be ordered with it.
+        __threadfence();  // releases the block's sums
         last = atomicAdd(ticket, 1) == count - 1;
-        __threadfence();
+        __threadfence();  // acquires those of the others
     }
     __syncthreads();
     if (!last) return;

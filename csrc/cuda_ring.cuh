@@ -349,18 +349,17 @@ struct Warp {
             const float gradient = at_edge == token ? at_token : logit_gradient2(y, outer2, m, line);
             Element::store(reinterpret_cast<Stored*>(out) + at_edge, gradient);
         }
-        // Every lane has read this row's messages and, in take_statistics, the token's logit from a tile.
-        __syncwarp();
+        __syncwarp();  // every lane has read this row's messages, and the token's logit from a tile
         bool stored = false;
         for (Part part(tiles, rank, warp, args.ranks); part.left > 0; part.advance()) {
             char* const tile = slot(reading);
             const int bytes = part.bytes();
             overwrite_tile(tile, bytes, outer2, m, line);
-            __syncwarp();
+            __syncwarp();  // the tile is overwritten
             if (lane == 0 && part.holds(token_byte))
                 Element::store(reinterpret_cast<Stored*>(tile + (token_byte - part.offset)), at_token);
             show_to_copies();
-            __syncwarp();
+            __syncwarp();  // and is shown to the copy by all who wrote it
             if (lane == 0) {
                 store_tile(out + part.offset, tile, bytes);
                 if (stored) {  // the slot before this one is free, or will be in a moment
@@ -473,7 +472,7 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
         }
     }
     if (warp.lane == 0) wait_for_stores();
-    cluster_barrier();  // nobody leaves while others may still send to it
+    cluster_barrier();  // a precaution: each block has waited for all that others send it, and could leave
     if (warp.rank == 0)
         publish_sums(shared.sums, args.results.workspace, args.results.ticket, static_cast<int>(warp.cluster),
                      static_cast<int>(warp.clusters), args.results.sums, args.results.loss);

@@ -14,10 +14,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -31,25 +32,39 @@ NEEDS_COMPILER = pytest.mark.skipif(
     CMAKE is None or shutil.which("g++") is None, reason="needs cmake and g++ to build the emulator"
 )
 ITEM_SIZES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
-H200_SHARED_BYTES = 232_448  # of a block: 13 tiles a warp
+# The arguments that a launch fills, by their places; one of cuda_loss is room to work in.
+RESULTS = {
+    "cuda_statistics": range(1, 5),
+    "cuda_gradient": (7,),
+    "cuda_loss": range(2, 8),
+    "cuda_prepare": range(9, 14),
+}
+WORKSPACE = 7
+H200_SHARED_BYTES = 232_448  # that a block may ask for
 
 
-def build(folder: Path = ROOT / "build" / "emulated", source: Path = ROOT) -> Path:
-    """Builds the module, what has changed of it; returns its path. Tests may do so side by side."""
+def build(target: str = "_native") -> Path:
+    """Builds what has changed of it; returns the module's or the program's path. Tests may do so side by side."""
     import pybind11
 
+    folder = ROOT / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
     options = {"EPO_CUDA": "emulated", "Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir()}
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
-            (CMAKE, "-S", source, "-B", folder, *(f"-D{name}={value}" for name, value in options.items())),
-            (CMAKE, "--build", folder, "--target", "_native", "--parallel", "2"),
+            (CMAKE, "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in options.items())),
+            (CMAKE, "--build", folder, "--target", target, "--parallel", "2"),
         ):
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stdout + done.stderr
-    (module,) = folder.glob("_native*.so")
-    return module
+    (built,) = (path for path in folder.rglob(f"{target}*") if path.is_file() and path.suffix in ("", ".so"))
+    return built
+
+
+def shared_bytes(slots: int) -> int:
+    """Shared memory of a chip whose rings have that many slots a warp: csrc/cuda_rows.cu, plan_ring."""
+    return 3456 + 1024 + slots * 8 * 2048
 
 
 class Emulator:
@@ -69,6 +84,10 @@ class Emulator:
         self._library = ctypes.CDLL(str(path))
         self.module = SimpleNamespace(**{name: getattr(self._native, name) for name in dir(self._native)})
         self.module.Array = self._array
+        self.module.Rows = self._rows
+        for name in RESULTS:
+            setattr(self.module, name, partial(self._call, name))
+        self._layouts: dict[Any, tuple] = {}  # of the arrays made for the next launch
         self.configure()
 
     def configure(
@@ -84,10 +103,24 @@ class Emulator:
     def _array(self, pointer, dtype, sizes, strides, begin, capacity, owner):
         made = self._native.Array(pointer, dtype, sizes, strides, begin, capacity, owner)
         numbers = [(ctypes.c_int64 * len(sizes))(*values) for values in (sizes, strides)]
-        self._library.emulator_allow(
-            ctypes.c_uint64(pointer), ctypes.c_int64(ITEM_SIZES[dtype]), len(sizes), *numbers, 1
-        )
+        layout = (ctypes.c_uint64(pointer), ctypes.c_int64(ITEM_SIZES[dtype]), len(sizes), *numbers)
+        self._library.emulator_allow(*layout)
+        self._layouts[made] = layout
         return made
+
+    def _rows(self, logits, *others):
+        made = self._native.Rows(logits, *others)
+        self._layouts[made] = self._layouts[logits]
+        return made
+
+    def _call(self, name: str, *arguments):
+        """Of the arguments, those that RESULTS names hold nothing yet; logits that are overwritten do."""
+        for place in RESULTS[name]:
+            layout = self._layouts.get(arguments[place])
+            if layout is not None and layout[0].value != self._layouts[arguments[0]][0].value:
+                self._library.emulator_expect(*layout, place != WORKSPACE)
+        self._layouts.clear()
+        getattr(self._native, name)(*arguments)
 
 
 @cache

@@ -114,25 +114,36 @@ namespace {
     __builtin_unreachable();
 }
 
-// Where each waiting fiber is; lanes of a warp that wait for the same thing share a line.
+// 0-3 7
+std::string ranges(const std::vector<int>& numbers) {
+    std::string text;
+    for (std::size_t i = 0; i < numbers.size();) {
+        std::size_t last = i;
+        while (last + 1 < numbers.size() && numbers[last + 1] == numbers[last] + 1) ++last;
+        text += " " + std::to_string(numbers[i]);
+        if (last > i) text += "-" + std::to_string(numbers[last]);
+        i = last + 1;
+    }
+    return text;
+}
+
+// Where each fiber waits; lanes of a warp that wait for the same thing share a line.
 std::string deadlock() {
+    constexpr int kMostLines = 12;
     std::string text = "deadlock:";
     int lines = 0;
     for (const Block& block : machine.blocks)
         for (std::size_t first = 0; first < block.threads.size(); first += kLanes) {
-            std::map<std::string, std::string> waits;
-            for (std::size_t i = first; i < std::min(first + kLanes, block.threads.size()); ++i) {
-                const Thread& thread = block.threads[i];
-                if (thread.state != Thread::waiting) continue;
-                waits[std::string(thread.waits_for) + " at " + text_of(thread.place)] +=
-                    " " + std::to_string(thread.lane);
-            }
+            std::map<std::string, std::vector<int>> waits;
+            for (std::size_t i = first; i < first + kLanes; ++i)
+                if (const Thread& thread = block.threads[i]; thread.state == Thread::waiting)
+                    waits[std::string(thread.waits_for) + " at " + text_of(thread.place)].push_back(thread.lane);
             for (const auto& [place, lanes] : waits)
-                if (++lines <= 24)
+                if (++lines <= kMostLines)
                     text += "\n  block " + std::to_string(block.number) + " warp " + std::to_string(first / kLanes) +
-                            " lanes" + lanes + " wait for " + place;
+                            " lanes" + ranges(lanes) + " wait for " + place;
         }
-    return lines > 24 ? text + "\n  and " + std::to_string(lines - 24) + " more" : text;
+    return lines > kMostLines ? text + "\n  and " + std::to_string(lines - kMostLines) + " more" : text;
 }
 
 // Prefers one warp for a while, so that some warps run far ahead of others.
@@ -234,6 +245,7 @@ void run_grid(Index grid, Index block, std::size_t shared_bytes, unsigned cluste
         if (shared_bytes > std::size_t(settings.chip.shared_bytes)) fault("a block asks for too much shared memory");
         set_up(grid, block, shared_bytes, cluster);
         schedule(machine.thread_count);
+        check_results();
     } catch (const Fault&) {
         error = 1;
     }

@@ -182,6 +182,19 @@ void note_write(const Actor& actor, Cell& cell, std::uint8_t bits) {
     cell.initialised |= bits;
 }
 
+std::vector<Constant> expected;  // what the launch must fill
+
+// Calls visit(address, bytes) for each contiguous part of an array.
+template <class Visit>
+void each_run(std::uintptr_t address, std::int64_t item, int dimensions, const std::int64_t* sizes,
+              const std::int64_t* strides, const Visit& visit) {
+    if (dimensions == 0) return visit(address, static_cast<std::size_t>(item));
+    if (dimensions == 1 && (strides[0] == 1 || sizes[0] == 1)) return visit(address, static_cast<std::size_t>(sizes[0] * item));
+    const std::int64_t count = strides[0] == 0 ? std::min<std::int64_t>(sizes[0], 1) : sizes[0];
+    for (std::int64_t i = 0; i < count; ++i)
+        each_run(address + static_cast<std::uintptr_t>(i * strides[0] * item), item, dimensions - 1, sizes + 1, strides + 1, visit);
+}
+
 bool is_constant(std::uintptr_t address, std::size_t bytes) {
     for (const Constant& constant : machine.constants) {
         const auto begin = reinterpret_cast<std::uintptr_t>(constant.at);
@@ -283,6 +296,16 @@ void forget_memory() {
     for (auto& entry : recent) entry = {};
     crowds.clear();
     free_crowds.clear();
+    expected.clear();
+}
+
+void check_results() {
+    for (const Constant& result : expected) {
+        const auto address = reinterpret_cast<std::uintptr_t>(result.at);
+        each_cell(nullptr, address, result.bytes, false, [&](const Cell* cell, std::uint8_t bits) {
+            if ((cell->initialised & bits) != bits) blame(nullptr, address, result.bytes, "the launch leaves unwritten some of", "");
+        });
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -373,12 +396,19 @@ void __ubsan_handle_out_of_bounds(const void* data, std::uintptr_t index) {
 
 // An array that the next launch may touch: `sizes` of `item` bytes, at strides of so many items.
 __attribute__((visibility("default"))) void emulator_allow(std::uintptr_t address, std::int64_t item, int dimensions,
-                                                           const std::int64_t* sizes, const std::int64_t* strides,
-                                                           int initialised) {
-    if (dimensions == 0) return allow(nullptr, address, item, initialised);
-    if (dimensions == 1 && (strides[0] == 1 || sizes[0] == 1)) return allow(nullptr, address, sizes[0] * item, initialised);
-    for (std::int64_t i = 0; i < (strides[0] == 0 && sizes[0] ? 1 : sizes[0]); ++i)
-        emulator_allow(address + i * strides[0] * item, item, dimensions - 1, sizes + 1, strides + 1, initialised);
+                                                           const std::int64_t* sizes, const std::int64_t* strides) {
+    each_run(address, item, dimensions, sizes, strides,
+             [](std::uintptr_t at, std::size_t bytes) { allow(nullptr, at, bytes, true); });
+}
+
+// One of them that holds nothing yet, and must be filled by the launch if it is a result.
+__attribute__((visibility("default"))) void emulator_expect(std::uintptr_t address, std::int64_t item, int dimensions,
+                                                            const std::int64_t* sizes, const std::int64_t* strides,
+                                                            int result) {
+    each_run(address, item, dimensions, sizes, strides, [&](std::uintptr_t at, std::size_t bytes) {
+        each_cell(nullptr, at, bytes, true, [](Cell* cell, std::uint8_t bits) { cell->initialised &= ~bits; });
+        if (result) expected.push_back({reinterpret_cast<const void*>(at), bytes});
+    });
 }
 }
 

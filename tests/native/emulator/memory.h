@@ -26,6 +26,7 @@ void check_atomic(const Thread& thread, const int* at);
 void mark_barrier(const Thread& thread, const Block& block, std::size_t offset);
 
 void give_shared_memory(Block& block, std::size_t dynamic_bytes);
+void check_results();  // all that a launch must fill is filled
 void forget_memory();
 
 }  // namespace emulator

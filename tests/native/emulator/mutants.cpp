@@ -1,0 +1,120 @@
+// Runs the ring with one planted fault at a time (mutants.py) and prints, for each, what gave it away.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cuda_rows.h"
+
+extern "C" {
+void emulator_configure(std::uint64_t seed, int processors, int shared_bytes, int major);
+void emulator_allow(std::uintptr_t address, std::int64_t item, int dimensions, const std::int64_t* sizes,
+                    const std::int64_t* strides);
+}
+namespace {
+
+int chosen = 0;  // from 1; 0: none
+
+constexpr int kProcessors = 4, kSharedBytes = 3456 + 1024 + 5 * 16 * 1024, kSchedules = 12;  // rings of 5 tiles a warp
+
+template <class T>
+void allow(const std::vector<T>& values) {
+    const std::int64_t size = static_cast<std::int64_t>(values.size()), stride = 1;
+    emulator_allow(reinterpret_cast<std::uintptr_t>(values.data()), sizeof(T), 1, &size, &stride);
+}
+
+// Rows that need clusters of one block or of two, unaligned, one of them masked.
+struct Case {
+    static constexpr std::int64_t kRows = 9;
+    std::int64_t width;
+    std::vector<float> logits, gradient, log_probs, entropy, weights, coefficients;
+    std::vector<std::int64_t> tokens;
+    std::vector<char> mask;
+    std::vector<double> sums, workspace;
+
+    explicit Case(std::int64_t width_)
+        : width(width_),
+          logits(kRows * width),
+          gradient(kRows * width),
+          log_probs(kRows),
+          entropy(kRows),
+          weights(kRows),
+          coefficients{0.2f, 0.2f, 3.0f, 0.01f, 0.0f, 0.0f, 0.0f},
+          tokens(kRows),
+          mask(kRows, 1),
+          sums(epo::kNumSums),
+          workspace(2 * kProcessors * epo::kNumSums) {
+        for (std::size_t i = 0; i < logits.size(); ++i) logits[i] = 4.0f * std::sin(static_cast<float>(i * i % 10007));
+        for (std::int64_t i = 0; i < kRows; ++i) {
+            tokens[i] = i * 2003 % width;
+            weights[i] = 0.1f * static_cast<float>(i + 1);
+        }
+        mask[3] = 0;
+    }
+
+    const char* run(std::uint64_t seed) {
+        float scale = 1.0f, loss = 0.0f;
+        int ticket = 0;
+        const std::vector<float> numbers{scale, loss};
+        emulator_configure(seed, kProcessors, kSharedBytes, 9);
+        allow(logits), allow(gradient), allow(log_probs), allow(entropy), allow(weights), allow(coefficients);
+        allow(tokens), allow(mask), allow(sums), allow(workspace), allow(numbers);
+        const std::int64_t one = 1;
+        emulator_allow(reinterpret_cast<std::uintptr_t>(&ticket), sizeof ticket, 1, &one, &one);
+        epo::Rows rows{};
+        rows.logits = {logits.data(), 0, width, 1};
+        rows.dtype = epo::DType::float32;
+        rows.batch = 1, rows.time = kRows, rows.width = rows.vocab_size = width;
+        rows.tokens = {tokens.data(), 0, 1};
+        rows.mask = {reinterpret_cast<const bool*>(mask.data()), 0, 1};
+        rows.temperature = rows.scale = 1.0f;
+        epo::Terms terms{};
+        terms.weights = terms.advantages = {weights.data(), 0, 1};
+        terms.coefficients = coefficients.data();
+        terms.gradient_scale = numbers.data();
+        const epo::LossResults results{log_probs.data(), entropy.data(), sums.data(), const_cast<float*>(&numbers[1]),
+                                       workspace.data(), &ticket};
+        return epo::cuda_loss(rows, terms, {gradient.data(), 0, width, 1}, results, epo::Family::ring, {0, nullptr});
+    }
+    bool same(const Case& other) const {
+        return std::memcmp(gradient.data(), other.gradient.data(), gradient.size() * sizeof(float)) == 0 &&
+               sums == other.sums && log_probs == other.log_probs;
+    }
+};
+
+std::string symptom(const std::vector<Case>& right) {
+    for (std::uint64_t seed = 1; seed <= kSchedules; ++seed)
+        for (const Case& expected : right) {
+            Case it(expected.width);
+            if (const char* const fault = it.run(seed)) return fault;
+            if (!it.same(expected)) return "a wrong result";
+        }
+    return "nothing";
+}
+
+}  // namespace
+
+namespace emulator {
+bool mutated(int number) { return number == chosen; }
+}  // namespace emulator
+
+int main(int, char** arguments) {
+    const int count = std::atoi(arguments[1]);
+    std::vector<Case> right;
+    for (const std::int64_t width : {5003, 9001}) {
+        right.emplace_back(width);
+        if (const char* const fault = right.back().run(0)) {
+            std::printf("without a mutant: %s\n", fault);
+            return 1;
+        }
+    }
+    for (int mutant = 0; mutant <= count; ++mutant) {
+        chosen = mutant;
+        std::string text = symptom(right);
+        for (char& c : text)
+            if (c == '\n') c = ' ';
+        std::printf("%d: %s\n", mutant, text.c_str());
+    }
+}
