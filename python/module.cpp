@@ -367,9 +367,10 @@ epo::Family family_of(const std::string& name) {
     refuse("family must be chosen, sweeps or ring, got " + name);
 }
 
-void cuda_loss(const RowsArguments& rows, const TermsArguments& terms, const MaybeArray& out, const Array& log_probs,
-               const Array& entropy, const Array& sums, const Array& loss, const Array& workspace, const Array& ticket,
-               int device, std::uintptr_t stream, const std::string& family) {
+// Returns the family of kernels that ran.
+std::string cuda_loss(const RowsArguments& rows, const TermsArguments& terms, const MaybeArray& out, const Array& log_probs,
+                      const Array& entropy, const Array& sums, const Array& loss, const Array& workspace,
+                      const Array& ticket, int device, std::uintptr_t stream, const std::string& family) {
     const epo::Matrix target = make_output(rows, out);
     expect_contiguous(sums, "sums", "float64", {epo::kNumSums});
     expect(loss, "loss", "float32", {});
@@ -381,8 +382,10 @@ void cuda_loss(const RowsArguments& rows, const TermsArguments& terms, const May
                                 static_cast<float*>(loss.data()),
                                 static_cast<double*>(workspace.data()),
                                 static_cast<int*>(ticket.data())};
+    epo::Family ran{};
     raise_if(epo::cuda_loss(rows.rows, terms_of(terms, rows.rows), target, into, family_of(family),
-                            place_of(device, stream)));
+                            place_of(device, stream), ran));
+    return ran == epo::Family::ring ? "ring" : "sweeps";
 }
 
 epo::Scalar scalar(const Number& number, const char* name) {

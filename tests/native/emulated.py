@@ -38,6 +38,7 @@ RESULTS = {
     "cuda_gradient": (7,),
     "cuda_loss": range(2, 8),
     "cuda_prepare": range(9, 14),
+    "cuda_scale": (),
 }
 WORKSPACE = 7
 H200_SHARED_BYTES = 232_448  # that a block may ask for
@@ -120,7 +121,7 @@ class Emulator:
             if layout is not None and layout[0].value != self._layouts[arguments[0]][0].value:
                 self._library.emulator_expect(*layout, place != WORKSPACE)
         self._layouts.clear()
-        getattr(self._native, name)(*arguments)
+        return getattr(self._native, name)(*arguments)
 
 
 @cache

@@ -76,7 +76,8 @@ struct Case {
         terms.gradient_scale = numbers.data();
         const epo::LossResults results{log_probs.data(), entropy.data(), sums.data(), const_cast<float*>(&numbers[1]),
                                        workspace.data(), &ticket};
-        return epo::cuda_loss(rows, terms, {gradient.data(), 0, width, 1}, results, epo::Family::ring, {0, nullptr});
+        epo::Family ran{};
+        return epo::cuda_loss(rows, terms, {gradient.data(), 0, width, 1}, results, epo::Family::ring, {0, nullptr}, ran);
     }
     bool same(const Case& other) const {
         return std::memcmp(gradient.data(), other.gradient.data(), gradient.size() * sizeof(float)) == 0 &&

@@ -84,7 +84,11 @@ class Translator:
         return f"do {{ {array}{call} }} while (0)".replace("\n", " ") + "\n" * lines
 
     def _launch(self, match: re.Match, end: int, lines: int) -> str:
-        return f"::emulator::launch({match[1]}, {match[2]})(".replace("\n", " ") + "\n" * lines + self._arguments(match, end)
+        return (
+            f"::emulator::launch({match[1]}, {match[2]})(".replace("\n", " ")
+            + "\n" * lines
+            + self._arguments(match, end)
+        )
 
     def _arguments(self, match: re.Match, end: int) -> str:
         return match.string[match.end() : end] + ")"
