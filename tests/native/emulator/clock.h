@@ -85,7 +85,7 @@ public:
     }
 
 private:
-    static constexpr std::size_t kEntries = 61;
+    static constexpr std::size_t kEntries = 509;
     struct Entry {
         Clock a, b, joined;
     };

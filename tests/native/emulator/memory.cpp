@@ -25,8 +25,42 @@ struct Cell {
 };
 static_assert(sizeof(Cell) == 16, "cells are many");
 
-// Readers of one cell that nothing orders: the last epoch of each component.
-std::vector<std::vector<std::uint32_t>> crowds;
+// Readers of one cell that nothing orders, and the last epoch of each: a list, or all components where they are many.
+struct Crowd {
+    static constexpr std::size_t kFew = 16;
+    std::vector<std::pair<std::size_t, std::uint32_t>> few;
+    std::vector<std::uint32_t> many;
+
+    void add(std::size_t component, std::uint32_t epoch) {
+        if (!many.empty()) {
+            many[component] = epoch;
+            return;
+        }
+        for (auto& [known, last] : few)
+            if (known == component) {
+                last = epoch;
+                return;
+            }
+        few.emplace_back(component, epoch);
+        if (few.size() <= kFew) return;
+        many.assign(machine.clock_size, 0);
+        for (const auto& [known, last] : few) many[known] = last;
+        few.clear();
+    }
+    template <class Test>
+    std::size_t find(const Test& test) const {  // a component; as many as there are: none
+        for (const auto& [component, epoch] : few)
+            if (test(component, epoch)) return component;
+        for (std::size_t i = 0; i < many.size(); ++i)
+            if (many[i] && test(i, many[i])) return i;
+        return machine.clock_size;
+    }
+    void clear() {
+        few.clear();
+        many.clear();
+    }
+};
+std::vector<Crowd> crowds;
 std::vector<std::uint32_t> free_crowds;
 
 std::unordered_map<std::uintptr_t, std::unique_ptr<Cell[]>> pages;  // of global memory, by address / kPageBytes
@@ -135,12 +169,12 @@ const char* write_fault(const Actor& actor, const Cell& cell, std::size_t* other
             return " by the async proxy without a fence.proxy.async after the write of ";
     }
     if (cell.reader == kCrowd) {
-        const std::vector<std::uint32_t>& crowd = crowds[cell.read_at];
-        for (std::size_t i = 0; i < crowd.size(); ++i)
-            if (crowd[i] && !knows(actor, i, crowd[i])) {
-                *other = i;
-                return " without any order after the read of ";
-            }
+        const std::size_t found = crowds[cell.read_at].find(
+            [&](std::size_t component, std::uint32_t epoch) { return !knows(actor, component, epoch); });
+        if (found < machine.clock_size) {
+            *other = found;
+            return " without any order after the read of ";
+        }
     } else if (cell.read_at && !knows(actor, cell.reader, cell.read_at)) {
         *other = cell.reader;
         return " without any order after the read of ";
@@ -150,7 +184,7 @@ const char* write_fault(const Actor& actor, const Cell& cell, std::size_t* other
 
 void note_read(const Actor& actor, Cell& cell) {
     if (cell.reader == kCrowd) {
-        crowds[cell.read_at][actor.component] = actor.epoch;
+        crowds[cell.read_at].add(actor.component, actor.epoch);
         return;
     }
     if (!cell.read_at || cell.reader == actor.component || knows(actor, cell.reader, cell.read_at)) {
@@ -164,9 +198,9 @@ void note_read(const Actor& actor, Cell& cell) {
     }
     const std::uint32_t number = free_crowds.back();
     free_crowds.pop_back();
-    crowds[number].assign(machine.clock_size, 0);
-    crowds[number][cell.reader] = cell.read_at;
-    crowds[number][actor.component] = actor.epoch;
+    crowds[number].clear();
+    crowds[number].add(cell.reader, cell.read_at);
+    crowds[number].add(actor.component, actor.epoch);
     cell.reader = kCrowd;
     cell.read_at = number;
 }

@@ -1,19 +1,19 @@
-"""Makes C++ of CUDA sources: `python translate.py csrc out` writes every .cu and .cuh of csrc as C++ into out.
+"""Translates CUDA sources into C++: `python translate.py csrc out` writes every .cu and .cuh of csrc into out.
 
-Three constructs are no C++, and become calls of the emulator; everything else is left to its headers in include/:
+Three constructs are not C++ and become calls of the emulator; its headers in include/ do the rest:
 
-    kernel<<<grid, block, shared, stream>>>(argument, ...)    emulator::launch(...)
-    __shared__ float a[8], b;                                 references into the running block's memory
-    asm volatile("text" : outputs : inputs : clobbers)        emulator::ptx(site, operands), and a row in a table of texts
+    kernel<<<grid, block, shared, stream>>>(argument)    emulator::launch(kernel, grid, block, shared, stream)(argument)
+    __shared__ float a[8], b;                            references into the running block's memory
+    asm volatile("text" : outputs : inputs : clobbers)   emulator::ptx(site, operands, count), and a row of kSites
 
-Lines keep their numbers, and #line names the original, so that faults point into csrc.
+Lines keep their numbers, and #line names the original, so faults point into csrc.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 LAUNCH = re.compile(r"([\w:]+(?:<[\w:, ]+>)?)\s*<<<(.*?)>>>\s*\(", re.DOTALL)
@@ -46,6 +46,19 @@ def split(text: str, separator: str) -> list[str]:
     return [part.strip() for part in (*parts, text[last:])]
 
 
+def replace_calls(text: str, opening: re.Pattern, make: Callable[[re.Match, str], str]) -> str:
+    """Replaces what each match of `opening` begins and its parenthesis ends; make(match, inside the parentheses)."""
+    out, at = [], 0
+    for match in opening.finditer(text):
+        if "//" in text[text.rfind("\n", 0, match.start()) + 1 : match.start()]:
+            continue
+        end = closing(text, match.end())
+        lines = text.count("\n", match.start(), end)
+        out += [text[at : match.start()], make(match, text[match.end() : end]).replace("\n", " "), "\n" * lines]
+        at = end + 1
+    return "".join((*out, text[at:]))
+
+
 class Translator:
     def __init__(self) -> None:
         self.sites: list[str] = []
@@ -53,45 +66,25 @@ class Translator:
 
     def file(self, path: Path) -> str:
         text = path.read_text()
-        text = self._replace(text, ASM, lambda match, end, lines: self._asm(path, text, match, end, lines))
-        text = self._replace(text, LAUNCH, self._launch)
+        text = replace_calls(text, ASM, lambda match, inside: self._asm(path, text, match, inside))
+        text = replace_calls(
+            text, LAUNCH, lambda match, inside: f"::emulator::launch({match[1]}, {match[2]})({inside})"
+        )
         return f'#line 1 "{path}"\n' + SHARED.sub(self._shared, text)
 
-    def _replace(self, text, pattern, make) -> str:
-        """Calls make(match, end of its parentheses, newlines in it) for each match outside comments."""
-        out, at = [], 0
-        for match in pattern.finditer(text):
-            if "//" in text[text.rfind("\n", 0, match.start()) + 1 : match.start()]:
-                continue
-            end = closing(text, match.end())
-            out += [text[at : match.start()], make(match, end, text.count("\n", match.start(), end))]
-            self._inside = text[match.end() : end]
-            at = end + 1
-        return "".join((*out, text[at:]))
-
-    def _asm(self, path: Path, text: str, match: re.Match, end: int, lines: int) -> str:
-        template, outputs, inputs, clobbers = (*split(text[match.end() : end], ":"), "", "", "")[:4]
+    def _asm(self, path: Path, text: str, match: re.Match, inside: str) -> str:
+        template, outputs, inputs, clobbers = (*split(inside, ":"), "", "", "")[:4]
         operands = []
         for part in filter(None, (*split(outputs, ","), *split(inputs, ","))):
             direction, kind, value = OPERAND.match(part).groups()
-            assert direction != "+", f"{path}: operands both read and written aren't modelled"
+            if direction == "+":
+                raise ValueError(f"{path}: operands both read and written are not modelled: {part}")
             operands.append(f"::emulator::{'result' if direction else 'value'}_{kind}({value})")
         line = text.count("\n", 0, match.start()) + 1
         self.sites.append(f'{{{template}, {int("memory" in clobbers)}, "{path}", {line}}}')
-        count = len(operands)
         array = f"::emulator::Operand operands_[] = {{{', '.join(operands)}}}; " if operands else ""
-        call = f"::emulator::ptx({len(self.sites) - 1}, {'operands_' if operands else 'nullptr'}, {count});"
-        return f"do {{ {array}{call} }} while (0)".replace("\n", " ") + "\n" * lines
-
-    def _launch(self, match: re.Match, end: int, lines: int) -> str:
-        return (
-            f"::emulator::launch({match[1]}, {match[2]})(".replace("\n", " ")
-            + "\n" * lines
-            + self._arguments(match, end)
-        )
-
-    def _arguments(self, match: re.Match, end: int) -> str:
-        return match.string[match.end() : end] + ")"
+        call = f"::emulator::ptx({len(self.sites) - 1}, {'operands_' if operands else 'nullptr'}, {len(operands)});"
+        return f"do {{ {array}{call} }} while (0)"
 
     def _shared(self, match: re.Match) -> str:
         extern, kind, names = match.groups()
