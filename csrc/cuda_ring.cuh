@@ -20,19 +20,27 @@
 // of row r are over before the warp issues the st.async for row r+1, and the first st.async that could overwrite what
 // they read is issued by a warp that has seen that message.
 //
-// Budget on an H200 (132 multiprocessors, 4.3 TB/s measured copy), 8192 x 151,936 bf16, clusters of 2. Counted, not
-// timed: no part of this has run yet.
-//   shared memory    8 warps x 13 slots x 2 KB, and 3.5 KB for exchange and mbarriers; 9 or 10 slots of a warp hold the
-//                    row, 3 or 4 fetch ahead
-//   bytes in flight  48 KB or more a multiprocessor while a row waits for its exchange, 6.3 MB on the chip; 4.3 TB/s
-//                    with 1 us of latency want 4.3 MB
-//   exponentials     2 an element: 1.18 M cycles of the special function units (16 a cycle and multiprocessor), 0.67 ms
-//                    at 1.755 GHz
-//   instructions     in the SASS of sm_90a, a full tile of 32 elements a lane: 323 for its statistics, 381 for its
-//                    gradient and its traffic, so 22 an element; 4 schedulers at 1.755 GHz issue them in 0.92 ms
-//   a row besides    about 700 instructions a warp: exchange, merging, the maths of the token; 3 % of the above
-//   barriers a row   one wait for the exchange, none of a block
+// Budget on an H200 (132 multiprocessors at 1.755 GHz, 4.3 TB/s measured copy), 8192 x 151,936 bf16, clusters of 2.
+// Argued on paper, from the SASS of sm_90a by nvcc 13.0; nothing here has been timed. The program has run on an emulated
+// GPU (tests/native/emulator), not yet on a real one.
 //   floor            1.16 ms: one read, one write
+//   instructions     a full tile is 32 elements a lane: 310 for its statistics, 353 for its gradient and its traffic. A
+//                    row costs a warp about 700 besides (the exchange, merging, the maths of the token), over 9.3 tiles
+//                    of its own. Together 23 an element; 4 schedulers a multiprocessor issue them in 0.97 ms
+//   exponentials     65 a lane and tile, 2.03 an element: 1.20 M cycles of the special function units (16 a cycle and
+//                    multiprocessor), 0.68 ms, beside the other instructions
+//   shared memory    8 warps x 13 slots x 2 KB, and 3.4 KB for exchange and mbarriers; 9 or 10 slots of a warp hold the
+//                    row, 3 or 4 fetch ahead
+//   bytes in flight  reads: 48 KB or more a multiprocessor while a row waits for its exchange, 6.3 MB on the chip, more
+//                    at any other time, since each stored tile's slot is refilled at once. Reads run at 2.15 TB/s, so
+//                    1 us of latency wants 2.2 MB. Writes: a warp goes on as soon as its store has been read
+//   synchronization  a tile: one try_wait at block scope, 2 bar.warp.sync, one proxy fence (MEMBAR.ALL.CTA). A row: one
+//                    try_wait at cluster scope, 1 bar.warp.sync. No barrier of a block
+//   L1               CCTL.IVALL comes with an acquire at cluster scope only. The tile loop had one at every wait (9 in
+//                    the kernel), now it has none: 7 are left, of which a row executes one, at its exchange, and the
+//                    others run once a launch
+// Rows of 32,000 (one block, 3.9 tiles a warp) have a floor of 0.24 ms and 26 instructions an element, which issue in
+// 0.23 ms: the narrower the row, the nearer this kernel is to being limited by its instructions.
 // Smaller tiles balance the warps better and cost more: about 28 instructions an element at 16 warps and 1 KB.
 #pragma once
 
