@@ -50,7 +50,12 @@ def build(target: str = "_native") -> Path:
 
     folder = ROOT / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
-    options = {"EPO_CUDA": "emulated", "Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir()}
+    options = {
+        "EPO_CUDA": "emulated",
+        "CMAKE_CXX_COMPILER": "g++",  # GCC's instrumentation
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (

@@ -148,11 +148,10 @@ std::string deadlock() {
 
 // Prefers one warp for a while, so that some warps run far ahead of others.
 Thread& next_thread() {
-    static const Warp* favourite = nullptr;
     std::vector<Thread*>& ready = machine.ready;
     std::size_t at = machine.random.below(ready.size());
-    for (int tries = 0; tries < 3 && ready[at]->warp != favourite; ++tries) at = machine.random.below(ready.size());
-    if (machine.random.below(64) == 0) favourite = ready[at]->warp;
+    for (int tries = 0; tries < 3 && ready[at]->warp != machine.favourite; ++tries) at = machine.random.below(ready.size());
+    if (machine.random.below(64) == 0) machine.favourite = ready[at]->warp;
     Thread& thread = *ready[at];
     ready[at] = ready.back();
     ready.pop_back();
@@ -216,6 +215,7 @@ void set_up(Index grid, Index block_size, std::size_t dynamic_bytes, unsigned cl
 
 void tear_down() {
     machine.current = nullptr;
+    machine.favourite = nullptr;
     machine.ready.clear();
     forget_async();
     forget_memory();

@@ -109,6 +109,7 @@ struct Machine {
     std::vector<std::string> async_components;  // after the threads'
     std::size_t thread_count = 0;
     Thread* current = nullptr;
+    const Warp* favourite = nullptr;  // of the scheduler
     Joins joins;
     Random random;
     std::unordered_map<int*, Clock> atomics;

@@ -1,4 +1,4 @@
-// Runs the ring with one planted fault at a time (mutants.py) and prints, for each, what gave it away.
+// Runs the kernels with one planted fault at a time (mutants.py) and prints, for each, what gave it away.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +12,8 @@ extern "C" {
 void emulator_configure(std::uint64_t seed, int processors, int shared_bytes, int major);
 void emulator_allow(std::uintptr_t address, std::int64_t item, int dimensions, const std::int64_t* sizes,
                     const std::int64_t* strides);
+void emulator_expect(std::uintptr_t address, std::int64_t item, int dimensions, const std::int64_t* sizes,
+                     const std::int64_t* strides, int result);
 }
 namespace {
 
@@ -25,17 +27,26 @@ void allow(const std::vector<T>& values) {
     emulator_allow(reinterpret_cast<std::uintptr_t>(values.data()), sizeof(T), 1, &size, &stride);
 }
 
-// Rows that need clusters of one block or of two, unaligned, one of them masked.
+template <class T>
+void expect(const std::vector<T>& values) {
+    allow(values);
+    const std::int64_t size = static_cast<std::int64_t>(values.size()), stride = 1;
+    emulator_expect(reinterpret_cast<std::uintptr_t>(values.data()), sizeof(T), 1, &size, &stride, 1);
+}
+
+// Rows that need clusters of one block or of two, at any alignment, one of them masked.
 struct Case {
     static constexpr std::int64_t kRows = 9;
     std::int64_t width;
+    epo::Family family;  // sweeps: without a gradient
     std::vector<float> logits, gradient, log_probs, entropy, weights, coefficients;
     std::vector<std::int64_t> tokens;
     std::vector<char> mask;
     std::vector<double> sums, workspace;
 
-    explicit Case(std::int64_t width_)
+    Case(std::int64_t width_, epo::Family family_)
         : width(width_),
+          family(family_),
           logits(kRows * width),
           gradient(kRows * width),
           log_probs(kRows),
@@ -51,6 +62,7 @@ struct Case {
             tokens[i] = i * 2003 % width;
             weights[i] = 0.1f * static_cast<float>(i + 1);
         }
+        tokens[1] = width - 1, tokens[2] = 0;  // edges, where a row isn't aligned
         mask[3] = 0;
     }
 
@@ -59,8 +71,10 @@ struct Case {
         int ticket = 0;
         const std::vector<float> numbers{scale, loss};
         emulator_configure(seed, kProcessors, kSharedBytes, 9);
-        allow(logits), allow(gradient), allow(log_probs), allow(entropy), allow(weights), allow(coefficients);
-        allow(tokens), allow(mask), allow(sums), allow(workspace), allow(numbers);
+        allow(logits), allow(weights), allow(coefficients), allow(tokens), allow(mask), allow(workspace), allow(numbers);
+        expect(log_probs), expect(entropy), expect(sums);
+        const bool with_gradient = family == epo::Family::ring;
+        if (with_gradient) expect(gradient);
         const std::int64_t one = 1;
         emulator_allow(reinterpret_cast<std::uintptr_t>(&ticket), sizeof ticket, 1, &one, &one);
         epo::Rows rows{};
@@ -77,7 +91,8 @@ struct Case {
         const epo::LossResults results{log_probs.data(), entropy.data(), sums.data(), const_cast<float*>(&numbers[1]),
                                        workspace.data(), &ticket};
         epo::Family ran{};
-        return epo::cuda_loss(rows, terms, {gradient.data(), 0, width, 1}, results, epo::Family::ring, {0, nullptr}, ran);
+        const epo::Matrix out{with_gradient ? gradient.data() : nullptr, 0, width, 1};
+        return epo::cuda_loss(rows, terms, out, results, family, {0, nullptr}, ran);
     }
     bool same(const Case& other) const {
         return std::memcmp(gradient.data(), other.gradient.data(), gradient.size() * sizeof(float)) == 0 &&
@@ -88,7 +103,7 @@ struct Case {
 std::string symptom(const std::vector<Case>& right) {
     for (std::uint64_t seed = 1; seed <= kSchedules; ++seed)
         for (const Case& expected : right) {
-            Case it(expected.width);
+            Case it(expected.width, expected.family);
             if (const char* const fault = it.run(seed)) return fault;
             if (!it.same(expected)) return "a wrong result";
         }
@@ -104,13 +119,14 @@ bool mutated(int number) { return number == chosen; }
 int main(int, char** arguments) {
     const int count = std::atoi(arguments[1]);
     std::vector<Case> right;
-    for (const std::int64_t width : {5003, 9001}) {
-        right.emplace_back(width);
-        if (const char* const fault = right.back().run(0)) {
+    right.emplace_back(5003, epo::Family::ring);
+    right.emplace_back(9001, epo::Family::ring);
+    right.emplace_back(1001, epo::Family::sweeps);
+    for (Case& it : right)
+        if (const char* const fault = it.run(0)) {
             std::printf("without a mutant: %s\n", fault);
             return 1;
         }
-    }
     for (int mutant = 0; mutant <= count; ++mutant) {
         chosen = mutant;
         std::string text = symptom(right);

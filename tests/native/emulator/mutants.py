@@ -133,7 +133,32 @@ MUTANTS = (
         "an edge that nobody writes back",
         "            Element::store(reinterpret_cast<Stored*>(out) + at_edge, gradient);\n",
         "",
-        "a wrong result",
+        "leaves unwritten",
+    ),
+    Mutant(
+        "lanes that diverge at a shuffle",
+        "        if (holders) y_token = __shfl_sync(kAllLanes, y_token, __ffs(holders) - 1);\n",
+        "        if (holders && lane != 31) y_token = __shfl_sync(kAllLanes, y_token, __ffs(holders) - 1);\n",
+        "lanes of a warp diverge",
+    ),
+    Mutant(
+        "sums that start with what the memory held",
+        "    if (threadIdx.x < kNumSums) shared.sums[threadIdx.x] = 0.0;\n",
+        "",
+        "that nobody has initialised",
+    ),
+    Mutant(
+        "a masked row that is left as it was",
+        "        clear_row<Element>(target, counted ? rows.vocab_size : 0, rows.width, worker, workers);\n",
+        "",
+        "leaves unwritten",
+    ),
+    Mutant(
+        "the sweeps' next row begins while the last one is still read",
+        "        __syncthreads();  // the block's shared parts are free for the next row\n",
+        "",
+        "without any order after the read",
+        "cuda_sweeps.cuh",
     ),
     Mutant(
         "the ticket is taken without a fence",
