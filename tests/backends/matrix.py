@@ -59,13 +59,16 @@ def assert_no_worse(name, fused, eager, truth, rounding):
     assert own <= others + rounding, f"{name}: error {own:.3g}, eager's {others:.3g}, a rounding {rounding:.3g}"
 
 
-def check_three_ways(case, backend, device):
-    """Loss, log-probs, entropy, gradient and metrics of one case; returns (out, gradient) of the backend."""
+def check_three_ways(case, backend, device, roundings=1):
+    """Loss, log-probs, entropy, gradient and metrics of one case; returns (out, gradient) of the backend.
+
+    roundings: how many it may be worse than eager by. Terms of a token may cancel, which one case in hundreds shows.
+    """
     dtype = case["logits"].dtype
     truth, true_gradient = run(moved(case, "cpu", torch.float64))
     eager, eager_gradient = run(moved(case, device))
     fused, gradient = run(moved(case, device), backend)
-    single = torch.finfo(torch.float32).eps * max(truth.log_probs.abs().max().item(), 1.0)
+    single = roundings * torch.finfo(torch.float32).eps * max(truth.log_probs.abs().max().item(), 1.0)
     for name in ("loss", "log_probs", "entropy"):
         assert_no_worse(name, getattr(fused, name), getattr(eager, name), getattr(truth, name), single)
     assert gradient.dtype == dtype
