@@ -11,18 +11,18 @@
 // off on that block's mbarrier. A cluster of one block may not use st.async (undefined where %cluster_nctarank is 1):
 // there each warp's lane 0 stores the message and arrives, and the mbarrier counts warps instead of bytes.
 //
-// Two sets of messages take turns: a warp sends for row r+2 only after row r+1 has arrived in full, and each warp sends
+// Two sets of messages take turns: a warp sends for row r+2 only after row r+1 has arrived in full, and a warp sends
 // for row r+1 only after it has read row r. The arrivals of a single block are releases, so there the reads of row r
 // happen before the messages of row r+2 in the memory model too. For st.async the model has no such rule: it is an
-// asynchronous, weak store, whose complete_tx releases that store alone and none of the sender's earlier accesses. It is
-// safe because those accesses are loads from the sender's own shared memory whose values the shuffles of the merge
+// asynchronous, weak store, whose complete_tx releases that store alone and none of the sender's earlier accesses. It
+// is safe because those accesses are loads from the sender's own shared memory whose values the shuffles of the merge
 // consume: a warp issues in order, and a shuffle issues only when its operands have arrived in all lanes. So the reads
 // of row r are over before the warp issues the st.async for row r+1, and the first st.async that could overwrite what
 // they read is issued by a warp that has seen that message.
 //
 // Budget on an H200 (132 multiprocessors at 1.755 GHz, 4.3 TB/s measured copy), 8192 x 151,936 bf16, clusters of 2.
-// Argued on paper, from the SASS of sm_90a by nvcc 13.0; nothing here has been timed. The program has run on an emulated
-// GPU (tests/native/emulator), not yet on a real one.
+// Argued on paper, from the SASS of sm_90a by nvcc 13.0; nothing here has been timed. The program has run on an
+// emulated GPU (tests/native/emulator), not yet on a real one.
 //   floor            1.16 ms: one read, one write
 //   instructions     a full tile is 32 elements a lane: 310 for its statistics, 353 for its gradient and its traffic. A
 //                    row costs a warp about 700 besides (the exchange, merging, the maths of the token), over 9.3 tiles

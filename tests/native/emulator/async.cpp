@@ -44,7 +44,8 @@ struct Barrier {
 
     void add_bytes(std::int64_t count) {
         bytes += count;
-        if (bytes > kMostBytes || bytes < -kMostBytes) fault("the mbarrier in " + text_of(at) + " counts too many bytes");
+        if (bytes > kMostBytes || bytes < -kMostBytes)
+            fault("the mbarrier in " + text_of(at) + " counts too many bytes");
     }
     void complete_if_done() {
         if (pending != 0 || bytes != 0) return;
@@ -74,14 +75,16 @@ Barrier& barrier_at(SharedPlace at) {
     if (!own && thread.knows[barrier.initialiser].seen < barrier.initialised_at)
         fault("a use of the mbarrier in " + text_of(at) + " without any order after its initialisation");
     if ((!own && at.block != thread.block) && !barrier.fenced)
-        fault("the initialisation of the mbarrier in " + text_of(at) + " is used by another block without fence.mbarrier_init");
+        fault("another block uses the mbarrier in " + text_of(at) +
+              " without a fence.mbarrier_init after its initialisation");
     return barrier;
 }
 
 Barrier& barrier_of_copy(SharedPlace at, SharedPlace to, const char* what) {
     Barrier& barrier = barrier_at(at);
     if (at.block != to.block) fault(std::string(what) + " counts in an mbarrier of another block than it writes to");
-    if (!barrier.fenced) fault("the async proxy uses the mbarrier in " + text_of(at) + " without a fence after its initialisation");
+    if (!barrier.fenced)
+        fault("the async proxy uses the mbarrier in " + text_of(at) + " without a fence after its initialisation");
     barrier.last_async = static_cast<int>(barrier.phase);
     return barrier;
 }
@@ -93,7 +96,8 @@ SharedPlace shared_at(std::uint64_t address) {
     Block& own = *here().block;
     if (rank > own.cluster->blocks.size()) fault("a shared memory address of no block of the cluster");
     Block& block = rank ? *own.cluster->blocks[rank - 1] : own;
-    if (block.live == 0) fault("an access to the shared memory of block " + std::to_string(block.number) + ", which has exited");
+    if (block.live == 0)
+        fault("an access to the shared memory of block " + std::to_string(block.number) + ", which has exited");
     return {&block, static_cast<std::size_t>(address & 0xffffff)};
 }
 
@@ -142,7 +146,9 @@ bool try_wait(SharedPlace at, unsigned parity, bool acquire, bool cluster_scope)
     if (at.block != thread.block) fault("a wait for an mbarrier of another block");
     int& observed = barrier.observed[thread.in_block];
     const int next = observed + 1, phase = (next & 1) == int(parity) ? next : next + 1, current = int(barrier.phase);
-    if (phase > current) fault("a wait for the phase before the current one of the mbarrier in " + text_of(at) + ", which has been seen already: wrong parity");
+    if (phase > current)
+        fault("a wait for the phase before the current one of the mbarrier in " + text_of(at) +
+              ", which has been seen already: wrong parity");
     if (phase < current - 1) fault("a wait" + barrier.missed());
     if (phase == current) {
         if (machine.random.chance(10)) return false;
@@ -233,7 +239,8 @@ struct Landing : Operation {
         const Pieces::Piece piece = pieces.take();
         std::memcpy(memory_of(to) + piece.offset, (early.empty() ? from : early.data()) + piece.offset, piece.bytes);
         if (barrier.phase != phase)
-            fault("the mbarrier in " + text_of(barrier.at) + " has completed the phase of a copy before all its bytes were there");
+            fault("the mbarrier in " + text_of(barrier.at) +
+                  " has completed the phase of a copy before all its bytes were there");
         barrier.add_bytes(-static_cast<std::int64_t>(piece.bytes));
         barrier.from_afar |= afar;
         barrier.gathered.join(carried);

@@ -70,7 +70,8 @@ std::string name_of_component(std::size_t component) {
 
 int new_component(std::string name) {
     const std::size_t component = machine.thread_count + machine.async_components.size();
-    if (component >= machine.clock_size) fault("the emulator has no room for another mbarrier or thread of bulk stores");
+    if (component >= machine.clock_size)
+        fault("the emulator has no room for another mbarrier or thread with bulk stores");
     machine.async_components.push_back(std::move(name));
     return static_cast<int>(component);
 }
@@ -150,7 +151,8 @@ std::string deadlock() {
 Thread& next_thread() {
     std::vector<Thread*>& ready = machine.ready;
     std::size_t at = machine.random.below(ready.size());
-    for (int tries = 0; tries < 3 && ready[at]->warp != machine.favourite; ++tries) at = machine.random.below(ready.size());
+    for (int tries = 0; tries < 3 && ready[at]->warp != machine.favourite; ++tries)
+        at = machine.random.below(ready.size());
     if (machine.random.below(64) == 0) machine.favourite = ready[at]->warp;
     Thread& thread = *ready[at];
     ready[at] = ready.back();
@@ -343,12 +345,13 @@ void sync_warp(unsigned mask, Place place) {
 }
 
 unsigned ballot(unsigned mask, bool vote, Place place) {
-    return static_cast<unsigned>(gather("ballot", mask, vote, place, false, [&](const std::uint64_t* votes, const Thread&) {
+    const auto count = [mask](const std::uint64_t* votes, const Thread&) {
         unsigned result = 0;
         for (int lane = 0; lane < kLanes; ++lane)
             if (mask >> lane & 1u) result |= unsigned(votes[lane]) << lane;
         return result;
-    }));
+    };
+    return static_cast<unsigned>(gather("ballot", mask, vote, place, false, count));
 }
 
 std::uint64_t shuffle(unsigned mask, std::uint64_t bits, int from, Place place) {
@@ -367,7 +370,8 @@ void sync_threads(Place place) {
     thread.place = place;
     Block& block = *thread.block;
     Gathering& barrier = block.barrier;
-    if (block.live != static_cast<int>(block.threads.size())) fault("__syncthreads after a thread of the block has exited");
+    if (block.live != static_cast<int>(block.threads.size()))
+        fault("__syncthreads after a thread of the block has exited");
     if (barrier.arrivals.empty()) barrier.place = place;
     if (barrier.place.line != place.line)
         fault("threads of a block diverge: one is at __syncthreads of " + text_of(place) + ", others at " +

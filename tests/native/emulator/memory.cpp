@@ -223,10 +223,12 @@ template <class Visit>
 void each_run(std::uintptr_t address, std::int64_t item, int dimensions, const std::int64_t* sizes,
               const std::int64_t* strides, const Visit& visit) {
     if (dimensions == 0) return visit(address, static_cast<std::size_t>(item));
-    if (dimensions == 1 && (strides[0] == 1 || sizes[0] == 1)) return visit(address, static_cast<std::size_t>(sizes[0] * item));
+    if (dimensions == 1 && (strides[0] == 1 || sizes[0] == 1))
+        return visit(address, static_cast<std::size_t>(sizes[0] * item));
     const std::int64_t count = strides[0] == 0 ? std::min<std::int64_t>(sizes[0], 1) : sizes[0];
     for (std::int64_t i = 0; i < count; ++i)
-        each_run(address + static_cast<std::uintptr_t>(i * strides[0] * item), item, dimensions - 1, sizes + 1, strides + 1, visit);
+        each_run(address + static_cast<std::uintptr_t>(i * strides[0] * item), item, dimensions - 1, sizes + 1,
+                 strides + 1, visit);
 }
 
 bool is_constant(std::uintptr_t address, std::size_t bytes) {
@@ -337,7 +339,8 @@ void check_results() {
     for (const Constant& result : expected) {
         const auto address = reinterpret_cast<std::uintptr_t>(result.at);
         each_cell(nullptr, address, result.bytes, false, [&](const Cell* cell, std::uint8_t bits) {
-            if ((cell->initialised & bits) != bits) blame(nullptr, address, result.bytes, "the launch leaves unwritten some of", "");
+            if ((cell->initialised & bits) != bits)
+                blame(nullptr, address, result.bytes, "the launch leaves unwritten some of", "");
         });
     }
 }
@@ -410,22 +413,15 @@ void __tsan_write_range(void* at, unsigned long bytes) { access(at, bytes, true,
 void __tsan_init() {}
 void __tsan_vptr_update(void**, void*) {}
 
-// A vector at an address that isn't a multiple of its size: undefined on a GPU. From the compiler's -fsanitize=alignment.
-struct Mismatch {
-    Place place;
-    unsigned column;
-};
-void __ubsan_handle_type_mismatch_v1(const void* data, std::uintptr_t address) {
-    Place place;
-    std::memcpy(&place.file, data, sizeof place.file);
-    std::memcpy(&place.line, static_cast<const char*>(data) + sizeof place.file, sizeof place.line);
-    if (machine.current) fault("a misaligned access at " + text_of(place) + ", address " + std::to_string(address % 16) + " beyond a multiple of 16");
+// What the compiler's -fsanitize=alignment and bounds find; their data begin with the source line. A vector at an
+// address that isn't a multiple of its size is undefined on a GPU.
+void __ubsan_handle_type_mismatch_v1(const Place* place, std::uintptr_t address) {
+    if (machine.current)
+        fault("a misaligned access at " + text_of(*place) + ", " + std::to_string(address % 16) +
+              " bytes beyond a multiple of 16");
 }
-void __ubsan_handle_out_of_bounds(const void* data, std::uintptr_t index) {
-    Place place;
-    std::memcpy(&place.file, data, sizeof place.file);
-    std::memcpy(&place.line, static_cast<const char*>(data) + sizeof place.file, sizeof place.line);
-    if (machine.current) fault("index " + std::to_string(index) + " past the end of an array at " + text_of(place));
+void __ubsan_handle_out_of_bounds(const Place* place, std::uintptr_t index) {
+    if (machine.current) fault("index " + std::to_string(index) + " past the end of an array at " + text_of(*place));
 }
 
 // An array that the next launch may touch: `sizes` of `item` bytes, at strides of so many items.

@@ -1,5 +1,5 @@
-// What is known about every two bytes of memory: whether they may be touched, are initialised, and by whom and when they
-// were last written and read. Two accesses, one of them a write, must be ordered.
+// What is known about every two bytes of memory: whether they may be touched, whether they are initialised, and who
+// wrote and read them last, and when. Two accesses, one of them a write, must be ordered.
 #pragma once
 
 #include "machine.h"

@@ -20,6 +20,8 @@ struct Known {
     std::vector<const char*> required, allowed;
 };
 const std::vector<Known>& known() {
+    static const std::vector<const char*> kOrder = {"acquire", "release", "relaxed", "cta", "cluster"};
+    static const char* const kCounted = "mbarrier::complete_tx::bytes";
     static const std::vector<Known> table = {
         {"mov", Name::move, false, {"u32"}, {}},
         {"mapa", Name::map, false, {"shared::cluster", "u32"}, {}},
@@ -28,16 +30,16 @@ const std::vector<Known>& known() {
         {"barrier.cluster.arrive", Name::cluster_arrive, true, {}, {"release", "aligned"}},
         {"barrier.cluster.wait", Name::cluster_wait, true, {}, {"acquire", "aligned"}},
         {"mbarrier.init", Name::barrier_init, true, {"shared::cta", "b64"}, {}},
-        {"mbarrier.arrive.expect_tx", Name::arrive_expect, true, {"shared::cta", "b64"}, {"release", "relaxed", "cta", "cluster"}},
-        {"mbarrier.arrive", Name::arrive, true, {"shared::cta", "b64"}, {"release", "relaxed", "cta", "cluster"}},
-        {"mbarrier.try_wait.parity", Name::try_wait, true, {"shared::cta", "b64"}, {"acquire", "relaxed", "cta", "cluster"}},
+        {"mbarrier.arrive.expect_tx", Name::arrive_expect, true, {"shared::cta", "b64"}, kOrder},
+        {"mbarrier.arrive", Name::arrive, true, {"shared::cta", "b64"}, kOrder},
+        {"mbarrier.try_wait.parity", Name::try_wait, true, {"shared::cta", "b64"}, kOrder},
         {"fence.mbarrier_init", Name::fence_barrier_init, true, {"release", "cluster"}, {}},
         {"fence.proxy.async", Name::fence_proxy, true, {}, {"shared::cta"}},
-        {"st.async", Name::store_async, true, {"shared::cluster", "mbarrier::complete_tx::bytes", "v4", "b32"}, {"weak"}},
+        {"st.async", Name::store_async, true, {"shared::cluster", kCounted, "v4", "b32"}, {"weak"}},
         {"cp.async.bulk.commit_group", Name::commit_group, true, {}, {}},
         {"cp.async.bulk.wait_group", Name::wait_group, true, {}, {"read"}},
         {"cp.async.bulk.global.shared::cta", Name::bulk_store, true, {"bulk_group"}, {}},
-        {"cp.async.bulk.shared::cluster.global", Name::bulk_load, true, {"mbarrier::complete_tx::bytes"}, {}},
+        {"cp.async.bulk.shared::cluster.global", Name::bulk_load, true, {kCounted}, {}},
     };
     return table;
 }
@@ -76,7 +78,8 @@ Instruction parse_instruction(const Site& site, std::string text) {
     const auto space = text.find(' ');
     const std::string opcode = text.substr(0, space);
     if (space != std::string::npos)
-        for (const std::string& operand : split(text.substr(space), ',')) instruction.operands.push_back(trimmed(operand));
+        for (const std::string& operand : split(text.substr(space), ','))
+            instruction.operands.push_back(trimmed(operand));
     const Known* best = nullptr;
     for (const Known& entry : known()) {
         const std::string words = entry.words;
@@ -156,7 +159,8 @@ void execute(const Instruction& it, Execution& with) {
         case Name::arrive: return arrive(place(1), 0, !it.has("relaxed"));
         case Name::arrive_expect: return arrive(place(1), value(2), !it.has("relaxed"));
         case Name::try_wait:
-            return with.set(it.operands[0], try_wait(place(1), unsigned(value(2)), !it.has("relaxed"), it.has("cluster")));
+            return with.set(it.operands[0],
+                            try_wait(place(1), unsigned(value(2)), !it.has("relaxed"), it.has("cluster")));
         case Name::store_async: {
             std::string list = it.operands[1];
             const std::vector<std::string> words = split(list.substr(1, list.size() - 2), ',');
@@ -215,8 +219,8 @@ std::vector<Instruction> parse(const Site& site) {
 void ptx(int number, Operand* operands, int count) {
     const Site& site = kSites[number];
     const std::vector<Instruction>& program = program_of(number);
-    if (program.size() == 1 && program[0].name == Name::exp2 && program[0].operands[0] == "%0" && program[0].operands[1] == "%1") {
-        const float result = exp2_flushed(from_bits<float>(operands[1].bits));  // once an element: without names
+    if (program.size() == 1 && program[0].text == "ex2.approx.ftz.f32 %0, %1") {  // once an element: no look-ups
+        const float result = exp2_flushed(from_bits<float>(operands[1].bits));
         std::memcpy(operands[0].target, &result, sizeof result);
         return;
     }
