@@ -148,8 +148,9 @@ def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Seque
     tests = (
         ("tests/test_schedule.py",) if dry else ("-m", "gpu", "tests", "--ignore=tests/train", "--ignore=tests/bench")
     )
+    kernels = "tests/gpu/test_cuda.py"  # never run on a GPU before: first, and by themselves
     workers = ("-n", "4") if find_spec("xdist") and not dry else ()  # most of a GPU test is compiling
-    pytest = (python, "-m", "pytest", "-q", "--continue-on-collection-errors", *workers, *tests)
+    base = (python, "-m", "pytest", "-q", "--continue-on-collection-errors", *workers)
     bench: tuple[str, ...] = (
         python,
         "-m",
@@ -171,7 +172,8 @@ def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Seque
         Stage(
             "backends", (python, "-m", "bench.gpu_check", "--require", *(("cpu",) if dry else ("cuda", "triton"))), 60
         ),
-        Stage("tests", pytest, 150),
+        Stage("cuda kernels", None if dry else (*base, kernels), 90, "dry"),
+        Stage("tests", (*base, *tests, f"--ignore={kernels}"), 110),
         _sanitizer("memcheck", dry, python, device),
         _sanitizer("racecheck", dry, python, device),
         Stage("benchmarks", (*bench, *bench_arguments), budget, again_on=DEVICE_LOST_EXIT),

@@ -36,6 +36,7 @@ class Record:
         rounds: how many.
         host_ms: median time until the host had queued the call.
         launches: on the device.
+        kernels: of our CUDA backend, "ring" (one read, one write) or "sweeps".
         bytes, flops: the least of the case; of a ceiling its own.
         moved_bytes: what this implementation moves by its own byte model, where it has one.
         phases_ms: parts of a whole step.
@@ -55,6 +56,7 @@ class Record:
     rounds: int = 0
     host_ms: float | None = None
     launches: int | None = None
+    kernels: str | None = None
     bytes: int | None = None
     flops: int | None = None
     moved_bytes: int | None = None

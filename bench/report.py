@@ -101,6 +101,7 @@ def _case_table(records: Sequence[Record]) -> str:
         spread = "–" if record.spread_ms is None else " – ".join(number(value) for value in record.spread_ms)
         phases = ", ".join(f"{name} {number(value)}" for name, value in (record.phases_ms or {}).items())
         computes = f"{record.computes}: {phases} ms" if phases else record.computes
+        computes += f" ({record.kernels})" if record.kernels else ""
         figures = (record.median_ms, spread, record.ratio_to_floor, record.ratio_to_ours, record.peak_mb)
         rows.append([record.impl, *figures, record.launches, record.host_ms, record.gate, computes])
     return markdown_table(header, rows)

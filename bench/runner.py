@@ -20,6 +20,7 @@ from bench.inputs import Inputs, make_inputs
 from bench.measure import Lap, Stopwatch, interleaved
 from bench.records import Record
 from bench.truth import Truth
+from epo_kernels.backends import choose_backend
 
 INPUT_SETS = 3
 SEED = 20
@@ -43,6 +44,7 @@ class Ready:
     run: Run
     peak_mb: float | None
     launches: int | None
+    kernels: str | None
 
 
 def measure_case(
@@ -105,7 +107,8 @@ def _admit(
             verdict = gate.check(case, run(inputs), true)
             if verdict != gate.PASS:
                 return verdict, None
-            return verdict, Ready(run, watch.peak_mb(lambda: run(inputs)), watch.launches(lambda: run(inputs)))
+            peak_mb, launches = watch.peak_mb(lambda: run(inputs)), watch.launches(lambda: run(inputs))
+            return verdict, Ready(run, peak_mb, launches, kernels_that_ran(implementation.name))
     except Exception as error:  # another library's, of any kind: it is what the report says of it
         message = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"[:200]
         if inputs.device.type == "cuda" and not _answers():
@@ -113,6 +116,13 @@ def _admit(
             raise DeviceLost([record]) from error
         watch.close()
         return f"not run: {message}", None
+
+
+def kernels_that_ran(name: str) -> str | None:
+    """The family of kernels that our CUDA backend has just launched; None for other implementations."""
+    if name != "ours:cuda":
+        return None
+    return choose_backend("cuda", torch.device("cuda")).kernels.ran
 
 
 @contextmanager
@@ -180,6 +190,7 @@ def _fill(
         record.host_ms = 1e3 * statistics.median(lap.host_seconds for lap in laps[name])
         if name in ready:
             record.peak_mb, record.launches = ready[name].peak_mb, ready[name].launches
+            record.kernels = ready[name].kernels
             record.moved_bytes = moved_bytes(case, name, device)
     # Those that aren't timed have a floor too: it is the case's.
     for record in found.values():

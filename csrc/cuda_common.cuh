@@ -106,15 +106,16 @@ __device__ inline void publish_sums(const double* block_sums, double* workspace,
                                     double* sums, float* loss) {
     __shared__ bool last;
     __syncthreads();
-    if (threadIdx.x < kNumSums) {
-        workspace[index * kNumSums + threadIdx.x] = block_sums[threadIdx.x];
-        __threadfence();
+    if (threadIdx.x < kNumSums) workspace[index * kNumSums + threadIdx.x] = block_sums[threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // By the thread that takes the ticket: the fences of those that wrote would not be ordered with it.
+        __threadfence();  // releases the block's sums
+        last = atomicAdd(ticket, 1) == count - 1;
+        __threadfence();  // acquires those of the others
     }
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(ticket, 1) == count - 1;
-    __syncthreads();
     if (!last) return;
-    __threadfence();
     const int lane = threadIdx.x % kLanes;
     for (int k = threadIdx.x / kLanes; k < kNumSums; k += blockDim.x / kLanes) {
         double sum = 0.0;

@@ -8,22 +8,39 @@
 // mbarrier that all warps of the cluster send to.
 //
 // Exchange: each warp sends its 16 bytes (m, s, u, y_token) to each block of the cluster by st.async, which counts them
-// off on that block's mbarrier. Two sets of places take turns: a warp sends for row r+2 only after row r+1 has come in
-// whole, to which each warp sent only after it had read row r.
+// off on that block's mbarrier. A cluster of one block may not use st.async (undefined where %cluster_nctarank is 1):
+// there each warp's lane 0 stores the message and arrives, and the mbarrier counts warps instead of bytes.
 //
-// Budget on an H200 (132 multiprocessors, 4.3 TB/s measured copy), 8192 x 151,936 bf16, clusters of 2. Counted, not
-// timed: no part of this has run yet.
-//   shared memory    8 warps x 13 slots x 2 KB, and 3.5 KB for exchange and mbarriers; 9 or 10 slots of a warp hold the
-//                    row, 3 or 4 fetch ahead
-//   bytes in flight  48 KB or more a multiprocessor while a row waits for its exchange, 6.3 MB on the chip; 4.3 TB/s
-//                    with 1 us of latency want 4.3 MB
-//   exponentials     2 an element: 1.18 M cycles of the special function units (16 a cycle and multiprocessor), 0.67 ms
-//                    at 1.755 GHz
-//   instructions     in the SASS of sm_90a, a full tile of 32 elements a lane: 323 for its statistics, 381 for its
-//                    gradient and its traffic, so 22 an element; 4 schedulers at 1.755 GHz issue them in 0.92 ms
-//   a row besides    about 700 instructions a warp: exchange, merging, the maths of the token; 3 % of the above
-//   barriers a row   one wait for the exchange, none of a block
+// Two sets of messages take turns: a warp sends for row r+2 only after row r+1 has arrived in full, and a warp sends
+// for row r+1 only after it has read row r. The arrivals of a single block are releases, so there the reads of row r
+// happen before the messages of row r+2 in the memory model too. For st.async the model has no such rule: it is an
+// asynchronous, weak store, whose complete_tx releases that store alone and none of the sender's earlier accesses. It
+// is safe because those accesses are loads from the sender's own shared memory whose values the shuffles of the merge
+// consume: a warp issues in order, and a shuffle issues only when its operands have arrived in all lanes. So the reads
+// of row r are over before the warp issues the st.async for row r+1, and the first st.async that could overwrite what
+// they read is issued by a warp that has seen that message.
+//
+// Budget on an H200 (132 multiprocessors at 1.755 GHz, 4.3 TB/s measured copy), 8192 x 151,936 bf16, clusters of 2.
+// Argued on paper, from the SASS of sm_90a by nvcc 13.0; nothing here has been timed. The program has run on an
+// emulated GPU (tests/native/emulator), not yet on a real one.
 //   floor            1.16 ms: one read, one write
+//   instructions     a full tile is 32 elements a lane: 310 for its statistics, 353 for its gradient and its traffic. A
+//                    row costs a warp about 700 besides (the exchange, merging, the maths of the token), over 9.3 tiles
+//                    of its own. Together 23 an element; 4 schedulers a multiprocessor issue them in 0.97 ms
+//   exponentials     65 a lane and tile, 2.03 an element: 1.20 M cycles of the special function units (16 a cycle and
+//                    multiprocessor), 0.68 ms, beside the other instructions
+//   shared memory    8 warps x 13 slots x 2 KB, and 3.4 KB for exchange and mbarriers; 9 or 10 slots of a warp hold the
+//                    row, 3 or 4 fetch ahead
+//   bytes in flight  reads: 48 KB or more a multiprocessor while a row waits for its exchange, 6.3 MB on the chip, more
+//                    at any other time, since each stored tile's slot is refilled at once. Reads run at 2.15 TB/s, so
+//                    1 us of latency wants 2.2 MB. Writes: a warp goes on as soon as its store has been read
+//   synchronization  a tile: one try_wait at block scope, 2 bar.warp.sync, one proxy fence (MEMBAR.ALL.CTA). A row: one
+//                    try_wait at cluster scope, 1 bar.warp.sync. No barrier of a block
+//   L1               CCTL.IVALL comes with an acquire at cluster scope only. The tile loop had one at every wait (9 in
+//                    the kernel), now it has none: 7 are left, of which a row executes one, at its exchange, and the
+//                    others run once a launch
+// Rows of 32,000 (one block, 3.9 tiles a warp) have a floor of 0.24 ms and 26 instructions an element, which issue in
+// 0.23 ms: the narrower the row, the nearer this kernel is to being limited by its instructions.
 // Smaller tiles balance the warps better and cost more: about 28 instructions an element at 16 warps and 1 KB.
 #pragma once
 
@@ -94,8 +111,8 @@ __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void init_barrier(std::uint64_t* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void init_barrier(std::uint64_t* barrier, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
 __device__ __forceinline__ void publish_barriers() {
@@ -107,7 +124,25 @@ __device__ __forceinline__ void expect_bytes(std::uint64_t* barrier, unsigned by
                  : "memory");
 }
 
-__device__ __forceinline__ void wait_for(std::uint64_t* barrier, unsigned parity) {
+__device__ __forceinline__ void arrive(std::uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Waits for what this block's threads asked for. An acquire of the cluster would invalidate the L1 at every tile.
+__device__ __forceinline__ void wait_for_tile(std::uint64_t* barrier, unsigned parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// Waits for what other blocks send.
+__device__ __forceinline__ void wait_for_cluster(std::uint64_t* barrier, unsigned parity) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -119,6 +154,7 @@ __device__ __forceinline__ void wait_for(std::uint64_t* barrier, unsigned parity
         : "memory");
 }
 
+// Undefined in a cluster of one block.
 __device__ __forceinline__ void send(const Message& message, unsigned to, unsigned barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
                  "r"(__float_as_uint(message.m)), "r"(__float_as_uint(message.s)), "r"(__float_as_uint(message.u)),
@@ -292,7 +328,7 @@ struct Warp {
         const int token_byte = static_cast<int>(token * kSize);
         Cursor cursor = reading;
         for (Part part(tiles, rank, warp, args.ranks); part.left > 0; part.advance()) {
-            wait_for(&landed[cursor.slot], cursor.parity);
+            wait_for_tile(&landed[cursor.slot], cursor.parity);
             add_tile(run, slot(cursor), part.bytes(), outer2);
             if (part.holds(token_byte))
                 y_token = Element::load(reinterpret_cast<const Stored*>(slot(cursor) + (token_byte - part.offset)));
@@ -321,16 +357,17 @@ struct Warp {
             const float gradient = at_edge == token ? at_token : logit_gradient2(y, outer2, m, line);
             Element::store(reinterpret_cast<Stored*>(out) + at_edge, gradient);
         }
+        __syncwarp();  // every lane has read this row's messages, and the token's logit from a tile
         bool stored = false;
         for (Part part(tiles, rank, warp, args.ranks); part.left > 0; part.advance()) {
             char* const tile = slot(reading);
             const int bytes = part.bytes();
             overwrite_tile(tile, bytes, outer2, m, line);
-            __syncwarp();
+            __syncwarp();  // the tile is overwritten
             if (lane == 0 && part.holds(token_byte))
                 Element::store(reinterpret_cast<Stored*>(tile + (token_byte - part.offset)), at_token);
             show_to_copies();
-            __syncwarp();
+            __syncwarp();  // and is shown to the copy by all who wrote it
             if (lane == 0) {
                 store_tile(out + part.offset, tile, bytes);
                 if (stored) {  // the slot before this one is free, or will be in a moment
@@ -345,7 +382,6 @@ struct Warp {
             wait_for_stores_read<0>();
             fetch();
         }
-        __syncwarp();
     }
 };
 
@@ -354,13 +390,20 @@ __device__ inline Message exchange(Shared& shared, const Message& own, int rank,
                                    unsigned turn, float outer2) {
     const unsigned set = turn & 1u, parity = (turn >> 1) & 1u;
     const int senders = ranks * kWarps;
-    if (warp == 0 && lane == 0) expect_bytes(&shared.exchanged[set], senders * unsigned(sizeof(Message)));
-    if (lane < ranks) {
-        const unsigned place = shared_address(&shared.messages[set][rank * kWarps + warp]);
-        const unsigned barrier = shared_address(&shared.exchanged[set]);
-        send(own, address_in(place, lane), address_in(barrier, lane));
+    if (ranks == 1) {
+        if (lane == 0) {
+            shared.messages[set][warp] = own;
+            arrive(&shared.exchanged[set]);
+        }
+    } else {
+        if (warp == 0 && lane == 0) expect_bytes(&shared.exchanged[set], senders * unsigned(sizeof(Message)));
+        if (lane < ranks) {
+            const unsigned place = shared_address(&shared.messages[set][rank * kWarps + warp]);
+            const unsigned barrier = shared_address(&shared.exchanged[set]);
+            send(own, address_in(place, lane), address_in(barrier, lane));
+        }
     }
-    wait_for(&shared.exchanged[set], parity);
+    wait_for_cluster(&shared.exchanged[set], parity);
     Moments2 run = no_moments<float>();
     float y_token = 0.0f;
     for (int i = lane; i < senders; i += kLanes) {
@@ -385,8 +428,11 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
     if (threadIdx.x < kNumSums) shared.sums[threadIdx.x] = 0.0;
     if (warp.lane == 0) {
 #pragma unroll 1
-        for (int i = 0; i < args.slots; ++i) init_barrier(&warp.landed[i]);
-        if (warp.warp == 0) init_barrier(&shared.exchanged[0]), init_barrier(&shared.exchanged[1]);
+        for (int i = 0; i < args.slots; ++i) init_barrier(&warp.landed[i], 1);
+        if (warp.warp == 0) {
+            const unsigned arrivals = args.ranks == 1 ? kWarps : 1;  // one block: its warps; more: the expected bytes
+            for (auto& barrier : shared.exchanged) init_barrier(&barrier, arrivals);
+        }
         publish_barriers();
     }
     __syncthreads();
@@ -432,7 +478,7 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
         }
     }
     if (warp.lane == 0) wait_for_stores();
-    cluster_barrier();  // nobody leaves while others may still send to it
+    cluster_barrier();  // a precaution: each block has waited for all that others send it, and could leave
     if (warp.rank == 0)
         publish_sums(shared.sums, args.results.workspace, args.results.ticket, static_cast<int>(warp.cluster),
                      static_cast<int>(warp.clusters), args.results.sums, args.results.loss);

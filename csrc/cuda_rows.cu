@@ -148,7 +148,8 @@ const char* on_chip(const CudaPlace& place, const Work& work) {
 }
 
 template <class Element>
-cudaError_t launch_loss(const sweeps::Arguments& args, const Chip& chip, Family family, void* stream) {
+cudaError_t launch_loss(const sweeps::Arguments& args, const Chip& chip, Family family, void* stream, Family& ran) {
+    ran = Family::ring;
     if (family != Family::sweeps && args.out.data) {
         const RingPlan plan = plan_ring(args.rows, args.out, chip);
         if (plan.ranks > 0 && (family == Family::ring || worth_a_ring(args.rows)))
@@ -156,6 +157,7 @@ cudaError_t launch_loss(const sweeps::Arguments& args, const Chip& chip, Family 
                                         stream);
     }
     if (family == Family::ring) return cudaErrorNotSupported;
+    ran = Family::sweeps;
     if (args.rows.softcap > 0.0f) return launch_sweeps<sweeps::loss_kernel<Element, true>>(args, chip, stream);
     return launch_sweeps<sweeps::loss_kernel<Element, false>>(args, chip, stream);
 }
@@ -194,7 +196,7 @@ const char* cuda_gradient(const Rows& rows, const Statistics& statistics, const 
 }
 
 const char* cuda_loss(const Rows& rows, const Terms& terms, const Matrix& out, const LossResults& results,
-                      Family family, const CudaPlace& place) {
+                      Family family, const CudaPlace& place, Family& ran) {
     return on_chip(place, [&](const Chip& chip) {
         sweeps::Arguments args{};
         args.rows = rows;
@@ -202,7 +204,7 @@ const char* cuda_loss(const Rows& rows, const Terms& terms, const Matrix& out, c
         args.results = results;
         args.out = out;
         return with_element(rows.dtype, [&](auto element) {
-            return launch_loss<decltype(element)>(args, chip, family, place.stream);
+            return launch_loss<decltype(element)>(args, chip, family, place.stream, ran);
         });
     });
 }

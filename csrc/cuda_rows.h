@@ -32,9 +32,9 @@ const char* cuda_gradient(const Rows& rows, const Statistics& statistics, const 
 // How a loss is computed; `chosen` takes the ring wherever it can run.
 enum class Family : int { chosen, sweeps, ring };
 
-// out.data null: no gradient. Asking for a ring that can't run here is an error.
+// out.data null: no gradient. Asking for a ring that can't run here is an error. ran: the family that was launched.
 const char* cuda_loss(const Rows& rows, const Terms& terms, const Matrix& out, const LossResults& results,
-                      Family family, const CudaPlace& place);
+                      Family family, const CudaPlace& place, Family& ran);
 
 // A number known here, or one on the device.
 struct Scalar {

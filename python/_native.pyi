@@ -139,8 +139,11 @@ def cuda_loss(
     device: int,
     stream: int,
     family: str = "chosen",
-) -> None:
-    """family: "chosen", or "ring" or "sweeps" to insist on one; a ring that can't run is a RuntimeError."""
+) -> str:
+    """Returns the family of kernels that ran, "ring" or "sweeps".
+
+    family: "chosen", or "ring" or "sweeps" to insist on one; a ring that can't run is a RuntimeError.
+    """
 
 def cuda_prepare(
     mask: Array,

@@ -365,9 +365,10 @@ epo::Family family_of(const std::string& name) {
     refuse("family must be chosen, sweeps or ring, got " + name);
 }
 
-void cuda_loss(const RowsArguments& rows, const TermsArguments& terms, const MaybeArray& out, const Array& log_probs,
-               const Array& entropy, const Array& sums, const Array& loss, const Array& workspace, const Array& ticket,
-               int device, std::uintptr_t stream, const std::string& family) {
+// Returns the family of kernels that ran.
+std::string cuda_loss(const RowsArguments& rows, const TermsArguments& terms, const MaybeArray& out, const Array& log_probs,
+                      const Array& entropy, const Array& sums, const Array& loss, const Array& workspace,
+                      const Array& ticket, int device, std::uintptr_t stream, const std::string& family) {
     const epo::Matrix target = make_output(rows, out);
     expect_contiguous(sums, "sums", "float64", {epo::kNumSums});
     expect(loss, "loss", "float32", {});
@@ -379,8 +380,10 @@ void cuda_loss(const RowsArguments& rows, const TermsArguments& terms, const May
                                 static_cast<float*>(loss.data()),
                                 static_cast<double*>(workspace.data()),
                                 static_cast<int*>(ticket.data())};
+    epo::Family ran{};
     raise_if(epo::cuda_loss(rows.rows, terms_of(terms, rows.rows), target, into, family_of(family),
-                            place_of(device, stream)));
+                            place_of(device, stream), ran));
+    return ran == epo::Family::ring ? "ring" : "sweeps";
 }
 
 epo::Scalar scalar(const Number& number, const char* name) {
@@ -477,14 +480,14 @@ void bind_cuda(py::module_& module) {
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Row kernels in C++ and CUDA; see epo_kernels/backends/rows.py for what they compute.";
-    py::class_<Array>(module, "Array")
+    py::class_<Array>(module, "Array", py::module_local())
         .def(py::init<std::uintptr_t, std::string, Shape, Shape, std::uintptr_t, std::int64_t, py::object>(),
              py::arg("pointer"), py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("storage"),
              py::arg("capacity"), py::arg("owner"));
-    py::class_<RowsArguments>(module, "Rows")
+    py::class_<RowsArguments>(module, "Rows", py::module_local())
         .def(py::init(&make_rows), py::arg("logits"), py::arg("tokens"), py::arg("mask"), py::arg("temperature"),
              py::arg("vocab_size"), py::arg("scale"), py::arg("softcap"));
-    py::class_<TermsArguments>(module, "Terms")
+    py::class_<TermsArguments>(module, "Terms", py::module_local())
         .def(py::init(&make_terms), py::arg("rows"), py::arg("weights"), py::arg("advantages"),
              py::arg("old_log_probs"), py::arg("ref_log_probs"), py::arg("is_weights"), py::arg("lower"),
              py::arg("upper"), py::arg("coefficients"), py::arg("kl_type"), py::arg("penalty"));

@@ -88,7 +88,7 @@ _BACKENDS: dict[str, Backend] = {
 }
 # What backend="auto" takes: of a device type's, the first that can run, else the reference. (Triton's interpreter takes
 # CPU tensors too, but only when asked by name: it is slow. The CUDA kernels come second until their suite has passed on
-# a GPU: so far they have only been compiled, and their maths and tree of tiles run on the host.)
+# a GPU: so far it has passed on an emulated one, tests/native/emulator.)
 _PREFERENCE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 

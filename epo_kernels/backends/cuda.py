@@ -56,14 +56,19 @@ class CudaRows:
     Args:
         family: which kernels a loss with gradient takes. "chosen": the ring, one read and one write, where chip, width
             and alignment allow it; "ring" or "sweeps" insist on one, for tests and measurements.
+
+    Attributes:
+        ran: the family of the last launch over rows, "ring" or "sweeps"; None before the first.
     """
 
     def __init__(self, family: str = "chosen") -> None:
         self._native = native()
         self._family = family
+        self.ran: str | None = None
 
     def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
         log_probs, entropies, maximum, total = (_results(rows) for _ in range(4))
+        self.ran = "sweeps"
         self._native.cuda_statistics(
             native_rows(rows),
             array(log_probs),
@@ -82,6 +87,7 @@ class CudaRows:
         grad_entropy: Tensor | None,
         out: Tensor,
     ) -> None:
+        self.ran = "sweeps"
         self._native.cuda_gradient(
             native_rows(rows),
             array(statistics.log_probs),
@@ -101,7 +107,7 @@ class CudaRows:
         loss = torch.empty((), dtype=torch.float32, device=rows.logits.device)
         workspace = torch.empty(self._native.cuda_workspace_size(device), dtype=torch.float64, device=sums.device)
         checked = native_rows(rows)
-        self._native.cuda_loss(
+        self.ran = self._native.cuda_loss(
             checked,
             native_terms(checked, terms),
             maybe_array(out),

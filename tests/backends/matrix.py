@@ -59,13 +59,16 @@ def assert_no_worse(name, fused, eager, truth, rounding):
     assert own <= others + rounding, f"{name}: error {own:.3g}, eager's {others:.3g}, a rounding {rounding:.3g}"
 
 
-def check_three_ways(case, backend, device):
-    """Loss, log-probs, entropy, gradient and metrics of one case; returns (out, gradient) of the backend."""
+def check_three_ways(case, backend, device, roundings=1):
+    """Loss, log-probs, entropy, gradient and metrics of one case; returns (out, gradient) of the backend.
+
+    roundings: how many it may be worse than eager by. Terms of a token may cancel, which one case in hundreds shows.
+    """
     dtype = case["logits"].dtype
     truth, true_gradient = run(moved(case, "cpu", torch.float64))
     eager, eager_gradient = run(moved(case, device))
     fused, gradient = run(moved(case, device), backend)
-    single = torch.finfo(torch.float32).eps * max(truth.log_probs.abs().max().item(), 1.0)
+    single = roundings * torch.finfo(torch.float32).eps * max(truth.log_probs.abs().max().item(), 1.0)
     for name in ("loss", "log_probs", "entropy"):
         assert_no_worse(name, getattr(fused, name), getattr(eager, name), getattr(truth, name), single)
     assert gradient.dtype == dtype
@@ -481,8 +484,11 @@ class BackendMatrix:
         rounding = torch.finfo(dtype).eps * truth[1].abs().max().item()
         assert_no_worse("gradient", fused[1], eager[1], truth[1], rounding)
 
-    def test_scoring_equals_training(self):
-        case = moved(busy_case(vocab=600), self.device)
+    @pytest.mark.parametrize(("vocab", "rounding"), [(600, 0.0), (9001, 1e-6)])
+    def test_scoring_agrees_with_training(self, vocab, rounding):
+        """The same bits below 16 KB a row. From there on a GPU trains and scores with different kernels, which add up
+        a row in different orders, so float32 roundings differ."""
+        case = moved(busy_case(vocab=vocab), self.device)
         with torch.no_grad():
             scored = ek.epo_loss(**case, backend=self.backend)
             log_probs, entropy = ek.log_probs_and_entropy(
@@ -490,7 +496,7 @@ class BackendMatrix:
             )
         out, _ = self.run(case)
         assert not scored.loss.requires_grad
-        assert_close(scored.loss, out.loss.detach(), rtol=0, atol=0)
-        assert_close(scored.metrics.values, out.metrics.values, rtol=0, atol=0)
+        assert_close(scored.loss, out.loss.detach(), rtol=rounding, atol=rounding)
+        assert_close(scored.metrics.values, out.metrics.values, rtol=rounding, atol=rounding)
         assert_close(log_probs, out.log_probs, rtol=1e-6, atol=1e-6)
         assert_close(entropy, out.entropy, rtol=1e-6, atol=1e-6)

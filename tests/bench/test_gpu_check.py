@@ -70,11 +70,13 @@ def test_stages_come_in_the_order_of_their_worth(tmp_path, monkeypatch):
     monkeypatch.setenv("EPO_WHEELS", str(wheels))
     stages = gpu_check.plan(tmp_path, dry=False, budget=560.0, site=tmp_path / "site", bench_arguments=["-k", "linear"])
     names = [entry.name for entry in stages]
-    assert names == ["machine", "wheels", "build", "backends", "tests", "memcheck", "racecheck", "benchmarks", "report"]
     by_name = {entry.name: entry for entry in stages}
+    tests = ["cuda kernels", "tests", "memcheck", "racecheck"]
+    assert names == ["machine", "wheels", "build", "backends", *tests, "benchmarks", "report"]
+    assert by_name["cuda kernels"].command[-1] == "tests/gpu/test_cuda.py"
     assert by_name["wheels"].command[-1].endswith("trl-1.16.0-py3-none-any.whl")
     assert {"--bench-resume", "--bench-device=cuda", "linear"} <= set(by_name["benchmarks"].command)
-    before_benchmarks = sum(entry.limit for entry in stages[2:5])
+    before_benchmarks = sum(entry.limit for entry in stages[2:6])
     assert before_benchmarks + 100 <= gpu_check.BUDGET_SECONDS
 
 

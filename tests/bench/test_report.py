@@ -59,6 +59,11 @@ def test_full_report_drops_nothing():
     assert "- linear-loss/d4096-v131072/8192/bf16/100%" in text.partition("## Not measured")[2]
 
 
+def test_the_full_report_says_which_cuda_kernels_ran():
+    text = report.full_report(MACHINE, [record(impl="ours:cuda", kernels="sweeps")])
+    assert "(sweeps) |" in text
+
+
 def test_a_failing_backend_of_ours_is_shown_in_the_summary():
     failing = [record(impl="ours:cuda", median=None, gate="fails: wrong"), record(impl="eager", median=5.0)]
     assert "fails: wrong" in report.summary_table(failing)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,14 @@ def test_records_hold_the_ratios(seconds):
     assert (found["other"].peak_mb, found["other"].launches, found["other"].rounds) == (7.0, 3, 5)
     assert found["ceiling: copy"].ratio_to_floor == pytest.approx(1.0)
     assert laps["other"][0].seconds == 0.012
+
+
+def test_records_say_which_cuda_kernels_ran(seconds, monkeypatch):
+    kernels = SimpleNamespace(ran="ring")
+    monkeypatch.setattr(runner, "choose_backend", lambda *_: SimpleNamespace(kernels=kernels))
+    chosen = [implementation(name, ours(CASE, "reference"), ours=True) for name in ("ours:cuda", "ours:triton")]
+    found, _ = measure_case(CASE, chosen, FakeWatch(), CPU, seconds=0.1)
+    assert (found["ours:cuda"].kernels, found["ours:triton"].kernels) == ("ring", None)
 
 
 def test_what_fails_its_gate_is_shown_and_not_timed(seconds):

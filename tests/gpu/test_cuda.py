@@ -1,4 +1,9 @@
-"""The CUDA kernels on a GPU: the matrix of every backend, and each family of kernels over the widths it is made for."""
+"""The CUDA kernels on a GPU: the matrix of every backend, and each family of kernels over the widths it is made for.
+
+tests/native/test_emulated_cuda.py runs the same matrices and random shapes on an emulated GPU.
+"""
+
+import random
 
 import pytest
 import torch
@@ -9,6 +14,7 @@ from epo_kernels.backends.cuda import CudaRows
 from epo_kernels.backends.fused import FusedBackend
 from tests.backends.autograd_matrix import AutogradMatrix
 from tests.backends.matrix import DTYPES, BackendMatrix, assert_no_worse, busy_case, check_three_ways, moved
+from tests.backends.shapes import check_again_and_again, random_rows
 from tests.cases import assert_identical, run
 
 pytestmark = pytest.mark.gpu
@@ -18,6 +24,11 @@ FAMILIES = ("sweeps", "ring")
 
 
 class TestCuda(BackendMatrix, AutogradMatrix):
+    backend = "cuda"
+    device = "cuda"
+
+
+class TestCudaAutograd(AutogradMatrix):
     backend = "cuda"
     device = "cuda"
 
@@ -44,6 +55,14 @@ def test_every_width_and_dtype(family, width, dtype):
     case = busy_case(vocab=width, dtype=dtype, batch=2, time=9)
     check_three_ways(case, "cuda", "cuda")
     check_three_ways({**case, "vocab_size": width - 3, "tokens": case["tokens"] % (width - 3)}, "cuda", "cuda")
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_random_shapes(family, seed):
+    if family == "ring" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the ring needs clusters: compute capability 9.0")
+    check_again_and_again(random_rows(random.Random(seed), 600_000), "cuda", "cuda")
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
