@@ -67,17 +67,17 @@ struct Case {
     }
 
     const char* run(std::uint64_t seed) {
-        float scale = 1.0f, loss = 0.0f;
+        float loss = 0.0f;
         int ticket = 0;
-        const std::vector<float> numbers{scale, loss};
         emulator_configure(seed, kProcessors, kSharedBytes, 9);
-        allow(logits), allow(weights), allow(coefficients), allow(tokens), allow(mask), allow(numbers);
+        allow(logits), allow(weights), allow(coefficients), allow(tokens), allow(mask);
         allow(workspace);
         expect(log_probs), expect(entropy), expect(sums);
         const bool with_gradient = family == epo::Family::ring;
         if (with_gradient) expect(gradient);
         const std::int64_t one = 1;
         emulator_allow(reinterpret_cast<std::uintptr_t>(&ticket), sizeof ticket, 1, &one, &one);
+        emulator_allow(reinterpret_cast<std::uintptr_t>(&loss), sizeof loss, 1, &one, &one);
         epo::Rows rows{};
         rows.logits = {logits.data(), 0, width, 1};
         rows.dtype = epo::DType::float32;
@@ -88,9 +88,7 @@ struct Case {
         epo::Terms terms{};
         terms.weights = terms.advantages = {weights.data(), 0, 1};
         terms.coefficients = coefficients.data();
-        terms.gradient_scale = numbers.data();
-        const epo::LossResults results{log_probs.data(), entropy.data(), sums.data(), const_cast<float*>(&numbers[1]),
-                                       workspace.data(), &ticket};
+        const epo::LossResults results{log_probs.data(), entropy.data(), sums.data(), &loss, workspace.data(), &ticket};
         epo::Family ran{};
         const epo::Matrix out{with_gradient ? gradient.data() : nullptr, 0, width, 1};
         return epo::cuda_loss(rows, terms, out, results, family, {0, nullptr}, ran);
