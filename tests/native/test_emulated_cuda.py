@@ -51,7 +51,7 @@ def test_the_ring_over_shapes_and_schedules(seed):
         gpu.configure(1000 * seed, **gpu_of)
         check_again_and_again(case, "emulated", "cpu", lambda schedule: gpu.configure(1000 * seed + schedule, **gpu_of))
         launches = sum(gpu.launches(blocks) for blocks in (1, 2, 4, 8))  # since the last schedule was chosen
-        assert launches == (0 if case["logits"].dtype == torch.float16 else 2)  # whose loss is statistics, then gradient
+        assert launches == (0 if case["logits"].dtype == torch.float16 else 2)  # statistics, then gradient
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8])
