@@ -5,6 +5,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import time
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["epo_kernels.train.trainer", "tests.train.faults"])
@@ -15,6 +16,16 @@ def start(arguments, fault=None, log=os.devnull):
     process = _CONTEXT.Process(target=_run, args=(list(map(str, arguments)), fault, str(log)))
     process.start()
     return process
+
+
+def wait_for(path, process, timeout=120):
+    """Until the process has made that file."""
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        if not process.is_alive() or time.monotonic() > deadline:
+            process.kill()
+            raise TimeoutError(f"the driver made no {path}")
+        time.sleep(0.05)
 
 
 def end_of(process, timeout=120):

@@ -108,8 +108,7 @@ def test_ctrl_c_saves_too_and_so_do_two_signals_at_once(tmp_path):
     assert "stopped by SIGINT" in log.read_text()
     assert steps_of(tmp_path / "run")[-1] == 3
     slow = faults.start(command(f"run_dir={tmp_path / 'slow'}", "steps=10000"), None, log)
-    while not (tmp_path / "slow" / "metrics.jsonl").exists():
-        time.sleep(0.05)
+    faults.wait_for(tmp_path / "slow" / "metrics.jsonl", slow)
     slow.terminate()
     slow.terminate()  # as `timeout` does
     assert faults.end_of(slow) == 0

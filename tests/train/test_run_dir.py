@@ -97,8 +97,7 @@ def test_a_holder_out_of_a_lock_s_reach_is_watched(tmp_path, monkeypatch, host, 
 
 def test_a_second_run_is_refused_and_the_first_stays_whole(tmp_path, capsys):
     first = faults.start(command(f"run_dir={tmp_path}", "steps=10000", "evaluate.panels=[]"))
-    while not (tmp_path / "metrics.jsonl").exists():
-        time.sleep(0.05)
+    faults.wait_for(tmp_path / "metrics.jsonl", first)
     assert train(f"run_dir={tmp_path}", "seed=1") == 2
     assert f"in use by process {first.pid} on {HERE}" in capsys.readouterr().err
     first.terminate()
