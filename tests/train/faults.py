@@ -43,7 +43,7 @@ def _run(arguments, fault, log):
     from epo_kernels.train.__main__ import main
 
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # nohup ignores one of them
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if fault:
         _plant(*fault)

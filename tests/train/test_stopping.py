@@ -10,6 +10,14 @@ import epo_kernels.train.stopping as stopping
 from epo_kernels.train.stopping import SIGNALS, Stopped, StopRequest
 
 
+@pytest.fixture(autouse=True)
+def _not_ignored():
+    """SIGHUP as in a terminal, also where the tests themselves run under nohup."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
+
+
 def send(*numbers):
     for number in numbers:
         os.kill(os.getpid(), number)
