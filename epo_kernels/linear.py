@@ -201,7 +201,7 @@ class HeadGradients:
         grad_log_probs: Tensor,
         grad_entropy: Tensor | None,
     ) -> None:
-        """Add those of a chunk with hidden (c, D), for upstream gradients (1, c); they overwrite the rows' logits."""
+        """Add a chunk's gradients: hidden (c, D), upstream gradients (1, c). Overwrites the rows' logits."""
         if self.scales:
             scale = self._lowered(_float16_scale(rows.transform, statistics, grad_log_probs, grad_entropy))
             grad_log_probs = grad_log_probs * scale
@@ -210,7 +210,7 @@ class HeadGradients:
         self.add(part, hidden, rows.logits[0])
 
     def add(self, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
-        """Add those of a chunk with hidden (c, D) and grad_logits (c, V), which are multiplied by the scale."""
+        """Add a chunk's gradients: hidden (c, D), and grad_logits (c, V) already multiplied by the scale."""
         vocabulary, weight = self._head.vocabulary, self._head.product_weight
         if self._bias is not None:
             self._bias[vocabulary] += self._unscaled(grad_logits[:, vocabulary].sum(dim=0, dtype=self._bias.dtype))

@@ -495,8 +495,8 @@ class Trainer:
     def _first_policy(self, dry: bool) -> Policy:
         """The policy before RL: loaded or made, and cloned from demonstrations where asked for."""
         model, warm_start, seed = self.config.model, self.config.model.warm_start, self.config.seed
-        anew = model.name_or_path in FROM_SCRATCH
-        if not anew:  # first, since demonstrations take minutes and a model may not do
+        from_scratch = model.name_or_path in FROM_SCRATCH
+        if not from_scratch:  # before the demonstrations, which take minutes: the model may be unusable
             with self.display.bar(f"loading {model.name_or_path}", None):
                 policy = load_policy(model.name_or_path, model, say=self.display.say)
             self._checked(policy, model.name_or_path)
@@ -505,7 +505,7 @@ class Trainer:
             self.display.say(f"demonstrations: {count} episodes of {self.suite.name}")
         with self._bar("demonstrations", count) as bar:
             demonstrations = demonstrate(self.suite, count, bar) if count else []
-        if anew:
+        if from_scratch:
             policy = self._checked(build_from_scratch(demonstrations, model, seed), model.name_or_path)
         if demonstrations and not dry:
             samples = cloning_samples(
@@ -522,11 +522,13 @@ class Trainer:
                 f"cloned {len(samples)} turns for {warm_start.epochs} epochs: loss {losses[0]:.3f} to {losses[-1]:.3f}"
             )
         if model.lora_rank:
-            if (anew or demonstrations) and not dry:  # checkpoints hold adapters alone: keep what they belong to
+            if (
+                from_scratch or demonstrations
+            ) and not dry:  # checkpoints hold adapters alone: keep what they belong to
                 base = (self.run_dir / "base").resolve()
                 policy.save(base)
                 policy = load_policy(str(base), model)
-            if not anew:  # which has seeded already
+            if not from_scratch:  # building from scratch has seeded already
                 torch.manual_seed(seed)
             add_adapters(policy.model, model)
         return policy

@@ -345,7 +345,7 @@ class BackendMatrix:
         ],
     )
     def test_float16_gradients_are_those_of_eager(self, changed, upstream):
-        """One token's gradient is far beyond those of the others."""
+        """One token's gradient is far larger than the others'."""
         cfg = replace(BUSY, clip_ratio_c=None, penalty="none", kl_coeff=0.0)
         case = busy_case(cfg, vocab=20, batch=1, time=3, dtype=torch.float16)
         case["advantages"], case["is_weights"] = -torch.ones(1, 3), torch.ones(1, 3)

@@ -43,7 +43,7 @@ def test_float16_gradients_of_triton_overflow_only_where_those_of_eager_do():
 
 
 def check_float16(backend, logits_dtype, log_ratio, keywords, upstream):
-    """One token's gradient is far beyond those of the others."""
+    """One token's gradient is far larger than the others'."""
     case, exact, cfg = Case(torch.float16), Case(torch.float16), ek.EPOConfig(clip_ratio_c=None)
     exact.hidden, exact.weight, exact.bias = (v.double() for v in (case.hidden, case.weight, case.bias))
     place = tuple(case.mask.nonzero()[40])

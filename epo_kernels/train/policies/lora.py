@@ -66,7 +66,7 @@ def without_adapters(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """All weights, whole, by the names they have without adapters, with what the adapters add; one at a time.
 
-    Those of a model that is split over ranks are gathered: all ranks take each of them.
+    Weights that are split over ranks are gathered, so every rank must consume all of them.
     """
     for name, weight in model.state_dict().items():
         if ".lora_" in name:
