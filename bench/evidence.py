@@ -33,7 +33,7 @@ from typing import Any
 from epo_kernels.train.__main__ import keep_freed_memory
 from epo_kernels.train.config import TrainConfig, load_config
 from epo_kernels.train.evaluate import paired_interval
-from epo_kernels.train.tracking import read_evaluation, write_atomically
+from epo_kernels.train.io.tracking import read_evaluation, write_atomically
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, RUNS = (
@@ -208,8 +208,8 @@ def run_one(name: str, arm: str, seed: int) -> None:
     # Imported late: the page needs none of it.
     from transformers.utils.logging import disable_progress_bar
 
-    from epo_kernels.train.stopping import StopRequest
-    from epo_kernels.train.tracking import Display
+    from epo_kernels.train.io.stopping import StopRequest
+    from epo_kernels.train.io.tracking import Display
     from epo_kernels.train.trainer import Trainer
 
     if is_complete(name, arm, seed):

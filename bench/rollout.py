@@ -26,8 +26,8 @@ from bench import records
 from epo_kernels.train.__main__ import keep_freed_memory
 from epo_kernels.train.config import load_config
 from epo_kernels.train.data import Episode
-from epo_kernels.train.policies.generate import Completion, Engine, Request, StreamingEngine
-from epo_kernels.train.tracking import Display, write_atomically
+from epo_kernels.train.io.tracking import Display, write_atomically
+from epo_kernels.train.rollout.engine import Completion, Engine, Request, StreamingEngine
 from epo_kernels.train.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "rollout"

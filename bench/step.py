@@ -65,7 +65,7 @@ class Step:
 
     def __init__(self, case: StepCase, device: torch.device, folder: str) -> None:
         from epo_kernels.train.config import load_config
-        from epo_kernels.train.tracking import Display
+        from epo_kernels.train.io.tracking import Display
         from epo_kernels.train.trainer import Trainer
 
         overrides = (f"run_dir={folder}", f"model.device={device.type}", f"env.cache_dir={folder}", *_OVERRIDES)
@@ -121,7 +121,7 @@ class Step:
         return MiniBatch.of(samples, self._trainer.policy.pad_id, self._device)
 
     def _hidden(self, batch: MiniBatch) -> torch.Tensor:
-        from epo_kernels.train.policies.policy import response_hidden
+        from epo_kernels.train.models.policy import response_hidden
 
         return response_hidden(self._model.get_decoder(), batch)
 

@@ -1,4 +1,4 @@
-// The row kernels on the CPU: what RowKernels in epo_kernels/backends/rows.py asks for.
+// The row kernels on the CPU: what RowKernels in epo_kernels/fused/rows.py asks for.
 //
 // Arguments have been checked. Results don't depend on the number of threads.
 #pragma once

@@ -34,7 +34,7 @@ __device__ inline Sequences read_lengths(const Weighing& weighing) {
     return {totals[0], with_tokens[0]};
 }
 
-// w of a token that counts, of a sequence of that length (epo_kernels/weights.py).
+// w of a token that counts, of a sequence of that length (epo_kernels/aggregation.py).
 __device__ inline float weight_of(const Weighing& weighing, const Sequences& sequences, float length) {
     const float counted = weighing.mode == AggMode::token_mean ? sequences.total : sequences.with_tokens;
     float denominator = weighing.normalized ? weighing.normalizer.get() : fmaxf(counted, 1.0f);

@@ -1,4 +1,4 @@
-// The row kernels on CUDA: what RowKernels in epo_kernels/backends/rows.py asks for. Launches on the caller's stream,
+// The row kernels on CUDA: what RowKernels in epo_kernels/fused/rows.py asks for. Launches on the caller's stream,
 // never a sync, no memory of their own: they may be captured in a graph. Arguments have been checked; every function
 // returns null, or what CUDA said.
 #pragma once
@@ -45,7 +45,7 @@ struct Scalar {
 
 enum class AggMode : int { token_mean, seq_mean_token_sum, seq_mean_token_mean, seq_mean_token_sum_norm };
 
-// What token weights are made of; epo_kernels/weights.py says how.
+// What token weights are made of; epo_kernels/aggregation.py says how.
 struct Weighing {
     std::int64_t batch, time, sequences;
     PerToken<const bool> mask;

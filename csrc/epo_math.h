@@ -215,7 +215,7 @@ EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& tok
     return loss;
 }
 
-// The sums that leave a loss launch, in the order of ROW_SUMS (epo_kernels/backends/rows.py).
+// The sums that leave a loss launch, in the order of ROW_SUMS (epo_kernels/fused/rows.py).
 constexpr int kNumSums = 15;
 
 template <class Sum>

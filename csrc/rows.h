@@ -1,5 +1,5 @@
 // The arguments of a call: numbers and strided arrays of somebody else's memory, mirrors of Rows, Terms, RowStatistics
-// and RowLoss in epo_kernels/backends/rows.py. Strides count elements. Whoever fills these has checked them.
+// and RowLoss in epo_kernels/fused/rows.py. Strides count elements. Whoever fills these has checked them.
 #pragma once
 
 #include "epo_math.h"

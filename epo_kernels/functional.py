@@ -10,6 +10,7 @@ from torch import Tensor
 
 from epo_kernels.backends import Backend, choose_backend
 from epo_kernels.config import EPOConfig
+from epo_kernels.fused.sharded import Shard, check_replicated, find_shard
 from epo_kernels.inputs import (
     Layout,
     Scalar,
@@ -23,7 +24,6 @@ from epo_kernels.inputs import (
 )
 from epo_kernels.placements import local_head, local_logits
 from epo_kernels.reference import EPOOutput, loss_of_given_statistics
-from epo_kernels.sharded import Shard, check_replicated, find_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

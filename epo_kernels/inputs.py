@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from epo_kernels.config import FLOAT32_LARGEST, FLOAT32_SMALLEST, BandScope, EPOConfig
 
 if TYPE_CHECKING:
-    from epo_kernels.sharded import Shard
+    from epo_kernels.fused.sharded import Shard
 
 Scalar: TypeAlias = float | Tensor
 INVALID_TOKEN = -1  # what an inconsistent mask or segment id is turned into where it can't raise

@@ -30,10 +30,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from epo_kernels.aggregation import sequence_lengths, token_weights
 from epo_kernels.config import BandScope, EPOConfig, KLType, Penalty
 from epo_kernels.inputs import Coefficients, LogitTransform, Scalar, TokenInputs, compute_dtype
 from epo_kernels.metrics import METRIC_NAMES, LossMetrics
-from epo_kernels.weights import sequence_lengths, token_weights
 
 LOG_RATIO_LIMIT = 20.0
 K3_LIMIT = 10.0

@@ -20,7 +20,7 @@ class Array:
     ) -> None: ...
 
 class Rows:
-    """`epo_kernels.backends.rows.Rows`; the temperature is a number or (B, T)."""
+    """`epo_kernels.fused.rows.Rows`; the temperature is a number or (B, T)."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Rows:
     ) -> None: ...
 
 class Terms:
-    """`epo_kernels.backends.rows.Terms`, for the tokens of `rows`."""
+    """`epo_kernels.fused.rows.Terms`, for the tokens of `rows`."""
 
     def __init__(
         self,

@@ -479,7 +479,7 @@ void bind_cuda(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Row kernels in C++ and CUDA; see epo_kernels/backends/rows.py for what they compute.";
+    module.doc() = "Row kernels in C++ and CUDA; see epo_kernels/fused/rows.py for what they compute.";
     py::class_<Array>(module, "Array", py::module_local())
         .def(py::init<std::uintptr_t, std::string, Shape, Shape, std::uintptr_t, std::int64_t, py::object>(),
              py::arg("pointer"), py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("storage"),

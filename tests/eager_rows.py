@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from epo_kernels import reference
-from epo_kernels.backends.fused import PlainHelpers
-from epo_kernels.backends.rows import RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.fused.backend import PlainHelpers
+from epo_kernels.fused.rows import RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.fused.sharded import loss_of_rows
 from epo_kernels.inputs import LogitTransform, Scalar
-from epo_kernels.sharded import loss_of_rows
 
 
 class EagerRows(PlainHelpers):

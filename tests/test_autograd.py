@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import epo_kernels as ek
 from epo_kernels import backends
-from epo_kernels.backends.fused import FusedBackend
+from epo_kernels.fused.backend import FusedBackend
 from tests.eager_rows import EagerRows
 
 B, T, D, V = 2, 3, 4, 5

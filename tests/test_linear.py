@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import epo_kernels as ek
-from epo_kernels import backends, inputs, linear, linear_ops
-from epo_kernels.backends.fused import FusedBackend
+from epo_kernels import backends, inputs
+from epo_kernels.fused import linear, linear_ops
+from epo_kernels.fused.backend import FusedBackend
 from tests.eager_rows import EagerRows
 
 B, T, D, V = 3, 50, 6, 11

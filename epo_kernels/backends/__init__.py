@@ -12,12 +12,12 @@ from torch import Tensor
 from epo_kernels.backends import cuda, native, triton
 from epo_kernels.backends.cpu import CpuRows
 from epo_kernels.backends.cuda import CudaRows
-from epo_kernels.backends.fused import FusedBackend
 from epo_kernels.backends.reference import ReferenceBackend
 from epo_kernels.config import EPOConfig
+from epo_kernels.fused.backend import FusedBackend
+from epo_kernels.fused.sharded import Shard
 from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs
 from epo_kernels.reference import EPOOutput
-from epo_kernels.sharded import Shard
 
 
 class Backend(Protocol):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from epo_kernels.backends.fused import PlainHelpers
 from epo_kernels.backends.native import array, maybe_array, native, native_rate, native_rows, native_terms
-from epo_kernels.backends.rows import ROW_SUMS, RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.fused.backend import PlainHelpers
+from epo_kernels.fused.rows import ROW_SUMS, RowLoss, Rows, RowStatistics, Terms
 from epo_kernels.inputs import LogitTransform, Scalar
 
 

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from epo_kernels.aggregation import sequence_lengths
 from epo_kernels.backends.native import (
     array,
     maybe_array,
@@ -17,9 +18,8 @@ from epo_kernels.backends.native import (
     number,
     why_not_built,
 )
-from epo_kernels.backends.rows import ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
+from epo_kernels.fused.rows import ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
 from epo_kernels.inputs import LogitTransform, Scalar
-from epo_kernels.weights import sequence_lengths
 
 
 def why_unavailable() -> str | None:

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from epo_kernels.backends.rows import Rows, Terms
+from epo_kernels.fused.rows import Rows, Terms
 from epo_kernels.inputs import LogitTransform, Scalar
 
 try:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from epo_kernels import reference
 from epo_kernels.autograd import refuse_transforms
 from epo_kernels.config import EPOConfig
+from epo_kernels.fused.sharded import GatheredColumns, ReplicatedInput, Shard
 from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs, without_autocast
-from epo_kernels.sharded import GatheredColumns, ReplicatedInput, Shard
 
 
 class ReferenceBackend:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from epo_kernels.backends.fused import FusedBackend
-from epo_kernels.backends.rows import COEFFICIENTS, ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
+from epo_kernels.aggregation import sequence_lengths
+from epo_kernels.fused.backend import FusedBackend
+from epo_kernels.fused.rows import COEFFICIENTS, ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
 from epo_kernels.inputs import LogitTransform, Scalar
-from epo_kernels.weights import sequence_lengths
 
 Mode = Literal["statistics", "gradient", "loss"]
 

@@ -27,8 +27,8 @@ from epo_kernels.train.config import (
     to_yaml,
     warnings_of,
 )
-from epo_kernels.train.streams import lasting_streams
-from epo_kernels.train.text import printable
+from epo_kernels.train.io.streams import lasting_streams
+from epo_kernels.train.io.text import printable
 
 if TYPE_CHECKING:
     from epo_kernels.train.distributed import Ranks
@@ -130,10 +130,10 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from epo_kernels.train.envs import EnvironmentFailure
-    from epo_kernels.train.failures import RunError
-    from epo_kernels.train.policies.prompts import PromptTooLong
-    from epo_kernels.train.stopping import Stopped, StopRequest
-    from epo_kernels.train.tracking import Display
+    from epo_kernels.train.io.failures import RunError
+    from epo_kernels.train.io.stopping import Stopped, StopRequest
+    from epo_kernels.train.io.tracking import Display
+    from epo_kernels.train.rollout.prompts import PromptTooLong
     from epo_kernels.train.trainer import Trainer
 
     disable_progress_bar()
@@ -170,7 +170,7 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
 
 def _remains(config: TrainConfig) -> str:
     """What is left of a run that ended early."""
-    from epo_kernels.train.checkpoint import list_checkpoints
+    from epo_kernels.train.io.checkpoint import list_checkpoints
 
     if list_checkpoints(Path(config.run_dir) / "checkpoints"):
         return "the same command goes on from the last checkpoint, which is whole"
@@ -179,7 +179,7 @@ def _remains(config: TrainConfig) -> str:
 
 def _unforeseen(error: Exception, config: TrainConfig, dry: bool, ranks: Ranks) -> str:
     """What to say of an error that nobody expected; its traceback goes to the run's folder, or else to stderr."""
-    from epo_kernels.train.failures import keep_traceback
+    from epo_kernels.train.io.failures import keep_traceback
 
     brief = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     try:

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from epo_kernels.train.config import ConfigError
 from epo_kernels.train.data import Episode
 from epo_kernels.train.envs import EnvironmentFailure
-from epo_kernels.train.progress import Report, ignore
-from epo_kernels.train.rollout import Rollout
-from epo_kernels.train.stopping import Stopped, StopRequest
+from epo_kernels.train.io.progress import Report, ignore
+from epo_kernels.train.io.stopping import Stopped, StopRequest
+from epo_kernels.train.rollout.rollout import Rollout
 
 Item = TypeVar("Item")
 TIMEOUT = timedelta(hours=2)  # of waiting for the other ranks: a rollout of theirs, or the first one's cloning

@@ -7,7 +7,7 @@ import torch
 from epo_kernels.train.config import FROM_SCRATCH, TrainConfig
 from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.envs import Suite, Task
-from epo_kernels.train.policies.policy import Policy, resolve_device
+from epo_kernels.train.models.policy import Policy, resolve_device
 
 
 def opening(config: TrainConfig, ranks: Ranks) -> str:

@@ -14,8 +14,15 @@ from transformers import PreTrainedModel
 
 import epo_kernels as ek
 from epo_kernels.history import HistoryScope, HistoryWeighting
-from epo_kernels.train.algorithms import assign_advantages, leave_out_truncated
-from epo_kernels.train.checkpoint import (
+from epo_kernels.train.config import FROM_SCRATCH, ConfigError, TrainConfig, to_yaml
+from epo_kernels.train.data import Draw, samples_of
+from epo_kernels.train.distributed import Ranks, SharedRollout
+from epo_kernels.train.envs import EnvironmentFailure, make_suite
+from epo_kernels.train.envs.demonstrations import borrow_cache
+from epo_kernels.train.envs.pool import EnvironmentPool
+from epo_kernels.train.evaluate import Record, panel_starts, summarize
+from epo_kernels.train.header import about_policy, about_tasks, opening
+from epo_kernels.train.io.checkpoint import (
     clear_run,
     copy_records,
     drop_later_checkpoints,
@@ -31,38 +38,31 @@ from epo_kernels.train.checkpoint import (
     set_rng_state,
     start_of,
 )
-from epo_kernels.train.collect import Collector
-from epo_kernels.train.config import FROM_SCRATCH, ConfigError, TrainConfig, to_yaml
-from epo_kernels.train.critic import Critic
-from epo_kernels.train.data import Draw, samples_of
-from epo_kernels.train.distributed import Ranks, SharedRollout
-from epo_kernels.train.envs import EnvironmentFailure, make_suite
-from epo_kernels.train.envs.demonstrations import borrow_cache
-from epo_kernels.train.envs.pool import EnvironmentPool
-from epo_kernels.train.evaluate import Record, panel_starts, summarize
-from epo_kernels.train.failures import RunError
-from epo_kernels.train.header import about_policy, about_tasks, opening
-from epo_kernels.train.learner import Learner
-from epo_kernels.train.policies.dialogue import DialogueBuilder
-from epo_kernels.train.policies.generate import Engine, StopRule, StreamingEngine, TransformersEngine
-from epo_kernels.train.policies.loading import hold_products_in
-from epo_kernels.train.policies.lora import add_adapters, require_peft
-from epo_kernels.train.policies.model_check import check_policy
-from epo_kernels.train.policies.policy import Policy, build_from_scratch, load_policy, precision
-from epo_kernels.train.policies.prompts import PromptBuilder, Prompts
-from epo_kernels.train.policies.vllm_engine import VllmEngine, require_vllm
-from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
-from epo_kernels.train.post_mortem import NonFiniteError, save_batch
-from epo_kernels.train.progress import Report
-from epo_kernels.train.report import write_report
-from epo_kernels.train.rollout import Rollout
-from epo_kernels.train.rollout_mismatch import mismatch_metrics, rollout_is_level, set_rollout_weights
-from epo_kernels.train.run_dir import check_usable, held
-from epo_kernels.train.step_metrics import entropy_metrics, episode_metrics, sampled_entropy, token_metrics
-from epo_kernels.train.stopping import Stopped, StopRequest
-from epo_kernels.train.tracking import Display, Tracker, Value, read_metrics, write_atomically
-from epo_kernels.train.watch import CollapsedError, watched
-from epo_kernels.train.weights_and_biases import WeightsAndBiases, require_wandb
+from epo_kernels.train.io.failures import RunError
+from epo_kernels.train.io.progress import Report
+from epo_kernels.train.io.report import write_report
+from epo_kernels.train.io.run_dir import check_usable, held
+from epo_kernels.train.io.stopping import Stopped, StopRequest
+from epo_kernels.train.io.tracking import Display, Tracker, Value, read_metrics, write_atomically
+from epo_kernels.train.io.watch import CollapsedError, watched
+from epo_kernels.train.io.weights_and_biases import WeightsAndBiases, require_wandb
+from epo_kernels.train.models.check import check_policy
+from epo_kernels.train.models.loading import hold_products_in
+from epo_kernels.train.models.lora import add_adapters, require_peft
+from epo_kernels.train.models.policy import Policy, build_from_scratch, load_policy, precision
+from epo_kernels.train.rl.algorithms import assign_advantages, leave_out_truncated
+from epo_kernels.train.rl.critic import Critic
+from epo_kernels.train.rl.learner import Learner
+from epo_kernels.train.rl.metrics import entropy_metrics, episode_metrics, sampled_entropy, token_metrics
+from epo_kernels.train.rl.mismatch import mismatch_metrics, rollout_is_level, set_rollout_weights
+from epo_kernels.train.rl.post_mortem import NonFiniteError, save_batch
+from epo_kernels.train.rl.warm_start import clone, cloning_samples, demonstrate
+from epo_kernels.train.rollout.collect import Collector
+from epo_kernels.train.rollout.dialogue import DialogueBuilder
+from epo_kernels.train.rollout.engine import Engine, StopRule, StreamingEngine, TransformersEngine
+from epo_kernels.train.rollout.prompts import PromptBuilder, Prompts
+from epo_kernels.train.rollout.rollout import Rollout
+from epo_kernels.train.rollout.vllm_engine import VllmEngine, require_vllm
 
 
 class Trainer:

@@ -12,8 +12,8 @@ import torch._dynamo.testing
 from torch.testing import assert_close
 
 import epo_kernels as ek
-from epo_kernels import ops
 from epo_kernels.backends import choose_backend
+from epo_kernels.fused import ops
 from tests.backends.matrix import BUSY, busy_case, moved
 from tests.cases import run
 

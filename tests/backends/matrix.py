@@ -17,8 +17,8 @@ from torch.testing import assert_close
 
 import epo_kernels as ek
 from epo_kernels import backends, reference
-from epo_kernels.backends.rows import Rows, RowStatistics
 from epo_kernels.config import KLType, LossAggMode, Penalty
+from epo_kernels.fused.rows import Rows, RowStatistics
 from epo_kernels.inputs import LogitTransform
 from tests.cases import assert_identical, metrics_of, random_case, run, to_packed
 

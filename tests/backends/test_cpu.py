@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import epo_kernels as ek
 from epo_kernels.backends.cpu import CpuRows
 from epo_kernels.backends.native import native
-from epo_kernels.backends.rows import Rows, Terms
+from epo_kernels.fused.rows import Rows, Terms
 from epo_kernels.inputs import LogitTransform
 from tests.backends.autograd_matrix import AutogradMatrix
 from tests.backends.matrix import DTYPES, BackendMatrix, assert_no_worse, busy_case

@@ -14,8 +14,9 @@ from torch.testing import assert_close
 
 import epo_kernels as ek
 from epo_kernels import backends
-from epo_kernels.backends import fused, triton
-from epo_kernels.backends.rows import COEFFICIENTS, Rows, Terms, Weighing
+from epo_kernels.backends import triton
+from epo_kernels.fused import backend as fused
+from epo_kernels.fused.rows import COEFFICIENTS, Rows, Terms, Weighing
 from epo_kernels.inputs import LogitTransform
 from tests.backends.autograd_matrix import AutogradMatrix
 from tests.backends.matrix import BackendMatrix, busy_case

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import epo_kernels as ek
 from epo_kernels.backends.cuda import CudaRows
-from epo_kernels.backends.fused import FusedBackend
+from epo_kernels.fused.backend import FusedBackend
 from tests.backends.autograd_matrix import AutogradMatrix
 from tests.backends.matrix import DTYPES, BackendMatrix, assert_no_worse, busy_case, check_three_ways, moved
 from tests.backends.shapes import check_again_and_again, random_rows

@@ -22,9 +22,10 @@ from typing import Any
 
 import pytest
 
-from epo_kernels import backends, ops
+from epo_kernels import backends
 from epo_kernels.backends import cuda, native
-from epo_kernels.backends.fused import FusedBackend
+from epo_kernels.fused import ops
+from epo_kernels.fused.backend import FusedBackend
 
 ROOT = Path(__file__).resolve().parents[2]
 CMAKE = shutil.which("cmake") or shutil.which("cmake", path=Path(sys.executable).parent)

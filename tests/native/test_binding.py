@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from epo_kernels.backends.native import array, native, native_rows
-from epo_kernels.backends.rows import ROW_SUMS, Rows
+from epo_kernels.fused.rows import ROW_SUMS, Rows
 from epo_kernels.inputs import LogitTransform
 
 _native = native()

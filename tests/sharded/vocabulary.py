@@ -14,8 +14,9 @@ from torch import distributed as dist
 from torch.testing import assert_close
 
 import epo_kernels as ek
-from epo_kernels import backends, inputs, sharded
-from epo_kernels.backends.fused import FusedBackend
+from epo_kernels import backends, inputs
+from epo_kernels.fused import sharded
+from epo_kernels.fused.backend import FusedBackend
 from tests.backends.matrix import BUSY, assert_no_worse, busy_case, moved
 from tests.cases import metrics_of, run, to_packed
 from tests.eager_rows import EagerRows

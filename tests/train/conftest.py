@@ -12,10 +12,10 @@ import pytest
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import TrainConfig, load_config
 from epo_kernels.train.envs import Suite, make_suite
-from epo_kernels.train.policies.generate import StopRule, TransformersEngine
-from epo_kernels.train.policies.policy import Policy, build_from_scratch
-from epo_kernels.train.policies.prompts import PromptBuilder
-from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
+from epo_kernels.train.models.policy import Policy, build_from_scratch
+from epo_kernels.train.rl.warm_start import clone, cloning_samples, demonstrate
+from epo_kernels.train.rollout.engine import StopRule, TransformersEngine
+from epo_kernels.train.rollout.prompts import PromptBuilder
 
 SMALL = [
     "steps=2",

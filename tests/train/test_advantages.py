@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from epo_kernels.train.advantages import (
+from epo_kernels.train.rl.advantages import (
     explained_variance,
     gae,
     groups_without_spread,

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from epo_kernels.train.algorithms import (
+from epo_kernels.train.config import AlgorithmConfig
+from epo_kernels.train.data import ENVIRONMENT, Episode, Sample, Turn, samples_of
+from epo_kernels.train.envs import Observation, Task
+from epo_kernels.train.rl.algorithms import (
     assign_advantages,
     drop_groups_without_spread,
     first_tokens,
     leave_out_truncated,
     value_states,
 )
-from epo_kernels.train.config import AlgorithmConfig
-from epo_kernels.train.data import ENVIRONMENT, Episode, Sample, Turn, samples_of
-from epo_kernels.train.envs import Observation, Task
 
 PENALTY = 0.1
 

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from epo_kernels.train.charts import (
+from epo_kernels.train.io.charts import (
     MOST_COLUMNS,
     Series,
     heat_map,

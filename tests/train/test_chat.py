@@ -8,12 +8,12 @@ import torch
 from epo_kernels.train.config import ConfigError
 from epo_kernels.train.data import Turn
 from epo_kernels.train.envs import Demonstration, Observation, Task
-from epo_kernels.train.policies.chat import PLAIN_TEMPLATE, THOUGHT, Chat
-from epo_kernels.train.policies.dialogue import DialogueBuilder
-from epo_kernels.train.policies.generate import StopRule
-from epo_kernels.train.policies.policy import Policy
-from epo_kernels.train.policies.prompts import PromptBuilder
-from epo_kernels.train.policies.warm_start import cloning_samples
+from epo_kernels.train.models.chat import PLAIN_TEMPLATE, THOUGHT, Chat
+from epo_kernels.train.models.policy import Policy
+from epo_kernels.train.rl.warm_start import cloning_samples
+from epo_kernels.train.rollout.dialogue import DialogueBuilder
+from epo_kernels.train.rollout.engine import StopRule
+from epo_kernels.train.rollout.prompts import PromptBuilder
 from tests.train.models import QWEN3, TOKENIZERS, base_tokenizer, qwen3_tokenizer
 
 PIECES = [

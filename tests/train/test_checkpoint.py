@@ -4,8 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import epo_kernels.train.checkpoint as checkpoint_module
-from epo_kernels.train.checkpoint import (
+import epo_kernels.train.io.checkpoint as checkpoint_module
+from epo_kernels.train.config import ConfigError, ModelConfig
+from epo_kernels.train.io.checkpoint import (
     SaveError,
     clear_run,
     drop_later_checkpoints,
@@ -15,8 +16,7 @@ from epo_kernels.train.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from epo_kernels.train.config import ConfigError, ModelConfig
-from epo_kernels.train.policies.policy import load_policy
+from epo_kernels.train.models.policy import load_policy
 
 
 def test_a_policy_comes_back_to_the_last_bit(cloned, tmp_path):

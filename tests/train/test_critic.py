@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from epo_kernels.train.config import load_config
-from epo_kernels.train.critic import Critic, value_loss
 from epo_kernels.train.data import samples_of
 from epo_kernels.train.envs.pool import EnvironmentPool
+from epo_kernels.train.rl.critic import Critic, value_loss
 from tests.train.conftest import SMALL
 from tests.train.test_rollout import episodes_of, rollout_of
 

@@ -12,12 +12,12 @@ from epo_kernels.train.config import ConfigError, load_config
 from epo_kernels.train.data import ENVIRONMENT, Turn, samples_of
 from epo_kernels.train.envs import Observation
 from epo_kernels.train.envs.pool import EnvironmentPool
-from epo_kernels.train.learner import Learner
-from epo_kernels.train.policies.dialogue import DialogueBuilder
-from epo_kernels.train.policies.policy import Policy
-from epo_kernels.train.policies.warm_start import cloning_samples, demonstrate
-from epo_kernels.train.rollout import Rollout
-from epo_kernels.train.stopwatch import Stopwatch
+from epo_kernels.train.io.stopwatch import Stopwatch
+from epo_kernels.train.models.policy import Policy
+from epo_kernels.train.rl.learner import Learner
+from epo_kernels.train.rl.warm_start import cloning_samples, demonstrate
+from epo_kernels.train.rollout.dialogue import DialogueBuilder
+from epo_kernels.train.rollout.rollout import Rollout
 from tests.train.conftest import SMALL, engine_of, prompts_of
 from tests.train.test_learner import history_of
 from tests.train.test_rollout import episodes_of

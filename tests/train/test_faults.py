@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from epo_kernels.train.__main__ import main
-from epo_kernels.train.checkpoint import list_checkpoints, load_state, step_of
-from epo_kernels.train.critic import Critic
 from epo_kernels.train.envs.practice import PracticeEnvironment
-from epo_kernels.train.learner import Learner
-from epo_kernels.train.post_mortem import load_batch
-from epo_kernels.train.tracking import Tracker
+from epo_kernels.train.io.checkpoint import list_checkpoints, load_state, step_of
+from epo_kernels.train.io.tracking import Tracker
+from epo_kernels.train.rl.critic import Critic
+from epo_kernels.train.rl.learner import Learner
+from epo_kernels.train.rl.post_mortem import load_batch
 from tests.train import faults
 from tests.train.conftest import WHOLE, command, files_at_most, lines_of, train, weights_of
 
@@ -41,16 +41,16 @@ TRAIN = "epo_kernels.train."
 # Moments at which a process is killed, in the order in which one run comes to them, process after process.
 KILLS = {
     "while it clones": (TRAIN + "trainer:clone", 1),
-    "while the first checkpoint is written": (TRAIN + "checkpoint:_flush", 2),
-    "before the first checkpoint has its name": (TRAIN + "checkpoint:os.rename", 1),
+    "while the first checkpoint is written": (TRAIN + "io.checkpoint:_flush", 2),
+    "before the first checkpoint has its name": (TRAIN + "io.checkpoint:os.rename", 1),
     "in the evaluation before": (TRAIN + "trainer:summarize", 2),
-    "in an update": (TRAIN + "learner:Learner.update", 1),
+    "in an update": (TRAIN + "rl.learner:Learner.update", 1),
     "with a step logged and not saved": (TRAIN + "trainer:Trainer._watch", 1),
-    "while a later checkpoint is written": (TRAIN + "checkpoint:torch.save", 1),
-    "before old checkpoints go": (TRAIN + "checkpoint:list_checkpoints", 3),
+    "while a later checkpoint is written": (TRAIN + "io.checkpoint:torch.save", 1),
+    "before old checkpoints go": (TRAIN + "io.checkpoint:list_checkpoints", 3),
     "while the report is written": (TRAIN + "trainer:write_report", 1),
     "in an evaluation between": (TRAIN + "trainer:summarize", 1),
-    "in a rollout": (TRAIN + "rollout:Rollout._act", 2),
+    "in a rollout": (TRAIN + "rollout.rollout:Rollout._act", 2),
 }
 
 
@@ -70,9 +70,9 @@ def test_a_run_killed_again_and_again_goes_on_to_the_last_bit(whole_run, tmp_pat
 
 
 TERMINATIONS = {
-    "SIGTERM in a rollout": (signal.SIGTERM, TRAIN + "rollout:Rollout._act", 20),
+    "SIGTERM in a rollout": (signal.SIGTERM, TRAIN + "rollout.rollout:Rollout._act", 20),
     "SIGHUP in an evaluation between": (signal.SIGHUP, TRAIN + "trainer:summarize", 4),
-    "SIGUSR1 in an update": (signal.SIGUSR1, TRAIN + "learner:Learner.update", 2),
+    "SIGUSR1 in an update": (signal.SIGUSR1, TRAIN + "rl.learner:Learner.update", 2),
 }
 
 
@@ -103,7 +103,7 @@ def test_sigterm_before_the_first_checkpoint_ends_the_demonstrations_and_says_th
 def test_ctrl_c_saves_too_and_so_do_two_signals_at_once(tmp_path):
     log = tmp_path / "log"
     arguments = command(f"run_dir={tmp_path / 'run'}", *WHOLE, "checkpoint.every=0")
-    process = faults.start(arguments, (signal.SIGINT, TRAIN + "learner:Learner.update", 3), log)
+    process = faults.start(arguments, (signal.SIGINT, TRAIN + "rl.learner:Learner.update", 3), log)
     assert faults.end_of(process) == 130
     assert "stopped by SIGINT" in log.read_text()
     assert steps_of(tmp_path / "run")[-1] == 3
@@ -186,8 +186,8 @@ def test_a_file_that_the_disk_refuses_leaves_the_old_checkpoint_whole(whole_run,
     [
         "torch.save",
         "transformers.PreTrainedModel.save_pretrained",
-        TRAIN + "checkpoint._flush",
-        TRAIN + "tracking.Tracker.log",
+        TRAIN + "io.checkpoint._flush",
+        TRAIN + "io.tracking.Tracker.log",
     ],
 )
 def test_a_full_disk_stops_the_run_and_says_what_to_do(tmp_path, monkeypatch, capsys, place):
@@ -283,7 +283,7 @@ SCIENCEWORLD = [
 @pytest.mark.scienceworld
 def test_jvms_that_die_hang_starve_or_never_start_cost_their_episodes_alone(tmp_path, monkeypatch):
     from epo_kernels.train.envs import EnvironmentFailure
-    from epo_kernels.train.envs.scienceworld import ScienceWorldEnvironment, ScienceWorldSuite
+    from epo_kernels.train.envs.scienceworld.suite import ScienceWorldEnvironment, ScienceWorldSuite
 
     play, started = ScienceWorldEnvironment.step, itertools.count(-1)  # -1 lists the tasks, 0 plays the demonstration
     changes = {  # by the number of the environment

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from epo_kernels.train.policies.generate import Request, StopRule, _choose
+from epo_kernels.train.rollout.engine import Request, StopRule, _choose
 from tests.train.conftest import engine_of
 
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import epo_kernels.train
-import epo_kernels.train.rollout as rollout_module
-from epo_kernels.train.report import write_report
-from epo_kernels.train.tracking import read_episodes
+import epo_kernels.train.rollout.rollout as rollout_module
+from epo_kernels.train.io.report import write_report
+from epo_kernels.train.io.tracking import read_episodes
 from tests.train.conftest import lines_of, train
 from tests.train.test_report import Page
 

@@ -9,10 +9,10 @@ from epo_kernels.train.config import load_config
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
 from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.envs.pool import EnvironmentPool
-from epo_kernels.train.learner import Learner
-from epo_kernels.train.optimizer import StepOptimizer, cosine_with_warmup
-from epo_kernels.train.step_metrics import sampled_entropy
-from epo_kernels.train.stopwatch import Stopwatch
+from epo_kernels.train.io.stopwatch import Stopwatch
+from epo_kernels.train.rl.learner import Learner
+from epo_kernels.train.rl.metrics import sampled_entropy
+from epo_kernels.train.rl.optimizer import StepOptimizer, cosine_with_warmup
 from tests.train.conftest import SMALL
 from tests.train.test_rollout import episodes_of, rollout_of
 

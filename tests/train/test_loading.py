@@ -10,10 +10,10 @@ from transformers.core_model_loading import Concatenate, WeightConverter
 from epo_kernels.train.config import ConfigError, ModelConfig, load_config
 from epo_kernels.train.data import Sample
 from epo_kernels.train.distributed import Ranks
-from epo_kernels.train.learner import Learner
-from epo_kernels.train.policies import loading
-from epo_kernels.train.policies.loading import hold_products_in, load_causal_lm
-from epo_kernels.train.policies.policy import Policy, build_from_scratch, load_policy, precision
+from epo_kernels.train.models import loading
+from epo_kernels.train.models.loading import hold_products_in, load_causal_lm
+from epo_kernels.train.models.policy import Policy, build_from_scratch, load_policy, precision
+from epo_kernels.train.rl.learner import Learner
 from tests.train.conftest import SMALL
 
 

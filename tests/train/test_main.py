@@ -15,9 +15,9 @@ import torch
 import epo_kernels as ek
 import epo_kernels.train
 from epo_kernels.train.__main__ import main
-from epo_kernels.train.checkpoint import find_checkpoint
 from epo_kernels.train.config import ConfigError, load_config
-from epo_kernels.train.failures import RunError
+from epo_kernels.train.io.checkpoint import find_checkpoint
+from epo_kernels.train.io.failures import RunError
 from tests.train.conftest import WHOLE, lines_of, train, weights_of
 
 
@@ -318,7 +318,7 @@ def test_the_log_begins_with_what_is_trained_and_where_to_look(tmp_path, capsys)
 
 
 def test_every_phase_tells_a_log_how_far_it_is(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("epo_kernels.train.tracking.LOG_EVERY", 0.01)
+    monkeypatch.setattr("epo_kernels.train.io.tracking.LOG_EVERY", 0.01)
     settings = ("steps=1", "model.warm_start.epochs=3", "algorithm.name=ppo", "loss.kl_coeff=0.01")
     assert train(f"run_dir={tmp_path}", *settings) == 0
     said = capsys.readouterr().out
@@ -350,7 +350,7 @@ def test_an_unforeseen_error_keeps_its_traceback_in_the_run_s_folder(tmp_path, c
     def fail(*_, **__):
         raise RuntimeError("CUDA error: an illegal memory access\nmany more lines")
 
-    monkeypatch.setattr("epo_kernels.train.learner.Learner.update", fail)
+    monkeypatch.setattr("epo_kernels.train.rl.learner.Learner.update", fail)
     for times in (1, 2):
         assert train(f"run_dir={tmp_path}", "evaluate.panels=[]", "model.warm_start.epochs=1") == 1
         assert capsys.readouterr().err == (

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import ConfigError, load_config
-from epo_kernels.train.policies import model_files
-from epo_kernels.train.policies.model_check import check_policy
-from epo_kernels.train.policies.policy import Policy, load_policy
+from epo_kernels.train.models import files as model_files
+from epo_kernels.train.models.check import check_policy
+from epo_kernels.train.models.policy import Policy, load_policy
 from tests.train.conftest import SMALL
 from tests.train.models import LLAMA3, save_model
 

@@ -1,7 +1,7 @@
 import pytest
 
-from epo_kernels.train import progress
-from epo_kernels.train.progress import Progress, duration, part_of
+from epo_kernels.train.io import progress
+from epo_kernels.train.io.progress import Progress, duration, part_of
 
 
 def test_done_of_total_pace_and_time_left(monkeypatch):

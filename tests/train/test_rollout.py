@@ -7,8 +7,8 @@ import pytest
 from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.envs import EnvironmentFailure, Observation, StepResult, Task
 from epo_kernels.train.envs.pool import EnvironmentPool
-from epo_kernels.train.policies.generate import Completion
-from epo_kernels.train.rollout import Rollout
+from epo_kernels.train.rollout.engine import Completion
+from epo_kernels.train.rollout.rollout import Rollout
 from tests.train.conftest import engine_of, prompts_of
 
 

@@ -8,8 +8,8 @@ import torch
 import epo_kernels as ek
 from epo_kernels.train.config import load_config
 from epo_kernels.train.data import ENVIRONMENT, MiniBatch, Sample
-from epo_kernels.train.rollout_mismatch import mismatch_metrics, rollout_is_level, set_rollout_weights
-from epo_kernels.train.stopwatch import Stopwatch
+from epo_kernels.train.io.stopwatch import Stopwatch
+from epo_kernels.train.rl.mismatch import mismatch_metrics, rollout_is_level, set_rollout_weights
 from tests.train.test_learner import history_of, learner_of
 
 # p/q of six tokens: two turns of an episode with the environment's answer between them.

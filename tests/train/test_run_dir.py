@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-import epo_kernels.train.run_dir as run_dir_module
+import epo_kernels.train.io.run_dir as run_dir_module
 from epo_kernels.train.config import ConfigError
-from epo_kernels.train.run_dir import LOCK, check_usable, held
+from epo_kernels.train.io.run_dir import LOCK, check_usable, held
 from tests.train import faults
 from tests.train.conftest import command, files_at_most, lines_of, train
 

@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-import epo_kernels.train.stopping as stopping
-from epo_kernels.train.stopping import SIGNALS, Stopped, StopRequest
+import epo_kernels.train.io.stopping as stopping
+from epo_kernels.train.io.stopping import SIGNALS, Stopped, StopRequest
 
 
 @pytest.fixture(autouse=True)

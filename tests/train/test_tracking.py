@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from epo_kernels.train import tracking
 from epo_kernels.train.config import ConfigError
 from epo_kernels.train.data import Episode, Turn
 from epo_kernels.train.envs import Observation, Task
 from epo_kernels.train.evaluate import Record
-from epo_kernels.train.tracking import Display, Tracker, episode_text, read_episodes, read_evaluation, read_metrics
+from epo_kernels.train.io import tracking
+from epo_kernels.train.io.tracking import Display, Tracker, episode_text, read_episodes, read_evaluation, read_metrics
 
 RECORD = Record("before", 0, "iid", "greedy", 64, 50.0, 0.5, 0.4, 0.6, 0.75, 9.5, 0)
 

@@ -4,8 +4,8 @@ import pytest
 
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import ConfigError, RolloutConfig, load_config
-from epo_kernels.train.policies import vllm_engine
-from epo_kernels.train.policies.generate import StopRule
+from epo_kernels.train.rollout import vllm_engine
+from epo_kernels.train.rollout.engine import StopRule
 
 
 def test_without_vllm_the_run_says_how_to_get_it(monkeypatch, capsys, tmp_path):

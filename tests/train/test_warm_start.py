@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from epo_kernels.train.policies.warm_start import clone, cloning_samples, demonstrate
+from epo_kernels.train.rl.warm_start import clone, cloning_samples, demonstrate
 from tests.train.conftest import prompts_of
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from epo_kernels.train.config import WatchConfig
-from epo_kernels.train.watch import CollapseWatch, repeated_share, watched
+from epo_kernels.train.io.watch import CollapseWatch, repeated_share, watched
 
 FINE = {
     "actor/entropy": 0.5,

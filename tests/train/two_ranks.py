@@ -18,10 +18,10 @@ from epo_kernels.train.config import ConfigError, ModelConfig
 from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.distributed import Ranks, SharedRollout, launched
 from epo_kernels.train.envs import EnvironmentFailure, Task
-from epo_kernels.train.policies.loading import load_causal_lm
-from epo_kernels.train.policies.policy import build_from_scratch
-from epo_kernels.train.post_mortem import nonfinite_weights
-from epo_kernels.train.stopping import Stopped, StopRequest
+from epo_kernels.train.io.stopping import Stopped, StopRequest
+from epo_kernels.train.models.loading import load_causal_lm
+from epo_kernels.train.models.policy import build_from_scratch
+from epo_kernels.train.rl.post_mortem import nonfinite_weights
 
 
 class Failing:

@@ -47,11 +47,11 @@ def make_suite(config: EnvConfig) -> Suite:
 
         return PracticeSuite(config)
     if config.name == "scienceworld":
-        from epo_kernels.train.envs.scienceworld import ScienceWorldSuite
+        from epo_kernels.train.envs.scienceworld.suite import ScienceWorldSuite
 
         return ScienceWorldSuite(config)
     if config.name == "alfworld":
-        from epo_kernels.train.envs.alfworld import ALFWorldSuite
+        from epo_kernels.train.envs.alfworld.suite import ALFWorldSuite
 
         return ALFWorldSuite(config)
     raise ValueError(f"env.name must be 'scienceworld', 'alfworld' or 'practice', not {config.name!r}")

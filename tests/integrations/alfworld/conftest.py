@@ -2,7 +2,7 @@
 
 import pytest
 
-from epo_kernels.train.envs.alfworld_games import author_games
+from epo_kernels.train.envs.alfworld.games import author_games
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from epo_kernels.train.envs import EnvConfig, EnvironmentFailure, Observation, make_suite
-from epo_kernels.train.envs.alfworld_games import DATA, TASK_NAMES, author_games
+from epo_kernels.train.envs.alfworld.games import DATA, TASK_NAMES, author_games
 from epo_kernels.train.envs.pool import EnvironmentPool
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from epo_kernels.train.__main__ import main
-from epo_kernels.train.envs.alfworld import EMBEDDED_FORMAT
+from epo_kernels.train.envs.alfworld.suite import EMBEDDED_FORMAT
 
 
 def test_a_run_on_authored_games(tmp_path):
@@ -32,7 +32,7 @@ def test_a_dry_run_takes_the_games_of_the_cache(data, tmp_path, monkeypatch, cap
     games.symlink_to(data)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.delenv("ALFWORLD_DATA")
-    monkeypatch.setattr("epo_kernels.train.envs.alfworld.author_games", author)
+    monkeypatch.setattr("epo_kernels.train.envs.alfworld.suite.author_games", author)
     settings = [f"env.cache_dir={games.parent}", f"run_dir={tmp_path}/run", "env.max_turns=30"]
     assert main(["alfworld", *settings, "--dry-run"]) == 0
     assert "6 training tasks" in capsys.readouterr().out

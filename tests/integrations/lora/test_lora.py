@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import ConfigError, ModelConfig, load_config
-from epo_kernels.train.learner import Learner
-from epo_kernels.train.policies.lora import add_adapters, without_adapters
-from epo_kernels.train.policies.policy import build_from_scratch, load_policy
+from epo_kernels.train.models.lora import add_adapters, without_adapters
+from epo_kernels.train.models.policy import build_from_scratch, load_policy
+from epo_kernels.train.rl.learner import Learner
 from tests.train.conftest import SMALL, lines_of
 
 SETTINGS = ["steps=3", "checkpoint.keep=9", "model.lora_rank=4", "optim.lr=3e-3", "evaluate.panels=[]"]

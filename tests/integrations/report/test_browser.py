@@ -10,8 +10,8 @@ from epo_kernels.train.config import load_config, to_yaml
 from epo_kernels.train.data import Episode, Turn
 from epo_kernels.train.envs import Observation, Task
 from epo_kernels.train.evaluate import summarize
-from epo_kernels.train.report import write_report
-from epo_kernels.train.tracking import Tracker
+from epo_kernels.train.io.report import write_report
+from epo_kernels.train.io.tracking import Tracker
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 STEPS, TURNS = 40, 24

@@ -6,11 +6,11 @@ import torch
 from epo_kernels.train.config import load_config
 from epo_kernels.train.data import Sample
 from epo_kernels.train.envs import make_suite
-from epo_kernels.train.learner import Learner
-from epo_kernels.train.policies.generate import Request, StopRule
-from epo_kernels.train.policies.policy import build_from_scratch
-from epo_kernels.train.policies.vllm_engine import VllmEngine
-from epo_kernels.train.policies.warm_start import demonstrate
+from epo_kernels.train.models.policy import build_from_scratch
+from epo_kernels.train.rl.learner import Learner
+from epo_kernels.train.rl.warm_start import demonstrate
+from epo_kernels.train.rollout.engine import Request, StopRule
+from epo_kernels.train.rollout.vllm_engine import VllmEngine
 from tests.train.conftest import SMALL
 
 

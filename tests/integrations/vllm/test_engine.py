@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from epo_kernels.train.policies.generate import Request, StopRule
+from epo_kernels.train.rollout.engine import Request, StopRule
 from tests.integrations.vllm.conftest import finish, learner_log_probs, requests_of, told, write
 from tests.train.test_rollout import play_beside_a_slow_one
 

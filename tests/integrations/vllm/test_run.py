@@ -7,7 +7,7 @@ import sys
 import time
 
 from epo_kernels.train.__main__ import main
-from epo_kernels.train.checkpoint import list_checkpoints, step_of
+from epo_kernels.train.io.checkpoint import list_checkpoints, step_of
 from tests.train.conftest import SMALL, lines_of
 
 STEPS = 6

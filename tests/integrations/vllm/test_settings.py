@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from epo_kernels.train.config import ConfigError
-from epo_kernels.train.policies import vllm_engine
-from epo_kernels.train.policies.generate import StopRule
-from epo_kernels.train.policies.lora import add_adapters, merged_weights
+from epo_kernels.train.models.lora import add_adapters, merged_weights
+from epo_kernels.train.rollout import vllm_engine
+from epo_kernels.train.rollout.engine import StopRule
 from tests.integrations.vllm.conftest import (
     config_of,
     engine_of,

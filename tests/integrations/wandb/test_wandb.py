@@ -9,7 +9,7 @@ from wandb.proto import wandb_internal_pb2
 
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import load_config
-from epo_kernels.train.weights_and_biases import STEP, WeightsAndBiases
+from epo_kernels.train.io.weights_and_biases import STEP, WeightsAndBiases
 from tests.train.conftest import SMALL, lines_of
 
 

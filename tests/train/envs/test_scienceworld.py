@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("scienceworld", reason="the scienceworld extra isn't installed")
 
 from epo_kernels.train.envs import EnvConfig, EnvironmentFailure, Observation, Task, make_suite
-from epo_kernels.train.envs.jvm import Simulator, find_java
 from epo_kernels.train.envs.pool import EnvironmentPool
-from epo_kernels.train.envs.scienceworld import SIMPLIFICATIONS, TASK_NAMES, ScienceWorldSuite
+from epo_kernels.train.envs.scienceworld.jvm import Simulator, find_java
+from epo_kernels.train.envs.scienceworld.suite import SIMPLIFICATIONS, TASK_NAMES, ScienceWorldSuite
 
 pytestmark = pytest.mark.scienceworld
 

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("scienceworld", reason="the scienceworld extra isn't installed")
 
 from epo_kernels.train.envs import EnvConfig, Task, make_suite
-from epo_kernels.train.envs.scienceworld import TASK_NAMES
+from epo_kernels.train.envs.scienceworld.suite import TASK_NAMES
 
 HELD_OUT = ("boil", "chemistry-mix", "find-animal", "power-component", "use-thermometer")
 LISTED = [name for name in TASK_NAMES if name not in HELD_OUT]

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("scienceworld", reason="the scienceworld extra isn't installed")
 
 from epo_kernels.train.envs.base import clean_action
-from epo_kernels.train.envs.scienceworld_text import (
+from epo_kernels.train.envs.scienceworld.text import (
     MAX_ANSWER,
     clean_answer,
     clean_goal,

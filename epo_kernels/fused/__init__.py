@@ -1,0 +1,1 @@
+"""From row kernels to differentiable losses, the same for every backend."""

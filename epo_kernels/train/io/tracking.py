@@ -1,0 +1,367 @@
+"""What a run leaves behind and shows: metrics.jsonl, its curves, evaluation.json, episodes/, and the live display."""
+
+import json
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+import epo_kernels as ek
+from epo_kernels.train.config import ConfigError
+from epo_kernels.train.data import Episode, Turn
+from epo_kernels.train.evaluate import Record, compare
+from epo_kernels.train.io.progress import Progress, Report, every
+from epo_kernels.train.io.text import printable
+
+PLAIN_WIDTH = 120  # of tables in a log
+LOG_EVERY = 30.0  # seconds between two lines about a phase that goes on
+
+Value = float | int | list[float | None]
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; what a kill, a power cut or a full disk left incomplete is left out."""
+    return [entry for entry in _metrics_lines(run_dir) if entry is not None]
+
+
+def _metrics_lines(run_dir: Path) -> list[dict[str, Any] | None]:
+    """Line by line; None: damaged."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [_metrics_line(line) for line in text.split("\n") if line]
+
+
+def _metrics_line(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("training/global_step"), int) else None
+
+
+def read_evaluation(run_dir: Path) -> list[Record]:
+    return [Record(**entry) for entry in read_json(run_dir / "evaluation.json", [])]
+
+
+def read_episodes(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """What `Tracker.save_episodes` kept under that name, as plain data; [] where nothing was kept."""
+    path = run_dir / "episodes" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="ascii").split("\n")[:-1]] if path.exists() else []
+
+
+def read_versions(run_dir: Path) -> list[dict[str, Any]]:
+    """What the run was made with: an entry for each process that worked on it."""
+    return read_json(run_dir / "versions.json", [])
+
+
+def read_json(path: Path, missing: Any) -> Any:
+    """What the file holds, or `missing` where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    if not path.exists():
+        return missing
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); restore it, or remove it and the run goes on without what it held"
+        ) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or, after a kill or a power cut, the file that was there before."""
+    temporary = path.with_name(f".writing_{path.name}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Board(Protocol):
+    """Where numbers are shown as curves."""
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
+
+
+class TensorBoard:
+    """Event files in run_dir/tensorboard; what they hold of steps after `step` is shown no more."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+class Tracker:
+    """Writes a run's records.
+
+    Args:
+        run_dir: the run's folder.
+        step: the step the run goes on from; what an earlier process wrote of later steps is dropped, since these steps
+            are made again.
+        boards: that show the numbers too, beside TensorBoard; closed with the tracker.
+
+    Attributes:
+        lost: steps up to `step` without a line in metrics.jsonl, where some of its lines were damaged.
+    """
+
+    def __init__(self, run_dir: Path, step: int, *boards: Board) -> None:
+        self._run_dir = run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "episodes").mkdir(exist_ok=True)
+        found = _metrics_lines(run_dir)
+        lines = [entry for entry in found if entry is not None and entry["training/global_step"] <= step]
+        numbers = [entry["training/global_step"] for entry in lines]
+        first = min(numbers, default=1)
+        self.lost = sorted({*range(first, step + 1)} - {*numbers}) if None in found else []
+        write_atomically(run_dir / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in lines))
+        versions = [entry for entry in read_versions(run_dir) if entry["from_step"] <= step]
+        write_atomically(
+            run_dir / "versions.json", json.dumps([*versions, {"from_step": step, **_versions()}], indent=1) + "\n"
+        )
+        evaluated = read_evaluation(run_dir)
+        self._records = [record for record in evaluated if record.step <= step]
+        self._drop_later(step, evaluated)
+        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._boards: list[Board] = [TensorBoard(run_dir, step), *boards]
+
+    @property
+    def records(self) -> list[Record]:
+        return list(self._records)
+
+    def log(self, step: int, metrics: dict[str, Value]) -> None:
+        """One line of metrics.jsonl; scalars go to the boards, lists there entry by entry.
+
+        What isn't finite is null in the file, since JSON has no NaN.
+        """
+        line = {
+            name: None if value in (math.inf, -math.inf) or value != value else value for name, value in metrics.items()
+        }
+        self._metrics.write(json.dumps({"training/global_step": step, **line}, allow_nan=False) + "\n")
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())  # before the checkpoint that counts on it
+        self._show(step, dict(pair for name, value in metrics.items() for pair in _scalars(name, value)))
+
+    def extend(self, steps: int) -> None:
+        """Now that the run has so many steps, what was "after" an earlier last one is an evaluation between."""
+        names = {record.name for record in self._records}
+        for former in [record for record in self._records if record.when == "after" and record.step < steps]:
+            between = replace(former, when=f"step {former.step}")
+            for path in (self._run_dir / "episodes").glob(f"{former.name}.*"):
+                os.replace(path, path.with_name(f"{between.name}{path.suffix}"))
+            place = self._records.index(former)
+            self._records[place : place + 1] = [] if between.name in names else [between]
+            self._write_records()
+
+    def log_evaluation(self, records: Sequence[Record]) -> None:
+        self._records += records
+        self._write_records()
+        for record in records:
+            names = ("mean_score", "success", "official_success")
+            place = f"evaluation/{record.panel}/{record.decoding}"
+            self._show(record.step, {f"{place}/{name}": getattr(record, name) for name in names})
+
+    def save_episodes(self, name: str, episodes: Sequence[Episode]) -> None:
+        """`episodes`/name.txt to read, and name.jsonl with the same as data. `name` comes from the program alone."""
+        folder = self._run_dir / "episodes"
+        text = "\n\n".join(episode_text(episode) for episode in episodes)
+        write_atomically(folder / f"{name}.txt", text + "\n")
+        write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(_plain(e)) + "\n" for e in episodes))
+
+    def close(self, failed: bool = False) -> None:
+        """`failed` tells boards that the run ended with an error."""
+        self._metrics.close()
+        for board in self._boards:
+            board.close(failed)
+
+    def _write_records(self) -> None:
+        entries = [asdict(record) for record in self._records]
+        write_atomically(self._run_dir / "evaluation.json", json.dumps(entries, indent=1) + "\n")
+
+    def _drop_later(self, step: int, evaluated: Sequence[Record]) -> None:
+        """Remove what `evaluated` and played steps hold of the time after `step`."""
+        if len(self._records) < len(evaluated):
+            self._write_records()
+        stale = {record.name for record in evaluated if record.step > step}
+        for path in (self._run_dir / "episodes").iterdir():
+            played = re.fullmatch(r"train_step_(\d+)", path.stem)
+            if path.stem in stale or (played and int(played[1]) > step):
+                path.unlink()
+
+    def _show(self, step: int, scalars: Mapping[str, float]) -> None:
+        for board in self._boards:
+            board.add(step, scalars)
+
+
+def episode_text(episode: Episode) -> str:
+    """An episode to read: what was seen, done, and earned; what can't be printed is escaped."""
+    outcome = "success" if episode.success else "no success"
+    head = f"# {episode.task.name}, variation {episode.task.variation}: score {episode.score:g}, {outcome}"
+    lines = [f"{head}, return {episode.total_reward:.3f}, {episode.finish}"]
+    if episode.turns:
+        lines.append(episode.turns[0].observation.goal)
+    for number, turn in enumerate(episode.turns, 1):
+        lines += [part for part in (turn.observation.text, turn.observation.scene) if part]
+        lines.append(f"[{number}] > {turn.action}  ({turn.reward:+.3f}{'' if turn.valid else ', not understood'})")
+        if not turn.valid or turn.response.strip() != turn.action:
+            lines.append(f"    response ({_size(turn)}): {json.dumps(turn.response, ensure_ascii=False)}")
+    return printable("\n".join(lines))
+
+
+def _size(turn: Turn) -> str:
+    cut = ", cut at rollout.max_response_tokens" if turn.finish == "length" else ""
+    return f"{len(turn.response_ids)} tokens{cut}"
+
+
+def _plain(episode: Episode) -> dict[str, Any]:
+    return {
+        "task": asdict(episode.task),
+        "seed": episode.seed,
+        "goal": episode.turns[0].observation.goal if episode.turns else "",
+        "score": episode.score,
+        "success": episode.success,
+        "official_success": episode.official_success,
+        "return": episode.total_reward,
+        "finish": episode.finish,
+        "failed": episode.failed,
+        "turns": [
+            {
+                "observation": turn.observation.text,
+                "scene": turn.observation.scene,
+                "response": turn.response,
+                "response_tokens": len(turn.response_ids),
+                "finish_reason": turn.finish,
+                "action": turn.action,
+                "reward": turn.reward,
+                "valid": turn.valid,
+            }
+            for turn in episode.turns
+        ],
+        "last_answer": episode.turns[-1].result if episode.turns else "",
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for package in ("epo-kernels", "torch", "transformers", "triton", "numpy", "scienceworld"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that this run does without
+    found["backends"] = ", ".join(name for name, hindrance in ek.available_backends().items() if hindrance is None)
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    return found
+
+
+class Display:
+    """Lines and bars on a terminal; anywhere else lines alone, each with its time, and progress every `LOG_EVERY`."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(soft_wrap=True, highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = PLAIN_WIDTH
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+
+    def __enter__(self) -> "Display":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        for line in printable(text).split("\n"):
+            stamp = "" if self.console.is_terminal else time.strftime("%Y-%m-%d %H:%M:%S ")
+            self.console.print(Text(stamp + line))  # as Text nothing in it is markup
+
+    @contextmanager
+    def bar(
+        self, name: str, total: int | None, unit: str = "episodes", check: Callable[[], None] = lambda: None
+    ) -> Iterator[Report]:
+        """Gives a function to call with the amount done so far, of `total`; it also calls `check`, which may raise.
+
+        Where the amount isn't known, `total` is None and there is nothing to call.
+
+        Without a terminal, a line every `LOG_EVERY` seconds says how far it is, whether or not anything was reported.
+        """
+        task = self._bars.add_task(name, total=total)
+        progress = Progress(name, total, unit)
+
+        def update(done: float) -> None:
+            progress.done = done
+            self._bars.update(task, completed=done)
+            check()
+
+        with every(LOG_EVERY, lambda: self.say(progress.line())) if not self.console.is_terminal else nullcontext():
+            try:
+                yield update
+            finally:
+                self._bars.remove_task(task)
+
+    def table(self, records: Sequence[Record]) -> None:
+        """Before and after side by side, then what the paired intervals say of the difference."""
+        shown = [record for record in records if record.when in ("before", "after")]
+        if not shown:
+            return
+        table = Table(title="Evaluation on the same held-out tasks", title_justify="left")
+        for column in ("panel", "decoding", "when", "episodes", "mean score", "success (95 %)", "official success"):
+            table.add_column(column, justify="left" if column in ("panel", "decoding", "when") else "right")
+        for record in sorted(shown, key=lambda r: (r.panel, r.decoding, r.step)):
+            table.add_row(
+                record.panel,
+                record.decoding,
+                record.when,
+                str(record.episodes),
+                f"{record.mean_score:.1f}",
+                f"{record.success:.1%} ({record.success_low:.1%} to {record.success_high:.1%})",
+                f"{record.official_success:.1%}",
+            )
+        self.console.print(table)
+        for comparison in compare(records):
+            self.say(comparison.sentence())
+
+
+def _scalars(name: str, value: Value) -> Iterator[tuple[str, float]]:
+    if isinstance(value, list):
+        yield from ((f"{name}/{i:02d}", number) for i, number in enumerate(value) if number is not None)
+    else:
+        yield name, value

@@ -1,0 +1,109 @@
+"""Weights & Biases, for who asks for it (tracking.wandb). metrics.jsonl stays the truth."""
+
+import json
+import math
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from epo_kernels.train.config import ConfigError, TrackingConfig, TrainConfig, flatten
+from epo_kernels.train.io.tracking import read_json, write_atomically
+
+INSTALL = 'pip install --constraint constraints.txt "epo-kernels[wandb]"'
+STEP = "training/global_step"  # every curve's x-axis; W&B's own step counts rows
+FINISH_TIMEOUT = 60.0  # seconds that the end of a run waits for uploads; what is left stays in run_dir/wandb
+
+
+def require_wandb(config: TrackingConfig) -> None:
+    """Raises ConfigError where W&B is asked for and isn't installed, or is to be sent to and knows no key."""
+    if config.wandb != "disabled":
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(f"tracking.wandb={config.wandb} needs the package wandb; {INSTALL}") from error
+        if config.wandb == "online" and not wandb.login(prompt=False, verify=False):
+            raise ConfigError(
+                "tracking.wandb=online: W&B finds no API key; run `wandb login`, or set WANDB_API_KEY, or take "
+                "tracking.wandb=offline"
+            )
+
+
+class WeightsAndBiases:
+    """A `Board`: one W&B run for a run folder, however many processes work on it. Its id is kept in run_dir/wandb.
+
+    A row that was sent can't be taken back. So what an earlier process sent of steps that are made again isn't sent
+    anew: both are equal, but for what the machine doesn't compute alike twice.
+
+    Nothing that W&B does ends a run. Where its server isn't reached at the start, the run is kept in run_dir/wandb, to
+    be sent by `wandb sync`; where W&B itself fails, the run goes on without. `say` tells.
+
+    Raises:
+        ConfigError: W&B refuses the settings.
+    """
+
+    def __init__(self, run_dir: Path, config: TrainConfig, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._path = run_dir / "wandb" / "sent.json"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        state = read_json(self._path, {})
+        self._id: str = state.get("id", uuid.uuid4().hex[:12])
+        self._sent: dict[str, int] = state.get("sent", {})  # the last step of each name
+        self._keep()
+        self._run: Any = self._begin(run_dir, config)
+        self._safely(lambda run: run.define_metric("*", step_metric=STEP))
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        new = {name: value for name, value in scalars.items() if step > self._sent.get(name, -1)}
+        if self._run is not None and new:
+            shown = {name: value for name, value in new.items() if math.isfinite(value)}
+            self._safely(lambda run: run.log({**shown, STEP: step}))
+            self._sent |= dict.fromkeys(new, step)
+            self._keep()
+
+    def close(self, failed: bool) -> None:
+        self._safely(lambda run: run.finish(exit_code=int(failed)))
+        self._run = None
+
+    def _begin(self, run_dir: Path, config: TrainConfig) -> Any:
+        import wandb
+
+        tracking = config.tracking
+        for mode in dict.fromkeys((tracking.wandb, "offline")):
+            try:
+                run = wandb.init(
+                    mode=mode,
+                    project=tracking.wandb_project,
+                    entity=tracking.wandb_entity,
+                    name=tracking.wandb_name or run_dir.resolve().name,
+                    id=self._id,
+                    resume="allow",
+                    dir=str(run_dir),
+                    config=flatten(config),
+                    allow_val_change=True,  # of what may change when a run is resumed
+                    settings=wandb.Settings(console="off", silent=True, finish_timeout=FINISH_TIMEOUT),
+                )
+            except wandb.errors.UsageError as error:
+                raise ConfigError(f"tracking.wandb={tracking.wandb}: {_one_line(error)}") from error
+            except Exception as error:  # a server that isn't reached, a service that doesn't start
+                self._say(f"warning: W&B doesn't start in mode {mode}: {_one_line(error)}")
+                wandb.teardown()  # its service holds the run's id otherwise
+                continue
+            self._say(f"W&B: kept in {run.dir}; `wandb sync` sends it" if mode == "offline" else f"W&B: {run.url}")
+            return run
+        return None
+
+    def _safely(self, act: Callable[[Any], object]) -> None:
+        if self._run is not None:
+            try:
+                act(self._run)
+            except Exception as error:  # whatever breaks in there, the run is worth more
+                self._say(f"warning: W&B failed, and the run goes on without: {_one_line(error)}")
+                self._run = None
+
+    def _keep(self) -> None:
+        write_atomically(self._path, json.dumps({"id": self._id, "sent": self._sent}) + "\n")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,130 @@
+"""Causal LMs that are changed between construction and loading, while their weights are on the meta device.
+
+transformers builds a model there and then reads from the files what the model's parameters ask for at that moment: in
+their dtype, and of a DTensor the local shard alone. A model that is split over ranks before its weights are read is
+never whole in any process.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from epo_kernels.train.models.files import check_weights
+
+Prepare = Callable[[PreTrainedModel], None]
+
+
+def load_causal_lm(
+    source: str,
+    prepare: Prepare | None = None,
+    *,
+    local_files_only: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` in float32, from safetensors alone, without running code of the source.
+
+    Args:
+        source: a folder or hub id, of a model or of adapters.
+        prepare: changes the model before its weights are read; afterwards where they can't be read in parts.
+        local_files_only: the hub isn't asked.
+        say: receives a warning of weights that the model doesn't use.
+
+    Raises:
+        ConfigError: weights that are missing, of another shape, or not finite.
+    """
+    if prepare is None:
+        return _loaded(AutoModelForCausalLM, source, local_files_only, say)
+    prepared: list[PreTrainedModel] = []
+
+    def prepare_early(model: PreTrainedModel) -> None:
+        if _reads_in_parts(model):
+            prepare(model)
+            prepared.append(model)
+
+    classes = _PreparedClasses(AutoModelForCausalLM._model_mapping, prepare_early)
+    auto: Any = type(AutoModelForCausalLM.__name__, (AutoModelForCausalLM,), {"_model_mapping": classes})
+    model = _loaded(auto, source, local_files_only, say)
+    if not prepared:
+        prepare(model)
+    return model
+
+
+def _loaded(auto: Any, source: str, local_files_only: bool, say: Callable[[str], None]) -> PreTrainedModel:
+    model, loading = auto.from_pretrained(
+        source,
+        dtype=torch.float32,
+        local_files_only=local_files_only,
+        trust_remote_code=False,
+        use_safetensors=True,  # other formats are pickles, which can contain programs
+        ignore_mismatched_sizes=True,  # `check_weights` names them
+        output_loading_info=True,
+    )
+    check_weights(model, loading)
+    if unused := sorted(loading["unexpected_keys"]):
+        say(
+            f"warning: {source}: {len(unused)} weights of its files are not used ({', '.join(unused[:3])}); where they "
+            "are layers, config.json has too few (num_hidden_layers)"
+        )
+    return model
+
+
+def hold_products_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keep the weights of linear layers in the dtype that autocast gives them anyway.
+
+    Under autocast a frozen model computes the same to the last bit, in less memory. Embeddings and norms stay in
+    float32: autocast leaves them alone, and so would differ. So does a head that is tied to the embedding.
+    """
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+
+
+def _reads_in_parts(model: PreTrainedModel) -> bool:
+    """Whether a shard along the first dimension is found without the rest of the parameter.
+
+    What transformers joins, splits or permutes along that dimension comes out wrong from shards of the parts, and so
+    may what it dequantizes. Experts that it stacks are whole parts: a rank reads those of its shard.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        return False
+    converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+    return all(
+        isinstance(operation, MergeModulelist) or (isinstance(operation, Concatenate) and operation.dim > 0)
+        for converter in converters
+        for operation in converter.operations
+    )
+
+
+class _PreparedClasses(Mapping[type, Any]):
+    """A mapping from configurations to model classes, with classes whose constructor ends in `prepare(model)`."""
+
+    def __init__(self, classes: Mapping[type, Any], prepare: Prepare) -> None:
+        self._classes = classes
+        self._prepare = prepare
+
+    def __getitem__(self, config: type) -> Any:
+        found = self._classes[config]
+        return tuple(map(self._prepared, found)) if isinstance(found, tuple | list) else self._prepared(found)
+
+    def __iter__(self) -> Iterator[type]:
+        return iter(self._classes.keys())
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def _prepared(self, original: type[PreTrainedModel]) -> type[PreTrainedModel]:
+        prepare = self._prepare
+
+        def construct(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+            original.__init__(self, *args, **kwargs)
+            self.__class__ = original
+            prepare(self)
+
+        # transformers goes by a class's name and module.
+        return type(original.__name__, (original,), {"__init__": construct, "__module__": original.__module__})

@@ -1,0 +1,1 @@
+"""From episodes to updated weights: advantages, learner, critic, optimizer."""

@@ -1,0 +1,178 @@
+"""PPO's critic: what return to expect from a state on.
+
+A copy of the policy's backbone of its own with a value head, as verl and verl-agent have it (they load the same model
+a second time): the value loss, far larger than the policy's at first, then never pulls on the weights that act, and has
+a learning rate of its own. It costs the memory of a second model.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from epo_kernels.train.config import TrainConfig
+from epo_kernels.train.data import MiniBatch, Sample, micro_batches
+from epo_kernels.train.distributed import Ranks, split_like
+from epo_kernels.train.io.progress import Report, ignore, part_of
+from epo_kernels.train.models.lora import add_adapters
+from epo_kernels.train.models.policy import Policy, checkpointing, response_hidden
+from epo_kernels.train.rl.algorithms import value_states
+from epo_kernels.train.rl.optimizer import StepOptimizer
+from epo_kernels.train.rl.post_mortem import Circumstances, NonFiniteError
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """Half the squared error, clipped as PPO's first code and verl do: the worse of the value and the clipped value.
+
+    Args:
+        values, old_values, returns: (N,) float32.
+        clip_range: a value counts as at most so far from the old one.
+
+    Returns:
+        (loss, clipped): (N,) float32, and (N,) bool where the clipped value decides.
+    """
+    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    plain, clipped = (values - returns).square(), (near - returns).square()
+    return 0.5 * torch.maximum(plain, clipped), clipped > plain
+
+
+def _copied_backbone(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:
+    """A copy of the model's decoder; of one that is split over ranks, shard by shard."""
+    decoder: PreTrainedModel = model.get_decoder()
+    is_split = isinstance(decoder, FSDPModule)
+    if not is_split:
+        return copy.deepcopy(decoder)
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    ranks.shard(twin.get_decoder(), model.device)
+    if config.model.lora_rank:
+        add_adapters(twin, config.model)
+    backbone = twin.get_decoder().to_empty(device=model.device).eval()
+    with torch.no_grad():
+        for own, copied in zip(backbone.parameters(), decoder.parameters(), strict=True):
+            own.requires_grad_(copied.requires_grad).copy_(copied)
+        for buffer, value in zip(backbone.buffers(), decoder.buffers(), strict=True):
+            buffer.copy_(value)
+    return backbone
+
+
+class Critic:
+    """Owns backbone, value head and optimiser. New values are 0: the head starts at 0.
+
+    Args:
+        policy: whose backbone is copied.
+        config: of the run; `critic`, `optim` and `algorithm.gae` count.
+        ranks: that train together; None: this process alone.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
+        self._config = config
+        self._pad_id = policy.pad_id
+        self._backbone = _copied_backbone(policy.model, config, self._ranks)
+        self._head = nn.Linear(policy.model.config.get_text_config().hidden_size, 1).to(policy.model.device)
+        nn.init.zeros_(self._head.weight)
+        nn.init.zeros_(self._head.bias)
+        self._ranks.shard(self._backbone, policy.model.device)
+        self._network = nn.ModuleDict({"backbone": self._backbone, "head": self._head})
+        self._optimizer = StepOptimizer(
+            self._network.parameters(), config.optim, config.critic, config.horizon, self._ranks
+        )
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Sample], report: Report = ignore) -> None:
+        """Set each sample's `values`: of the state before each of its response tokens."""
+        found: dict[int, Tensor] = {}
+        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
+        for indices, _ in self._ranks.deal(batches, report):
+            values = self._values(self._batch([samples[i] for i in indices])).cpu()
+            for row, index in enumerate(indices):
+                found[index] = values[row, : len(samples[index].response_ids)].clone()
+        for own in self._ranks.gather(found):
+            for index, values in own.items():
+                samples[index].values = values
+
+    def update(self, samples: Sequence[Sample], seed: tuple[int, ...], report: Report = ignore) -> dict[str, float]:
+        """All epochs and minibatches of a step, towards the samples' `returns`. Returns the metrics `critic/*`.
+
+        An update whose loss or gradient isn't finite is skipped and counted.
+
+        Raises:
+            NonFiniteError: optim.max_skipped_updates of them in a row.
+        """
+        losses, clipped, states, done = [], [], 0.0, 0
+        for minibatch in self._optimizer.minibatches(samples, seed):
+            loss, clips, nonfinite, count = self._backward(minibatch, part_of(report, done))
+            done += len(minibatch)
+            norm = self._optimizer.apply(loss)
+            if (skipped := self._optimizer.skipped_in_row) >= self._config.optim.max_skipped_updates:
+                raise NonFiniteError(
+                    minibatch, Circumstances.of("critic", self._network, skipped, loss, norm, int(nonfinite))
+                )
+            losses.append(loss)
+            clipped.append(clips)
+            states += count
+        return {
+            "critic/vf_loss": float(torch.stack(losses).mean()),
+            "critic/vf_clipfrac": float(torch.stack(clipped).sum()) / states,
+            **self._optimizer.metrics("critic"),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        trained = {name: parameter.detach() for name, parameter in self._trained()}
+        return {"network": self._ranks.gather_state(trained), "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(split_like(state["network"][name], parameter))
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """What isn't, beside adapters, is the policy's and comes with it."""
+        return [(name, parameter) for name, parameter in self._network.named_parameters() if parameter.requires_grad]
+
+    def _backward(self, samples: list[Sample], report: Report = ignore) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Add the gradient of one minibatch's mean loss.
+
+        Returns:
+            (loss, clipped, nonfinite, states): the mean loss; how many states were clipped, and how many had a loss
+            that isn't finite; the number of states.
+        """
+        level = self._config.algorithm.gae
+        count = float(sum(int(value_states(sample, level).sum()) for sample in samples))
+        sums = torch.zeros(3)  # loss, clipped, nonfinite
+        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
+        for indices, counts in self._ranks.deal(batches, report):
+            chosen = [samples[i] for i in indices]
+            batch = self._batch(chosen)
+            states = nn.utils.rnn.pad_sequence([value_states(sample, level) for sample in chosen], batch_first=True)
+            states = states.to(batch.tokens.device)
+            assert batch.values is not None
+            assert batch.returns is not None
+            with checkpointing(self._backbone, self._config.model.gradient_checkpointing):
+                losses, clipped = value_loss(
+                    self._values(batch)[states],
+                    batch.values[states],
+                    batch.returns[states],
+                    self._config.critic.clip_range,
+                )
+                loss = float(counts) * losses.sum() / count
+                loss.backward()
+            counted = float(counts) * torch.stack([clipped.sum(), (~losses.isfinite()).sum()])
+            sums += torch.cat([loss.detach()[None], counted]).cpu()
+        total, clips, nonfinite = torch.stack(self._ranks.gather(sums)).sum(dim=0)
+        return total, clips, nonfinite, count
+
+    def _batch(self, samples: Sequence[Sample]) -> MiniBatch:
+        return MiniBatch.of(samples, self._pad_id, self._head.weight.device)
+
+    def _values(self, batch: MiniBatch) -> Tensor:
+        """(B, R) float32."""
+        hidden = response_hidden(self._backbone, batch).float()
+        with torch.autocast(hidden.device.type, enabled=False):  # 8 bits are too few for a value
+            return self._head(hidden)[..., 0]

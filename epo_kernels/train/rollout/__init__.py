@@ -1,0 +1,1 @@
+"""Playing episodes: prompts, engines, and the loop between them."""

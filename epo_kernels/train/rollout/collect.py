@@ -1,0 +1,92 @@
+"""A training step's episodes: which tasks, drawn by lot, and which groups to learn from."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Protocol
+
+import numpy as np
+
+from epo_kernels.train.config import TrainConfig
+from epo_kernels.train.data import Draw, Episode
+from epo_kernels.train.envs import Task
+from epo_kernels.train.io.progress import Report
+from epo_kernels.train.rl.algorithms import drop_groups_without_spread
+
+
+class Player(Protocol):
+    """A `Rollout`, or one shared among ranks."""
+
+    @property
+    def seconds(self) -> dict[str, float]: ...
+
+    def play(self, episodes: Sequence[Episode], report: Report) -> None: ...
+
+
+@dataclass
+class Collected:
+    episodes: list[Episode] = field(default_factory=list)  # all
+    kept: list[Episode] = field(default_factory=list)  # to learn from
+    draws: int = 0  # how often groups were drawn
+    seconds: dict[str, float] = field(default_factory=dict)  # of the rollouts' parts
+
+    @property
+    def played(self) -> list[Episode]:
+        """Those not lost to their environment."""
+        return [episode for episode in self.episodes if not episode.failed]
+
+    def metrics(self) -> dict[str, float]:
+        kept = {id(episode) for episode in self.kept}
+        dropped = {episode.group for episode in self.played if id(episode) not in kept}
+        return {"episode/draws": self.draws, "episode/groups_dropped": len(dropped)}
+
+
+class Collector:
+    """Draws tasks by lot and plays a group of episodes of each.
+
+    Under `algorithm.refills` it is DAPO's dynamic sampling (arXiv 2503.14476): groups whose episodes all earned the
+    same are dropped, and as many drawn anew, up to that many times; then what there is must do.
+    """
+
+    def __init__(self, tasks: Sequence[Task], rollout: Player, config: TrainConfig) -> None:
+        self._tasks = tasks
+        self._rollout = rollout
+        self._config = config
+
+    def draw(self, step: int, attempt: int = 0, groups: int | None = None) -> list[Episode]:
+        """Episodes not yet played: `group_size` of each of so many tasks (None: algorithm.groups)."""
+        config = self._config
+        most, size = config.algorithm.groups, config.algorithm.group_size
+        groups = most if groups is None else groups
+        generator = np.random.default_rng([config.seed, Draw.TASKS, step, *([attempt] if attempt else [])])
+        chosen = generator.choice(len(self._tasks), groups, replace=groups > len(self._tasks))
+        return [
+            Episode(self._tasks[task], group, (config.seed, Draw.EPISODE, step, group * size + member))
+            for group, task in enumerate(chosen, start=attempt * most)
+            for member in range(size)
+        ]
+
+    def collect(self, step: int, bar: Callable[[int], AbstractContextManager[Report]]) -> Collected:
+        """Play until there is something to learn from. `bar(number of episodes)` shows the progress of each draw.
+
+        Where every episode is lost to its environment, others are drawn, until the pool gives up with an
+        EnvironmentFailure.
+        """
+        algorithm, collected = self._config.algorithm, Collected()
+        for attempt in count():
+            missing = algorithm.groups - len({episode.group for episode in collected.kept})
+            drawn = self.draw(step, attempt, missing)
+            with bar(len(drawn)) as report:
+                self._rollout.play(drawn, report)
+            for name, spent in self._rollout.seconds.items():
+                collected.seconds[name] = collected.seconds.get(name, 0.0) + spent
+            collected.draws += 1
+            collected.episodes += drawn
+            played = [episode for episode in drawn if not episode.failed]
+            collected.kept += drop_groups_without_spread(played) if algorithm.refills else played
+            enough = len({episode.group for episode in collected.kept}) >= algorithm.groups
+            if collected.played and (enough or attempt >= algorithm.refills):
+                break
+        collected.kept = collected.kept or collected.played
+        return collected

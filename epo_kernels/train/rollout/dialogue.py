@@ -1,0 +1,48 @@
+"""Prompts of an episode as one dialogue that grows: what a sample an episode is made of."""
+
+from collections.abc import Sequence
+
+from epo_kernels.train.data import Turn
+from epo_kernels.train.envs import Observation
+from epo_kernels.train.models.chat import Chat
+from epo_kernels.train.rollout.prompts import PromptBuilder
+
+
+class DialogueBuilder:
+    """Each prompt is the one before it, the response as sampled, and the environment's answer: the same ids, extended.
+
+    Ids are joined, never decoded and read again, so that a whole episode can be trained on as the engine saw it. Where
+    a dialogue outgrows `max_tokens`, another begins with what `window` makes of the goal and the last actions.
+
+    Args:
+        window: of first prompts, and of those after a dialogue that grew too long.
+        chat: of the policy.
+        max_tokens: limit of a prompt.
+
+    Raises:
+        ConfigError: a chat template that doesn't show responses as they are.
+    """
+
+    def __init__(self, window: PromptBuilder, chat: Chat, max_tokens: int) -> None:
+        chat.require_dialogue()
+        self._window = window
+        self._chat = chat
+        self._max_tokens = max_tokens
+
+    def encode(self, states: Sequence[tuple[Observation, Sequence[Turn]]]) -> list[list[int]]:
+        """Prompt ids of many (observation, past turns), none longer than the limit.
+
+        Raises:
+            PromptTooLong: a goal that doesn't fit.
+        """
+        prompts = [self._extend(seen, past[-1]) if past else None for seen, past in states]
+        begun = [i for i, ids in enumerate(prompts) if ids is None or len(ids) > self._max_tokens]
+        for index, ids in zip(begun, self._window.encode([states[i] for i in begun]) if begun else [], strict=True):
+            prompts[index] = ids
+        return [ids for ids in prompts if ids is not None]
+
+    def _extend(self, seen: Observation, last: Turn) -> list[int]:
+        ids = self._chat.after_response("\n".join(self._window.observed(seen)))
+        if ids[:1] == last.response_ids[-1:]:  # the policy closed its response as the template would
+            ids = ids[1:]
+        return last.prompt_ids + last.response_ids + ids

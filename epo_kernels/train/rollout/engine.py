@@ -1,0 +1,202 @@
+"""The transformers engine: one batch of prompts in, sampled token ids with their log-probs out.
+
+Equal prompts are read once and share their keys and values: a group's episodes begin alike, and many meet again.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from epo_kernels.train.models.chat import THOUGHT_END
+from epo_kernels.train.rollout.prompts import without_thought
+
+CLOSING_TAG = "</action>"
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt_ids: list[int]
+    seed: tuple[int, ...]  # decides the draws, whatever else is in the batch
+    greedy: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    token_ids: list[int]  # with the token that ended it, unless the limit did
+    log_probs: list[float]  # of each, under softmax(logits / temperature)
+    finish: str = "length"  # stop: at a token that ends it | length: at the limit
+
+
+class Engine(Protocol):
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request, in order."""
+        ...
+
+
+@runtime_checkable
+class StreamingEngine(Protocol):
+    """Takes requests at any time and gives each completion as soon as it is there."""
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Inside, it samples with the policy's weights as they are now. What is unfinished afterwards is dropped."""
+        ...
+
+    def submit(self, requests: Mapping[int, Request]) -> None:
+        """Take requests in, each under a number that none inside has."""
+        ...
+
+    def advance(self) -> list[tuple[int, Completion]]:
+        """Write on at all requests inside; those that are complete, by their numbers."""
+        ...
+
+
+class StopRule:
+    """When a response is over: at an end token; plain: at a line break; think_action: at the closing tag.
+
+    A policy that can think, by its tokenizer or chat template, ends a plain response with the line after its thought.
+
+    Args:
+        tokenizer: of the policy.
+        end_ids: tokens that always end a response.
+        response_format: "plain" or "think_action".
+        opening: what the prompt has begun of the response, see `Chat`.
+
+    Attributes:
+        end_ids: tokens that end it wherever they stand.
+        closing_tag: that ends it too; None: none does.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, end_ids: set[int], response_format: str, opening: str = ""
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._opening = opening
+        self.end_ids = set(end_ids)
+        self.closing_tag = CLOSING_TAG if response_format == "think_action" else None
+        self._maybe_closing: set[int] = set()
+        self._line_breaks: set[int] = set()
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        if response_format == "plain":
+            breaks = {i for i, text in enumerate(texts) if "\n" in text}
+            if THOUGHT_END in texts or THOUGHT_END in str(tokenizer.chat_template):
+                self._line_breaks = breaks
+            else:
+                self.end_ids |= breaks
+        else:
+            self._maybe_closing = {i for i, text in enumerate(texts) if ">" in text}
+
+    def ends(self, token_ids: list[int]) -> bool:
+        """Whether the response, given from its first token, ends with its last."""
+        last = token_ids[-1]
+        if last in self.end_ids:
+            return True
+        if last in self._line_breaks:
+            return "\n" in without_thought(self._opening + str(self._tokenizer.decode(token_ids)))
+        # Ten tokens hold the tag however a tokenizer spells it, letter by letter included.
+        return last in self._maybe_closing and CLOSING_TAG in self._tokenizer.decode(token_ids[-10:])
+
+    def length(self, token_ids: list[int]) -> int:
+        """How many tokens belong to the response: those up to the first that ends it, or all."""
+        ends = (n for n in range(1, len(token_ids) + 1) if self.ends(token_ids[:n]))
+        return next(ends, len(token_ids))
+
+
+class TransformersEngine:
+    """Samples with the training model itself: left-padded prompts, KV cache, one uniform draw a token.
+
+    Args:
+        model: causal LM; used as it is, in the mode it is in.
+        pad_id: any valid token; padding is masked.
+        stop: when a response is over.
+        temperature: of sampling, > 0.
+        max_tokens: limit of a response.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, pad_id: int, stop: StopRule, temperature: float, max_tokens: int
+    ) -> None:
+        self._model = model
+        self._pad_id = pad_id
+        self._stop = stop
+        self._temperature = temperature
+        self._max_tokens = max_tokens
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        if not requests:
+            return []
+        device = self._model.device
+        draws = torch.from_numpy(
+            np.stack([np.random.default_rng(r.seed).random(self._max_tokens) for r in requests])
+        ).to(device)
+        greedy = torch.tensor([r.greedy for r in requests], device=device)
+        prompt_of, prompts = _distinct([r.prompt_ids for r in requests])
+        input_ids, seen, position = (part.to(device) for part in self._pad(prompts))
+        completions = [Completion([], []) for _ in requests]
+        rows = list(range(len(requests)))  # the request of each row still in the batch
+        live = set(rows)
+        cache = None
+        for length in range(self._max_tokens):
+            output = self._model(
+                input_ids=input_ids,
+                attention_mask=seen,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache, logits = output.past_key_values, output.logits[:, -1]
+            if length == 0 and len(prompts) < len(requests):
+                spread = torch.tensor(prompt_of, device=device)
+                cache.batch_select_indices(spread)
+                logits, position, seen = logits[spread], position[spread], seen[spread]
+            log_probs = torch.log_softmax(logits.float() / self._temperature, dim=-1)
+            tokens = _choose(log_probs, draws[rows, length], greedy[rows])
+            chosen = log_probs.gather(1, tokens[:, None])[:, 0]
+            for row, token, log_prob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
+                if row in live:
+                    completions[row].token_ids.append(token)
+                    completions[row].log_probs.append(log_prob)
+                    if self._stop.ends(completions[row].token_ids):
+                        live.discard(row)
+            if not live:
+                break
+            input_ids, position = tokens[:, None], position[:, -1:] + 1
+            seen = torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1)
+            if len(live) <= len(rows) // 2:  # finished rows cost as much as live ones
+                kept = torch.tensor([i for i, row in enumerate(rows) if row in live], device=device)
+                cache.batch_select_indices(kept)
+                input_ids, position, seen = input_ids[kept], position[kept], seen[kept]
+                rows = [row for row in rows if row in live]
+        return [
+            completion if row in live else replace(completion, finish="stop")
+            for row, completion in enumerate(completions)
+        ]
+
+    def _pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Left-padded ids, attention mask and positions, each (B, P)."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self._pad_id] * (width - len(p)) + p for p in prompts])
+        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        return ids, seen, (seen.cumsum(1) - 1).clamp(min=0)
+
+
+def _distinct(prompts: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """(index of each prompt among the distinct ones, the distinct ones in order of appearance)."""
+    places: dict[tuple[int, ...], int] = {}
+    indices = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    return indices, [list(prompt) for prompt in places]
+
+
+def _choose(log_probs: Tensor, draws: Tensor, greedy: Tensor) -> Tensor:
+    """(B,) tokens: the likeliest, or where a uniform draw falls in the cumulative distribution (float64)."""
+    cumulative = log_probs.double().exp().cumsum(dim=-1)
+    target = draws[:, None] * cumulative[:, -1:]
+    sampled = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=log_probs.shape[-1] - 1)
+    return torch.where(greedy, log_probs.argmax(dim=-1), sampled)

@@ -1,0 +1,241 @@
+"""The rollout: plays episodes, in cohorts that take turns or as a stream, whatever the engine can."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from epo_kernels.train.data import Episode, Turn
+from epo_kernels.train.envs import EnvironmentFailure, Observation, StepResult
+from epo_kernels.train.envs.pool import EnvironmentPool
+from epo_kernels.train.io.progress import Report, ignore
+from epo_kernels.train.models.policy import Policy
+from epo_kernels.train.rollout.engine import Completion, Engine, Request, StreamingEngine
+from epo_kernels.train.rollout.prompts import Prompts, parse_action
+
+PATIENCE = 2e-4  # seconds
+
+
+@dataclass
+class _Seat:
+    """An environment's slot and the episode that is being played there."""
+
+    slot: int
+    episode: Episode | None = None
+    observation: Observation | None = None
+    pending: Future[Any] | None = None
+
+
+class Rollout:
+    """Plays episodes with the current weights.
+
+    An `Engine` writes for whole cohorts. They take turns in a fixed order and each waits for its own environments
+    alone, so what is batched together follows from the episodes, never from the clock: the same seed gives the same
+    batches.
+
+    A `StreamingEngine` takes each prompt as soon as its environment has answered, so nobody waits for the slowest. What
+    is batched together then follows from the clock; draws don't, but their log-probs may be rounded otherwise.
+
+    Args:
+        pool: of environments.
+        policy: whose tokenizer reads the engine's tokens.
+        engine: what writes.
+        prompts: made of observations.
+        max_turns: of an episode.
+        cohorts: of environments, for an `Engine`.
+        response_format: how an action is found in a response.
+    """
+
+    def __init__(
+        self,
+        pool: EnvironmentPool,
+        policy: Policy,
+        engine: Engine | StreamingEngine,
+        prompts: Prompts,
+        *,
+        max_turns: int,
+        cohorts: int,
+        response_format: str,
+    ) -> None:
+        self._pool = pool
+        self._policy = policy
+        self._engine = engine
+        self._prompts = prompts
+        self._max_turns = max_turns
+        self._cohorts = cohorts
+        self._response_format = response_format
+        self.seconds = {"model": 0.0, "environment": 0.0}  # of the last `play`: generating, waiting for environments
+
+    def prefetch(self, episodes: Sequence[Episode]) -> None:
+        """Begin to reset environments for the next `play` of these episodes, and return at once."""
+        self._pool.prefetch([episode.task for episode in episodes[: self._pool.size]])
+
+    def play(self, episodes: Sequence[Episode], report: Report = ignore) -> None:
+        """Play each episode to its end, filling in its turns and outcome.
+
+        `report` gets how many are done, where one that is under way counts by its share of `max_turns`.
+
+        An episode whose environment fails is marked `failed`, with the reason in `finish`.
+        """
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        with self._engine.awake() if isinstance(self._engine, StreamingEngine) else nullcontext():
+            self._play(episodes, report)
+
+    def _play(self, episodes: Sequence[Episode], report: Report) -> None:
+        waiting = deque(episodes)
+        seats = [_Seat(slot) for slot in range(min(self._pool.size, len(episodes)))]
+        for seat in seats:
+            self._seat_next(seat, waiting)
+
+        def progress() -> None:
+            # Of those under way the share of their turns: where all episodes are as long, they end all at once.
+            under_way = [len(seat.episode.turns) / self._max_turns for seat in seats if seat.episode]
+            report(len(episodes) - len(waiting) - len(under_way) + sum(under_way))
+
+        if isinstance(self._engine, StreamingEngine):
+            self._play_as_stream(self._engine, seats, waiting, progress)
+        else:
+            self._play_in_cohorts(self._engine, seats, waiting, progress)
+
+    def _play_in_cohorts(
+        self, engine: Engine, seats: list[_Seat], waiting: deque[Episode], progress: Callable[[], None]
+    ) -> None:
+        cohorts = [seats[i :: self._cohorts] for i in range(self._cohorts)]
+        while any(seat.episode for seat in seats):
+            for cohort in cohorts:
+                ready = [seat for seat in cohort if seat.episode and self._collect(seat, waiting)]
+                if ready:
+                    start = time.perf_counter()
+                    requests = self._requests(ready)
+                    texts = self._texts(completions := engine.generate(requests))
+                    self.seconds["model"] += time.perf_counter() - start
+                    for seat, request, completion, text in zip(ready, requests, completions, texts, strict=True):
+                        self._act(seat, request, completion, text)
+            progress()
+
+    def _play_as_stream(
+        self, engine: StreamingEngine, seats: list[_Seat], waiting: deque[Episode], progress: Callable[[], None]
+    ) -> None:
+        answered: SimpleQueue[_Seat] = SimpleQueue()  # whose environment has something to say
+        asked: dict[int, Request] = {}  # by slot, what the engine is writing an answer to
+        for seat in seats:
+            _tell_when_answered(seat, answered)
+        while live := sum(seat.episode is not None for seat in seats):
+            ready = []
+            for seat in self._next_answered(answered, live - len(asked), wait=not asked):
+                if self._collect(seat, waiting):
+                    ready.append(seat)
+                else:
+                    _tell_when_answered(seat, answered)
+            start = time.perf_counter()
+            if ready:
+                fresh = {seat.slot: request for seat, request in zip(ready, self._requests(ready), strict=True)}
+                engine.submit(fresh)
+                asked |= fresh
+            finished = engine.advance() if asked else []
+            texts = self._texts([completion for _, completion in finished])
+            self.seconds["model"] += time.perf_counter() - start
+            for (slot, completion), text in zip(finished, texts, strict=True):
+                self._act(seats[slot], asked.pop(slot), completion, text)
+                _tell_when_answered(seats[slot], answered)
+            progress()
+
+    def _next_answered(self, answered: SimpleQueue[_Seat], acting: int, wait: bool) -> list[_Seat]:
+        """The seats whose environment has answered, of so many that act; with `wait` at least one.
+
+        While answers come in quick succession it takes them in too: the engine's step is dearer than a moment.
+        """
+        start = time.perf_counter()
+        seats = [answered.get()] if wait else []
+        while len(seats) < acting:
+            try:
+                seats.append(answered.get(timeout=PATIENCE))
+            except Empty:
+                break
+        self.seconds["environment"] += time.perf_counter() - start
+        return seats
+
+    def _seat_next(self, seat: _Seat, waiting: deque[Episode]) -> None:
+        seat.episode = waiting.popleft() if waiting else None
+        seat.observation = seat.pending = None
+        if seat.episode:
+            seat.pending = self._pool.reset(seat.slot, seat.episode.task)
+
+    def _collect(self, seat: _Seat, waiting: deque[Episode]) -> bool:
+        """Take in what the environment answered. False where the episode is over and the seat was given to another."""
+        assert seat.episode is not None
+        assert seat.pending is not None
+        start = time.perf_counter()
+        try:
+            answer = seat.pending.result()
+        except EnvironmentFailure as failure:
+            seat.episode.failed, seat.episode.finish = True, str(failure)
+            self._seat_next(seat, waiting)
+            return False
+        finally:
+            self.seconds["environment"] += time.perf_counter() - start
+        if isinstance(answer, Observation):
+            seat.observation = answer
+            return True
+        self._record(seat.episode, answer)
+        if seat.episode.finish:
+            self._seat_next(seat, waiting)
+            return False
+        seat.observation = answer.observation
+        return True
+
+    def _record(self, episode: Episode, result: StepResult) -> None:
+        turn = episode.turns[-1]
+        turn.reward, turn.valid, turn.result = result.reward, result.valid, result.observation.text
+        episode.score, episode.success = result.score, result.success
+        episode.official_success = result.official_success
+        if result.done:
+            episode.finish = "done"
+        elif len(episode.turns) >= self._max_turns:
+            episode.finish = "max_turns"
+
+    def _requests(self, seats: Sequence[_Seat]) -> list[Request]:
+        """What the policy is to answer in seats that have an observation."""
+        live = [(s.episode, s.observation) for s in seats if s.episode and s.observation]
+        prompts = self._prompts.encode([(observation, episode.turns) for episode, observation in live])
+        return [
+            Request(prompt, (*episode.seed, len(episode.turns)), episode.greedy)
+            for prompt, (episode, _) in zip(prompts, live, strict=True)
+        ]
+
+    def _texts(self, completions: Sequence[Completion]) -> list[str]:
+        if not completions:  # of nothing it would make one empty text
+            return []
+        return self._policy.read([c.token_ids for c in completions])
+
+    def _response(self, token_ids: list[int]) -> str:
+        """As written, special tokens included, for people to read; only the end token is left out."""
+        ended = token_ids[-1:] and token_ids[-1] in self._policy.end_ids
+        return str(self._policy.tokenizer.decode(token_ids[:-1] if ended else token_ids))
+
+    def _act(self, seat: _Seat, request: Request, completion: Completion, text: str) -> None:
+        """Play what the policy answered; what the environment says to it is left pending."""
+        assert seat.episode is not None
+        assert seat.observation is not None
+        # What holds no action goes out as an empty one, which no environment understands.
+        action = parse_action(self._policy.chat.opening + text, self._response_format) or ""
+        turn = Turn(
+            seat.observation,
+            request.prompt_ids,
+            completion.token_ids,
+            completion.log_probs,
+            action,
+            response=self._response(completion.token_ids),
+            finish=completion.finish,
+        )
+        seat.episode.turns.append(turn)
+        seat.pending = self._pool.step(seat.slot, action)
+
+
+def _tell_when_answered(seat: _Seat, answered: SimpleQueue[_Seat]) -> None:
+    if seat.pending:
+        seat.pending.add_done_callback(lambda _: answered.put(seat))

