@@ -11,6 +11,22 @@ KLType = Literal["k1", "k2", "k3", "abs"]
 Penalty = Literal["none", "hinge", "quadratic", "indicator", "gate"]
 BandScope = Literal["token", "segment"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+PolicyLossName = Literal["ppo", "cispo", "sapo", "reinforce", "dppo", "gspo", "vespo", "gmpo"]
+RatioScope = Literal["token", "sequence", "segment"]
+RatioGradient = Literal["token", "sequence"]
+Divergence = Literal["tv", "kl"]
+
+# The scopes that a policy loss can take its ratio over; the first is the default.
+_RATIO_SCOPES: dict[PolicyLossName, tuple[RatioScope, ...]] = {
+    "ppo": ("token",),
+    "cispo": ("token", "sequence", "segment"),
+    "sapo": ("token", "sequence", "segment"),
+    "reinforce": ("token",),
+    "dppo": ("token",),
+    "gspo": ("sequence", "segment"),
+    "vespo": ("sequence", "segment"),
+    "gmpo": ("sequence", "segment"),
+}
 
 # The range in which float32 keeps its whole precision: outside, a number or its reciprocal is 0 or inf.
 FLOAT32_SMALLEST, FLOAT32_LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
@@ -23,15 +39,31 @@ _PAPER_ALPHA = {"scienceworld": 0.05, "alfworld": 0.1}
 class EPOConfig:
     """What the loss computes. Everything that a schedule moves can be overridden per call of `epo_loss`.
 
-    Per token, with ratio r, advantage A, entropy H, band penalty P and phase weight β::
+    Per token, with policy loss pg, entropy H, band penalty P and phase weight β::
 
-        pg   = max(-A r, -A clip(r, 1 - clip_ratio_low, 1 + clip_ratio_high)),  bounded by -A clip_ratio_c where A < 0
         loss = is_weight pg - entropy_coeff (H - β smooth_coeff P) + kl_coeff KL
 
+    pg is one of the following (`epo_kernels.reference` has the details), with ratio r, advantage A, sequence ratio s
+    and stop-gradient sg::
+
+        ppo        max(-A r, -A clip(r)),  bounded by -A clip_ratio_c where A < 0
+        cispo      -A sg(clip(r)) log_prob
+        sapo       -A 4/τ sigmoid(τ (r - 1))
+        reinforce  -A log_prob
+        dppo       -A sg(min(r, clip_ratio_c)) log_prob inside a trust region, 0 outside
+        gspo       ppo with s in place of r
+        vespo      -A φ(w) log_prob, w the product of the sequence's ratios
+        gmpo       -A s, the mean A and the geometric mean of the clipped ratios
+
     Attributes:
-        clip_ratio_low: ε_low of the clipped ratio, in [0, 1].
-        clip_ratio_high: ε_high of the clipped ratio, >= 0; above ε_low it is DAPO's clip-higher.
-        clip_ratio_c: bound of the dual clip for negative advantages (arXiv 1912.09729), > 1, or None for no dual clip.
+        clip_ratio_low: ε_low, >= 0. "ppo" and "gspo" clip the ratio at 1 - ε_low, at most 1; so does "cispo", where 1
+            or more means no lower bound. For "dppo" it is the divergence allowed where A <= 0. "gmpo" clips log-ratios
+            at -ε_low.
+        clip_ratio_high: ε_high, >= 0. "ppo", "gspo" and "cispo" clip the ratio at 1 + ε_high ("cispo" takes values
+            down to -1, bounds below 1); above ε_low it is DAPO's clip-higher. For "dppo" it is the divergence allowed
+            where A > 0. "gmpo" clips log-ratios at ε_high.
+        clip_ratio_c: > 1, or None for no bound. "ppo" and "gspo": bound of the dual clip for negative advantages (arXiv
+            1912.09729). "dppo": bound of the ratio; its authors recommend 20. Other losses do not read it.
         entropy_coeff: λ, the weight of the entropy bonus; 0 switches bonus and penalty off.
         kl_coeff: weight of the KL to the reference policy; 0 switches it off.
         kl_type: estimator of the KL: "k1", "k2", "k3" (verl's `low_var_kl`) or "abs" (|k1|).
@@ -44,6 +76,22 @@ class EPOConfig:
             (a turn).
         loss_agg_mode: how tokens are weighed, with verl's names.
         temperature: the sampling temperature τ that logits are divided by, > 0.
+        policy_loss: "ppo"; "cispo" (arXiv 2506.13585); "sapo" (arXiv 2511.20347); "reinforce" (verl's `gpg`); "dppo"
+            (arXiv 2602.04879); "gspo" (arXiv 2507.18071), whose clip ranges are usually near 3e-4; "vespo" (arXiv
+            2602.10693); "gmpo" (arXiv 2507.20673, verl's `geo_mean`).
+        ratio_scope: the tokens that share a ratio: "token", "sequence", or "segment" (a turn, by segment_ids). None:
+            the policy loss's own, "sequence" for "gspo", "vespo" and "gmpo", else "token". "cispo" and "sapo" take
+            all three.
+        ratio_gradient: gradient of a sequence ratio, for "gspo", and "sapo" with a wider ratio_scope: "token" sends
+            each token's loss to its own log-prob alone (verl), "sequence" is the derivative of the mean (TRL). They
+            agree where advantage, weight and is_weight are the same for all tokens of a sequence.
+        sapo_tau_pos, sapo_tau_neg: τ of "sapo" where A > 0, and where A <= 0; > 0.
+        dppo_divergence: the trust region of "dppo": "tv" bounds the change of the token's probability, "kl" the KL
+            divergence of the two-outcome distribution (this token, any other).
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k >= 0 and λ > 0 of "vespo", with
+            φ(w) = w^k exp(λ (1 - w)), where A >= 0, and where A < 0.
+        kl_bias_correction: multiplies the KL by the ratio, which makes its gradient unbiased off-policy (DeepSeek-V3.2,
+            arXiv 2512.02556; TRL's `use_bias_correction_kl`).
 
     With the paper's numbers the hinge only shrinks the bonus above the band: the term in H is
     -λ(1 - αβk)H there, which still rewards entropy while αβk < 1. A band that restores needs αβk > 1
@@ -51,7 +99,8 @@ class EPOConfig:
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: a field is out of its range; the message names it, what it must be and what it is.
+        ValueError: a field is out of its range, or does not go with another; the message names it, what it must be and
+            what it is.
     """
 
     clip_ratio_low: float = 0.2
@@ -66,10 +115,27 @@ class EPOConfig:
     band_scope: BandScope = "token"
     loss_agg_mode: LossAggMode = "token-mean"
     temperature: float = 1.0
+    policy_loss: PolicyLossName = "ppo"
+    ratio_scope: RatioScope | None = None
+    ratio_gradient: RatioGradient = "token"
+    sapo_tau_pos: float = 1.0
+    sapo_tau_neg: float = 1.05
+    dppo_divergence: Divergence = "tv"
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    kl_bias_correction: bool = False
 
     def __post_init__(self) -> None:
-        self._check_range("clip_ratio_low", low=0.0, high=1.0)
-        self._check_range("clip_ratio_high", low=0.0)
+        self._check_choice("policy_loss", get_args(PolicyLossName))
+        self._check_range("clip_ratio_low", low=0.0, high=1.0 if self.policy_loss in ("ppo", "gspo") else math.inf)
+        self._check_range("clip_ratio_high", low=-1.0 if self.policy_loss == "cispo" else 0.0)
+        if self.clip_ratio_high < -self.clip_ratio_low:
+            raise ValueError(
+                f"EPOConfig.clip_ratio_high must be >= -clip_ratio_low ({-self.clip_ratio_low!r}), so that the bounds "
+                f"of the ratio do not cross, got {self.clip_ratio_high!r}; clip_ratio_low=1.0 removes the lower bound"
+            )
         if self.clip_ratio_c is not None:
             self._check_range("clip_ratio_c", low=1.0, open_low=True)
         self._check_range("entropy_coeff")
@@ -86,6 +152,41 @@ class EPOConfig:
         self._check_choice("penalty", get_args(Penalty))
         self._check_choice("band_scope", get_args(BandScope))
         self._check_choice("loss_agg_mode", get_args(LossAggMode))
+        self._check_policy_loss()
+
+    def _check_policy_loss(self) -> None:
+        for name in ("sapo_tau_pos", "sapo_tau_neg", "vespo_lambda_pos", "vespo_lambda_neg"):
+            self._check_range(name, low=0.0, open_low=True)
+        for name in ("vespo_k_pos", "vespo_k_neg"):
+            self._check_range(name, low=0.0)
+        self._check_choice("dppo_divergence", get_args(Divergence))
+        self._check_choice("ratio_gradient", get_args(RatioGradient))
+        if not isinstance(self.kl_bias_correction, bool):
+            kind = type(self.kl_bias_correction).__name__
+            raise TypeError(f"EPOConfig.kl_bias_correction must be a bool, got {self.kl_bias_correction!r} ({kind})")
+        scopes = _RATIO_SCOPES[self.policy_loss]
+        if self.ratio_scope is not None and self.ratio_scope not in scopes:
+            hint = "; policy_loss='gspo' is its form with a sequence's ratio" if self.policy_loss == "ppo" else ""
+            raise ValueError(
+                f"EPOConfig.ratio_scope must be None or one of {', '.join(scopes)} with "
+                f"policy_loss={self.policy_loss!r}, got {self.ratio_scope!r}{hint}"
+            )
+        if self.ratio_gradient == "sequence" and (self.policy_loss not in ("gspo", "sapo") or self.is_per_token):
+            raise ValueError(
+                "EPOConfig.ratio_gradient must be 'token' unless the loss differentiates a sequence's ratio, got "
+                f"'sequence' with policy_loss={self.policy_loss!r}; use policy_loss='gspo', or policy_loss='sapo' with "
+                "ratio_scope='sequence'"
+            )
+
+    @property
+    def ratio_unit(self) -> RatioScope:
+        """`ratio_scope`, with None resolved to the default of the policy loss."""
+        return _RATIO_SCOPES[self.policy_loss][0] if self.ratio_scope is None else self.ratio_scope
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether the policy loss of a token depends on that token alone, and on no statistic of its sequence."""
+        return self.ratio_unit == "token"
 
     def _check_range(self, name: str, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
         value = getattr(self, name)

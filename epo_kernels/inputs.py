@@ -62,8 +62,9 @@ class TokenInputs:
         mask: bool. Nothing else may be read where it is False.
         old_log_probs, advantages, ref_log_probs, is_weights: floats, or None where not given.
         lower, upper: band, (B, T) in token scope, (num_segments,) in segment scope, or None.
-        segment_ids: int64, segment of each token, in segment scope; None in token scope, and where a row is a segment.
-        num_segments: number of segments, 0 in token scope.
+        segment_ids: int64, segment of each token, where the band's or the ratio's scope is the segment; else None, and
+            where a row is a segment.
+        num_segments: number of segments, 0 where nothing reads them.
         sequence_ids: int64, sequence of each token of a packed batch; None where a row is a sequence.
         num_sequences: B, or the number of packed sequences.
         max_length: length for "seq-mean-token-sum-norm", or None.
@@ -531,17 +532,20 @@ def check_loss_inputs(
         raise ValueError("ref_log_probs must be given when kl_coeff isn't 0, got None")
     if num_segments is not None:
         num_segments = check_integer("num_segments", num_segments, 1)
-    needs_sequences = cfg.loss_agg_mode != "token-mean" or (cfg.band_scope == "segment" and segment_ids is None)
+    by_segment = "segment" in (cfg.band_scope, cfg.ratio_unit)
+    needs_sequences = (
+        cfg.loss_agg_mode != "token-mean" or cfg.ratio_unit == "sequence" or (by_segment and segment_ids is None)
+    )
     if layout.packed and layout.sequence_ids is None and needs_sequences:
         raise ValueError(
-            f"cu_seqlens must be given for packed logits with loss_agg_mode={cfg.loss_agg_mode!r} and "
-            f"band_scope={cfg.band_scope!r}: the sequences must be known"
+            f"cu_seqlens must be given for packed logits with loss_agg_mode={cfg.loss_agg_mode!r}, "
+            f"band_scope={cfg.band_scope!r} and policy_loss={cfg.policy_loss!r}: the sequences must be known"
         )
     if mask is None:
         raise TypeError("mask must be a tensor, 1 at tokens that the policy produced, got None")
     token_rows, counted = check_tokens(layout, tokens, mask, transform)
     token_rows, segment_rows, segments, lower, upper = _check_bands(
-        layout, cfg.band_scope, token_rows, counted, entropy_bounds, segment_ids, num_segments
+        layout, cfg.band_scope, by_segment, token_rows, counted, entropy_bounds, segment_ids, num_segments
     )
     return TokenInputs(
         shape=layout.shape,
@@ -612,6 +616,7 @@ def _check_borders(borders: list[int], num_tokens: int) -> None:
 def _check_bands(
     layout: Layout,
     scope: BandScope,
+    keep_segments: bool,
     tokens: Tensor,
     counted: Tensor,
     bounds: tuple[Tensor, Tensor] | None,
@@ -631,7 +636,7 @@ def _check_bands(
         bounds is not None and segment_ids is not None and bounds[0].dim() == 1 and bounds[0].shape != layout.shape
     )
     ids, num_segments = None, 0
-    if by_segment or scope == "segment":
+    if by_segment or keep_segments:
         num_segments = counted.numel() if given_segments is None else given_segments
         if by_segment and bounds is not None:
             num_segments = bounds[0].shape[0]
@@ -666,7 +671,7 @@ def _check_bands(
                 lower, upper = tightest(lower, -math.inf), tightest(upper, math.inf)
         elif by_segment:
             lower, upper = lower[ids], upper[ids]
-    return (tokens, ids, num_segments, lower, upper) if scope == "segment" else (tokens, None, 0, lower, upper)
+    return (tokens, ids, num_segments, lower, upper) if keep_segments else (tokens, None, 0, lower, upper)
 
 
 def _segments(

@@ -3,9 +3,24 @@
 Every other backend is tested against this file. Per token, with logits z, sampled token y and mask m:
 
     log_prob = z_y - lse(z)        H = -Σ_v p_v log p_v        r = exp(clamp(log_prob - old_log_prob, ±20))
-    pg       = max(-A r, -A clip(r, 1 - ε_low, 1 + ε_high));  where A < 0: min(pg, -A c)
-    ℓ        = is_weight pg - λ (H - β k P) + kl_coeff KL
+    pg       = the policy loss: for "ppo" max(-A r, -A clip(r, 1 - ε_low, 1 + ε_high));  where A < 0: min(pg, -A c)
+    ℓ        = is_weight pg - λ (H - β k P) + kl_coeff KL        (KL times r with kl_bias_correction)
     loss     = Σ_i w_i ℓ_i
+
+The formulas of the other policy losses stand above their functions below. Those with a sequence statistic share it
+among the counted tokens of a sequence, or of a segment (`EPOConfig.ratio_scope`). What the metrics count for each:
+
+    policy_loss   clipped_tokens                      dual_clipped_tokens     ratio_sum
+    ppo           the clipped ratio decides the loss  the dual clip decides   Σ r
+    cispo         the ratio is outside its bounds     0                       Σ r; Σ s with a wider ratio_scope
+    sapo          0                                   0                       Σ r; Σ s with a wider ratio_scope
+    reinforce     0                                   0                       Σ r
+    dppo          outside the trust region            inside it, and r > c    Σ r
+    gspo          the clipped ratio decides the loss  the dual clip decides   Σ s
+    vespo         0                                   0                       Σ r
+    gmpo          the token's log-ratio is clipped    0                       Σ r
+
+with s the ratio of the token's sequence. ppo_kl_sum is Σ -clamp(log_prob - old_log_prob, ±20) for all of them.
 
 Conventions at the edges, which every backend keeps:
 
@@ -13,9 +28,20 @@ Conventions at the edges, which every backend keeps:
 - p_v = 0 (z_v = -inf) adds exactly 0 to H and to the gradient. A row that is wholly -inf, or holds NaN or +inf, has
   log-prob and entropy NaN, and so have the loss and that row's gradient. (Of z, that is: a softcap makes ±inf finite.)
 - A sampled token with p = 0 has log-prob -inf: against old_log_probs its ratio is e^-20 without gradient; on-policy its
-  ratio, and with it the loss, is NaN, and counted.
-- Ties: at r = 1 ± ε and at r = c the gradient is that of the unclipped ratio, in full. The exponent of the ratio, and
-  that of k3, passes its gradient on [-20, 20], both ends included, and none outside; so does k3 on values up to 10.
+  ratio, and with it the loss, is NaN, and counted. A sequence ratio averages log-ratios before it clamps them, so there
+  it is the whole sequence's ratio that is e^-20 without gradient, or NaN. The losses with the log-prob itself as a
+  factor (cispo, reinforce, dppo inside its trust region, vespo) are infinite at such a token, NaN where A is 0, and
+  counted; unless NaN, their gradient is finite.
+- Ties: at r = 1 ± ε and at r = c the gradient is that of the unclipped ratio, in full; so it is for gmpo at log-ratios
+  of ±ε. The exponent of the ratio, and that of k3, passes its gradient on [-20, 20], both ends included, and none
+  outside; so does k3 on values up to 10. The bound of a trust region is inside. A = 0 counts as negative for sapo and
+  dppo, and as positive for vespo, as in TRL and verl.
+- is_weights multiply pg; vespo alone takes them into the sequence's weight w instead, as a part of its ratio. Every
+  token has its own advantage: gmpo takes their mean, the other losses read each token's.
+- On-policy (old_log_probs is None) every ratio is 1, and no token is clipped. reinforce does not read old_log_probs but
+  for the metrics.
+- A NaN log-ratio makes a sequence statistic NaN, and with it the loss and the gradient of all counted tokens of that
+  sequence.
 - At the very bound of the band the penalty and its derivative are 0 (hinge, quadratic); the indicator and the gate
   count the bound as outside.
 - A counted token whose band is inconsistent (lower > upper, or NaN) has a loss of NaN, and is counted as invalid.
@@ -25,18 +51,31 @@ Conventions at the edges, which every backend keeps:
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from epo_kernels.aggregation import sequence_lengths, token_weights
-from epo_kernels.config import BandScope, EPOConfig, KLType, Penalty
+from epo_kernels.config import (
+    BandScope,
+    Divergence,
+    EPOConfig,
+    KLType,
+    Penalty,
+    PolicyLossName,
+    RatioGradient,
+    RatioScope,
+)
 from epo_kernels.inputs import Coefficients, LogitTransform, Scalar, TokenInputs, compute_dtype
 from epo_kernels.metrics import METRIC_NAMES, LossMetrics
 
 LOG_RATIO_LIMIT = 20.0
 K3_LIMIT = 10.0
+DPPO_EPSILON = 1e-8
+VESPO_LOWEST_LOG_WEIGHT = math.log(1e-8)
 
 
 class EPOOutput(NamedTuple):
@@ -72,16 +111,81 @@ class LossSettings(Protocol):
     def kl_type(self) -> KLType: ...
     @property
     def band_scope(self) -> BandScope: ...
+    @property
+    def policy_loss(self) -> PolicyLossName: ...
+    @property
+    def ratio_unit(self) -> RatioScope: ...
+    @property
+    def ratio_gradient(self) -> RatioGradient: ...
+    @property
+    def sapo_tau_pos(self) -> Scalar: ...
+    @property
+    def sapo_tau_neg(self) -> Scalar: ...
+    @property
+    def dppo_divergence(self) -> Divergence: ...
+    @property
+    def vespo_k_pos(self) -> Scalar: ...
+    @property
+    def vespo_lambda_pos(self) -> Scalar: ...
+    @property
+    def vespo_k_neg(self) -> Scalar: ...
+    @property
+    def vespo_lambda_neg(self) -> Scalar: ...
+    @property
+    def kl_bias_correction(self) -> bool: ...
+
+
+class PolicyInputs(NamedTuple):
+    """What a policy loss reads, all (B, T) and 0 where the mask is.
+
+    Attributes:
+        old_log_probs: those given, or on-policy log_probs without their gradient.
+        groups: the tokens that share a ratio; None where each has its own.
+    """
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    is_weights: Tensor | None
+    groups: Groups | None
 
 
 class PolicyLoss(NamedTuple):
-    """Per-token clipped loss and what is logged of it, all (B, T)."""
+    """Per-token policy loss and what is logged of it, all (B, T)."""
 
-    pg: Tensor
-    log_ratio: Tensor
-    ratio: Tensor
+    pg: Tensor  # with its importance weight
+    log_ratio: Tensor  # the token's own
+    ratio: Tensor  # the token's or its sequence's, see the table of metrics
     clipped: Tensor
     dual_clipped: Tensor
+
+
+class Groups(NamedTuple):
+    """Counted tokens that share a statistic: a row's, or with ids (B, T) those of one id in [0, number)."""
+
+    mask: Tensor
+    ids: Tensor | None
+    number: int
+
+    def sums(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Counted tokens of each group, in the dtype of values, and the sum of each of values over them, (number,)."""
+        columns = [self.mask.to(values[0].dtype), *(torch.where(self.mask, value, 0.0) for value in values)]
+        if self.ids is None:
+            return tuple(column.sum(dim=1) for column in columns)
+        # One scatter of all sums, whose buffer has a shape of its own: Inductor (torch 2.13, CPU) otherwise shares the
+        # zeros of a scatter between forward and backward, and adds to them twice.
+        stacked = torch.stack([column.reshape(-1) for column in columns], dim=1)
+        zeros = torch.zeros(self.number, len(columns), dtype=stacked.dtype, device=stacked.device)
+        return zeros.index_add(0, self.ids.reshape(-1), stacked).unbind(dim=1)
+
+    def means(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Mean of each of values over each group's counted tokens, (number,), 0 where there are none."""
+        counts, *sums = self.sums(*values)
+        return tuple(total / counts.clamp(min=1.0) for total in sums)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(number,) -> (B, T)."""
+        return values[:, None].expand(self.mask.shape) if self.ids is None else values[self.ids]
 
 
 def transform_logits(logits: Tensor, transform: LogitTransform) -> Tensor:
@@ -144,30 +248,163 @@ def merge_statistics(
     return log_prob, entropy, whole_maximum, whole_total
 
 
-def policy_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    advantages: Tensor,
-    clip_ratio_low: Scalar,
-    clip_ratio_high: Scalar,
-    clip_ratio_c: Scalar | None,
-) -> PolicyLoss:
-    """Clipped policy-gradient loss with dual clip. old_log_probs None: on-policy, ratio 1 with its gradient."""
-    old = log_probs.detach() if old_log_probs is None else old_log_probs
-    log_ratio = (log_probs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
+def policy_loss(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+    """The loss of `cfg.policy_loss`."""
+    loss = POLICY_LOSSES[cfg.policy_loss](tokens, cfg)
+    if tokens.is_weights is None or cfg.policy_loss == "vespo":
+        return loss
+    return loss._replace(pg=tokens.is_weights * loss.pg)
+
+
+def token_log_ratio(tokens: PolicyInputs) -> Tensor:
+    """log r = clamp(log_prob - old_log_prob, ±20) of each token."""
+    return (tokens.log_probs - tokens.old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def importance_ratio(tokens: PolicyInputs, cfg: LossSettings) -> Tensor:
+    """r of each token, or with groups s = exp(clamp(mean of log_prob - old_log_prob, ±20)) of its group.
+
+    With `ratio_gradient="token"` the derivative of s in the token's own log-prob is s, in all others 0.
+    """
+    if tokens.groups is None:
+        return token_log_ratio(tokens).exp()
+    mean = tokens.groups.spread(tokens.groups.means(tokens.log_probs - tokens.old_log_probs)[0])
+    if cfg.ratio_gradient == "token":
+        inside = mean.detach().abs() <= LOG_RATIO_LIMIT
+        mean = mean.detach() + torch.where(inside, tokens.log_probs - tokens.log_probs.detach(), 0.0)
+    return mean.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+# pg = max(-A r, -A clip(r, 1 - ε_low, 1 + ε_high));  where A < 0: min(pg, -A c).  gspo: with s in place of r.
+def _clipped_ratio_loss(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+    advantages, ratio = tokens.advantages, importance_ratio(tokens, cfg)
     unclipped = -advantages * ratio
     # Strict comparisons and `where`: at a tie the whole gradient is the unclipped ratio's.
-    low, high = 1.0 - clip_ratio_low, 1.0 + clip_ratio_high
-    bounded = -advantages * ratio.detach().clamp(low, high)  # type: ignore[arg-type] # both numbers, or both tensors
+    bounded = -advantages * _clip(ratio.detach(), cfg)
     clipped = bounded > unclipped
     pg = torch.where(clipped, bounded, unclipped)
     dual_clipped = torch.zeros_like(clipped)
-    if clip_ratio_c is not None:
-        ceiling = -advantages * clip_ratio_c
+    if cfg.clip_ratio_c is not None:
+        ceiling = -advantages * cfg.clip_ratio_c
         dual_clipped = (advantages < 0) & (ceiling < pg)
         pg = torch.where(dual_clipped, ceiling, pg)
-    return PolicyLoss(pg, log_ratio, ratio, clipped, dual_clipped)
+    return PolicyLoss(pg, token_log_ratio(tokens), ratio, clipped, dual_clipped)
+
+
+# pg = -A sg(clip(r, 1 - ε_low, 1 + ε_high)) log_prob
+def _cispo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+    ratio = importance_ratio(tokens, cfg)
+    bounded = _clip(ratio.detach(), cfg)
+    pg = -bounded * tokens.advantages * tokens.log_probs
+    return _policy_loss(tokens, pg, ratio, clipped=bounded != ratio.detach())
+
+
+# pg = -A 4/τ sigmoid(τ (r - 1)),  τ by the sign of A
+def _sapo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+    ratio = importance_ratio(tokens, cfg)
+    tau = _choose(tokens.advantages > 0, cfg.sapo_tau_pos, cfg.sapo_tau_neg, ratio.dtype)
+    pg = -tokens.advantages * (4.0 / tau) * torch.sigmoid(tau * (ratio - 1.0))
+    return _policy_loss(tokens, pg, ratio)
+
+
+# pg = -A log_prob
+def _reinforce(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+    return _policy_loss(tokens, -tokens.advantages * tokens.log_probs, importance_ratio(tokens, cfg))
+
+
+# pg = -A sg(min(r, c)) log_prob, and 0 outside the trust region: with p = exp(log_prob) and o = exp(old_log_prob),
+#      tv:  A > 0: p - o > ε_high,  else: o - p > ε_low
+#      kl:  o log(o / p) + (1 - o) log((1 - o) / (1 - p)) > ε,  A > 0: ε = ε_high and p > o,  else: ε = ε_low and p < o
+def _dppo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+    ratio, advantages = importance_ratio(tokens, cfg), tokens.advantages
+    p, o = tokens.log_probs.detach().exp(), tokens.old_log_probs.exp()
+    # What moves a probability in the direction of its advantage; comparisons that NaN fails keep it in the loss.
+    moved = torch.where(advantages > 0, p - o, o - p)
+    limit = _choose(advantages > 0, cfg.clip_ratio_high, cfg.clip_ratio_low, p.dtype)
+    if cfg.dppo_divergence == "tv":
+        outside = moved > limit
+    else:
+        others = (1.0 - o) * ((1.0 - o + DPPO_EPSILON) / (1.0 - p + DPPO_EPSILON)).log()
+        divergence = o * (tokens.old_log_probs - tokens.log_probs.detach()) + others
+        outside = (divergence > limit) & (moved > 0)
+    bounded = ratio.detach() if cfg.clip_ratio_c is None else ratio.detach().clamp(max=cfg.clip_ratio_c)
+    # 0 * A, so that a NaN advantage makes the loss NaN outside as well.
+    pg = torch.where(outside, 0.0 * advantages, -bounded * advantages * tokens.log_probs)
+    return _policy_loss(tokens, pg, ratio, clipped=outside, dual_clipped=~outside & (bounded < ratio.detach()))
+
+
+# pg = -A φ(w) log_prob,  φ(w) = w^k exp(λ (1 - w)),  k and λ by the sign of A,  w of the sequence without gradient:
+# log w = clamp(Σ (log r + clamp(log is_weight, log 1e-8, 20)), log 1e-8, 20)
+def _vespo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+    assert tokens.groups is not None
+    log_ratio = token_log_ratio(tokens)
+    steps = log_ratio.detach()
+    if tokens.is_weights is not None:
+        steps = steps + tokens.is_weights.log().clamp(VESPO_LOWEST_LOG_WEIGHT, LOG_RATIO_LIMIT)
+    total = tokens.groups.spread(tokens.groups.sums(steps)[1])
+    log_w = total.clamp(VESPO_LOWEST_LOG_WEIGHT, LOG_RATIO_LIMIT)
+    positive = tokens.advantages >= 0
+    k = _choose(positive, cfg.vespo_k_pos, cfg.vespo_k_neg, log_w.dtype)
+    lam = _choose(positive, cfg.vespo_lambda_pos, cfg.vespo_lambda_neg, log_w.dtype)
+    phi = (lam + k * log_w - lam * log_w.exp()).exp()
+    return _policy_loss(tokens, -phi * tokens.advantages * tokens.log_probs, log_ratio.exp())
+
+
+# pg = -mean(A) exp(clamp(mean(d), ±20)) over the sequence, of d = min(log r, ε_high) where A > 0, max(log r, -ε_low)
+# where A < 0, and 0 where A = 0; log r is not clamped at ±20 here
+def _gmpo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+    assert tokens.groups is not None
+    advantages, steps = tokens.advantages, tokens.log_probs - tokens.old_log_probs
+    too_high = (advantages > 0) & (steps > cfg.clip_ratio_high)
+    too_low = (advantages < 0) & (steps < -cfg.clip_ratio_low)
+    bound = _choose(too_high, cfg.clip_ratio_high, -cfg.clip_ratio_low, steps.dtype)
+    clipped = too_high | too_low
+    steps = torch.where(clipped, bound, steps)
+    mean_step, mean_advantage = tokens.groups.means((advantages != 0).to(steps.dtype) * steps, advantages)
+    ratio = mean_step.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    pg = tokens.groups.spread(-mean_advantage * ratio)
+    return _policy_loss(tokens, pg, token_log_ratio(tokens).exp(), clipped=clipped)
+
+
+POLICY_LOSSES: dict[PolicyLossName, Callable[[PolicyInputs, LossSettings], PolicyLoss]] = {
+    "ppo": _clipped_ratio_loss,
+    "cispo": _cispo,
+    "sapo": _sapo,
+    "reinforce": _reinforce,
+    "dppo": _dppo,
+    "gspo": _clipped_ratio_loss,
+    "vespo": _vespo,
+    "gmpo": _gmpo,
+}
+
+
+def _policy_loss(
+    tokens: PolicyInputs,
+    pg: Tensor,
+    ratio: Tensor,
+    clipped: Tensor | None = None,
+    dual_clipped: Tensor | None = None,
+) -> PolicyLoss:
+    """A `PolicyLoss`, in which nothing is clipped unless given."""
+    nowhere = torch.zeros_like(pg, dtype=torch.bool)
+    return PolicyLoss(
+        pg,
+        token_log_ratio(tokens),
+        ratio,
+        nowhere if clipped is None else clipped,
+        nowhere if dual_clipped is None else dual_clipped,
+    )
+
+
+def _clip(ratio: Tensor, cfg: LossSettings) -> Tensor:
+    low, high = 1.0 - cfg.clip_ratio_low, 1.0 + cfg.clip_ratio_high
+    return ratio.clamp(low, high)  # type: ignore[arg-type] # both numbers, or both tensors
+
+
+def _choose(condition: Tensor, first: Scalar, second: Scalar, dtype: torch.dtype) -> Tensor:
+    """first where the condition holds, else second, in that dtype: `where` of two numbers has torch's default."""
+    chosen = condition.to(dtype)
+    return chosen * first + (1.0 - chosen) * second
 
 
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kl_type: KLType) -> Tensor:
@@ -198,19 +435,6 @@ def band_penalty(entropy: Tensor, lower: Tensor, upper: Tensor, penalty: Penalty
     if penalty == "hinge":
         return alpha * (below + above)
     return alpha * (below.square() + above.square())
-
-
-def segment_means(values: Tensor, mask: Tensor, segment_ids: Tensor | None, num_segments: int) -> Tensor:
-    """Mean over each segment's counted tokens, (num_segments,), 0 where there are none; no ids: a row is a segment."""
-    values, counts = torch.where(mask, values, 0.0), mask.to(values.dtype)
-    if segment_ids is None:
-        return values.sum(dim=1) / counts.sum(dim=1).clamp(min=1.0)
-    # One scatter of both sums, whose buffer has a shape of its own: Inductor (torch 2.13, CPU) otherwise shares the
-    # zeros of a scatter between forward and backward, and adds to them twice.
-    pairs = torch.stack([values.reshape(-1), counts.reshape(-1)], dim=1)
-    zeros = torch.zeros(num_segments, 2, dtype=values.dtype, device=values.device)
-    sums, totals = zeros.index_add(0, segment_ids.reshape(-1), pairs).unbind(dim=1)
-    return sums / totals.clamp(min=1.0)
 
 
 def epo_loss(
@@ -298,15 +522,8 @@ def token_losses(
 ) -> TokenLosses:
     """ℓ = is_weight pg - λ (gate H - β k P) + kl_coeff KL of each token, before its weight."""
     mask = inputs.mask
-    policy = policy_loss(
-        log_probs,
-        None if inputs.old_log_probs is None else _at(mask, inputs.old_log_probs),
-        _at(mask, inputs.advantages),
-        cfg.clip_ratio_low,
-        cfg.clip_ratio_high,
-        cfg.clip_ratio_c,
-    )
-    pg = policy.pg if inputs.is_weights is None else _at(mask, inputs.is_weights) * policy.pg
+    policy = policy_loss(policy_inputs(log_probs, inputs, cfg), cfg)
+    pg = policy.pg
     watched = _source(coefficients.entropy, _source(coefficients.penalty, entropy))
     band = band_of_tokens(watched, inputs, cfg)
     total = pg
@@ -319,12 +536,33 @@ def token_losses(
     if inputs.ref_log_probs is not None:
         ref = _at(mask, inputs.ref_log_probs)
         kl = kl_penalty(log_probs.detach(), ref, cfg.kl_type)
+        if cfg.kl_bias_correction:
+            kl = policy.ratio.detach() * kl
         if _may_be_on(coefficients.kl):
-            total = total + _term(coefficients.kl, kl_penalty(_source(coefficients.kl, log_probs), ref, cfg.kl_type))
+            term = kl_penalty(_source(coefficients.kl, log_probs), ref, cfg.kl_type)
+            if cfg.kl_bias_correction:
+                term = _source(coefficients.kl, policy.ratio) * term
+            total = total + _term(coefficients.kl, term)
     # Clamps and comparisons stop the gradient of NaN as they stop others; here it must reach the row.
     lost = mask & (total.isnan() | band.invalid)
     total = torch.where(lost, _nan_at(lost, log_probs), total)
     return TokenLosses(total, pg, kl, policy, band)
+
+
+def policy_inputs(log_probs: Tensor, inputs: TokenInputs, cfg: LossSettings) -> PolicyInputs:
+    """What the policy loss reads of checked inputs; masked tokens are 0."""
+    mask, groups = inputs.mask, None
+    if cfg.ratio_unit == "sequence":
+        groups = Groups(mask, inputs.sequence_ids, inputs.num_sequences)
+    elif cfg.ratio_unit == "segment":
+        groups = Groups(mask, inputs.segment_ids, inputs.num_segments)
+    return PolicyInputs(
+        log_probs,
+        log_probs.detach() if inputs.old_log_probs is None else _at(mask, inputs.old_log_probs),
+        _at(mask, inputs.advantages),
+        None if inputs.is_weights is None else _at(mask, inputs.is_weights),
+        groups,
+    )
 
 
 def loss_weights(
@@ -383,7 +621,8 @@ def band_of_tokens(entropy: Tensor, inputs: TokenInputs, cfg: LossSettings) -> B
         upper = torch.where(inputs.mask, inputs.upper, float("inf"))
         invalid = ~(lower <= upper)
     else:
-        held = segment_means(entropy, inputs.mask, inputs.segment_ids, inputs.num_segments)
+        groups = Groups(inputs.mask, inputs.segment_ids, inputs.num_segments)
+        (held,) = groups.means(entropy)
         lower, upper = inputs.lower, inputs.upper
         invalid = lower.isnan() | upper.isnan()
     gate = torch.ones_like(held)
@@ -393,9 +632,7 @@ def band_of_tokens(entropy: Tensor, inputs: TokenInputs, cfg: LossSettings) -> B
     band = Band(penalty, gate, held < lower, held > upper, invalid)
     if cfg.band_scope == "token":
         return band
-    if inputs.segment_ids is None:
-        return Band(*(part[:, None].expand(entropy.shape) for part in band))
-    return Band(*(part[inputs.segment_ids] for part in band))
+    return Band(*(groups.spread(part) for part in band))
 
 
 def _at(mask: Tensor, values: Tensor) -> Tensor:

@@ -22,6 +22,17 @@ def test_defaults_are_those_of_the_contract():
         "band_scope": "token",
         "loss_agg_mode": "token-mean",
         "temperature": 1.0,
+        "policy_loss": "ppo",
+        "ratio_scope": None,
+        "ratio_gradient": "token",
+        "sapo_tau_pos": 1.0,
+        "sapo_tau_neg": 1.05,
+        "dppo_divergence": "tv",
+        "vespo_k_pos": 2.0,
+        "vespo_lambda_pos": 3.0,
+        "vespo_k_neg": 3.0,
+        "vespo_lambda_neg": 2.0,
+        "kl_bias_correction": False,
     }
 
 

@@ -188,8 +188,11 @@ def test_the_tail_of_a_padded_head_contributes_nothing(garbage):
 
 
 def policy_loss(advantage, low=0.2, high=0.3, c=3.0):
+    cfg = ek.EPOConfig(clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=c)
+
     def pg(log_ratio):
-        return reference.policy_loss(log_ratio, torch.zeros((), **F64), torch.tensor(advantage, **F64), low, high, c).pg
+        old, advantages = torch.zeros((), **F64), torch.tensor(advantage, **F64)
+        return reference.policy_loss(reference.PolicyInputs(log_ratio, old, advantages, None, None), cfg).pg
 
     return pg
 

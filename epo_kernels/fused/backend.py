@@ -76,8 +76,9 @@ class FusedBackend:
     ) -> reference.EPOOutput:
         refuse_transforms(logits)
         rows = Rows(logits, inputs.tokens, inputs.mask, transform)
-        if tracing() or _holds_means(inputs, cfg) or logits.dtype == torch.float16:
-            # A band needs its segment's mean before any gradient: statistics, the maths per token, then the gradient.
+        if tracing() or needs_two_passes(inputs, cfg) or logits.dtype == torch.float16:
+            # A band or a policy loss may need statistics of a segment before any gradient: statistics, the maths per
+            # token, then the gradient.
             # Compiled graphs go the same way, because it leaves nothing to multiply in backward. So does float16, which
             # is only wide enough for the gradient once it is multiplied by its upstream, a GradScaler's scale.
             log_probs, entropy = self._statistics(rows, entropy=True, inplace=inplace)
@@ -105,7 +106,7 @@ class FusedBackend:
         max_chunk_bytes: int,
     ) -> reference.EPOOutput:
         refuse_transforms(projection.hidden, projection.weight, projection.bias)
-        if tracing() or _holds_means(inputs, cfg):
+        if tracing() or needs_two_passes(inputs, cfg):
             log_probs, entropy = self.linear_log_probs_and_entropy(
                 projection,
                 transform,
@@ -170,9 +171,10 @@ class FusedBackend:
         return ops.fused_statistics(self.kernels, rows, entropy=entropy, inplace=inplace)
 
 
-def _holds_means(inputs: TokenInputs, cfg: EPOConfig) -> bool:
-    """Whether the gradient depends on the mean entropies of segments."""
-    return cfg.band_scope == "segment" and cfg.penalty != "none" and inputs.lower is not None
+def needs_two_passes(inputs: TokenInputs, cfg: EPOConfig) -> bool:
+    """Whether the gradient needs statistics of other rows, or the loss has a term that row kernels do not know."""
+    segment_band = cfg.band_scope == "segment" and cfg.penalty != "none" and inputs.lower is not None
+    return segment_band or cfg.policy_loss != "ppo" or cfg.kl_bias_correction
 
 
 def _output(result: RowLoss, prepared: Prepared, inputs: TokenInputs, cfg: EPOConfig) -> reference.EPOOutput:

@@ -32,7 +32,7 @@ from torch import distributed as dist
 
 from epo_kernels import reference
 from epo_kernels.autograd import differentiable_once
-from epo_kernels.config import BandScope, KLType, Penalty
+from epo_kernels.config import BandScope, KLType, Penalty, PolicyLossName, RatioScope
 from epo_kernels.fused.rows import (
     COEFFICIENTS,
     ROW_SUMS,
@@ -249,6 +249,9 @@ class _Settings:
     penalty: Penalty
     kl_type: KLType
     band_scope: BandScope = "token"
+    policy_loss: PolicyLossName = "ppo"
+    ratio_unit: RatioScope = "token"
+    kl_bias_correction: bool = False
 
 
 def loss_of_rows(rows: Rows, statistics: RowStatistics, terms: Terms) -> tuple[RowLoss, Tensor, Tensor]:
@@ -282,7 +285,7 @@ def loss_of_rows(rows: Rows, statistics: RowStatistics, terms: Terms) -> tuple[R
     )
     with torch.enable_grad():
         log_probs, entropy = (value.detach().requires_grad_() for value in (statistics.log_probs, statistics.entropy))
-        losses = reference.token_losses(log_probs, entropy, inputs, coefficients, settings)
+        losses = reference.token_losses(log_probs, entropy, inputs, coefficients, settings)  # type: ignore[arg-type]
         total = torch.where(rows.mask, losses.total, 0.0).mul(terms.weights).sum()
     d_log_probs, d_entropy = torch.autograd.grad(total, (log_probs, entropy), materialize_grads=True)
     sums = reference.row_sums(
