@@ -82,15 +82,16 @@ class EPOConfig:
         ratio_scope: the tokens that share a ratio: "token", "sequence", or "segment" (a turn, by segment_ids). None:
             the policy loss's own, "sequence" for "gspo", "vespo" and "gmpo", else "token". "cispo" and "sapo" take
             all three.
-        ratio_gradient: gradient of a sequence ratio, for "gspo", and "sapo" with a wider ratio_scope: "token" sends
-            each token's loss to its own log-prob alone (verl), "sequence" is the derivative of the mean (TRL). They
-            agree where advantage, weight and is_weight are the same for all tokens of a sequence.
+        ratio_gradient: gradient of a sequence ratio, for "gspo", and for "sapo" and the corrected KL of "cispo" with a
+            wider ratio_scope: "token" sends each token's loss to its own log-prob alone (verl), "sequence" is the
+            derivative of the mean (TRL). They agree where advantage, weight and is_weight are the same for all tokens
+            of a sequence.
         sapo_tau_pos, sapo_tau_neg: τ of "sapo" where A > 0, and where A <= 0; > 0.
         dppo_divergence: the trust region of "dppo": "tv" bounds the change of the token's probability, "kl" the KL
             divergence of the two-outcome distribution (this token, any other).
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k >= 0 and λ > 0 of "vespo", with
             φ(w) = w^k exp(λ (1 - w)), where A >= 0, and where A < 0.
-        kl_bias_correction: multiplies the KL by the ratio, which makes its gradient unbiased off-policy (DeepSeek-V3.2,
+        kl_bias_correction: multiplies the KL by the ratio (of "vespo" and "gmpo": the token's own), which makes its gradient unbiased off-policy (DeepSeek-V3.2,
             arXiv 2512.02556; TRL's `use_bias_correction_kl`).
 
     With the paper's numbers the hinge only shrinks the bonus above the band: the term in H is
@@ -171,11 +172,13 @@ class EPOConfig:
                 f"EPOConfig.ratio_scope must be None or one of {', '.join(scopes)} with "
                 f"policy_loss={self.policy_loss!r}, got {self.ratio_scope!r}{hint}"
             )
-        if self.ratio_gradient == "sequence" and (self.policy_loss not in ("gspo", "sapo") or self.is_per_token):
+        if self.ratio_gradient == "sequence" and (
+            self.policy_loss not in ("gspo", "sapo", "cispo") or self.is_per_token
+        ):
             raise ValueError(
-                "EPOConfig.ratio_gradient must be 'token' unless the loss differentiates a sequence's ratio, got "
-                f"'sequence' with policy_loss={self.policy_loss!r}; use policy_loss='gspo', or policy_loss='sapo' with "
-                "ratio_scope='sequence'"
+                "EPOConfig.ratio_gradient must be 'token' where no gradient passes a sequence's ratio, got 'sequence' "
+                f"with policy_loss={self.policy_loss!r} and ratio_scope={self.ratio_scope!r}; use policy_loss='gspo', "
+                "or 'sapo' or 'cispo' with ratio_scope='sequence'"
             )
 
     @property
