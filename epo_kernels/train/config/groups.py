@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import epo_kernels as ek
 from epo_kernels.config import BandScope, KLType, LossAggMode, Penalty
+from epo_kernels.defaults import BAND
 from epo_kernels.history import HistoryScope, HistoryWeighting
 from epo_kernels.schedule import SCHEDULES
 from epo_kernels.train.envs import EnvConfig
@@ -242,36 +243,62 @@ class CriticConfig:
 
 @dataclass
 class LossConfig:
-    """The loss (`epo_kernels.EPOConfig`), its entropy band, and corrections for rollout mismatch."""
+    """The loss (`epo_kernels.EPOConfig`), its entropy band, and corrections for rollout mismatch.
 
-    clip_ratio_low: float = setting(0.2, "the ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]")
-    clip_ratio_high: float = setting(0.2, "above clip_ratio_low: DAPO's clip-higher")
-    clip_ratio_c: float | None = setting(3.0, "dual-clip bound for negative advantages; null disables")
-    entropy_coeff: float = setting(1e-3, "weight of the entropy bonus and the band penalty (lambda)")
-    kl_coeff: float = setting(0.0, "weight of the KL to the reference policy (the one before RL); 0 disables")
-    kl_type: str = setting("k3", "KL estimator", one_of(*get_args(KLType)))
-    penalty: str = setting("none", "penalty for entropy outside the band; none: no band", one_of(*get_args(Penalty)))
-    penalty_alpha: float = setting(0.1, "size of the penalty (alpha)")
-    smooth_coeff: float = setting(1.0, "weight of the penalty within the entropy term (k)")
-    band_scope: str = setting(
-        "token", "compare each token's entropy with the band, or a turn's mean entropy", one_of(*get_args(BandScope))
+    The defaults of the band are those of `epo_kernels.defaults.BandDefaults`: the paper's hinge.
+    """
+
+    clip_ratio_low: float = setting(
+        ek.EPOConfig.clip_ratio_low, "the ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]"
     )
-    loss_agg_mode: str = setting("token-mean", "aggregation of token losses", one_of(*get_args(LossAggMode)))
-    band_low: float = setting(0.0, "lower bound of the band, as a multiple of the historical mean entropy (kappa_l)")
-    band_high: float = setting(2.0, "upper bound of the band, as a multiple of the historical mean entropy (kappa_r)")
+    clip_ratio_high: float = setting(ek.EPOConfig.clip_ratio_high, "above clip_ratio_low: DAPO's clip-higher")
+    clip_ratio_c: float | None = setting(
+        ek.EPOConfig.clip_ratio_c, "dual-clip bound for negative advantages; null disables"
+    )
+    entropy_coeff: float = setting(BAND.entropy_coeff, "weight of the entropy bonus and the band penalty (lambda)")
+    kl_coeff: float = setting(
+        ek.EPOConfig.kl_coeff, "weight of the KL to the reference policy (the one before RL); 0 disables"
+    )
+    kl_type: str = setting(ek.EPOConfig.kl_type, "KL estimator", one_of(*get_args(KLType)))
+    penalty: str = setting(
+        BAND.penalty, "penalty for entropy outside the band; none: no band", one_of(*get_args(Penalty))
+    )
+    penalty_alpha: float = setting(BAND.penalty_alpha, "size of the penalty (alpha)")
+    smooth_coeff: float = setting(BAND.smooth_coeff, "weight of the penalty within the entropy term (k)")
+    band_scope: str = setting(
+        BAND.band_scope,
+        "compare each token's entropy with the band, or a turn's mean entropy",
+        one_of(*get_args(BandScope)),
+    )
+    loss_agg_mode: str = setting(
+        ek.EPOConfig.loss_agg_mode, "aggregation of token losses", one_of(*get_args(LossAggMode))
+    )
+    band_low: float = setting(
+        BAND.band_low, "lower bound of the band, as a multiple of the historical mean entropy (kappa_l)"
+    )
+    band_high: float = setting(
+        BAND.band_high, "upper bound of the band, as a multiple of the historical mean entropy (kappa_r)"
+    )
     history_scope: str = setting(
-        "turn", "mean over each turn index, or over all turns", one_of(*get_args(HistoryScope))
+        BAND.history_scope, "mean over each turn index, or over all turns", one_of(*get_args(HistoryScope))
     )
     history_weighting: str = setting(
-        "token", "tokens, or steps, have equal weight in the mean", one_of(*get_args(HistoryWeighting))
+        BAND.history_weighting, "tokens, or steps, have equal weight in the mean", one_of(*get_args(HistoryWeighting))
     )
-    history_window: int | None = setting(None, "most recent steps in the history; null: all", at_least(1))
+    history_window: int | None = setting(
+        BAND.history_window, "most recent steps in the history; null: all", at_least(1)
+    )
     history_includes_current: bool = setting(
-        True, "include the current step in the history; false: earlier steps only (the paper's second version)"
+        BAND.history_includes_current,
+        "include the current step in the history; false: earlier steps only (the paper's second version)",
     )
-    phase_schedule: str = setting("paper", "schedule of the penalty weight over training", one_of(*SCHEDULES))
+    phase_schedule: str = setting(
+        BAND.phase_schedule, "schedule of the penalty weight over training", one_of(*SCHEDULES)
+    )
     phase_horizon: int | None = setting(
-        None, "steps that phase_schedule spans; null: schedule_steps. The published code uses 150", at_least(1)
+        BAND.phase_horizon,
+        "steps that phase_schedule spans; null: schedule_steps. The published code uses 150",
+        at_least(1),
     )
     rollout_is: str = setting(
         "auto",
