@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import epo_kernels as ek
 from epo_kernels.config import BandScope, Penalty
+from epo_kernels.defaults import BAND
 from epo_kernels.heads import Head, check_head, head_of
 from epo_kernels.history import HistoryScope, HistoryWeighting
 from epo_kernels.integrations import require
@@ -72,30 +73,51 @@ class EPOTrainerConfig(GRPOConfig):
     """`GRPOConfig` with the settings of the entropy band.
 
     What TRL names keeps its name and meaning: epsilon, epsilon_high, delta (the dual clip), beta, loss_type,
-    temperature and entropy_coef, which is λ of bonus and penalty. The fields added here are `EPOConfig`'s and the
-    history's; by default they make the paper's hinge. docs/entropy_control.md tells when to take which.
+    temperature and entropy_coef, which is λ of bonus and penalty. The fields added here configure the band and its
+    history; their defaults are `epo_kernels.defaults.BandDefaults`, the paper's hinge. docs/entropy_control.md compares
+    the penalties.
 
     Raises:
         ValueError: an option that this loss doesn't serve, or a value out of range; the message names the cure.
     """
 
-    entropy_coef: float = _setting(1e-3, "Weight of entropy bonus and band penalty. 0 switches both off.")
+    entropy_coef: float = _setting(
+        BAND.entropy_coeff, "Weight of the entropy bonus and the band penalty. 0 disables both."
+    )
     penalty: str = _setting(
-        "hinge", "What happens outside the entropy band: none, hinge, quadratic, indicator or gate; see EPOConfig."
+        BAND.penalty,
+        "Penalty for entropy outside the band: none, hinge, quadratic, indicator or gate; see EPOConfig.",
     )
-    penalty_alpha: float = _setting(0.1, "Size of the penalty; of the gate, the bonus's factor outside the band.")
-    smooth_coeff: float = _setting(1.0, "Weight of the penalty within the entropy term.")
-    band_scope: str = _setting("token", "What is held against the band: each token's entropy, or a segment's mean.")
-    band_low: float = _setting(0.0, "Lower bound of the band, as a share of the history's entropy.")
-    band_high: float = _setting(2.0, "Upper bound of the band, as a share of the history's entropy.")
-    history_scope: str = _setting("turn", "A mean entropy for each turn, or a global one.")
-    history_weighting: str = _setting("token", "Over generations, every token counts the same, or every step does.")
-    history_window: int | None = _setting(None, "How many generations count, the latest ones; None for all.")
+    penalty_alpha: float = _setting(
+        BAND.penalty_alpha, "Size of the penalty; for gate, the factor of the entropy bonus outside the band."
+    )
+    smooth_coeff: float = _setting(BAND.smooth_coeff, "Weight of the penalty within the entropy term.")
+    band_scope: str = _setting(
+        BAND.band_scope, "What is compared with the band: token (each token's entropy) or segment (a turn's mean)."
+    )
+    band_low: float = _setting(BAND.band_low, "Lower bound of the band, as a multiple of the historical mean entropy.")
+    band_high: float = _setting(
+        BAND.band_high, "Upper bound of the band, as a multiple of the historical mean entropy."
+    )
+    history_scope: str = _setting(
+        BAND.history_scope, "Historical mean of each turn index (turn), or of all turns (global)."
+    )
+    history_weighting: str = _setting(
+        BAND.history_weighting, "What has equal weight in the historical mean: token, or step (a generation)."
+    )
+    history_window: int | None = _setting(
+        BAND.history_window, "Number of most recent generations in the history; None for all."
+    )
     history_includes_current: bool = _setting(
-        False, "Whether the band knows the generation it is held against; costs a scoring pass where TRL makes none."
+        BAND.history_includes_current,
+        "Include the current generation in the history; costs a scoring pass where TRL makes none.",
     )
-    phase_schedule: str = _setting("paper", "Weight of the penalty over the steps: constant, paper or official.")
-    phase_horizon: int | None = _setting(None, "Optimizer steps that the schedule spans; None for all of the run.")
+    phase_schedule: str = _setting(
+        BAND.phase_schedule, "Schedule of the penalty weight over training: constant, paper or official."
+    )
+    phase_horizon: int | None = _setting(
+        BAND.phase_horizon, "Optimizer steps that phase_schedule spans; None for the whole run."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -100,10 +100,11 @@ class EngineLoss:
         self.history = self.settings.make_history() if self.settings.penalty != "none" else None
         horizon = self.settings.phase_horizon
         self._horizon = actor.optim.total_training_steps if horizon is None else horizon
-        if self.settings.phase_schedule != "constant" and self._horizon < 1:
+        if self.history is not None and self.settings.phase_schedule != "constant" and self._horizon < 1:
             raise ValueError(
-                f"{KEYS}.phase_horizon must be set: verl's optim.total_training_steps is {self._horizon}, and "
-                f"phase_schedule={self.settings.phase_schedule} needs the length of the training"
+                f"{KEYS}.phase_horizon must be set, because phase_schedule={self.settings.phase_schedule} needs the "
+                f"length of the training and verl's optim.total_training_steps is {self._horizon}; or set "
+                "phase_schedule=constant"
             )
 
     def __call__(self, model_output: Mapping[str, Tensor], data: Any, dp_group: Any = None) -> tuple[Tensor, dict]:
@@ -311,8 +312,9 @@ def policy_loss(
     settings = EPOSettings.of(config.policy_loss.get("epo"))
     if settings.penalty != "none":
         raise ValueError(
-            f"{KEYS}.penalty={settings.penalty} can't be held here: this way of training (distillation, a worker that "
-            "isn't EPOTrainingWorker) gives its policy loss neither entropies nor turns"
+            f"{KEYS}.penalty={settings.penalty} is not supported here: this way of training (distillation, a worker "
+            "other than EPOTrainingWorker) passes neither entropies nor turns to its policy loss. Set "
+            f"{KEYS}.penalty=none"
         )
     out = epo_loss_from_log_probs(
         log_prob,

@@ -6,11 +6,12 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from epo_kernels.config import BandScope, EPOConfig, KLType, Penalty
+from epo_kernels.defaults import BAND
 from epo_kernels.history import EntropyHistory, HistoryScope, HistoryWeighting
 from epo_kernels.schedule import phase_weight
 
@@ -33,6 +34,8 @@ KL_TYPES: dict[str, KLType] = {
 class EPOSettings:
     """The keys under `actor_rollout_ref.actor.policy_loss.epo`; see `EPOConfig` and `EntropyHistory` for the maths.
 
+    The defaults are `epo_kernels.defaults.BandDefaults`, the paper's hinge. A step's band only knows earlier steps.
+
     Attributes:
         penalty, penalty_alpha, smooth_coeff, band_scope: as in `EPOConfig`.
         band_low: κ_l: the band's lower bound as a share of the history's mean entropy.
@@ -46,19 +49,19 @@ class EPOSettings:
         phase_horizon: steps it spans; None: verl's total_training_steps.
     """
 
-    penalty: Penalty = "none"
-    penalty_alpha: float = 0.1
-    smooth_coeff: float = 1.0
-    band_scope: BandScope = "token"
-    band_low: float = 0.0
-    band_high: float = 2.0
+    penalty: Penalty = BAND.penalty
+    penalty_alpha: float = BAND.penalty_alpha
+    smooth_coeff: float = BAND.smooth_coeff
+    band_scope: BandScope = BAND.band_scope
+    band_low: float = BAND.band_low
+    band_high: float = BAND.band_high
     num_turns: int = 64
     turns: str = RESPONSE_MASK
-    history_scope: HistoryScope = "turn"
-    history_weighting: HistoryWeighting = "token"
-    history_window: int | None = None
-    phase_schedule: Literal["constant", "paper", "official"] = "constant"
-    phase_horizon: int | None = None
+    history_scope: HistoryScope = BAND.history_scope
+    history_weighting: HistoryWeighting = BAND.history_weighting
+    history_window: int | None = BAND.history_window
+    phase_schedule: str = BAND.phase_schedule
+    phase_horizon: int | None = BAND.phase_horizon
 
     def __post_init__(self) -> None:
         EPOConfig(**self._loss_keys())
@@ -92,8 +95,8 @@ class EPOSettings:
         """
         if self.penalty != "none" and actor.entropy_coeff == 0:
             raise ValueError(
-                f"{KEYS}.penalty={self.penalty} does nothing without an entropy term: "
-                "set actor_rollout_ref.actor.entropy_coeff (the paper's is 0.001)"
+                f"{KEYS}.penalty={self.penalty} has no effect with actor_rollout_ref.actor.entropy_coeff=0: set "
+                f"entropy_coeff (the paper's is {BAND.entropy_coeff:g}), or {KEYS}.penalty=none"
             )
         if actor.use_kl_loss and actor.kl_loss_type not in KL_TYPES:
             raise ValueError(

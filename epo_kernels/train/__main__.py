@@ -25,7 +25,6 @@ from epo_kernels.train.config import (
     option_as_setting,
     preset_titles,
     to_yaml,
-    warnings_of,
 )
 from epo_kernels.train.io.streams import lasting_streams
 from epo_kernels.train.io.text import printable
@@ -141,7 +140,7 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
     display = Display(None if ranks.is_first else Console(quiet=True))
     try:
         with StopRequest() as stop, display, Trainer(config, display, dry, stop, ranks) as trainer:
-            for warning in warnings_of(config):
+            for warning in config.rollout.warnings():
                 display.say(f"warning: {warning}")
             if dry:
                 display.say(_plan(trainer))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from epo_kernels.train.__main__ import main
-from epo_kernels.train.config import load_config, preset_titles, warnings_of
+from epo_kernels.train.config import load_config, preset_titles
 
 COMMON = {
     "loss.entropy_coeff": 1e-3,
@@ -92,11 +92,11 @@ def test_every_line_has_its_source(preset):
 
 
 def test_the_prompt_limit_that_crashed_is_warned_of(capsys):
-    assert warnings_of(load_config("scienceworld_ppo_7b", [])) == []
-    (warning,) = warnings_of(load_config("scienceworld_ppo_7b", ["rollout.max_prompt_tokens=2048"]))
+    assert load_config("scienceworld_ppo_7b", []).rollout.warnings() == []
+    (warning,) = load_config("scienceworld_ppo_7b", ["rollout.max_prompt_tokens=2048"]).rollout.warnings()
     assert "2048" in warning
     assert "rollout.max_prompt_tokens=6144" in warning
-    assert warnings_of(load_config("practice", [])) == []
+    assert load_config("practice", []).rollout.warnings() == []
 
 
 def test_help_names_presets_groups_and_settings(capsys):

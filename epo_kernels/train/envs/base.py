@@ -7,9 +7,11 @@ rollout, not the environment, ends an episode after `Suite.max_turns` actions.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Protocol
+
+from epo_kernels.train.setting import POSITIVE, at_least, group, one_of, setting
 
 SPLITS = ("train", "iid", "ood")
 MAX_ACTION = 200  # characters; the longest gold action has about 90 (ScienceWorld)
@@ -96,33 +98,39 @@ class Suite(Protocol):
 
 @dataclass
 class PracticeConfig:
-    """How hard the practice environment is (see practice.py)."""
+    """Difficulty of the practice environment (see practice.py)."""
 
-    length: int = 32  # rooms to the vault: so many right turns before the reward
-    spare_turns: int = 8  # wrong turns that the time allows
-    signs: int = 10  # kinds of sign, 1 to 12; the later ones are the rarer
-    temptation: float = 0.5  # share of rooms with a short cut
-    demonstrator: str = "expert"  # expert | novice: knows the signs by day only
+    length: int = setting(32, "rooms to the vault, each with one correct turn")
+    spare_turns: int = setting(8, "wrong turns that the time limit allows")
+    signs: int = setting(10, "kinds of signs, 1 to 12; later ones are rarer")
+    temptation: float = setting(0.5, "share of rooms with a shortcut")
+    demonstrator: str = setting("expert", "expert | novice: knows the signs only by day")
 
 
 @dataclass
 class EnvConfig:
-    """The `env.*` part of the driver's configuration."""
+    """The environment: its tasks, limits and processes."""
 
-    name: str = "scienceworld"  # scienceworld | alfworld | practice
-    task_names: list[str] = field(default_factory=list)  # task types of train and iid; empty: the suite's default
-    ood_task_names: list[str] = field(default_factory=list)  # held-out task types; empty: the suite's default
-    max_turns: int | None = None  # actions an episode; null: the suite's default
-    step_timeout: float = 30.0  # seconds an action may take before its environment is replaced
-    start_timeout: float = 120.0  # seconds a reset may take, the start of a JVM included
-    max_failures: int = 100  # episodes in a row lost to dead or hung environments that stop the run
-    simplification: str = "easy"  # scienceworld: comma-separated, "" for none
-    tick_limit: int = 100  # scienceworld: simulated moves that end an episode; 100 is the published limit
-    progress_reward: float = 0.1  # scienceworld: share of the return that pays for partial score, 0..1
-    admissible_commands: bool = True  # alfworld: prompts list what can be done now, as published
-    jvm_memory: str = "256m"  # scienceworld: heap limit of each JVM (-Xmx)
-    cache_dir: str | None = None  # demonstrations and authored games; null: $XDG_CACHE_HOME/epo_kernels
-    practice: PracticeConfig = field(default_factory=PracticeConfig)
+    name: str = setting("scienceworld", "environment", one_of("scienceworld", "alfworld", "practice"))
+    task_names: list[str] = setting([], "task types of train and iid; []: the environment's default")
+    ood_task_names: list[str] = setting([], "held-out task types of ood; []: the environment's default")
+    max_turns: int | None = setting(None, "actions per episode; null: the environment's default", at_least(1))
+    step_timeout: float = setting(
+        30.0, "seconds per action before its environment is replaced", POSITIVE, resume="free"
+    )
+    start_timeout: float = setting(120.0, "seconds per reset, including the start of a JVM", POSITIVE, resume="free")
+    max_failures: int = setting(
+        100, "consecutive episodes lost to failed environments that stop the run", at_least(1), resume="free"
+    )
+    simplification: str = setting("easy", 'scienceworld: comma-separated simplifications; "": none')
+    tick_limit: int = setting(100, "scienceworld: simulated moves per episode; the published limit is 100")
+    progress_reward: float = setting(0.1, "scienceworld: share of the return that rewards partial score, 0 to 1")
+    admissible_commands: bool = setting(True, "alfworld: list the admissible commands in the prompt, as published")
+    jvm_memory: str = setting("256m", "scienceworld: heap limit of each JVM (-Xmx)", resume="free")
+    cache_dir: str | None = setting(
+        None, "folder of demonstrations and authored games; null: $XDG_CACHE_HOME/epo_kernels", resume="free"
+    )
+    practice: PracticeConfig = group(PracticeConfig)
 
 
 def clean_action(action: str | None) -> str:

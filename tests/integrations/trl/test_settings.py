@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from trl import GRPOConfig
 
+from epo_kernels.defaults import BAND
 from epo_kernels.integrations.trl import EPOTrainer, EPOTrainerConfig
 from tests.integrations.trl.pairs import length_reward, settings
 
@@ -55,6 +56,14 @@ INDIFFERENT = """
     trackio_bucket_id trackio_space_id trackio_static_space_id train_sampling_strategy use_cache use_cpu
     use_liger_kernel warmup_steps weight_decay
 """
+
+
+def test_the_band_has_the_defaults_of_driver_and_verl(tmp_path):
+    args = EPOTrainerConfig(**settings(tmp_path))
+    named = {
+        name: getattr(args, "entropy_coef" if name == "entropy_coeff" else name) for name in dataclasses.asdict(BAND)
+    }
+    assert named == dataclasses.asdict(BAND)
 
 
 def test_every_field_is_known():

@@ -6,7 +6,14 @@ import torch
 
 from tests.integrations.verl import harness
 
-EPO = {"penalty": "hinge", "penalty_alpha": 2.0, "band_low": 0.9, "band_high": 1.1}
+EPO = {
+    "penalty": "hinge",
+    "penalty_alpha": 2.0,
+    "band_low": 0.9,
+    "band_high": 1.1,
+    "history_weighting": "token",
+    "phase_schedule": "constant",
+}
 
 
 def two_updates(worker, mode, tensors):

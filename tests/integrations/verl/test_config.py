@@ -22,7 +22,11 @@ from tests.integrations.verl.harness import actor_config, batch_of, episodes, fo
 README = Path(__file__).parents[3] / "README.md"
 EPO = "actor_rollout_ref.actor.policy_loss.epo"
 HINGE = ["actor_rollout_ref.actor.policy_loss.loss_mode=epo", f"+{EPO}.penalty=hinge"]
-ENGINE = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2", "actor_rollout_ref.actor.entropy_coeff=0.1"]
+ENGINE = [
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
+    "actor_rollout_ref.actor.entropy_coeff=0.1",
+    "actor_rollout_ref.actor.optim.total_training_steps=10",  # as the trainer sets it
+]
 
 
 def composed(overrides):
@@ -124,11 +128,12 @@ def test_bad_keys_are_refused_where_verl_checks_its_config(overrides, message):
 
 
 def test_what_cannot_be_served_names_verls_key():
-    with pytest.raises(ValueError, match="does nothing without an entropy term"):
-        EngineLoss(actor_config(epo={"penalty": "hinge"}))
+    with pytest.raises(ValueError, match=r"set entropy_coeff \(.*\), or .*epo\.penalty=none"):
+        EngineLoss(actor_config())
+    EngineLoss(actor_config(epo={"penalty": "none"}))
     with pytest.raises(ValueError, match=r"kl_loss_type must be one of kl, .* got 'k3\+'"):
-        EngineLoss(actor_config(use_kl_loss=True, kl_loss_type="k3+"))
-    actor = actor_config(epo={"penalty": "hinge", "phase_schedule": "paper"}, entropy_coeff=0.1)
+        EngineLoss(actor_config(epo={"penalty": "none"}, use_kl_loss=True, kl_loss_type="k3+"))
+    actor = actor_config(entropy_coeff=0.1)  # phase_schedule=paper by default
     actor.optim._mutable_fields.add("total_training_steps")
     actor.optim.total_training_steps = -1
     with pytest.raises(ValueError, match="phase_horizon must be set"):

@@ -38,7 +38,8 @@ from tests.integrations.verl.harness import (
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 POLICY = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 1.5}
 KL = {"use_kl_loss": True, "kl_loss_coef": 0.2}
-BAND = {"band_low": 0.9, "band_high": 1.1}
+PLAIN = {"penalty": "none"}
+BAND = {"band_low": 0.9, "band_high": 1.1, "history_weighting": "token"}
 
 
 def assert_same_gradients(gradients, expected):
@@ -70,7 +71,7 @@ def test_without_a_penalty_it_is_verls_vanilla_loss(workers, mode, remove_paddin
     expected = worker.gradients
     assert vanilla["actor/pg_clipfrac"] > 0
     assert vanilla["actor/pg_clipfrac_lower"] > 0
-    assert_same_update(worker, update(worker, actor_config(**keys), episodes()), vanilla, expected)
+    assert_same_update(worker, update(worker, actor_config(epo=PLAIN, **keys), episodes()), vanilla, expected)
 
 
 def test_without_entropy_and_kl_too(workers):
@@ -78,7 +79,7 @@ def test_without_entropy_and_kl_too(workers):
     del tensors["ref_log_prob"], tensors["rollout_is_weights"]
     vanilla = update(workers(), actor_config("vanilla"), tensors, calculate_entropy=False)
     expected = workers().gradients
-    ours = update(workers(), actor_config(), tensors, calculate_entropy=False)
+    ours = update(workers(), actor_config(epo=PLAIN), tensors, calculate_entropy=False)
     assert_same_update(workers(), ours, vanilla, expected)
 
 
@@ -89,7 +90,7 @@ def test_a_constant_length_and_a_sequence_without_tokens(workers):
         keys = {**POLICY, "entropy_coeff": 0.3, "loss_agg_mode": mode, "loss_scale_factor": 20}
         vanilla = update(workers(), actor_config("vanilla", **keys), tensors)
         expected = workers().gradients
-        assert_same_update(workers(), update(workers(), actor_config(**keys), tensors), vanilla, expected)
+        assert_same_update(workers(), update(workers(), actor_config(epo=PLAIN, **keys), tensors), vanilla, expected)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -98,7 +99,7 @@ def test_the_registered_policy_loss_is_vanillas(mode):
     old, mask = tensors["old_log_probs"], tensors["response_mask"].bool()
     results = {}
     for name in ("vanilla", "epo"):
-        config = actor_config(name, **POLICY, loss_agg_mode=mode)
+        config = actor_config(name, PLAIN if name == "epo" else None, **POLICY, loss_agg_mode=mode)
         config.global_batch_info.update(dp_size=2, batch_num_tokens=40, global_batch_size=8, loss_scale_factor=None)
         log_probs = (old + 0.5 * tensors["ref_log_prob"] + 2.0).requires_grad_()
         loss, metrics = get_policy_loss_fn(name)(
@@ -111,8 +112,8 @@ def test_the_registered_policy_loss_is_vanillas(mode):
 
 
 def test_the_registered_policy_loss_refuses_a_band():
-    config = actor_config(epo={"penalty": "hinge"}, entropy_coeff=0.1)
-    with pytest.raises(ValueError, match="penalty=hinge can't be held here"):
+    config = actor_config(entropy_coeff=0.1)  # hinge by default
+    with pytest.raises(ValueError, match=r"epo\.penalty=hinge .* Set .*epo\.penalty=none"):
         get_policy_loss_fn("epo")(*[torch.zeros(1, 1)] * 4, "token-mean", config)
 
 
@@ -175,7 +176,7 @@ def test_with_a_penalty_it_is_epo_loss_on_the_same_logits(workers, model_path, p
 
 # ---- turns and history ----------------------------------------------------------------------------------------------
 
-HINGE = {"penalty": "hinge", "penalty_alpha": 2.0, **BAND}
+HINGE = {"penalty": "hinge", "penalty_alpha": 2.0, "phase_schedule": "constant", **BAND}
 
 
 def test_turns_of_mask():

@@ -1,4 +1,4 @@
-"""A settings file: YAML text to a tree of settings, each with its line, so that every error can say where it is."""
+"""Parses a YAML settings file, and keeps the line of every setting for error messages."""
 
 import codecs
 import re
@@ -11,6 +11,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
+from epo_kernels.train.setting import ConfigError
+
 _BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -18,10 +20,6 @@ _BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
 }
-
-
-class ConfigError(ValueError):
-    """The configuration is wrong: one line that says where, what was expected and what came."""
 
 
 @dataclass(frozen=True)
