@@ -31,11 +31,11 @@ class EntropyController:
 
     - "step": Skywork-OR1 (arXiv 2505.22312) as TRL implements it (`use_adaptive_entropy`; `entropy_coef_delta`,
       `entropy_coef_min`, `entropy_coef_max`, `entropy_target`), gate included.
-    - "pi": EntroPIC (arXiv 2511.15248; kp = 1 and ki = 0.01 in its code). EntroPIC moves the weight of positive and
-      negative samples by α = kp (H - target) + ki Σ(H - target); here the same controller, with the sign turned, moves
-      λ around its initial value. Chosen here: the sum includes the current error (the code's lags by one), and it
-      doesn't grow while λ is held at a bound that the error pushes against (the code lets it wind up). Unlike its α,
-      λ is in nats per nat: gains far below 1 are usual.
+    - "pi": EntroPIC (arXiv 2511.15248). There α = kp (H - target) + ki Σ(H - target), in [-1, 1] with kp = 1 and
+      ki = 0.01, weighs positive and negative samples; here the same controller, with its sign turned, moves λ around
+      its initial value. Chosen here: the sum includes the current error (the paper's code adds it afterwards), it is
+      limited so that c + ki I stays within the bounds (the code's winds up), and the default gains are smaller by 100
+      and 10, because λ is a smaller number than α.
     - "boxed": AEnt (arXiv 2509.03493), with lr, the bounds and both entropies as in its code (lr 0.001,
       [1e-5, 0.01], entropies 0.1 and 0.5). Its clamped entropy, over a part of the vocabulary, is not used.
 
@@ -71,8 +71,8 @@ class EntropyController:
         coeff_min: float = 0.0,
         coeff_max: float = 1.0,
         delta: float = 0.005,
-        kp: float = 1.0,
-        ki: float = 0.01,
+        kp: float = 0.01,
+        ki: float = 0.001,
         target_high: float | None = None,
         lr: float = 1e-3,
         device: torch.device | str = "cpu",
@@ -176,9 +176,9 @@ class EntropyController:
             return (self._coeff - self.lr * outside).clamp(self.coeff_min, self.coeff_max), self._integral
         error = self.target - mean
         integral = self._integral + error
-        free = self.initial + self.kp * error + self.ki * integral
-        held = ((free > self.coeff_max) & (error > 0)) | ((free < self.coeff_min) & (error < 0))
-        integral = torch.where(held, self._integral, integral)
+        if self.ki > 0:
+            low, high = self.coeff_min - self.initial, self.coeff_max - self.initial
+            integral = integral.clamp(low / self.ki, high / self.ki)
         free = self.initial + self.kp * error + self.ki * integral
         return free.clamp(self.coeff_min, self.coeff_max), integral
 

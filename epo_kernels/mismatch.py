@@ -75,7 +75,8 @@ def rollout_weights(
         - `rollout_is_ratio_mean`: mean ρ, before the bounds.
         - `rollout_is_ratio_fraction_high`, `rollout_is_ratio_fraction_low`: share of tokens whose ρ is above `high`,
           below `low`: truncated or rejected, by `mode`.
-        - `rollout_is_eff_sample_size`: effective sample size as a share of the tokens, (mean w)² / mean w².
+        - `rollout_is_eff_sample_size`: effective sample size as a share of the tokens, (mean w)² / mean w²; 0
+          where all are rejected.
         - `rollout_kl_k1`, `rollout_kl_k3`: estimates of KL(q || p) per token: means of log q/p and of
           p/q - 1 - log p/q (never negative).
         - `rollout_probs_diff_mean`, `rollout_probs_diff_max`, `rollout_probs_diff_std`: of |p - q|.
@@ -143,7 +144,7 @@ def _shared(log_ratio: Tensor, batch: TokenBatch, level: RolloutLevel) -> Tensor
 
 
 def _weight_metrics(ratio: Tensor, weights: Tensor, mask: Tensor, lower: float, upper: float) -> dict[str, Tensor]:
-    mean = _mean(weights, mask)
+    mean, square = _mean(weights, mask), _mean(weights.square(), mask)
     return {
         "rollout_is_mean": mean,
         "rollout_is_min": _extreme(weights, mask, math.inf),
@@ -151,7 +152,7 @@ def _weight_metrics(ratio: Tensor, weights: Tensor, mask: Tensor, lower: float, 
         "rollout_is_ratio_mean": _mean(ratio, mask),
         "rollout_is_ratio_fraction_high": _mean((ratio > upper).double(), mask),
         "rollout_is_ratio_fraction_low": _mean((ratio < lower).double(), mask),
-        "rollout_is_eff_sample_size": mean.square() / _mean(weights.square(), mask),
+        "rollout_is_eff_sample_size": torch.where(square == 0, square, mean.square() / square),
     }
 
 
