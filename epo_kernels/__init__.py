@@ -2,6 +2,7 @@
 
 from epo_kernels.backends import available_backends
 from epo_kernels.config import EPOConfig
+from epo_kernels.controller import EntropyController
 from epo_kernels.functional import (
     epo_loss,
     epo_loss_from_log_probs,
@@ -11,14 +12,17 @@ from epo_kernels.functional import (
 )
 from epo_kernels.history import EntropyHistory
 from epo_kernels.metrics import LossMetrics
+from epo_kernels.mismatch import rollout_weights
 from epo_kernels.modules import EPOLoss, LinearEPOLoss
 from epo_kernels.reference import EPOOutput
 from epo_kernels.schedule import phase_weight
+from epo_kernels.shaping import shape_advantages
 
 __all__ = [
     "EPOConfig",
     "EPOLoss",
     "EPOOutput",
+    "EntropyController",
     "EntropyHistory",
     "LinearEPOLoss",
     "LossMetrics",
@@ -29,4 +33,6 @@ __all__ = [
     "linear_log_probs_and_entropy",
     "log_probs_and_entropy",
     "phase_weight",
+    "rollout_weights",
+    "shape_advantages",
 ]

@@ -296,6 +296,74 @@ def check_rows(
     return rows if rows.dim() == 3 else rows[None], layout
 
 
+@dataclass(frozen=True)
+class TokenBatch:
+    """Per-token values that come without logits, and the segments their statistics are taken over.
+
+    Attributes:
+        layout: how the caller's arguments lie; its dtype is float64.
+        mask: (B, T) bool. Nothing else may be read where it is False.
+        marks: (B, T) int64: -1 where a mask or segment id is inconsistent and can't raise, else 0.
+        segment_ids: (B, T) int64 in range everywhere: of each token, a sequence's where no segments were given. None
+            for packed values without cu_seqlens and segments.
+        num_segments: number of segments.
+    """
+
+    layout: Layout
+    mask: Tensor
+    marks: Tensor
+    segment_ids: Tensor | None
+    num_segments: int
+
+    def result(self, values: Tensor) -> Tensor:
+        """(B, T) values as float32 in the caller's shape: 0 where the mask is False, NaN where a token is invalid."""
+        values = torch.where(self.mask, values, 0.0).float()
+        values = torch.where(self.marks >= 0, values, math.nan)
+        return values.reshape(self.layout.shape)
+
+
+def check_batch(
+    name: str,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
+) -> TokenBatch:
+    """A batch of per-token values, (B, T) or packed (N,), with its mask and segments.
+
+    Args:
+        name: the argument that the shape is taken from, for messages.
+        values: that argument.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it is.
+    """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+    if values.dim() not in (1, 2):
+        raise ValueError(f"{name} must be (batch, time) or packed (tokens,), got {tuple(values.shape)}")
+    if cu_seqlens is not None and values.dim() == 2:
+        raise ValueError(f"cu_seqlens goes with packed {name} (tokens,), got a padded batch {tuple(values.shape)}")
+    layout = Layout(values.shape, values.device, torch.float64, *_sequences(values, cu_seqlens))
+    rows = layout.check("mask", mask)
+    counted = rows if rows.dtype == torch.bool else rows != 0
+    marks = torch.zeros(rows.shape, dtype=torch.int64, device=values.device)
+    if rows.dtype != torch.bool:
+        marks = _reject(marks, counted & (rows != 1), rows, "mask must be bool, or hold only 0 and 1")
+    if layout.in_order is not None:
+        marks = torch.where(layout.in_order, marks, INVALID_TOKEN)
+    if segment_ids is not None:
+        limit = counted.numel() if num_segments is None else check_integer("num_segments", num_segments, 1)
+        marks, ids, limit = _segments(layout, marks, counted, segment_ids, limit)
+    else:
+        ids, limit = layout.sequence_ids, layout.num_sequences
+        if not layout.packed:
+            ids = torch.arange(limit, device=values.device)[:, None].expand(layout.shape)
+    return TokenBatch(layout, counted, marks, ids, limit)
+
+
 def check_projection(
     layout: Layout, hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
 ) -> tuple[Projection, Layout]:

@@ -1,18 +1,28 @@
-"""The mismatch between the engine that sampled and the learner that updates: measured, and corrected if asked.
+"""The mismatch between the engine that sampled and the learner that updates, as the driver's settings ask for it.
 
-Another engine (other kernels, another precision) samples from a policy q that isn't quite the learner's p, so that
-what looks on-policy is not. Truncated importance weights min(p/q, cap) on the policy loss make up for it: Ionides 2008
-(Truncated Importance Sampling), for this mismatch Yao et al. 2025 (Your Efficient RL Framework Secretly Brings You
-Off-Policy RL Training, fengyao.notion.site/off-policy-rl), cap 2 as in verl's rollout correction.
+The weights and metrics are those of `ek.rollout_weights`; here they are taken over the samples of a training step.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+import epo_kernels as ek
 from epo_kernels.train.config import TrainConfig
 from epo_kernels.train.data import Sample
+
+# Logged as training/NAME; rollout_is_truncated_share is added to them.
+_LOGGED = (
+    "rollout_probs_diff_mean",
+    "rollout_probs_diff_max",
+    "rollout_probs_diff_std",
+    "rollout_kl_k1",
+    "rollout_kl_k3",
+    "rollout_is_mean",
+    "rollout_is_min",
+)
 
 
 def rollout_is_level(config: TrainConfig) -> str:
@@ -27,50 +37,44 @@ def set_rollout_weights(samples: Sequence[Sample], level: str, cap: float) -> No
 
     Args:
         samples: scored (old_log_probs), with the engine's rollout_log_probs.
-        level: "none": no weights. "token": each token's own ratio, which leaves out that earlier tokens of the turn
-            were sampled from q too: a small bias for a small variance. "turn": the product over the turn's tokens, for
-            each of them; untruncated, the expected gradient is the on-policy one given what the turn saw, with a
-            variance that grows with the turn's length.
-        cap: larger ratios count as this.
+        level: "none": no weights. "token": each token's own ratio, which ignores that earlier tokens of the turn were
+            sampled from q too: a small bias for a small variance. "turn": the product over the turn's tokens, for each
+            of them; untruncated, the expected gradient is the on-policy one given what the turn saw, with a variance
+            that grows with the turn's length.
+        cap: larger ratios are truncated to this.
     """
     if level == "none":
         return
-    for sample in samples:
-        weights = _log_ratios(sample, level).exp().clamp(max=cap).float()
-        sample.is_weights = torch.zeros(len(sample.turns)).masked_scatter(sample.mask, weights)
+    weights, _ = _weights(samples, level, cap)
+    for sample, own in zip(samples, weights.split([len(sample.turns) for sample in samples]), strict=True):
+        sample.is_weights = own.clone()
 
 
 def mismatch_metrics(samples: Sequence[Sample], level: str, cap: float) -> dict[str, float]:
-    """How far the engine's probabilities q of the tokens it sampled are from the learner's p, corrected or not.
+    """How far the engine's probabilities of the tokens it sampled are from the learner's, corrected or not.
 
-    `training/rollout_kl_*` estimate KL(q || p) a token: k1 is the mean of log q/p, k3 that of p/q - 1 - log p/q, which
-    is never negative. `training/rollout_is_*` are of the weights; where there are none, of those by token.
+    The names are those of `ek.rollout_weights` after `training/`; `training/rollout_is_truncated_share` is the share of
+    tokens whose ratio is above the cap. Where there are no weights, `training/rollout_is_*` are of those by token.
     """
-    q = torch.cat([_of(sample.rollout_log_probs)[sample.mask] for sample in samples]).double().exp()
-    log_ratio = torch.cat([_log_ratios(sample, "token") for sample in samples])
-    gap = (q - q * log_ratio.exp()).abs()
-    ratio = torch.cat([_log_ratios(sample, level) for sample in samples]).exp()
-    weights = ratio.clamp(max=cap)
-    return {
-        "training/rollout_probs_diff_mean": float(gap.mean()),
-        "training/rollout_probs_diff_max": float(gap.max()),
-        "training/rollout_probs_diff_std": float(gap.std(unbiased=False)),
-        "training/rollout_kl_k1": float(-log_ratio.mean()),
-        "training/rollout_kl_k3": float((log_ratio.expm1() - log_ratio).mean()),
-        "training/rollout_is_mean": float(weights.mean()),
-        "training/rollout_is_min": float(weights.min()),
-        "training/rollout_is_truncated_share": float((ratio > cap).double().mean()),
-    }
+    _, metrics = _weights(samples, level, cap)
+    named = {f"training/{name}": float(metrics[name]) for name in _LOGGED}
+    return named | {"training/rollout_is_truncated_share": float(metrics["rollout_is_ratio_fraction_high"])}
 
 
-def _log_ratios(sample: Sample, level: str) -> Tensor:
-    """log p/q of each token that the policy wrote, (N,) float64; "turn": of its whole turn."""
-    learner, engine = sample.old_log_probs, sample.rollout_log_probs
-    own = (_of(learner).double() - _of(engine).double())[sample.mask]
-    if level != "turn":
-        return own
-    turns = torch.tensor(sample.turns)[sample.mask]
-    return torch.zeros(int(turns.max()) + 1, dtype=own.dtype).index_add_(0, turns, own)[turns]
+def _weights(samples: Sequence[Sample], level: str, cap: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """`ek.rollout_weights` of all samples, packed one after the other; a segment is a turn of a sample."""
+    lengths = torch.tensor([len(sample.turns) for sample in samples])
+    owner = torch.arange(len(samples)).repeat_interleave(lengths)
+    turns = torch.tensor([turn for sample in samples for turn in sample.turns])
+    _, segments = torch.stack([owner, turns]).unique(dim=1, return_inverse=True)
+    return ek.rollout_weights(
+        torch.cat([_of(sample.old_log_probs) for sample in samples]),
+        torch.cat([_of(sample.rollout_log_probs) for sample in samples]),
+        torch.cat([sample.mask for sample in samples]),
+        level="sequence" if level == "turn" else "token",
+        high=None if math.isinf(cap) else cap,
+        segment_ids=segments,
+    )
 
 
 def _of(values: Tensor | None) -> Tensor:
