@@ -162,7 +162,8 @@ class OptimConfig:
     epochs: int = 1  # passes over a step's turns
     minibatches: int = 1  # optimiser updates a pass over them
     minibatch_size: int = 0  # samples an update, in verl ppo_mini_batch_size; 0: minibatches decides
-    micro_batch_tokens: int = 8192  # padded tokens in one forward and backward
+    micro_batch_tokens: int = 8192  # tokens in one forward and backward, padding included
+    packing: bool = True  # pack samples into rows, shared prompts once, where the model allows it
     max_skipped_updates: int = 5  # updates of policy or critic in a row that are not finite and stop the run
 
 
@@ -322,7 +323,14 @@ OPERATIONAL = (
 )
 # What may change too, since memory or the machine may demand it, but changes how things are batched or summed: the
 # same draws and the same mathematics, rounded otherwise.
-ROUNDING = ("rollout.environments", "rollout.cohorts", "optim.micro_batch_tokens", "model.device", "model.threads")
+ROUNDING = (
+    "rollout.environments",
+    "rollout.cohorts",
+    "optim.micro_batch_tokens",
+    "optim.packing",
+    "model.device",
+    "model.threads",
+)
 
 
 def differences(saved: str, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
