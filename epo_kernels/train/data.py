@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from epo_kernels.train.envs import Observation, Task
+from epo_kernels.train.packing import lay_out, pack, visibility
 
 ENVIRONMENT = -1  # in place of a turn's number, where the policy didn't write
 
@@ -138,19 +139,22 @@ def _sample_of(turns: Sequence[Turn], run: Sequence[int], episode: int) -> Sampl
 
 @dataclass
 class MiniBatch:
-    """B samples: prompts padded on the left, responses on the right, so that responses share their first column.
+    """B samples as rows of tokens for the model, and their R response tokens, padded on the right.
 
-    The last column of the padded tokens predicts nothing and is left out of `input_ids`. What a sample doesn't have is
-    None.
+    A row holds one sample, or several behind each other (`epo_kernels.train.packing`); then samples of a row with the
+    same prompt share it. The last token of a sample predicts nothing and is left out of the rows. What a sample doesn't
+    have is None.
     """
 
-    input_ids: Tensor  # (B, P + R - 1) int64
-    attention_mask: Tensor  # like input_ids, 0/1
-    position_ids: Tensor  # like input_ids
+    input_ids: Tensor  # (rows, W) int64
+    attention_mask: Tensor  # like input_ids, 0/1; packed: (rows, 1, W, W) bool, who sees whom
+    position_ids: Tensor  # like input_ids: within the sample
+    places: Tensor  # (B, R) int64: where in the flattened rows the token before each response token lies
     tokens: Tensor  # (B, R) int64: the responses
     mask: Tensor  # (B, R) bool: sampled by the policy
     turns: Tensor  # (B, R) int64, ENVIRONMENT where the mask is False
     num_sampled: int  # tokens whose mask is True
+    num_padding: int  # tokens of the rows that belong to no sample
     advantages: Tensor | None  # (B, R) float32, as are the others
     old_log_probs: Tensor | None
     ref_log_probs: Tensor | None
@@ -159,26 +163,26 @@ class MiniBatch:
     returns: Tensor | None
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], pad_id: int, device: torch.device) -> "MiniBatch":
-        prompt_width = max(len(sample.prompt_ids) for sample in samples)
-        width = max(len(sample.response_ids) for sample in samples)
-        ids = torch.full((len(samples), prompt_width + width), pad_id)
-        seen = torch.zeros_like(ids)
-        turns = torch.full((len(samples), width), ENVIRONMENT)
-        for row, sample in enumerate(samples):
-            start, end = prompt_width - len(sample.prompt_ids), prompt_width + len(sample.response_ids)
-            ids[row, start:end] = torch.tensor(sample.prompt_ids + sample.response_ids)
-            seen[row, start:end] = 1
-            turns[row, : len(sample.turns)] = torch.tensor(sample.turns)
-        positions = (seen.cumsum(1) - 1).clamp(min=0)
+    def of(
+        cls, samples: Sequence[Sample], pad_id: int, device: torch.device, row_width: int | None = None
+    ) -> "MiniBatch":
+        """A batch of samples, packed into rows of `row_width` tokens in their order; None: a row each."""
+        rows = lay_out([(sample.prompt_ids, sample.response_ids) for sample in samples], row_width)
+        ids = _rows_of([row.ids for row in rows], pad_id)
+        width = ids.shape[1]
+        seen = _rows_of([[1] * len(row.ids) for row in rows], 0)
+        turns = _rows_of([sample.turns for sample in samples], ENVIRONMENT)
+        places = [[number * width + place for place in own] for number, row in enumerate(rows) for own in row.places]
         return cls(
-            input_ids=ids[:, :-1].to(device),
-            attention_mask=seen[:, :-1].to(device),
-            position_ids=positions[:, :-1].to(device),
-            tokens=ids[:, prompt_width:].to(device),
+            input_ids=ids.to(device),
+            attention_mask=(seen if row_width is None else visibility(rows, width)).to(device),
+            position_ids=_rows_of([row.positions for row in rows], 0).to(device),
+            places=_rows_of(places, 0).to(device),
+            tokens=_rows_of([sample.response_ids for sample in samples], pad_id).to(device),
             mask=(turns != ENVIRONMENT).to(device),
             turns=turns.to(device),
             num_sampled=sum(sample.num_sampled for sample in samples),
+            num_padding=seen.numel() - int(seen.sum()),
             advantages=_padded([sample.advantages for sample in samples], device),
             old_log_probs=_padded([sample.old_log_probs for sample in samples], device),
             ref_log_probs=_padded([sample.ref_log_probs for sample in samples], device),
@@ -188,20 +192,36 @@ class MiniBatch:
         )
 
 
-def micro_batches(samples: Sequence[Sample], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of samples, alike in length, in batches of at most `max_tokens` padded tokens (or one sample)."""
-    batch: list[int] = []
-    prompt_width = width = 0
-    for index in sorted(range(len(samples)), key=lambda i: (samples[i].length, i)):
-        prompt_width = max(prompt_width, len(samples[index].prompt_ids))
-        width = max(width, len(samples[index].response_ids))
-        if batch and (len(batch) + 1) * (prompt_width + width) > max_tokens:
-            yield batch
+def micro_batches(samples: Sequence[Sample], max_tokens: int, row_width: int | None = None) -> Iterator[list[int]]:
+    """Indices of samples in batches whose rows have at most `max_tokens` tokens, padding included (or one row).
+
+    Args:
+        samples: of a minibatch.
+        max_tokens: of a batch.
+        row_width: rows are packed up to this many tokens; None: each sample has a row, with others alike in length.
+    """
+    if row_width is None:
+        rows = [[index] for index in sorted(range(len(samples)), key=lambda i: (samples[i].length, i))]
+        widths = [samples[index].length - 1 for (index,) in rows]
+    else:
+        rows = pack([(sample.prompt_ids, sample.response_ids) for sample in samples], row_width)
+        widths = [row_width] * len(rows)
+    batch: list[list[int]] = []
+    for row, width in zip(rows, widths, strict=True):  # no width is less than one before
+        if batch and (len(batch) + 1) * width > max_tokens:
+            yield [index for indices in batch for index in indices]
             batch = []
-            prompt_width, width = len(samples[index].prompt_ids), len(samples[index].response_ids)
-        batch.append(index)
+        batch.append(row)
     if batch:
-        yield batch
+        yield [index for indices in batch for index in indices]
+
+
+def _rows_of(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """(len(rows), longest) int64, padded on the right."""
+    table = torch.full((len(rows), max(map(len, rows))), fill)
+    for number, row in enumerate(rows):
+        table[number, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return table
 
 
 def _padded(rows: list[Tensor | None], device: torch.device) -> Tensor | None:

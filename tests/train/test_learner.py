@@ -167,9 +167,11 @@ def test_the_reference_model_pulls_back(policy, played):
 def test_padding_of_a_minibatch():
     samples = [Sample.of_turn([1, 2, 3], [4], 0), Sample.of_turn([5], [6, 7], 2, advantage=0.5)]
     batch = MiniBatch.of(samples, pad_id=0, device=torch.device("cpu"))
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [0, 0, 5, 6]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert batch.input_ids.tolist() == [[1, 2, 3], [5, 6, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2], [0, 1, 0]]
+    assert batch.places.tolist() == [[2, 0], [3, 4]]
+    assert batch.num_padding == 1
     assert batch.tokens.tolist() == [[4, 0], [6, 7]]
     assert batch.mask.tolist() == [[True, False], [True, True]]
     assert batch.turns.tolist() == [[0, data.ENVIRONMENT], [2, 2]]
@@ -183,8 +185,7 @@ def test_micro_batches_hold_all_and_keep_to_the_limit():
     batches = list(micro_batches(samples, 60))
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     for batch in batches:
-        widths = max(len(samples[i].prompt_ids) for i in batch) + max(len(samples[i].response_ids) for i in batch)
-        assert len(batch) == 1 or len(batch) * widths <= 60
+        assert len(batch) == 1 or len(batch) * max(samples[i].length - 1 for i in batch) <= 60
 
 
 def test_the_size_or_the_number_of_minibatches():

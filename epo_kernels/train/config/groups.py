@@ -337,6 +337,9 @@ class OptimConfig:
     micro_batch_tokens: int = setting(
         8192, "tokens, padding included, per forward and backward pass", at_least(1), resume="rounding"
     )
+    packing: bool = setting(
+        True, "pack samples into rows, with shared prompts once, where the model allows it", resume="rounding"
+    )
     max_skipped_updates: int = setting(
         5, "consecutive non-finite updates of policy or critic that stop the run", at_least(1), resume="free"
     )

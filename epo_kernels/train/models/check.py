@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from epo_kernels.train.config import ConfigError, RolloutConfig, TrainConfig
 from epo_kernels.train.data import MiniBatch, Sample
-from epo_kernels.train.models.policy import Policy, response_logits
+from epo_kernels.train.models.policy import Policy, response_hidden, response_logits
 
 THOUGHT_TOKENS = 128  # that a thought may well take
 _TOLERANCE = 1e-3  # of the largest logit: float32 products for other shapes round otherwise
@@ -76,7 +76,7 @@ def _check_scoring(policy: Policy) -> None:
     model, (first, second) = policy.model, _sequences(policy)
     samples = [Sample.of_turn(first[:4], first[4:], 0), Sample.of_turn(second[:1], second[1:], 0)]
     try:
-        padded = response_logits(model, MiniBatch.of(samples, policy.pad_id, model.device)).float()
+        padded = response_logits(model, _batch(policy, samples, None)).float()
         whole = [_logits(model, ids) for ids in (first, second)]
         early = _logits(model, first[:5])
     except Exception as error:  # from any architecture's code
@@ -117,6 +117,39 @@ def _check_cache(policy: Policy) -> None:
     for logits, sequence in zip(written, (second, first), strict=True):
         if not _agree(logits.float(), _logits(model, sequence)[-1]):
             raise _cannot(model, "computes other logits with its cache than without", True)
+
+
+@torch.no_grad()
+def row_width_of(policy: Policy, config: TrainConfig) -> int | None:
+    """Tokens of the rows that the policy's samples are packed into for training; None: it can't be trained so.
+
+    Packed rows need an attention mask of the caller's. Sliding windows would count tokens of other sequences, and other
+    architectures take no mask: such models are trained with a row for each sample.
+    """
+    width = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    decoder = policy.model.get_decoder()
+    settings = policy.model.config.get_text_config()
+    windows = [getattr(settings, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if not config.optim.packing or any(window and window < width for window in windows):
+        return None
+    if decoder.config._attn_implementation not in ("sdpa", "eager"):
+        return None
+    first, second = _sequences(policy)
+    samples = [
+        Sample.of_turn(prompt, response, 0)
+        for prompt, response in ((first[:3], first[3:]), (first[:3], second), (second[:2], second[2:]))
+    ]
+    try:
+        packed = response_hidden(decoder, _batch(policy, samples, width))
+        alone = [response_hidden(decoder, _batch(policy, [sample], None))[0] for sample in samples]
+    except Exception:  # from any architecture's code
+        return None
+    agrees = all(_agree(row[: len(own)].float(), own.float()) for row, own in zip(packed, alone, strict=True))
+    return width if agrees else None
+
+
+def _batch(policy: Policy, samples: list[Sample], row_width: int | None) -> MiniBatch:
+    return MiniBatch.of(samples, policy.pad_id, policy.model.device, row_width)
 
 
 def _check_saving(policy: Policy) -> None:

@@ -248,25 +248,20 @@ def _train_tokenizer(demonstrations: Sequence[Demonstration]) -> PreTrainedToken
 
 
 def response_logits(model: PreTrainedModel, batch: MiniBatch) -> Tensor:
-    """(B, R, V) logits that predict the batch's response tokens; those of the prompts are never computed."""
-    return model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        logits_to_keep=batch.tokens.shape[1],
-    ).logits
+    """(B, R, V) logits that predict the batch's response tokens."""
+    return model(**_rows(model, batch), use_cache=False).logits.flatten(0, 1)[batch.places]
 
 
 def response_hidden(decoder: PreTrainedModel, batch: MiniBatch) -> Tensor:
     """(B, R, D) last hidden states that predict the batch's response tokens; `decoder` is `model.get_decoder()`."""
-    hidden = decoder(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state
-    return hidden[:, -batch.tokens.shape[1] :]
+    return decoder(**_rows(decoder, batch), use_cache=False).last_hidden_state.flatten(0, 1)[batch.places]
+
+
+def _rows(model: PreTrainedModel, batch: MiniBatch) -> dict[str, Tensor]:
+    mask = batch.attention_mask
+    if mask.dim() == 4 and model.config._attn_implementation == "eager":  # which adds the mask to the scores
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids}
 
 
 @contextmanager

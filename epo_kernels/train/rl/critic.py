@@ -18,6 +18,7 @@ from epo_kernels.train.config import TrainConfig
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
 from epo_kernels.train.distributed import Ranks, split_like
 from epo_kernels.train.io.progress import Report, ignore, part_of
+from epo_kernels.train.models.check import row_width_of
 from epo_kernels.train.models.lora import add_adapters
 from epo_kernels.train.models.policy import Policy, checkpointing, response_hidden
 from epo_kernels.train.rl.algorithms import value_states
@@ -73,6 +74,7 @@ class Critic:
         self._ranks = ranks or Ranks()
         self._config = config
         self._pad_id = policy.pad_id
+        self._row_width = row_width_of(policy, config)
         self._backbone = _copied_backbone(policy.model, config, self._ranks)
         self._head = nn.Linear(policy.model.config.get_text_config().hidden_size, 1).to(policy.model.device)
         nn.init.zeros_(self._head.weight)
@@ -87,7 +89,7 @@ class Critic:
     def score(self, samples: Sequence[Sample], report: Report = ignore) -> None:
         """Set each sample's `values`: of the state before each of its response tokens."""
         found: dict[int, Tensor] = {}
-        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
+        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens, self._row_width))
         for indices, _ in self._ranks.deal(batches, report):
             values = self._values(self._batch([samples[i] for i in indices])).cpu()
             for row, index in enumerate(indices):
@@ -146,7 +148,7 @@ class Critic:
         level = self._config.algorithm.gae
         count = float(sum(int(value_states(sample, level).sum()) for sample in samples))
         sums = torch.zeros(3)  # loss, clipped, nonfinite
-        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
+        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens, self._row_width))
         for indices, counts in self._ranks.deal(batches, report):
             chosen = [samples[i] for i in indices]
             batch = self._batch(chosen)
@@ -169,7 +171,7 @@ class Critic:
         return total, clips, nonfinite, count
 
     def _batch(self, samples: Sequence[Sample]) -> MiniBatch:
-        return MiniBatch.of(samples, self._pad_id, self._head.weight.device)
+        return MiniBatch.of(samples, self._pad_id, self._head.weight.device, self._row_width)
 
     def _values(self, batch: MiniBatch) -> Tensor:
         """(B, R) float32."""

@@ -20,10 +20,31 @@ from epo_kernels.train.data import MiniBatch, Sample, micro_batches
 from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.io.progress import Report, ignore, part_of
 from epo_kernels.train.io.stopwatch import Stopwatch
+from epo_kernels.train.models.check import row_width_of
 from epo_kernels.train.models.lora import without_adapters
 from epo_kernels.train.models.policy import Policy, checkpointing, response_hidden
 from epo_kernels.train.rl.optimizer import StepOptimizer
 from epo_kernels.train.rl.post_mortem import Circumstances, NonFiniteError
+
+
+class RowFilling:
+    """How well the rows of an update are filled, on this rank."""
+
+    def __init__(self) -> None:
+        self._places = self._padding = self._tokens = 0
+
+    def add(self, batch: MiniBatch, samples: Sequence[Sample]) -> None:
+        self._places += batch.input_ids.numel()
+        self._padding += batch.num_padding
+        self._tokens += sum(sample.length - 1 for sample in samples)
+
+    def metrics(self) -> dict[str, float]:
+        """`perf/padding_share` of the rows' tokens, and `perf/shared_prompt_share` of the samples' tokens."""
+        computed = self._places - self._padding
+        return {
+            "perf/padding_share": self._padding / self._places,
+            "perf/shared_prompt_share": 1 - computed / self._tokens,
+        }
 
 
 class Learner:
@@ -52,6 +73,8 @@ class Learner:
             check_head(policy.model)
         except ValueError as error:
             raise ConfigError(f"model.name_or_path={config.model.name_or_path}: {error}") from error
+        self._row_width = row_width_of(policy, config)
+        self._filling = RowFilling()
         self._ranks.shard(policy.model.get_decoder(), policy.model.device)
         self._optimizer = StepOptimizer(
             policy.model.parameters(), config.optim, config.optim, config.horizon, self._ranks
@@ -90,6 +113,7 @@ class Learner:
             NonFiniteError: optim.max_skipped_updates of them in a row.
         """
         watch = Stopwatch(self._policy.model.device)
+        self._filling = RowFilling()
         sums: list[ek.LossMetrics] = []
         done = 0
         with watch.timed("update"):
@@ -107,7 +131,7 @@ class Learner:
         seconds = watch.read()
         named["timing_s/loss"] = seconds["loss"]
         named["perf/loss_share"] = seconds["loss"] / seconds["update"]
-        return named | self._optimizer.metrics("actor")
+        return named | self._filling.metrics() | self._optimizer.metrics("actor")
 
     def state_dict(self) -> dict[str, Any]:
         return self._optimizer.state_dict()
@@ -128,9 +152,9 @@ class Learner:
         normalizer = float(sum(s.num_sampled for s in samples) if per_token else len(samples))
         model = self._policy.model
         sums = ek.LossMetrics(torch.zeros(len(METRIC_NAMES), dtype=torch.float64, device=model.device))
-        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
-        for indices, counts in self._ranks.deal(batches, report):
-            batch = MiniBatch.of([samples[i] for i in indices], self._policy.pad_id, model.device)
+        for indices, counts in self._ranks.deal(self._micro_batches(samples), report):
+            batch = self._batch([samples[i] for i in indices])
+            self._filling.add(batch, [samples[i] for i in indices])
             with checkpointing(model, self._config.model.gradient_checkpointing):
                 hidden = response_hidden(model.get_decoder(), batch)
                 with watch.timed("loss"):  # cut out of the graph, so that it can be timed: the same gradients
@@ -186,9 +210,8 @@ class Learner:
         """(log-probs, entropies) of each sample's tokens, (R,) float32 each; 0 where the policy didn't write."""
         scores: dict[int, tuple[Tensor, Tensor]] = {}
         head = head_of(model)
-        batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens))
-        for indices, _ in self._ranks.deal(batches, report):
-            batch = MiniBatch.of([samples[i] for i in indices], self._policy.pad_id, model.device)
+        for indices, _ in self._ranks.deal(self._micro_batches(samples), report):
+            batch = self._batch([samples[i] for i in indices])
             log_probs, entropy = ek.linear_log_probs_and_entropy(
                 response_hidden(model.get_decoder(), batch),
                 head.weight,
@@ -207,6 +230,12 @@ class Learner:
         for others in self._ranks.gather(scores):
             scores |= others
         return [scores[i] for i in range(len(samples))]
+
+    def _micro_batches(self, samples: Sequence[Sample]) -> list[list[int]]:
+        return list(micro_batches(samples, self._config.optim.micro_batch_tokens, self._row_width))
+
+    def _batch(self, samples: Sequence[Sample]) -> MiniBatch:
+        return MiniBatch.of(samples, self._policy.pad_id, self._policy.model.device, self._row_width)
 
     def _named(self, sums: dict[str, float], updates: int) -> dict[str, float]:
         named = {

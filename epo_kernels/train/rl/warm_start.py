@@ -5,13 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
+import epo_kernels as ek
+from epo_kernels.heads import head_of
 from epo_kernels.train.config import ConfigError, WarmStartConfig
 from epo_kernels.train.data import Draw, Episode, MiniBatch, Sample, Turn, samples_of
 from epo_kernels.train.envs import Demonstration, Suite
 from epo_kernels.train.io.progress import Report, ignore
-from epo_kernels.train.models.policy import Policy, response_logits
+from epo_kernels.train.models.policy import Policy, response_hidden
 from epo_kernels.train.rollout.prompts import Prompts
 
 
@@ -66,7 +67,7 @@ def clone(policy: Policy, samples: list[Sample], config: WarmStartConfig, seed: 
     `report` gets the number of epochs done, after every batch.
     """
     means = []
-    model = policy.model
+    model, head = policy.model, head_of(policy.model)
     rng = np.random.default_rng([seed, Draw.CLONING])
     batches_an_epoch = -(-len(samples) // config.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
@@ -79,8 +80,16 @@ def clone(policy: Policy, samples: list[Sample], config: WarmStartConfig, seed: 
         losses = []
         for chosen in _alike_batches(samples, config.batch_size, rng):
             batch = MiniBatch.of(chosen, policy.pad_id, model.device)
-            logits = response_logits(model, batch)[batch.mask]
-            loss = cross_entropy(logits.float(), batch.tokens[batch.mask])
+            log_probs, _ = ek.linear_log_probs_and_entropy(
+                response_hidden(model.get_decoder(), batch),
+                head.weight,
+                batch.tokens,
+                **head.keywords,
+                mask=batch.mask,
+                num_active=batch.num_sampled,
+                entropy=False,
+            )
+            loss = -log_probs.sum() / batch.num_sampled
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
