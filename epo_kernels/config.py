@@ -91,8 +91,8 @@ class EPOConfig:
             divergence of the two-outcome distribution (this token, any other).
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k >= 0 and λ > 0 of "vespo", with
             φ(w) = w^k exp(λ (1 - w)), where A >= 0, and where A < 0.
-        kl_bias_correction: multiplies the KL by the ratio (of "vespo" and "gmpo": the token's own), which makes its gradient unbiased off-policy (DeepSeek-V3.2,
-            arXiv 2512.02556; TRL's `use_bias_correction_kl`).
+        kl_bias_correction: multiplies the KL by the ratio (of "vespo" and "gmpo": the token's own), which makes its
+            gradient unbiased off-policy (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
 
     With the paper's numbers the hinge only shrinks the bonus above the band: the term in H is
     -λ(1 - αβk)H there, which still rewards entropy while αβk < 1. A band that restores needs αβk > 1

@@ -4,7 +4,16 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import epo_kernels as ek
-from epo_kernels.config import BandScope, KLType, LossAggMode, Penalty
+from epo_kernels.config import (
+    BandScope,
+    Divergence,
+    KLType,
+    LossAggMode,
+    Penalty,
+    PolicyLossName,
+    RatioGradient,
+    RatioScope,
+)
 from epo_kernels.defaults import BAND
 from epo_kernels.history import HistoryScope, HistoryWeighting
 from epo_kernels.schedule import SCHEDULES
@@ -255,11 +264,36 @@ class LossConfig:
     clip_ratio_c: float | None = setting(
         ek.EPOConfig.clip_ratio_c, "dual-clip bound for negative advantages; null disables"
     )
+    policy_loss: str = setting(ek.EPOConfig.policy_loss, "policy loss of a token", one_of(*get_args(PolicyLossName)))
+    ratio_scope: str | None = setting(
+        ek.EPOConfig.ratio_scope,
+        "tokens that share a ratio; null: the policy loss's own (sequence for gspo, vespo, gmpo, else token)",
+        one_of(*get_args(RatioScope)),
+    )
+    ratio_gradient: str = setting(
+        ek.EPOConfig.ratio_gradient,
+        "gradient of a sequence's ratio: each token's own share (verl), or that of the mean (TRL)",
+        one_of(*get_args(RatioGradient)),
+    )
+    sapo_tau_pos: float = setting(ek.EPOConfig.sapo_tau_pos, "sapo: temperature for positive advantages")
+    sapo_tau_neg: float = setting(ek.EPOConfig.sapo_tau_neg, "sapo: temperature for negative advantages")
+    dppo_divergence: str = setting(
+        ek.EPOConfig.dppo_divergence,
+        "dppo: divergence that clip_ratio_low and clip_ratio_high bound",
+        one_of(*get_args(Divergence)),
+    )
+    vespo_k_pos: float = setting(ek.EPOConfig.vespo_k_pos, "vespo: k for positive advantages")
+    vespo_lambda_pos: float = setting(ek.EPOConfig.vespo_lambda_pos, "vespo: lambda for positive advantages")
+    vespo_k_neg: float = setting(ek.EPOConfig.vespo_k_neg, "vespo: k for negative advantages")
+    vespo_lambda_neg: float = setting(ek.EPOConfig.vespo_lambda_neg, "vespo: lambda for negative advantages")
     entropy_coeff: float = setting(BAND.entropy_coeff, "weight of the entropy bonus and the band penalty (lambda)")
     kl_coeff: float = setting(
         ek.EPOConfig.kl_coeff, "weight of the KL to the reference policy (the one before RL); 0 disables"
     )
     kl_type: str = setting(ek.EPOConfig.kl_type, "KL estimator", one_of(*get_args(KLType)))
+    kl_bias_correction: bool = setting(
+        ek.EPOConfig.kl_bias_correction, "multiply the KL by the ratio (DeepSeek-V3.2, TRL's use_bias_correction_kl)"
+    )
     penalty: str = setting(
         BAND.penalty, "penalty for entropy outside the band; none: no band", one_of(*get_args(Penalty))
     )
