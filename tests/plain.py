@@ -30,21 +30,114 @@ def softmax_row(row, vocab_size, temperature, softcap, scale):
     return [math.exp(value) for value in log_p], log_p, slope
 
 
-def clipped_loss(log_prob, old, advantage, cfg):
-    """(pg, ∂pg/∂log_prob, log ratio, clipped, dual clipped) of one token; old None: on-policy."""
-    difference = 0.0 if old is None else log_prob - old
-    log_ratio = min(max(difference, -20.0), 20.0)
-    ratio = math.exp(log_ratio)
-    pg = -advantage * ratio
-    slope = pg if -20.0 <= difference <= 20.0 else 0.0
-    bounded = -advantage * min(max(ratio, 1.0 - cfg.clip_ratio_low), 1.0 + cfg.clip_ratio_high)
+def clamp(value, low, high):
+    return math.nan if math.isnan(value) else min(max(value, low), high)
+
+
+def importance_ratio(i, deltas, cfg):
+    """(ratio, {token: ∂ratio/∂log_prob}) of token i, which shares it with the tokens of deltas."""
+    mean = sum(deltas.values()) / len(deltas)
+    ratio = math.exp(clamp(mean, -20.0, 20.0))
+    slope = ratio if -20.0 <= mean <= 20.0 else 0.0
+    if cfg.ratio_gradient == "token":
+        return ratio, {i: slope}
+    return ratio, {j: slope / len(deltas) for j in deltas}
+
+
+def clipped_loss(advantage, ratio, cfg):
+    """(pg, ∂pg/∂ratio, clipped, dual clipped) of one token."""
+    pg, slope = -advantage * ratio, -advantage
+    bounded = -advantage * clamp(ratio, 1.0 - cfg.clip_ratio_low, 1.0 + cfg.clip_ratio_high)
     clipped = bounded > pg
     if clipped:
         pg, slope = bounded, 0.0
     dual_clipped = cfg.clip_ratio_c is not None and advantage < 0 and -advantage * cfg.clip_ratio_c < pg
     if dual_clipped:
         pg, slope = -advantage * cfg.clip_ratio_c, 0.0
-    return pg, slope, log_ratio, clipped, dual_clipped
+    return pg, slope, clipped, dual_clipped
+
+
+def outside_trust_region(log_prob, old, advantage, cfg):
+    p, o = math.exp(log_prob), math.exp(old)
+    limit = cfg.clip_ratio_high if advantage > 0 else cfg.clip_ratio_low
+    moved = p - o if advantage > 0 else o - p
+    if cfg.dppo_divergence == "tv":
+        return moved > limit
+    divergence = o * (old - log_prob) + (1 - o) * math.log((1 - o + 1e-8) / (1 - p + 1e-8))
+    return moved > 0 and divergence > limit
+
+
+def vespo_weight(deltas, factors, advantage, cfg):
+    """φ of a sequence's weight, for a token of that advantage."""
+    log_w = 0.0
+    for j, delta in deltas.items():
+        log_factor = math.log(factors[j]) if factors[j] > 0 else -math.inf
+        log_w += clamp(delta, -20.0, 20.0) + clamp(log_factor, math.log(1e-8), 20.0)
+    log_w = clamp(log_w, math.log(1e-8), 20.0)
+    positive = advantage >= 0
+    k = cfg.vespo_k_pos if positive else cfg.vespo_k_neg
+    lam = cfg.vespo_lambda_pos if positive else cfg.vespo_lambda_neg
+    return math.exp(k * log_w + lam * (1 - math.exp(log_w)))
+
+
+def gmpo_loss(deltas, advantages, cfg):
+    """(pg, {token: ∂pg/∂log_prob}, the clipped tokens) of a sequence."""
+    steps, clipped = {}, set()
+    for j, delta in deltas.items():
+        if advantages[j] > 0 and delta > cfg.clip_ratio_high:
+            steps[j] = cfg.clip_ratio_high
+            clipped.add(j)
+        elif advantages[j] < 0 and delta < -cfg.clip_ratio_low:
+            steps[j] = -cfg.clip_ratio_low
+            clipped.add(j)
+        else:
+            steps[j] = delta if advantages[j] else 0.0
+    mean = sum(steps.values()) / len(steps)
+    pg = -sum(advantages[j] for j in deltas) / len(deltas) * math.exp(clamp(mean, -20.0, 20.0))
+    slope = pg / len(deltas) if -20.0 <= mean <= 20.0 else 0.0
+    return pg, {j: slope for j in deltas if j not in clipped and advantages[j]}, clipped
+
+
+def policy_loss(i, members, log_probs, old, advantages, factors, cfg):
+    """pg of token i with its factor, {token: ∂pg/∂log_prob}, and what belongs to its ratio; old None: on-policy."""
+    name, advantage, log_prob, factor = cfg.policy_loss, advantages[i], log_probs[i], factors[i]
+    deltas = {j: 0.0 if old[j] is None else log_probs[j] - old[j] for j in members}
+    own = {i: deltas[i]}
+    ratio, dratio = importance_ratio(i, own if name in ("vespo", "gmpo") else deltas, cfg)
+    clipped = dual_clipped = False
+    if name in ("ppo", "gspo"):
+        pg, slope, clipped, dual_clipped = clipped_loss(advantage, ratio, cfg)
+        slopes = {j: slope * d for j, d in dratio.items()}
+    elif name == "cispo":
+        bounded = clamp(ratio, 1.0 - cfg.clip_ratio_low, 1.0 + cfg.clip_ratio_high)
+        pg, slopes, clipped = -bounded * advantage * log_prob, {i: -bounded * advantage}, bounded != ratio
+    elif name == "sapo":
+        tau = cfg.sapo_tau_pos if advantage > 0 else cfg.sapo_tau_neg
+        gate = 1.0 / (1.0 + math.exp(-clamp(tau * (ratio - 1.0), -700.0, 700.0)))
+        pg, slope = -advantage * gate * 4.0 / tau, -advantage * 4.0 * gate * (1.0 - gate)
+        slopes = {j: slope * d for j, d in dratio.items()}
+    elif name == "reinforce":
+        pg, slopes = -advantage * log_prob, {i: -advantage}
+    elif name == "dppo":
+        bounded = ratio if cfg.clip_ratio_c is None else min(ratio, cfg.clip_ratio_c)
+        clipped = old[i] is not None and outside_trust_region(log_prob, old[i], advantage, cfg)
+        dual_clipped = not clipped and bounded < ratio
+        pg, slopes = (0.0, {}) if clipped else (-bounded * advantage * log_prob, {i: -bounded * advantage})
+    elif name == "vespo":
+        phi, factor = vespo_weight(deltas, factors, advantage, cfg), 1.0
+        pg, slopes = -phi * advantage * log_prob, {i: -phi * advantage}
+    else:
+        pg, slopes, at = gmpo_loss(deltas, advantages, cfg)
+        clipped = i in at
+    return SimpleNamespace(
+        pg=factor * pg,
+        slopes={j: factor * slope for j, slope in slopes.items()},
+        log_ratio=clamp(deltas[i], -20.0, 20.0),
+        ratio=ratio,
+        ratio_slopes=dratio,
+        clipped=clipped,
+        dual_clipped=dual_clipped,
+    )
 
 
 def kl_estimate(log_prob, ref, kl_type):
@@ -155,34 +248,44 @@ def epo_loss(
 
     bands = _bands(entropy_bounds, segment_ids, cfg.band_scope, shape, sequences, active, spread)
     held = _held(entropy, segment_ids, cfg.band_scope, sequences, active)
+    sharing = _members(segment_ids, cfg.ratio_unit, sequences, active)
 
     metrics = defaultdict(float)
     a, b = [0.0] * count, [0.0] * count
     for i in active:
-        pg, dpg, log_ratio, clipped, dual_clipped = clipped_loss(log_probs[i], old[i], advantage[i], cfg)
+        policy = policy_loss(i, sharing[i], log_probs, old, advantage, factor, cfg)
         kl, dkl = (0.0, 0.0) if ref[i] is None else kl_estimate(log_probs[i], ref[i], cfg.kl_type)
+        kl_slopes = {i: dkl}
+        if cfg.kl_bias_correction:
+            kl_slopes = {j: kl * slope for j, slope in policy.ratio_slopes.items()}
+            kl_slopes[i] = kl_slopes.get(i, 0.0) + policy.ratio * dkl
+            kl = policy.ratio * kl
         lower, upper = bands[i]
         mean, members = held[i]
         penalty, dpenalty, gate = penalty_of(mean, lower, upper, cfg)
-        total = factor[i] * pg - lam * (gate * entropy[i] - beta_k * penalty) + kl_weight * kl
-        a[i] = weights[i] * (factor[i] * dpg + kl_weight * dkl)
+        total = policy.pg - lam * (gate * entropy[i] - beta_k * penalty) + (kl_weight * kl if kl_weight else 0.0)
+        for j, derivative in policy.slopes.items():
+            a[j] += weights[i] * derivative
+        for j, derivative in kl_slopes.items():
+            a[j] += weights[i] * kl_weight * derivative if kl_weight else 0.0
         b[i] += -lam * gate * weights[i]
         for j in members:
             b[j] += lam * beta_k * weights[i] * dpenalty / len(members)
         for name, value in {
             "tokens": 1.0,
             "loss": weights[i] * total,
-            "pg_loss": weights[i] * factor[i] * pg,
+            "pg_loss": weights[i] * policy.pg,
             "penalty": weights[i] * penalty,
             "kl_loss": weights[i] * kl,
             "entropy_sum": entropy[i],
             "log_prob_sum": log_probs[i],
-            "ratio_sum": math.exp(log_ratio),
-            "ppo_kl_sum": -log_ratio,
-            "clipped_tokens": clipped,
-            "dual_clipped_tokens": dual_clipped,
+            "ratio_sum": policy.ratio,
+            "ppo_kl_sum": -policy.log_ratio,
+            "clipped_tokens": policy.clipped,
+            "dual_clipped_tokens": policy.dual_clipped,
             "below_band_tokens": mean < lower,
             "above_band_tokens": mean > upper,
+            "nonfinite_tokens": not (math.isfinite(total) and math.isfinite(entropy[i])),
         }.items():
             metrics[name] += value
     metrics["sequences"] = len({sequences[i] for i in active})
@@ -217,15 +320,20 @@ def _segments(segment_ids, sequences):
     return sequences if segment_ids is None else segment_ids.reshape(-1).tolist()
 
 
+def _members(segment_ids, scope, sequences, active):
+    """For each counted token: the counted tokens that share a statistic with it."""
+    if scope == "token":
+        return {i: [i] for i in active}
+    groups, members = sequences if scope == "sequence" else _segments(segment_ids, sequences), defaultdict(list)
+    for i in active:
+        members[groups[i]].append(i)
+    return {i: members[groups[i]] for i in active}
+
+
 def _held(entropy, segment_ids, scope, sequences, active):
     """For each counted token: the entropy held against the band, and the tokens that share in it."""
-    if scope == "token":
-        return {i: (entropy[i], [i]) for i in active}
-    segments, members = _segments(segment_ids, sequences), defaultdict(list)
-    for i in active:
-        members[segments[i]].append(i)
-    means = {segment: math.fsum(entropy[i] for i in at) / len(at) for segment, at in members.items()}
-    return {i: (means[segments[i]], members[segments[i]]) for i in active}
+    members = _members(segment_ids, scope, sequences, active)
+    return {i: (math.fsum(entropy[j] for j in at) / len(at), at) for i, at in members.items()}
 
 
 def _bands(bounds, segment_ids, scope, shape, sequences, active, spread):
