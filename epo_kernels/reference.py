@@ -41,7 +41,7 @@ Conventions at the edges, which every backend keeps:
 - On-policy (old_log_probs is None) every ratio is 1, and no token is clipped. reinforce does not read old_log_probs but
   for the metrics.
 - A NaN log-ratio makes a sequence statistic NaN, and with it the loss and the gradient of all counted tokens of that
-  sequence.
+  sequence. With ratio_gradient="sequence" any NaN loss makes the gradient of its whole sequence NaN.
 - At the very bound of the band the penalty and its derivative are 0 (hinge, quadratic); the indicator and the gate
   count the bound as outside.
 - A counted token whose band is inconsistent (lower > upper, or NaN) has a loss of NaN, and is counted as invalid.
@@ -314,7 +314,8 @@ def _reinforce(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
 
 # pg = -A sg(min(r, c)) log_prob, and 0 outside the trust region: with p = exp(log_prob) and o = exp(old_log_prob),
 #      tv:  A > 0: p - o > ε_high,  else: o - p > ε_low
-#      kl:  o log(o / p) + (1 - o) log((1 - o) / (1 - p)) > ε,  A > 0: ε = ε_high and p > o,  else: ε = ε_low and p < o
+#      kl:  o log(o / p) + (1 - o) log((1 - o + 1e-8) / (1 - p + 1e-8)) > ε,
+#           A > 0: ε = ε_high and p > o,  else: ε = ε_low and p < o
 def _dppo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
     ratio, advantages = importance_ratio(tokens, cfg), tokens.advantages
     p, o = tokens.log_probs.detach().exp(), tokens.old_log_probs.exp()
@@ -324,7 +325,9 @@ def _dppo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
     if cfg.dppo_divergence == "tv":
         outside = moved > limit
     else:
-        others = (1.0 - o) * ((1.0 - o + DPPO_EPSILON) / (1.0 - p + DPPO_EPSILON)).log()
+        # Rounding can make a log-prob positive.
+        not_o, not_p = (1.0 - o).clamp(min=0.0), (1.0 - p).clamp(min=0.0)
+        others = not_o * ((not_o + DPPO_EPSILON) / (not_p + DPPO_EPSILON)).log()
         divergence = o * (tokens.old_log_probs - tokens.log_probs.detach()) + others
         outside = (divergence > limit) & (moved > 0)
     bounded = ratio.detach() if cfg.clip_ratio_c is None else ratio.detach().clamp(max=cfg.clip_ratio_c)

@@ -13,6 +13,27 @@ from tests import plain
 
 PENALTIES = get_args(Penalty)
 MODES = get_args(LossAggMode)
+# The policy losses, each in the forms that its own settings give it.
+POLICY_VARIANTS = {
+    "ppo": {},
+    "cispo": {"policy_loss": "cispo"},
+    "cispo-sequence": {"policy_loss": "cispo", "ratio_scope": "sequence", "ratio_gradient": "sequence"},
+    "sapo": {"policy_loss": "sapo", "sapo_tau_pos": 1.5, "sapo_tau_neg": 2.5},
+    "sapo-segment": {"policy_loss": "sapo", "ratio_scope": "segment", "ratio_gradient": "sequence"},
+    "reinforce": {"policy_loss": "reinforce"},
+    "dppo-tv": {"policy_loss": "dppo", "dppo_divergence": "tv"},
+    "dppo-kl": {"policy_loss": "dppo", "dppo_divergence": "kl"},
+    "gspo": {"policy_loss": "gspo"},
+    "gspo-mean": {"policy_loss": "gspo", "ratio_gradient": "sequence"},
+    "vespo": {"policy_loss": "vespo"},
+    "gmpo": {"policy_loss": "gmpo"},
+}
+
+
+def policy_config(name, **settings):
+    """The config of a variant, with clip ranges that random cases cross on both sides."""
+    clips = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.3, "clip_ratio_c": 1.5}
+    return ek.EPOConfig(**{**clips, **POLICY_VARIANTS[name], **settings})
 
 
 def random_case(cfg=None, seed=0, batch=3, time=5, vocab=7, dtype=torch.float64, **arguments):

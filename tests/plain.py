@@ -63,7 +63,8 @@ def outside_trust_region(log_prob, old, advantage, cfg):
     moved = p - o if advantage > 0 else o - p
     if cfg.dppo_divergence == "tv":
         return moved > limit
-    divergence = o * (old - log_prob) + (1 - o) * math.log((1 - o + 1e-8) / (1 - p + 1e-8))
+    not_o, not_p = max(1 - o, 0.0), max(1 - p, 0.0)
+    divergence = o * (old - log_prob) + not_o * math.log((not_o + 1e-8) / (not_p + 1e-8))
     return moved > 0 and divergence > limit
 
 
