@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import epo_kernels as ek
 from epo_kernels.metrics import METRIC_NAMES
 from tests.backends.matrix import COUNTS, busy_case
-from tests.cases import metrics_of, run
+from tests.cases import POLICY_VARIANTS, metrics_of, policy_config, run
 from tests.sharded.vocabulary import FUSED
 from tests.test_linear import HINGE, SMALL, Case, V
 
@@ -122,16 +122,22 @@ def case_a_split_vocabulary_is_not_gathered(rank, world):
     check_placements(rank, world, Shard(1), Shard(0), Shard(0), expected_gathers=1)  # hidden alone
 
 
-def case_logits_as_dtensors(rank, world):
-    mesh, case = init_device_mesh("cpu", (world,)), busy_case(vocab=30)
+def check_logits_as_dtensors(world, case, *placements):
+    mesh = init_device_mesh("cpu", (world,))
     expected, gradient = run(case, FUSED)
-    for placement in (Shard(2), Shard(1), Replicate()):
+    for placement in placements:
         leaf = distribute_tensor(case["logits"], mesh, [placement]).requires_grad_()
         out = ek.epo_loss(**{**case, "logits": leaf}, backend=FUSED)
         out.loss.backward()
         assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
         assert leaf.grad.placements == (placement,)
         assert_close(leaf.grad.full_tensor(), gradient, rtol=1e-4, atol=1e-6)
+
+
+def case_logits_as_dtensors(rank, world):
+    check_logits_as_dtensors(world, busy_case(vocab=30), Shard(2), Shard(1), Replicate())
+    for name in POLICY_VARIANTS:
+        check_logits_as_dtensors(world, busy_case(policy_config(name), vocab=30), Shard(2))
 
 
 def case_batches_of_their_own_are_averaged(rank, world):

@@ -18,7 +18,7 @@ from epo_kernels import backends, inputs
 from epo_kernels.fused import sharded
 from epo_kernels.fused.backend import FusedBackend
 from tests.backends.matrix import BUSY, assert_no_worse, busy_case, moved
-from tests.cases import metrics_of, run, to_packed
+from tests.cases import POLICY_VARIANTS, metrics_of, policy_config, run, to_packed
 from tests.eager_rows import EagerRows
 from tests.test_linear import HINGE, SMALL, B, Case, T, V
 
@@ -268,6 +268,15 @@ def case_logits_in_columns(rank, world):
     check_logits(rank, world, case, FUSED)
     check_logits(rank, world, to_packed(busy_case(vocab=50), [5, 3, 4])[0], FUSED)
     check_logits(rank, world, busy_case(vocab=50, old_log_probs=None), FUSED)
+
+
+def case_policy_losses(rank, world):
+    turns = torch.arange(15).reshape(3, 5) // 2
+    for name in POLICY_VARIANTS:
+        cfg = policy_config(name, penalty="hinge", penalty_alpha=0.7, entropy_coeff=0.3, kl_coeff=0.2)
+        check_logits(rank, world, busy_case(cfg, vocab=50, segment_ids=turns), FUSED)
+        keywords = {"segment_ids": torch.arange(T).expand(B, T) // 10, "penalty_weight": 1.5}
+        check_linear(rank, world, "eager", cfg, "uneven", **keywords)
 
 
 def case_offsets_change_nothing(rank, world):
