@@ -119,7 +119,10 @@ def _parse(words: list[str]) -> tuple[TrainConfig, set[str]]:
 def _launch(config: TrainConfig, dry: bool) -> int:
     # Imported late: wrong settings and --help answer at once.
     from epo_kernels.train.distributed import launched
+    from epo_kernels.train.models.attention import require_attention
+    from epo_kernels.train.models.policy import resolve_device
 
+    require_attention(config.model, resolve_device(config.model.device))
     with launched(config.model.fsdp, config.model.device) as ranks:
         return _run(config, dry, ranks)
 

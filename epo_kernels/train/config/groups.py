@@ -57,6 +57,12 @@ class ModelConfig:
     dtype: str = setting(
         "float32", "precision of matrix products; the weights stay in float32", one_of("float32", "bfloat16")
     )
+    attn_implementation: str | None = setting(
+        None,
+        "attention kernel; null: transformers' choice. Flash attention requires a CUDA device and dtype=bfloat16",
+        one_of("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
+        resume="rounding",
+    )
     device: str = setting("auto", "auto | cpu | cuda | cuda:1 ...", resume="rounding")
     threads: int = setting(
         0, "PyTorch's CPU threads; 0: one per core. Small models are fastest with 1", at_least(0), resume="rounding"
@@ -71,8 +77,16 @@ class ModelConfig:
     warm_start: WarmStartConfig = group(WarmStartConfig)
 
     def check(self) -> None:
-        if self.name_or_path not in FROM_SCRATCH:
-            return
+        flash = (self.attn_implementation or "").startswith("flash")
+        require(
+            not flash or self.dtype == "bfloat16",
+            f"model.dtype must be bfloat16 with model.attn_implementation={self.attn_implementation}, got "
+            f"{self.dtype!r}; set it, or model.attn_implementation=sdpa",
+        )
+        if self.name_or_path in FROM_SCRATCH:
+            self._check_from_scratch()
+
+    def _check_from_scratch(self) -> None:
         require(
             self.warm_start.demonstrations >= 1,
             f"model.warm_start.demonstrations must be at least 1, got 0: model.name_or_path={self.name_or_path} is a "
