@@ -4,7 +4,16 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import epo_kernels as ek
-from epo_kernels.config import BandScope, KLType, LossAggMode, Penalty
+from epo_kernels.config import (
+    BandScope,
+    Divergence,
+    KLType,
+    LossAggMode,
+    Penalty,
+    PolicyLossName,
+    RatioGradient,
+    RatioScope,
+)
 from epo_kernels.defaults import BAND
 from epo_kernels.history import HistoryScope, HistoryWeighting
 from epo_kernels.schedule import SCHEDULES
@@ -262,18 +271,42 @@ class LossConfig:
     The defaults of the band are those of `epo_kernels.defaults.BandDefaults`: the paper's hinge.
     """
 
+    policy_loss: str = setting(ek.EPOConfig.policy_loss, "policy loss", one_of(*get_args(PolicyLossName)))
     clip_ratio_low: float = setting(
         ek.EPOConfig.clip_ratio_low, "the ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]"
     )
     clip_ratio_high: float = setting(ek.EPOConfig.clip_ratio_high, "above clip_ratio_low: DAPO's clip-higher")
     clip_ratio_c: float | None = setting(
-        ek.EPOConfig.clip_ratio_c, "dual-clip bound for negative advantages; null disables"
+        ek.EPOConfig.clip_ratio_c,
+        "ppo, gspo: dual-clip bound for negative advantages; dppo: bound of the ratio; null disables",
     )
+    ratio_scope: str | None = setting(
+        ek.EPOConfig.ratio_scope,
+        "tokens that share a ratio (a segment is a turn); null: the policy loss's default",
+        one_of(*get_args(RatioScope)),
+    )
+    ratio_gradient: str = setting(
+        ek.EPOConfig.ratio_gradient,
+        "gradient of a shared ratio: each token's own (verl), or that of the mean (TRL)",
+        one_of(*get_args(RatioGradient)),
+    )
+    sapo_tau_pos: float = setting(ek.EPOConfig.sapo_tau_pos, "sapo: temperature for positive advantages")
+    sapo_tau_neg: float = setting(ek.EPOConfig.sapo_tau_neg, "sapo: temperature for other advantages")
+    dppo_divergence: str = setting(
+        ek.EPOConfig.dppo_divergence, "dppo: divergence of the trust region", one_of(*get_args(Divergence))
+    )
+    vespo_k_pos: float = setting(ek.EPOConfig.vespo_k_pos, "vespo: exponent k for nonnegative advantages")
+    vespo_lambda_pos: float = setting(ek.EPOConfig.vespo_lambda_pos, "vespo: decay lambda for nonnegative advantages")
+    vespo_k_neg: float = setting(ek.EPOConfig.vespo_k_neg, "vespo: exponent k for negative advantages")
+    vespo_lambda_neg: float = setting(ek.EPOConfig.vespo_lambda_neg, "vespo: decay lambda for negative advantages")
     entropy_coeff: float = setting(BAND.entropy_coeff, "weight of the entropy bonus and the band penalty (lambda)")
     kl_coeff: float = setting(
         ek.EPOConfig.kl_coeff, "weight of the KL to the reference policy (the one before RL); 0 disables"
     )
     kl_type: str = setting(ek.EPOConfig.kl_type, "KL estimator", one_of(*get_args(KLType)))
+    kl_bias_correction: bool = setting(
+        ek.EPOConfig.kl_bias_correction, "multiply the KL by the ratio, for an unbiased off-policy gradient"
+    )
     penalty: str = setting(
         BAND.penalty, "penalty for entropy outside the band; none: no band", one_of(*get_args(Penalty))
     )
