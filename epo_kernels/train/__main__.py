@@ -35,59 +35,62 @@ if TYPE_CHECKING:
 
 HELP = """usage: python -m epo_kernels.train [PRESET] [FILE.yaml ...] [GROUP.KEY=VALUE ...] [--print-config | --dry-run]
 
-Trains a language-model agent by reinforcement learning in a text environment, with the EPO loss.
+Train a language-model agent with reinforcement learning in a text environment, using the EPO loss.
 
-A setting comes from the last of these that gives it: the defaults below, the preset, files, the command line.
+Settings are read in this order, and later ones win: defaults, preset, files, command line.
 
-presets (without one: quickstart):
+presets (default: quickstart):
 
 {presets}
 
 options:
 
-  --print-config   show all settings as they would hold, as YAML, and end
-  --dry-run        build everything, play nothing, say what would run
-  --help           this text
+  --print-config   print the resulting settings as YAML and exit
+  --dry-run        build everything, print what would run, and exit
+  --help           print this help and exit
 
 examples:
   python -m epo_kernels.train practice                       a first look: no Java, two to three minutes
-  python -m epo_kernels.train quickstart                     real ScienceWorld on a CPU
-  python -m epo_kernels.train quickstart steps=100 loss.penalty=hinge run_dir=runs/hinge
-  python -m epo_kernels.train practice algorithm.name=ppo    PPO with a critic; rloo and gigpo as well
-  python -m epo_kernels.train practice loss.penalty=none     without EPO's band; loss.entropy_coeff=0: no entropy term
+  python -m epo_kernels.train quickstart                     ScienceWorld on a CPU
+  python -m epo_kernels.train quickstart steps=100 run_dir=runs/long
+  python -m epo_kernels.train practice algorithm.name=ppo    PPO with a critic; also rloo and gigpo
+  python -m epo_kernels.train practice loss.penalty=none     without EPO's entropy band
+  python -m epo_kernels.train practice loss.penalty=none loss.entropy_coeff=0     without any entropy term
   python -m epo_kernels.train scienceworld_ppo_7b --print-config
   python -m epo_kernels.train my.yaml seed=3 resume=never
   torchrun --nproc-per-node 8 -m epo_kernels.train my.yaml   on all GPUs of a machine (model.fsdp)
 
-a file of your own starts from a preset and holds what differs, say my.yaml:
+A settings file names the preset it starts from and what it changes:
 
   preset: quickstart
   run_dir: ~/runs/mine
   optim:
     lr: 1e-4
 
-or from all settings of a preset: python -m epo_kernels.train quickstart --print-config > my.yaml
-A file that names no preset takes one from the command line (quickstart my.yaml), or else the defaults.
-Values are YAML (true, false, null, [a, b]); ${{oc.env:NAME}} is an environment variable, ~ the home folder.
+To start from a file with all settings: python -m epo_kernels.train quickstart --print-config > my.yaml
+A file without a preset starts from the one on the command line (quickstart my.yaml), or from the defaults.
+Values are YAML (true, false, null, [a, b]). ${{oc.env:NAME}} reads an environment variable; a leading ~ is the home
+folder.
 
-The folder run_dir receives config.yaml, metrics.jsonl (a line a step), evaluation.json, episodes/ to read,
-checkpoints/global_step_N/actor, tensorboard/, report.html, and traceback.txt after an unforeseen error. An
-interrupted run goes on where it stopped when the same command is given again (resume=auto), with steps raised too;
-resume=FOLDER of a checkpoint rewinds a run, or with another run_dir branches from it under other settings. SIGTERM,
-SIGHUP, SIGUSR1 and Ctrl-C stop a run with everything saved; another one more than a second later, at once. A run_dir
-belongs to one run at a time.
+Output in run_dir: config.yaml, metrics.jsonl (one line per step), evaluation.json, episodes/ (readable transcripts),
+checkpoints/global_step_N/actor, tensorboard/, report.html, and traceback.txt after an unexpected error.
 
-settings, with their defaults (presets change some; --print-config tells):
+To resume an interrupted run, repeat its command (resume=auto). To extend a finished one, raise steps.
+resume=CHECKPOINT_FOLDER rewinds a run to that checkpoint; with a different run_dir it branches off a new run, whose
+settings may differ. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save everything and stop; a second signal more than a second
+later stops at once. Only one run at a time can use a run_dir.
+
+settings and their defaults (presets change some; see --print-config):
 
 """
 
 
 @lasting_streams()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
+    """Run the command line and return the exit code.
 
-    0 done, or stopped by a signal with everything saved; 1 the run failed; 2 wrong settings, or a run_dir that can't be
-    used; 130 interrupted by Ctrl-C.
+    0: finished, or stopped by a signal with everything saved. 1: the run failed. 2: invalid settings, or a run_dir that
+    cannot be used. 130: interrupted by Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in words or "-h" in words:
@@ -117,9 +120,12 @@ def _parse(words: list[str]) -> tuple[TrainConfig, set[str]]:
 
 
 def _launch(config: TrainConfig, dry: bool) -> int:
-    # Imported late: wrong settings and --help answer at once.
+    # Imported late, so that --help and settings errors appear immediately.
     from epo_kernels.train.distributed import launched
+    from epo_kernels.train.models.attention import require_attention
+    from epo_kernels.train.models.policy import resolve_device
 
+    require_attention(config.model, resolve_device(config.model.device))
     with launched(config.model.fsdp, config.model.device) as ranks:
         return _run(config, dry, ranks)
 
@@ -155,7 +161,7 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
         return 130 if stopped.signal == signal.SIGINT else 0
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return _fail(f"{error}; make room first: {_remains(config)}", 1)
+            return _fail(f"{error}; make room first; {_remains(config)}", 1)
         return _fail(_unforeseen(error, config, dry, ranks), 1)
     except (EnvironmentFailure, PromptTooLong, RunError) as error:
         return _fail(error, 1)
@@ -168,16 +174,16 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
 
 
 def _remains(config: TrainConfig) -> str:
-    """What is left of a run that ended early."""
+    """How to continue a run that ended early."""
     from epo_kernels.train.io.checkpoint import list_checkpoints
 
     if list_checkpoints(Path(config.run_dir) / "checkpoints"):
-        return "the same command goes on from the last checkpoint, which is whole"
-    return "there is no checkpoint yet: the same command begins anew"
+        return "repeat the command to resume from the last checkpoint"
+    return "there is no checkpoint yet, so repeating the command starts over"
 
 
 def _unforeseen(error: Exception, config: TrainConfig, dry: bool, ranks: Ranks) -> str:
-    """What to say of an error that nobody expected; its traceback goes to the run's folder, or else to stderr."""
+    """The message for an unexpected error; writes its traceback to run_dir, or to stderr where that fails."""
     from epo_kernels.train.io.failures import keep_traceback
 
     brief = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -211,7 +217,7 @@ def _plan(trainer: Trainer) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks: activations come and go in megabytes, and mapping them anew halves the speed."""
+    """Make glibc keep freed memory: mapping every new activation, megabytes each, would halve the speed."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(trim_threshold, 2**31 - 1)
@@ -219,10 +225,10 @@ def keep_freed_memory() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; one of several at once, without the interpreter's own ending.
+    """Exit the process; under torchrun, without interpreter shutdown.
 
-    DTensor's caches keep the process groups for good, and a thread of theirs that lets go of a tensor while the
-    interpreter ends aborts the process: a run that is complete would end with an error.
+    DTensor's caches keep process groups alive. If one of their threads releases a tensor during interpreter shutdown,
+    the process aborts, and a finished run would exit with an error.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()

@@ -93,7 +93,7 @@ def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(ConfigError, match=r"missing\.yaml cannot be read: No such file"):
         load_config(str(tmp_path / "missing.yaml"), [])
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ConfigError, match="must hold settings"):
+    with pytest.raises(ConfigError, match="must contain settings"):
         load_config(str(tmp_path / "list.yaml"), [])
 
 
@@ -151,8 +151,8 @@ def test_unicode_with_its_mark_is_read(tmp_path, encoding):
 MISTAKES = {
     "a key twice": ("steps: 3\noptim:\n  lr: 1e-4\n  lr: 2e-4\n", 4, "optim.lr is given twice, first in line 3"),
     "a group twice": ("optim: {lr: 1}\noptim: {epochs: 1}\n", 2, "optim is given twice, first in line 1"),
-    "a tab": ("optim:\n\tlr: 1e-4\n", 2, "a tab; YAML is indented with spaces: 'lr: 1e-4'"),
-    "a tab later": ("optim:\n  lr: 1e-4\n\tepochs: 2\n", 3, "a tab; YAML is indented with spaces: 'epochs: 2'"),
+    "a tab": ("optim:\n\tlr: 1e-4\n", 2, "a tab; indent YAML with spaces: 'lr: 1e-4'"),
+    "a tab later": ("optim:\n  lr: 1e-4\n\tepochs: 2\n", 3, "a tab; indent YAML with spaces: 'epochs: 2'"),
     "latin-1": (
         "seed: 1\nrun_dir: café\n".encode("latin-1"),
         2,

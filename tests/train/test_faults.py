@@ -82,7 +82,7 @@ def test_a_signal_saves_and_ends_with_0(whole_run, tmp_path, moment):
     arguments = command(f"run_dir={tmp_path / 'run'}", *WHOLE, "checkpoint.every=0")
     fault = TERMINATIONS[moment]
     assert faults.end_of(faults.start(arguments, fault, log)) == 0, log.read_text()
-    assert f"stopped by {fault[0].name}; the same command goes on from the last checkpoint" in log.read_text()
+    assert f"stopped by {fault[0].name}; repeat the command to resume from the last checkpoint" in log.read_text()
     run_dir = tmp_path / "run"
     lines = lines_of(run_dir)
     assert steps_of(run_dir)[-1] == len(lines) < 4
@@ -96,7 +96,7 @@ def test_sigterm_before_the_first_checkpoint_ends_the_demonstrations_and_says_th
     arguments = command(f"run_dir={tmp_path / 'run'}", *WHOLE, "model.warm_start.demonstrations=512")
     fault = (signal.SIGTERM, TRAIN + "envs.practice:PracticeSuite.demonstrate", 5)
     assert faults.end_of(faults.start(arguments, fault, log)) == 0, log.read_text()
-    assert "stopped by SIGTERM; there is no checkpoint yet: the same command begins anew" in log.read_text()
+    assert "stopped by SIGTERM; there is no checkpoint yet, so repeating the command starts over" in log.read_text()
     assert "cloned" not in log.read_text()
 
 

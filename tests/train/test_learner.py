@@ -1,9 +1,11 @@
 import copy
+from typing import get_args
 
 import pytest
 import torch
 
 import epo_kernels as ek
+from epo_kernels.config import LossAggMode, PolicyLossName
 from epo_kernels.train import data
 from epo_kernels.train.config import load_config
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
@@ -61,14 +63,20 @@ def test_scoring_and_updates_report_how_far_they_are(policy, played):
     assert scored == [len(samples) / 2, len(samples)]
 
 
-@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
-def test_micro_batches_add_up_to_the_whole(policy, played, mode):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *([f"loss.loss_agg_mode={mode}"] for mode in get_args(LossAggMode)),
+        *([f"loss.policy_loss={name}"] for name in get_args(PolicyLossName)),
+        ["loss.policy_loss=sapo", "loss.ratio_scope=segment", "loss.ratio_gradient=sequence"],
+    ],
+    ids=",".join,
+)
+def test_micro_batches_add_up_to_the_whole(policy, played, settings):
     weights = []
     for tokens in (100_000, 300):
         samples, trained = samples_of(played), copy.deepcopy(policy)
-        learner = learner_of(
-            trained, f"loss.loss_agg_mode={mode}", f"optim.micro_batch_tokens={tokens}", "loss.penalty=hinge"
-        )
+        learner = learner_of(trained, *settings, f"optim.micro_batch_tokens={tokens}", "loss.penalty=hinge")
         learner.score(samples)
         metrics = learner._backward(samples, history_of(samples), 1.5, Stopwatch(torch.device("cpu")))
         gradient = torch.cat([p.grad.flatten() for p in trained.model.parameters()])

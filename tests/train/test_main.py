@@ -355,7 +355,7 @@ def test_an_unforeseen_error_keeps_its_traceback_in_the_run_s_folder(tmp_path, c
         assert train(f"run_dir={tmp_path}", "evaluate.panels=[]", "model.warm_start.epochs=1") == 1
         assert capsys.readouterr().err == (
             "error: RuntimeError: CUDA error: an illegal memory access many more lines; its traceback is in "
-            f"{tmp_path}/traceback.txt; the same command goes on from the last checkpoint, which is whole\n"
+            f"{tmp_path}/traceback.txt; repeat the command to resume from the last checkpoint\n"
         )
         kept = (tmp_path / "traceback.txt").read_text()
         assert kept.count("Traceback (most recent call last):\n") == times

@@ -66,6 +66,12 @@ class ModelConfig:
     dtype: str = setting(
         "float32", "precision of matrix products; the weights stay in float32", one_of("float32", "bfloat16")
     )
+    attn_implementation: str | None = setting(
+        None,
+        "attention kernel; null: transformers' choice. Flash attention requires a CUDA device and dtype=bfloat16",
+        one_of("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
+        resume="rounding",
+    )
     device: str = setting("auto", "auto | cpu | cuda | cuda:1 ...", resume="rounding")
     threads: int = setting(
         0, "PyTorch's CPU threads; 0: one per core. Small models are fastest with 1", at_least(0), resume="rounding"
@@ -80,8 +86,16 @@ class ModelConfig:
     warm_start: WarmStartConfig = group(WarmStartConfig)
 
     def check(self) -> None:
-        if self.name_or_path not in FROM_SCRATCH:
-            return
+        flash = (self.attn_implementation or "").startswith("flash")
+        require(
+            not flash or self.dtype == "bfloat16",
+            f"model.dtype must be bfloat16 with model.attn_implementation={self.attn_implementation}, got "
+            f"{self.dtype!r}; set it, or model.attn_implementation=sdpa",
+        )
+        if self.name_or_path in FROM_SCRATCH:
+            self._check_from_scratch()
+
+    def _check_from_scratch(self) -> None:
         require(
             self.warm_start.demonstrations >= 1,
             f"model.warm_start.demonstrations must be at least 1, got 0: model.name_or_path={self.name_or_path} is a "
@@ -257,42 +271,41 @@ class LossConfig:
     The defaults of the band are those of `epo_kernels.defaults.BandDefaults`: the paper's hinge.
     """
 
+    policy_loss: str = setting(ek.EPOConfig.policy_loss, "policy loss", one_of(*get_args(PolicyLossName)))
     clip_ratio_low: float = setting(
         ek.EPOConfig.clip_ratio_low, "the ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]"
     )
     clip_ratio_high: float = setting(ek.EPOConfig.clip_ratio_high, "above clip_ratio_low: DAPO's clip-higher")
     clip_ratio_c: float | None = setting(
-        ek.EPOConfig.clip_ratio_c, "dual-clip bound for negative advantages; null disables"
+        ek.EPOConfig.clip_ratio_c,
+        "ppo, gspo: dual-clip bound for negative advantages; dppo: bound of the ratio; null disables",
     )
-    policy_loss: str = setting(ek.EPOConfig.policy_loss, "policy loss of a token", one_of(*get_args(PolicyLossName)))
     ratio_scope: str | None = setting(
         ek.EPOConfig.ratio_scope,
-        "tokens that share a ratio; null: the policy loss's own (sequence for gspo, vespo, gmpo, else token)",
+        "tokens that share a ratio (a segment is a turn); null: the policy loss's default",
         one_of(*get_args(RatioScope)),
     )
     ratio_gradient: str = setting(
         ek.EPOConfig.ratio_gradient,
-        "gradient of a sequence's ratio: each token's own share (verl), or that of the mean (TRL)",
+        "gradient of a shared ratio: each token's own (verl), or that of the mean (TRL)",
         one_of(*get_args(RatioGradient)),
     )
     sapo_tau_pos: float = setting(ek.EPOConfig.sapo_tau_pos, "sapo: temperature for positive advantages")
-    sapo_tau_neg: float = setting(ek.EPOConfig.sapo_tau_neg, "sapo: temperature for negative advantages")
+    sapo_tau_neg: float = setting(ek.EPOConfig.sapo_tau_neg, "sapo: temperature for other advantages")
     dppo_divergence: str = setting(
-        ek.EPOConfig.dppo_divergence,
-        "dppo: divergence that clip_ratio_low and clip_ratio_high bound",
-        one_of(*get_args(Divergence)),
+        ek.EPOConfig.dppo_divergence, "dppo: divergence of the trust region", one_of(*get_args(Divergence))
     )
-    vespo_k_pos: float = setting(ek.EPOConfig.vespo_k_pos, "vespo: k for positive advantages")
-    vespo_lambda_pos: float = setting(ek.EPOConfig.vespo_lambda_pos, "vespo: lambda for positive advantages")
-    vespo_k_neg: float = setting(ek.EPOConfig.vespo_k_neg, "vespo: k for negative advantages")
-    vespo_lambda_neg: float = setting(ek.EPOConfig.vespo_lambda_neg, "vespo: lambda for negative advantages")
+    vespo_k_pos: float = setting(ek.EPOConfig.vespo_k_pos, "vespo: exponent k for nonnegative advantages")
+    vespo_lambda_pos: float = setting(ek.EPOConfig.vespo_lambda_pos, "vespo: decay lambda for nonnegative advantages")
+    vespo_k_neg: float = setting(ek.EPOConfig.vespo_k_neg, "vespo: exponent k for negative advantages")
+    vespo_lambda_neg: float = setting(ek.EPOConfig.vespo_lambda_neg, "vespo: decay lambda for negative advantages")
     entropy_coeff: float = setting(BAND.entropy_coeff, "weight of the entropy bonus and the band penalty (lambda)")
     kl_coeff: float = setting(
         ek.EPOConfig.kl_coeff, "weight of the KL to the reference policy (the one before RL); 0 disables"
     )
     kl_type: str = setting(ek.EPOConfig.kl_type, "KL estimator", one_of(*get_args(KLType)))
     kl_bias_correction: bool = setting(
-        ek.EPOConfig.kl_bias_correction, "multiply the KL by the ratio (DeepSeek-V3.2, TRL's use_bias_correction_kl)"
+        ek.EPOConfig.kl_bias_correction, "multiply the KL by the ratio, for an unbiased off-policy gradient"
     )
     penalty: str = setting(
         BAND.penalty, "penalty for entropy outside the band; none: no band", one_of(*get_args(Penalty))

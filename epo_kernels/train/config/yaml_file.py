@@ -24,12 +24,12 @@ _BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one place, to be merged over those before it.
+    """Settings from one source; later layers override earlier ones.
 
     Attributes:
-        settings: as nested groups.
-        name: of the file; "" for the command line.
-        lines: {"a.b": line} of every key in the file.
+        settings: nested groups.
+        name: the file's; "" for the command line.
+        lines: {"a.b": line number} of every key.
     """
 
     settings: DictConfig
@@ -37,7 +37,7 @@ class Layer:
     lines: dict[str, int]
 
     def where(self, setting: str) -> str:
-        """What an error about this setting begins with."""
+        """The prefix of an error about this setting: its file and line, or "" on the command line."""
         if not self.name:
             return ""
         line = self.lines.get(setting)
@@ -45,10 +45,10 @@ class Layer:
 
 
 def read_settings_file(path: str) -> Layer:
-    """Settings of a YAML file: UTF-8, or another Unicode encoding that begins with its byte-order mark.
+    """Read a YAML file in UTF-8, or in another Unicode encoding with a byte-order mark.
 
     Raises:
-        ConfigError: a file that can't be read or isn't a YAML mapping, naming the line.
+        ConfigError: the file can't be read or isn't a YAML mapping; the message names the line.
     """
     try:
         data = Path(path).expanduser().read_bytes()
@@ -58,11 +58,11 @@ def read_settings_file(path: str) -> Layer:
 
 
 def parse_settings(text: str, name: str) -> Layer:
-    """Settings of YAML text, of a file called `name`. Raises ConfigError as `read_settings_file` does."""
+    """Parse the text of the file `name`. Raises ConfigError as `read_settings_file` does."""
     try:
         root = yaml.compose(text, yaml.SafeLoader)
         if root is not None and not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{name} must hold settings (key: value), not a {root.id}")
+            raise ConfigError(f"{name} must contain settings (key: value), got a {root.id}")
         lines = dict(_lines_of(root, name)) if root is not None else {}
         return Layer(cast(DictConfig, OmegaConf.create(text if lines else "{}")), name, lines)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
@@ -80,13 +80,13 @@ def _decode(data: bytes, name: str) -> str:
         line = data.split(b"\n")[number].strip()[:80].decode("utf-8", "backslashreplace")
         raise ConfigError(f"{name}, line {number + 1}: not UTF-8; save the file as UTF-8: {line}") from error
     if "\0" in text:
-        raise ConfigError(f"{name}, line 1: UTF-16 without a byte-order mark, or no text; save the file as UTF-8")
+        raise ConfigError(f"{name}, line 1: UTF-16 without a byte-order mark, or not text; save the file as UTF-8")
     return text
 
 
 def _lines_of(root: yaml.MappingNode, name: str) -> Iterator[tuple[str, int]]:
-    """("a.b", line) of every key. Raises ConfigError for a key given twice, or one that isn't a name."""
-    waiting, known = [("", root)], {id(root)}  # an alias shows a node again, perhaps within itself
+    """("a.b", line number) of every key. Raises ConfigError for a repeated key, or one that isn't text."""
+    waiting, known = [("", root)], {id(root)}  # an alias repeats a node, possibly inside itself
     while waiting:
         prefix, mapping = waiting.pop()
         own: dict[str, int] = {}
@@ -96,7 +96,7 @@ def _lines_of(root: yaml.MappingNode, name: str) -> Iterator[tuple[str, int]]:
                 continue
             if key.tag != "tag:yaml.org,2002:str":
                 shown = key.value if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
-                raise ConfigError(f"{name}, line {line}: {shown!r} cannot be the name of a setting")
+                raise ConfigError(f"{name}, line {line}: {shown!r} cannot be the name of a setting; quote it if it is")
             if key.value in own:
                 raise ConfigError(
                     f"{name}, line {line}: {prefix}{key.value} is given twice, first in line {own[key.value]}"
@@ -109,7 +109,7 @@ def _lines_of(root: yaml.MappingNode, name: str) -> Iterator[tuple[str, int]]:
 
 
 def _explain(error: Exception, text: str) -> str:
-    """ ", line N: what is wrong: the line itself" of what a YAML reader says over several lines."""
+    """One line, ", line N: problem: the text of that line", from a YAML error of several lines."""
     lines = text.splitlines()
     if isinstance(error, yaml.reader.ReaderError):
         number = text[: error.position].count("\n")
@@ -119,7 +119,7 @@ def _explain(error: Exception, text: str) -> str:
         return f", line {number}: {str(error).splitlines()[0]}: {lines[number - 1].strip()[:80]!r}"
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return f" is not valid YAML: {str(error).strip().splitlines()[0]}"
-    # Where a bracket or quote stays open, the problem shows at the end and lies at the beginning.
+    # An unclosed bracket or quote is detected at the end, but the mistake is where it opens.
     began_there = error.context_mark and re.search("flow|scanning", error.context or "")
     mark = error.context_mark if began_there else error.problem_mark
     if mark.line >= len(lines) and error.context_mark:
@@ -127,14 +127,14 @@ def _explain(error: Exception, text: str) -> str:
     line = lines[mark.line] if mark.line < len(lines) else ""
     problem = error.problem
     if re.match(r" *\t", line) or "'\\t'" in str(problem):
-        problem = "a tab; YAML is indented with spaces"
+        problem = "a tab; indent YAML with spaces"
     elif str(problem).startswith("but "):
         problem = f"{error.context}, {problem}"
     return f", line {mark.line + 1}: {problem}: {line.strip()[:80]!r}"
 
 
 def _is_readable(line: str) -> bool:
-    """Whether its ${...} are whole."""
+    """Whether its ${...} interpolations are complete."""
     try:
         OmegaConf.create([line])
     except GrammarParseError:

@@ -8,10 +8,11 @@ from transformers import PreTrainedModel
 
 from epo_kernels.train.config import ConfigError, RolloutConfig, TrainConfig
 from epo_kernels.train.data import MiniBatch, Sample
-from epo_kernels.train.models.policy import Policy, response_hidden, response_logits
+from epo_kernels.train.models.policy import Policy, precision, response_hidden, response_logits
 
 THOUGHT_TOKENS = 128  # that a thought may well take
-_TOLERANCE = 1e-3  # of the largest logit: float32 products for other shapes round otherwise
+_TOLERANCE = 1e-3  # of the largest logit: float32 products of other shapes round differently
+_TOLERANCE_16_BIT = 3e-2  # the same, in bfloat16
 
 
 def check_policy(policy: Policy, config: TrainConfig) -> list[str]:
@@ -24,9 +25,10 @@ def check_policy(policy: Policy, config: TrainConfig) -> list[str]:
     _check_positions(policy, config.rollout)
     if config.rollout.layout == "episode":
         policy.chat.require_dialogue()
-    _check_scoring(policy)
-    if config.rollout.engine == "transformers":
-        _check_cache(policy)
+    with _precision_of_checks(policy.model):
+        _check_scoring(policy)
+        if config.rollout.engine == "transformers":
+            _check_cache(policy)
     _check_saving(policy)
     warnings = _check_thinking(policy, config)
     if policy.chat.writes_date:
@@ -199,8 +201,15 @@ def _logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
     return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
 
 
+def _precision_of_checks(model: PreTrainedModel) -> torch.autocast:
+    """float32, except that flash attention only takes 16-bit inputs."""
+    is_flash = (model.config._attn_implementation or "").startswith("flash")
+    return precision(model, "bfloat16" if is_flash else "float32")
+
+
 def _agree(found: Tensor, wanted: Tensor) -> bool:
-    return torch.allclose(found, wanted, rtol=0, atol=_TOLERANCE * float(wanted.abs().max()))
+    tolerance = _TOLERANCE_16_BIT if torch.is_autocast_enabled(found.device.type) else _TOLERANCE
+    return torch.allclose(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
 
 
 def _reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ def load_causal_lm(
     source: str,
     prepare: Prepare | None = None,
     *,
+    attn_implementation: str | None = None,
     local_files_only: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> PreTrainedModel:
@@ -31,14 +32,16 @@ def load_causal_lm(
     Args:
         source: a folder or hub id, of a model or of adapters.
         prepare: changes the model before its weights are read; afterwards where they can't be read in parts.
+        attn_implementation: as in `from_pretrained`; None for transformers' choice.
         local_files_only: the hub isn't asked.
         say: receives a warning of weights that the model doesn't use.
 
     Raises:
         ConfigError: weights that are missing, of another shape, or not finite.
     """
+    options = {"attn_implementation": attn_implementation, "local_files_only": local_files_only}
     if prepare is None:
-        return _loaded(AutoModelForCausalLM, source, local_files_only, say)
+        return _loaded(AutoModelForCausalLM, source, options, say)
     prepared: list[PreTrainedModel] = []
 
     def prepare_early(model: PreTrainedModel) -> None:
@@ -48,17 +51,17 @@ def load_causal_lm(
 
     classes = _PreparedClasses(AutoModelForCausalLM._model_mapping, prepare_early)
     auto: Any = type(AutoModelForCausalLM.__name__, (AutoModelForCausalLM,), {"_model_mapping": classes})
-    model = _loaded(auto, source, local_files_only, say)
+    model = _loaded(auto, source, options, say)
     if not prepared:
         prepare(model)
     return model
 
 
-def _loaded(auto: Any, source: str, local_files_only: bool, say: Callable[[str], None]) -> PreTrainedModel:
+def _loaded(auto: Any, source: str, options: dict[str, Any], say: Callable[[str], None]) -> PreTrainedModel:
     model, loading = auto.from_pretrained(
         source,
         dtype=torch.float32,
-        local_files_only=local_files_only,
+        **options,
         trust_remote_code=False,
         use_safetensors=True,  # other formats are pickles, which can contain programs
         ignore_mismatched_sizes=True,  # `check_weights` names them

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from epo_kernels.train.config import FROM_SCRATCH, ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
 from epo_kernels.train.envs import Demonstration
+from epo_kernels.train.models.attention import require_attention
 from epo_kernels.train.models.chat import PLAIN_TEMPLATE, THOUGHT, THOUGHT_END, Chat
 from epo_kernels.train.models.files import check_config, is_on_hub
 from epo_kernels.train.models.loading import Prepare, load_causal_lm
@@ -112,13 +113,16 @@ def load_policy(
 
     Raises:
         ConfigError: nothing to load there, or nothing that can be trained: code of its own, damaged or missing weights,
-            no usable chat template, or adapters without PEFT.
+            no usable chat template, adapters without PEFT, or an attention implementation that can't run.
     """
     require_peft(config)
     device = resolve_device(config.device)
+    require_attention(config, device)
     own = source == config.name_or_path
     try:
-        model, tokenizer = _load(source, prepare and (lambda model: prepare(model, device)), say)
+        model, tokenizer = _load(
+            source, prepare and (lambda model: prepare(model, device)), config.attn_implementation, say
+        )
         if own and config.chat_template is not None:
             tokenizer.chat_template = _chosen_template(config.chat_template, tokenizer.chat_template)
         policy = Policy(model, tokenizer, dict(config.chat_template_kwargs))
@@ -136,14 +140,17 @@ def load_policy(
 
 
 def _load(
-    source: str, prepare: Prepare | None, say: Callable[[str], None]
+    source: str, prepare: Prepare | None, attn_implementation: str | None, say: Callable[[str], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     is_here = not is_on_hub(source, say)
     with suppress(OSError):  # adapters have no config.json, and whatever else it is, the loaders say it better
         check_config(PreTrainedConfig.get_config_dict(source, local_files_only=is_here)[0])
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_here, trust_remote_code=False)
-        return load_causal_lm(source, prepare, local_files_only=is_here, say=say), tokenizer
+        model = load_causal_lm(
+            source, prepare, attn_implementation=attn_implementation, local_files_only=is_here, say=say
+        )
+        return model, tokenizer
     except ConfigError:
         raise
     except Exception as error:  # whatever reading someone's files may raise
@@ -152,6 +159,11 @@ def _load(
             raise ConfigError(
                 "it needs code of its own (auto_map in its JSON files), which is never run; use a version of the model "
                 "in one of transformers' own architectures (often called NAME-hf), or convert it to one"
+            ) from error
+        if attn_implementation is not None and "attention" in reason.lower():
+            raise ConfigError(
+                f"it can't run with model.attn_implementation={attn_implementation} ({reason[:200]}); set it to eager "
+                "or null"
             ) from error
         raise ConfigError(
             f"transformers can't load it ({reason[:300] or type(error).__name__}); correct its files, or choose "
@@ -198,12 +210,15 @@ def _is_valid(generation: GenerationConfig) -> bool:
 
 def build_from_scratch(demonstrations: Sequence[Demonstration], config: ModelConfig, seed: int) -> Policy:
     """A Qwen2 of `FROM_SCRATCH` with a tokenizer trained on the demonstrations' text. Knows nothing yet."""
+    device = resolve_device(config.device)
+    require_attention(config, device)
     tokenizer = _train_tokenizer(demonstrations)
     torch.manual_seed(seed)
+    settings = FROM_SCRATCH[config.name_or_path] | {"attn_implementation": config.attn_implementation}
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            **FROM_SCRATCH[config.name_or_path],
+            **settings,
             num_key_value_heads=2,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
@@ -211,7 +226,7 @@ def build_from_scratch(demonstrations: Sequence[Demonstration], config: ModelCon
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    return Policy(_placed(model, resolve_device(config.device)), tokenizer)
+    return Policy(_placed(model, device), tokenizer)
 
 
 def precision(model: PreTrainedModel, dtype: str) -> torch.autocast:

@@ -176,7 +176,7 @@ class Learner:
         config, loss, head = self._config, self._config.loss, head_of(self._policy.model)
         assert batch.advantages is not None
         segments: dict[str, Any] = {}
-        if loss.band_scope == "segment":  # a turn of a sequence
+        if "segment" in (loss.band_scope, self._loss_config.ratio_unit):  # a turn of a sequence
             rows = torch.arange(len(batch.turns), device=batch.turns.device)[:, None]
             segments = {
                 "segment_ids": batch.turns.clamp(min=0) + rows * history.num_turns,
