@@ -225,17 +225,20 @@ def test_learning_rate_schedule():
 
 def test_the_controller_moves_the_coefficient_of_the_next_update(policy, played):
     """Target far above: each of two updates adds a step. The first update is without a bonus, the second with one."""
-    settings = ["loss.entropy_target=10", "loss.entropy_coeff_delta=0.5", "loss.entropy_coeff=0", "loss.penalty=none"]
+    common = ["loss.entropy_coeff=0", "loss.penalty=none", "optim.minibatches=1", "optim.epochs=1", "optim.lr=1e-9"]
+
+    def own_policy():
+        return Policy(copy.deepcopy(policy.model), policy.tokenizer)
 
     def loss_of(*more):
-        samples, learner = samples_of(played), learner_of(Policy(copy.deepcopy(policy.model), policy.tokenizer), *more)
+        samples, learner = samples_of(played), learner_of(own_policy(), *common, *more)
         learner.score(samples)
         history = history_of(samples)
         told = [learner.update(samples, history, 1.0, (0,)) for _ in range(2)]
         return learner, told
 
-    learner, moved = loss_of(*settings, "optim.lr=1e-9")
-    _, still = loss_of("loss.entropy_coeff=0", "loss.penalty=none", "optim.lr=1e-9")
+    learner, moved = loss_of("loss.entropy_target=10", "loss.entropy_coeff_delta=0.5")
+    _, still = loss_of()
     assert [told["actor/entropy_coeff"] for told in moved] == [0.5, 1.0]
     assert "actor/entropy_coeff" not in still[0]
     assert moved[0]["actor/loss"] == pytest.approx(still[0]["actor/loss"])

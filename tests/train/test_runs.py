@@ -3,9 +3,11 @@
 import json
 import shutil
 import sys
+from typing import get_args
 
 import pytest
 
+from epo_kernels.config import PolicyLossName
 from tests.train.conftest import lines_of
 from tests.train.test_main import train
 
@@ -92,6 +94,20 @@ def test_every_algorithm_runs(algorithm, epo, start, tmp_path):
     if any(setting.startswith("loss.rollout_is") for setting in settings):
         assert last["training/rollout_is_mean"] == pytest.approx(1.0, abs=1e-3)  # the engine is the learner's own model
         assert last["training/rollout_is_truncated_share"] == 0
+
+
+@pytest.mark.parametrize("epo", EPO)
+@pytest.mark.parametrize("policy_loss", get_args(PolicyLossName))
+def test_every_policy_loss_runs(policy_loss, epo, start, tmp_path):
+    """Two minibatches, so that the second is off-policy."""
+    settings = [f"run_dir={tmp_path}", f"loss.policy_loss={policy_loss}", "evaluate.panels=[]", "steps=1"]
+    if policy_loss in ("sapo", "gmpo"):  # by turns of a dialogue
+        settings += ["loss.ratio_scope=segment", "rollout.layout=episode", LONG_PROMPTS, "seed=1"]
+    assert train(*settings, *start, *EPO[epo], "optim.minibatches=2") == 0
+    (line,) = lines_of(tmp_path)
+    assert line["actor/skipped_updates"] == 0
+    assert line["actor/grad_norm"] > 0
+    assert ("epo/penalty" in line) == (epo == "with EPO")
 
 
 @pytest.mark.parametrize("band", [["loss.penalty=hinge"], ["loss.penalty=none"]], ids=["band", "no band"])

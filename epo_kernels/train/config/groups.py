@@ -296,8 +296,8 @@ class LossConfig:
     policy_loss: str = setting(ek.EPOConfig.policy_loss, "policy-gradient loss", one_of(*get_args(PolicyLossName)))
     clip_ratio_low: float = setting(
         ek.EPOConfig.clip_ratio_low,
-        "ppo, cispo, gspo: the ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]; gmpo clips its log; dppo: "
-        "allowed divergence",
+        "ppo, cispo, gspo: the ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]; gmpo clips its log; "
+        "dppo: allowed divergence",
     )
     clip_ratio_high: float = setting(ek.EPOConfig.clip_ratio_high, "above clip_ratio_low: DAPO's clip-higher")
     clip_ratio_c: float | None = setting(
