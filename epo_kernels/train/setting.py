@@ -45,6 +45,7 @@ def one_of(*choices: str) -> Rule:
     return Rule(f"one of {', '.join(choices)}", lambda value: value in choices, choices)
 
 
+FINITE = Rule("finite", math.isfinite)
 NOT_NEGATIVE = Rule("finite and at least 0", lambda value: 0 <= value < math.inf)
 POSITIVE = Rule("positive and finite", lambda value: 0 < value < math.inf)
 SHARE = Rule("in [0, 1]", lambda value: 0 <= value <= 1)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import epo_kernels as ek
 from epo_kernels.train.config import AlgorithmConfig
 from epo_kernels.train.data import ENVIRONMENT, Episode, Sample, Turn, samples_of
 from epo_kernels.train.envs import Observation, Task
@@ -209,3 +210,41 @@ def test_both_layouts_hold_the_same_tokens(episodes):
     assert whole[0].rollout_log_probs.tolist() == [-1, -1, 0, -1]
     assert [s.num_sampled for s in whole] == [3, 2, 3]
     assert [s.response_ids for s in samples_of(episodes, "turn")] == [[2, 3], [5], [8, 9], [2], [6, 6]]
+
+
+@pytest.mark.parametrize("layout", ["turn", "episode"])
+def test_shaped_advantages_follow_the_turns(episodes, layout):
+    """The library's function on the same turns, as rows of a padded batch; nothing else of the samples changes."""
+    entropies = {(0, 0): 0.3, (0, 1): 0.9, (0, 2): 0.1, (1, 0): 0.5, (1, 1): 0.7}
+    plain, _, _ = assigned(episodes, layout)
+    rows = list(entropies)
+    entropy = torch.tensor([[entropies[row]] for row in rows])
+    given = {
+        "repo": {"log_probs": torch.full((5, 1), -1.0), "coeff": 0.3},
+        "aem": {"coeff": 1.0, "group_ids": torch.zeros(5, dtype=torch.int64)},
+        "empg": {"coeff": 2.0, "clarity_weight": 0.4, "episode_ids": torch.tensor([0, 0, 0, 1, 1])},
+    }
+    for rule, settings in given.items():
+        samples = samples_of(episodes, layout)
+        for sample in samples:
+            prepare(sample)
+            own = [entropies.get((sample.episode, number), torch.nan) for number in sample.turns]
+            sample.entropy = torch.tensor(own)
+        config = AlgorithmConfig(
+            invalid_action_penalty=PENALTY,
+            shape=rule,
+            shape_coeff=None if rule == "aem" else settings["coeff"],
+            shape_clarity_weight=settings.get("clarity_weight", 0.05),
+        )
+        told = assign_advantages(episodes, samples, config, "k1")
+        advantages = torch.tensor([plain[row][0] for row in rows])
+        expected = ek.shape_advantages(advantages, entropy, torch.ones(5, 1), rule=rule, **settings)
+        found = by_turn(samples, "advantages")
+        for row, value in zip(rows, expected[:, 0].tolist(), strict=True):
+            assert found[row] == pytest.approx([value] * len(plain[row]), abs=1e-6)
+        assert told["critic/advantages/max"] == pytest.approx(float(expected.max()), abs=1e-6)
+
+
+def test_advantages_are_shaped_only_with_entropies(episodes):
+    with pytest.raises(ValueError, match="must be scored"):
+        assigned(episodes, shape="aem")

@@ -57,6 +57,19 @@ def test_every_preset_is_valid(preset):
         ),
         (["loss.band_low=3"], ["loss.band_low and loss.band_high", "3"]),
         (["loss.penalty=hinge", "loss.entropy_coeff=0"], ["loss.entropy_coeff=0", "Set loss.penalty=none"]),
+        (["loss.entropy_target=1", "loss.entropy_rule=pid"], ["loss.entropy_rule must be one of step, pi, boxed"]),
+        (["loss.entropy_target=1", "loss.entropy_kp=-1"], ["loss.entropy_kp must be finite and at least 0, got -1"]),
+        (
+            ["loss.entropy_target=1", "loss.entropy_target_high=0.5"],
+            ["loss.entropy_target_high must be at least loss.entropy_target=1.0, got 0.5"],
+        ),
+        (
+            ["loss.entropy_target=1", "loss.entropy_coeff=2"],
+            ["loss.entropy_coeff must be in [loss.entropy_coeff_min, loss.entropy_coeff_max] = [0.0, 1.0], got 2.0"],
+        ),
+        (["algorithm.shape=aepo"], ["algorithm.shape must be one of none, repo, aem, empg"]),
+        (["algorithm.shape=repo"], ["algorithm.shape_coeff must be a number with algorithm.shape=repo"]),
+        (["algorithm.shape_clarity_weight=inf"], ["algorithm.shape_clarity_weight must be finite, got inf"]),
         (["loss.clip_ratio_low=2"], ["loss.clip_ratio_low must be", "got 2"]),
         (["rollout.temperature=0"], ["rollout.temperature must be"]),
         (["model.warm_start.demonstrations=0"], ["model.warm_start.demonstrations must be at least 1"]),
@@ -85,6 +98,13 @@ def test_what_is_wrong_is_named_in_one_line(settings, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_a_target_moves_a_coefficient_that_starts_at_zero():
+    config = load_config("practice", ["loss.penalty=hinge", "loss.entropy_coeff=0", "loss.entropy_target=0.3"])
+    controller = config.loss.controller()
+    assert (controller.rule, controller.target, controller.initial) == ("step", 0.3, 0.0)
+    assert load_config("practice", []).loss.controller() is None
 
 
 def test_sources_that_are_not_there(tmp_path):

@@ -12,6 +12,7 @@ from epo_kernels.train.data import MiniBatch, Sample, micro_batches
 from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.io.stopwatch import Stopwatch
+from epo_kernels.train.models.policy import Policy
 from epo_kernels.train.rl.learner import Learner
 from epo_kernels.train.rl.metrics import sampled_entropy
 from epo_kernels.train.rl.optimizer import StepOptimizer, cosine_with_warmup
@@ -228,3 +229,46 @@ def test_learning_rate_schedule():
     assert factors[6] == pytest.approx(0.55)  # half way down
     assert factors[-1] == pytest.approx(0.1)
     assert cosine_with_warmup(0, 1, 0.0, 0.2) == 1.0
+
+
+def test_the_controller_moves_the_coefficient_of_the_next_update(policy, played):
+    """Target far above: each of two updates adds a step. The first update is without a bonus, the second with one."""
+    common = ["loss.entropy_coeff=0", "loss.penalty=none", "optim.minibatches=1", "optim.epochs=1", "optim.lr=1e-9"]
+
+    def own_policy():
+        return Policy(copy.deepcopy(policy.model), policy.tokenizer)
+
+    def loss_of(*more):
+        samples, learner = samples_of(played), learner_of(own_policy(), *common, *more)
+        learner.score(samples)
+        history = history_of(samples)
+        told = [learner.update(samples, history, 1.0, (0,)) for _ in range(2)]
+        return learner, told
+
+    learner, moved = loss_of("loss.entropy_target=10", "loss.entropy_coeff_delta=0.5")
+    _, still = loss_of()
+    assert [told["actor/entropy_coeff"] for told in moved] == [0.5, 1.0]
+    assert "actor/entropy_coeff" not in still[0]
+    assert moved[0]["actor/loss"] == pytest.approx(still[0]["actor/loss"])
+    entropy = learner._controller.state_dict()["entropy"]
+    assert moved[1]["actor/loss"] == pytest.approx(still[1]["actor/loss"] - 0.5 * entropy, rel=1e-4)
+
+
+def test_the_controllers_state_is_the_learners(policy, played):
+    samples = samples_of(played)
+    first = learner_of(policy, "loss.entropy_target=10")
+    first.score(samples)
+    first.update(samples, history_of(samples), 1.0, (0,))
+    state = first.state_dict()
+    second = learner_of(policy, "loss.entropy_target=10")
+    second.load_state_dict(state)
+    assert second._controller.state_dict() == first._controller.state_dict()
+    branch = learner_of(policy, "loss.entropy_target=10", "loss.entropy_rule=boxed")
+    begins = branch._controller.state_dict()
+    branch.load_state_dict(state)
+    assert branch._controller.state_dict() == begins
+    plain = learner_of(policy)
+    plain.load_state_dict(state)
+    assert plain.state_dict()["entropy_controller"] is None
+    del state["entropy_controller"]  # a checkpoint of an earlier version
+    branch.load_state_dict(state)

@@ -3,9 +3,11 @@
 import json
 import shutil
 import sys
+from typing import get_args
 
 import pytest
 
+from epo_kernels.config import PolicyLossName
 from tests.train.conftest import lines_of
 from tests.train.test_main import train
 
@@ -24,6 +26,24 @@ ALGORITHMS = {
         "loss.rollout_is=turn",
     ],
     "ppo as published": ["algorithm.name=ppo", "algorithm.gae=published", "algorithm.kl_reward_coeff=0.01"],
+}
+ENTROPY_CONTROL = {
+    "step and repo": ["loss.entropy_target=10", "algorithm.shape=repo", "algorithm.shape_coeff=0.05"],
+    "pi and aem": [
+        "loss.entropy_target=0.01",
+        "loss.entropy_rule=pi",
+        "loss.entropy_coeff=0.1",
+        "algorithm.shape=aem",
+        "rollout.layout=episode",
+        LONG_PROMPTS,
+    ],
+    "boxed and empg": [
+        "loss.entropy_target=10",
+        "loss.entropy_rule=boxed",
+        "algorithm.shape=empg",
+        "algorithm.name=ppo",
+        "algorithm.gae=token",
+    ],
 }
 EPO = {"with EPO": ["loss.penalty=hinge"], "without": ["loss.penalty=none", "loss.entropy_coeff=0"]}
 
@@ -74,6 +94,50 @@ def test_every_algorithm_runs(algorithm, epo, start, tmp_path):
     if any(setting.startswith("loss.rollout_is") for setting in settings):
         assert last["training/rollout_is_mean"] == pytest.approx(1.0, abs=1e-3)  # the engine is the learner's own model
         assert last["training/rollout_is_truncated_share"] == 0
+
+
+@pytest.mark.parametrize("epo", EPO)
+@pytest.mark.parametrize("policy_loss", get_args(PolicyLossName))
+def test_every_policy_loss_runs(policy_loss, epo, start, tmp_path):
+    """Two minibatches, so that the second is off-policy."""
+    settings = [f"run_dir={tmp_path}", f"loss.policy_loss={policy_loss}", "evaluate.panels=[]", "steps=1"]
+    if policy_loss in ("sapo", "gmpo"):  # by turns of a dialogue
+        settings += ["loss.ratio_scope=segment", "rollout.layout=episode", LONG_PROMPTS, "seed=1"]
+    assert train(*settings, *start, *EPO[epo], "optim.minibatches=2") == 0
+    (line,) = lines_of(tmp_path)
+    assert line["actor/skipped_updates"] == 0
+    assert line["actor/grad_norm"] > 0
+    assert ("epo/penalty" in line) == (epo == "with EPO")
+
+
+@pytest.mark.parametrize("band", [["loss.penalty=hinge"], ["loss.penalty=none"]], ids=["band", "no band"])
+@pytest.mark.parametrize("control", ENTROPY_CONTROL)
+def test_entropy_control_beside_the_band_and_without_it(control, band, start, tmp_path):
+    """A target out of reach from above or below: the coefficient moves the same way in every update."""
+    settings = [*start, "loss.entropy_coeff=0.001", *ENTROPY_CONTROL[control], *band, "evaluate.panels=[]"]
+    settings.append("optim.minibatches=2")
+    assert train(f"run_dir={tmp_path}", *settings) == 0
+    lines = lines_of(tmp_path)
+    assert all(line["actor/skipped_updates"] == 0 and line["actor/grad_norm"] > 0 for line in lines)
+    first, last = (line["actor/entropy_coeff"] for line in lines)
+    begins = 0.1 if control == "pi and aem" else 1e-3
+    assert begins > first > last if control == "pi and aem" else begins < first < last
+    if control == "step and repo":
+        assert (first, last) == (pytest.approx(1e-3 + 2 * 0.005), pytest.approx(1e-3 + 4 * 0.005))
+    assert ("epo/penalty" in lines[0]) == ("loss.penalty=hinge" in band)
+
+
+def test_entropy_control_goes_on_to_the_last_bit(start, tmp_path):
+    settings = [*start, "evaluate.panels=[]", "checkpoint.keep=9", "steps=3", "algorithm.shape=empg"]
+    settings += ["loss.entropy_target=10", "loss.entropy_rule=pi", "loss.penalty=hinge"]
+    assert train(f"run_dir={tmp_path / 'whole'}", *settings) == 0
+    lines = lines_of(tmp_path / "whole")
+    assert len({line["actor/entropy_coeff"] for line in lines}) == 3
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "stopped" / "checkpoints" / f"global_step_{step}")
+    assert train(f"run_dir={tmp_path / 'stopped'}", *settings) == 0
+    assert lines_of(tmp_path / "stopped") == lines
 
 
 def test_a_corrected_run_goes_on_to_the_last_bit(start, tmp_path):

@@ -1,7 +1,11 @@
 """The driver's settings: one dataclass per group, each with the checks between its own settings."""
 
+import inspect
+import re
 from dataclasses import dataclass, fields
 from typing import Any, get_args
+
+import torch
 
 import epo_kernels as ek
 from epo_kernels.config import (
@@ -14,12 +18,15 @@ from epo_kernels.config import (
     RatioGradient,
     RatioScope,
 )
+from epo_kernels.controller import ControllerRule
 from epo_kernels.defaults import BAND
 from epo_kernels.history import HistoryScope, HistoryWeighting
 from epo_kernels.schedule import SCHEDULES
+from epo_kernels.shaping import ShapingRule
 from epo_kernels.train.envs import EnvConfig
 from epo_kernels.train.setting import (
     BELOW_ONE,
+    FINITE,
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
@@ -36,6 +43,22 @@ from epo_kernels.train.setting import (
 FROM_SCRATCH: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
+}
+
+
+# Defaults of `ek.EntropyController`, and the settings of the group loss that its arguments come from.
+_CONTROLLER = {name: one.default for name, one in inspect.signature(ek.EntropyController).parameters.items()}
+_CONTROLLER_SETTINGS = {
+    "target": "entropy_target",
+    "rule": "entropy_rule",
+    "entropy_coeff": "entropy_coeff",
+    "coeff_min": "entropy_coeff_min",
+    "coeff_max": "entropy_coeff_max",
+    "delta": "entropy_coeff_delta",
+    "kp": "entropy_kp",
+    "ki": "entropy_ki",
+    "target_high": "entropy_target_high",
+    "lr": "entropy_coeff_lr",
 }
 
 
@@ -233,6 +256,14 @@ class AlgorithmConfig:
     )
     refills: int = setting(0, "resampling rounds for zero-variance groups (dynamic sampling); 0 disables", at_least(0))
     mask_truncated: bool = setting(False, "exclude truncated responses from the loss")
+    shape: str = setting(
+        "none",
+        "shape advantages by the entropy of tokens (repo) or turns (aem, empg)",
+        one_of("none", *get_args(ShapingRule)),
+    )
+    shape_coeff: float | None = setting(None, "repo: beta, required; aem: lambda, empg: k, where null is 1", FINITE)
+    shape_clarity_coeff: float = setting(1.0, "empg: k' of the bonus for a certain next turn", FINITE)
+    shape_clarity_weight: float = setting(0.05, "empg: weight of that bonus (zeta); 0 disables", FINITE)
 
     def check(self) -> None:
         require(
@@ -249,6 +280,11 @@ class AlgorithmConfig:
             self.group_over == "episodes" or self.name in ("grpo", "rloo"),
             f"algorithm.group_over must be episodes with algorithm.name={self.name}, got {self.group_over!r} (grpo and "
             "rloo support it)",
+        )
+        require(
+            self.shape != "repo" or self.shape_coeff is not None,
+            "algorithm.shape_coeff must be a number with algorithm.shape=repo, got null. Set it well below the size of "
+            "the advantages, such as 0.01",
         )
 
 
@@ -271,9 +307,11 @@ class LossConfig:
     The defaults of the band are those of `epo_kernels.defaults.BandDefaults`: the paper's hinge.
     """
 
-    policy_loss: str = setting(ek.EPOConfig.policy_loss, "policy loss", one_of(*get_args(PolicyLossName)))
+    policy_loss: str = setting(ek.EPOConfig.policy_loss, "policy-gradient loss", one_of(*get_args(PolicyLossName)))
     clip_ratio_low: float = setting(
-        ek.EPOConfig.clip_ratio_low, "the ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]"
+        ek.EPOConfig.clip_ratio_low,
+        "ppo, cispo, gspo: the ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]; gmpo clips its log; "
+        "dppo: allowed divergence",
     )
     clip_ratio_high: float = setting(ek.EPOConfig.clip_ratio_high, "above clip_ratio_low: DAPO's clip-higher")
     clip_ratio_c: float | None = setting(
@@ -282,12 +320,12 @@ class LossConfig:
     )
     ratio_scope: str | None = setting(
         ek.EPOConfig.ratio_scope,
-        "tokens that share a ratio (a segment is a turn); null: the policy loss's default",
+        "tokens that share a ratio (segment: a turn); null: the policy loss's own",
         one_of(*get_args(RatioScope)),
     )
     ratio_gradient: str = setting(
         ek.EPOConfig.ratio_gradient,
-        "gradient of a shared ratio: each token's own (verl), or that of the mean (TRL)",
+        "gradient of a shared ratio: each token's own (verl) or that of the mean (TRL)",
         one_of(*get_args(RatioGradient)),
     )
     sapo_tau_pos: float = setting(ek.EPOConfig.sapo_tau_pos, "sapo: temperature for positive advantages")
@@ -299,7 +337,29 @@ class LossConfig:
     vespo_lambda_pos: float = setting(ek.EPOConfig.vespo_lambda_pos, "vespo: decay lambda for nonnegative advantages")
     vespo_k_neg: float = setting(ek.EPOConfig.vespo_k_neg, "vespo: exponent k for negative advantages")
     vespo_lambda_neg: float = setting(ek.EPOConfig.vespo_lambda_neg, "vespo: decay lambda for negative advantages")
-    entropy_coeff: float = setting(BAND.entropy_coeff, "weight of the entropy bonus and the band penalty (lambda)")
+    entropy_coeff: float = setting(
+        BAND.entropy_coeff,
+        "weight of the entropy bonus and the band penalty (lambda); with entropy_target, its initial value",
+    )
+    entropy_target: float | None = setting(
+        None, "target entropy per token (nats), for which each update adjusts entropy_coeff; null: constant coefficient"
+    )
+    entropy_rule: str = setting(
+        "step",
+        "how entropy_target adjusts entropy_coeff: step (TRL's adaptive entropy), pi (EntroPIC) or boxed (AEnt)",
+        one_of(*get_args(ControllerRule)),
+    )
+    entropy_coeff_min: float = setting(_CONTROLLER["coeff_min"], "lower bound of entropy_coeff under entropy_target")
+    entropy_coeff_max: float = setting(_CONTROLLER["coeff_max"], "upper bound of entropy_coeff under entropy_target")
+    entropy_coeff_delta: float = setting(_CONTROLLER["delta"], "entropy_rule=step: size of a step", NOT_NEGATIVE)
+    entropy_kp: float = setting(_CONTROLLER["kp"], "entropy_rule=pi: proportional gain", NOT_NEGATIVE)
+    entropy_ki: float = setting(_CONTROLLER["ki"], "entropy_rule=pi: integral gain", NOT_NEGATIVE)
+    entropy_target_high: float | None = setting(
+        None, "entropy_rule=boxed: entropy above which the coefficient falls; null: entropy_target"
+    )
+    entropy_coeff_lr: float = setting(
+        _CONTROLLER["lr"], "entropy_rule=boxed: change of the coefficient per nat outside the box", NOT_NEGATIVE
+    )
     kl_coeff: float = setting(
         ek.EPOConfig.kl_coeff, "weight of the KL to the reference policy (the one before RL); 0 disables"
     )
@@ -361,10 +421,27 @@ class LossConfig:
             f"{self.band_low} and {self.band_high}",
         )
         require(
-            self.penalty == "none" or self.entropy_coeff != 0,
+            self.penalty == "none" or self.entropy_coeff != 0 or self.entropy_target is not None,
             f"loss.penalty must be none with loss.entropy_coeff=0, which disables it, got {self.penalty!r}. Set "
-            "loss.penalty=none, or loss.entropy_coeff",
+            "loss.penalty=none, loss.entropy_coeff, or loss.entropy_target",
         )
+        self.controller()
+
+    def controller(self, device: torch.device | str = "cpu") -> ek.EntropyController | None:
+        """What adjusts entropy_coeff; None without a target.
+
+        Raises:
+            ConfigError: settings that EntropyController refuses.
+        """
+        if self.entropy_target is None:
+            return None
+        values = {argument: getattr(self, name) for argument, name in _CONTROLLER_SETTINGS.items()}
+        try:
+            return ek.EntropyController(**values, device=device)
+        except (TypeError, ValueError) as error:
+            known = rf"\b({'|'.join(_CONTROLLER_SETTINGS)})\b"
+            message = re.sub(known, lambda found: f"loss.{_CONTROLLER_SETTINGS[found[0]]}", str(error))
+            raise ConfigError(message) from error
 
 
 @dataclass

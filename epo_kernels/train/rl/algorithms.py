@@ -26,6 +26,7 @@ from epo_kernels.train.rl.advantages import (
     rloo_advantages,
     whiten,
 )
+from epo_kernels.train.rl.shaping import shape_samples
 
 
 @dataclass
@@ -48,9 +49,12 @@ def assign_advantages(
 ) -> dict[str, float]:
     """Set each sample's `advantages`, and with PPO its `returns`. Returns what there is to log about them.
 
+    algorithm.shape comes last: the advantages logged are the shaped ones, those that the loss sees.
+
     Args:
         episodes: played; `Sample.episode` counts them.
-        samples: with old_log_probs; with ref_log_probs where kl_reward_coeff isn't 0; with values for PPO.
+        samples: with old_log_probs; with entropy where shape isn't none; with ref_log_probs where kl_reward_coeff
+            isn't 0; with values for PPO.
         config: what to compute.
         kl_type: estimator of the KL in the reward: k1, k2, k3 or abs.
     """
@@ -61,6 +65,7 @@ def assign_advantages(
     else:
         spread_over_tokens(samples, _TURN_ADVANTAGES[config.name](credits, config))
         metrics = {}
+    shape_samples(episodes, samples, config)
     sampled = torch.cat([_of(sample.advantages)[sample.mask] for sample in samples])
     if config.kl_reward_coeff:
         metrics["actor/reward_kl_penalty"] = float(torch.cat(token_kl).sum()) / config.kl_reward_coeff / len(sampled)

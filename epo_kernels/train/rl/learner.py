@@ -68,6 +68,7 @@ class Learner:
         self._reference = reference
         self._config = config
         self._loss_config = epo_config(config)
+        self._controller = config.loss.controller(policy.model.device)
         self._ranks = ranks or Ranks()
         try:
             check_head(policy.model)
@@ -121,6 +122,8 @@ class Learner:
                 sums.append(self._backward(minibatch, history, penalty_weight, watch, part_of(report, done)))
                 done += len(minibatch)
                 norm = self._optimizer.apply(sums[-1].loss)
+                if self._controller:
+                    self._controller.update(sums[-1], group=self._ranks.group)
                 if (skipped := self._optimizer.skipped_in_row) >= self._config.optim.max_skipped_updates:
                     loss, tokens = sums[-1].loss, int(sums[-1].nonfinite_tokens)
                     raise NonFiniteError(
@@ -134,10 +137,15 @@ class Learner:
         return named | self._filling.metrics() | self._optimizer.metrics("actor")
 
     def state_dict(self) -> dict[str, Any]:
-        return self._optimizer.state_dict()
+        controller = self._controller.state_dict() if self._controller else None
+        return {**self._optimizer.state_dict(), "entropy_controller": controller}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore optimiser and entropy controller. Where a branch has another rule, its controller starts afresh."""
         self._optimizer.load_state_dict(state)
+        saved = state.get("entropy_controller")
+        if self._controller and saved and saved["rule"] == self._controller.rule:
+            self._controller.load_state_dict(saved)
 
     def _backward(
         self,
@@ -198,6 +206,7 @@ class Learner:
             entropy_bounds=history.bounds(batch.turns, loss.band_low, loss.band_high),
             **segments,
             penalty_weight=penalty_weight,
+            entropy_coeff=self._controller.entropy_coeff if self._controller else None,
             ref_log_probs=batch.ref_log_probs if loss.kl_coeff else None,
             is_weights=batch.is_weights,
             normalizer=normalizer,
@@ -251,4 +260,6 @@ class Learner:
             named["epo/penalty"] = sums["penalty"] / updates
         if self._loss_config.kl_coeff:
             named["actor/kl_loss"] = sums["kl_loss"] / updates
+        if self._controller:  # what the next update takes
+            named["actor/entropy_coeff"] = float(self._controller.entropy_coeff)
         return named

@@ -12,6 +12,7 @@ from torch import Tensor
 import epo_kernels as ek
 from epo_kernels.train.config import TrainConfig
 from epo_kernels.train.data import Sample
+from epo_kernels.train.rl.packed import PackedSamples
 
 # Logged as training/NAME; rollout_is_truncated_share is added to them.
 _LOGGED = (
@@ -45,9 +46,10 @@ def set_rollout_weights(samples: Sequence[Sample], level: str, cap: float) -> No
     """
     if level == "none":
         return
-    weights, _ = _weights(samples, level, cap)
-    for sample, own in zip(samples, weights.split([len(sample.turns) for sample in samples]), strict=True):
-        sample.is_weights = own.clone()
+    packed = PackedSamples.of(samples)
+    weights, _ = _weights(samples, packed, level, cap)
+    for sample, own in zip(samples, packed.split(weights), strict=True):
+        sample.is_weights = own
 
 
 def mismatch_metrics(samples: Sequence[Sample], level: str, cap: float) -> dict[str, float]:
@@ -56,24 +58,21 @@ def mismatch_metrics(samples: Sequence[Sample], level: str, cap: float) -> dict[
     The names are those of `ek.rollout_weights` after `training/`; `training/rollout_is_truncated_share` is the share of
     tokens whose ratio is above the cap. Where there are no weights, `training/rollout_is_*` are of those by token.
     """
-    _, metrics = _weights(samples, level, cap)
+    _, metrics = _weights(samples, PackedSamples.of(samples), level, cap)
     named = {f"training/{name}": float(metrics[name]) for name in _LOGGED}
     return named | {"training/rollout_is_truncated_share": float(metrics["rollout_is_ratio_fraction_high"])}
 
 
-def _weights(samples: Sequence[Sample], level: str, cap: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """`ek.rollout_weights` of all samples, packed one after the other; a segment is a turn of a sample."""
-    lengths = torch.tensor([len(sample.turns) for sample in samples])
-    owner = torch.arange(len(samples)).repeat_interleave(lengths)
-    turns = torch.tensor([turn for sample in samples for turn in sample.turns])
-    _, segments = torch.stack([owner, turns]).unique(dim=1, return_inverse=True)
+def _weights(
+    samples: Sequence[Sample], packed: PackedSamples, level: str, cap: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     return ek.rollout_weights(
         torch.cat([_of(sample.old_log_probs) for sample in samples]),
         torch.cat([_of(sample.rollout_log_probs) for sample in samples]),
-        torch.cat([sample.mask for sample in samples]),
+        packed.mask,
         level="sequence" if level == "turn" else "token",
         high=None if math.isinf(cap) else cap,
-        segment_ids=segments,
+        segment_ids=packed.segment_ids,
     )
 
 
