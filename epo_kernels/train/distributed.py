@@ -14,10 +14,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from epo_kernels.train.config import ConfigError
@@ -136,22 +136,6 @@ class Ranks:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
-    def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A state (nested dicts and lists) with split tensors made whole, on the CPU of the first rank.
-
-        The other ranks, which write nothing, get empty tensors in their place. All ranks must call it.
-        """
-        return {name: self._gathered(value) for name, value in state.items()}
-
-    def _gathered(self, value: Any) -> Any:
-        if isinstance(value, DTensor):
-            with torch.no_grad():
-                whole = value.full_tensor()
-            return whole.cpu() if self.is_first else whole.new_empty(0)
-        if isinstance(value, dict):
-            return self.gather_state(value)
-        return [self._gathered(item) for item in value] if isinstance(value, list) else value
-
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:
         """Inside, every rank has all weights and may run the model as often as it likes."""
@@ -209,10 +193,3 @@ def raise_together(own: Exception | None, failures: Sequence[tuple[str, str | in
             if kind == "EnvironmentFailure":
                 raise EnvironmentFailure(f"rank {rank}: {detail}")
             raise RuntimeError(f"rank {rank} failed: {kind}: {detail}")
-
-
-def split_like(whole: Tensor, like: Tensor) -> Tensor:
-    """A copy of the tensor, on the device of `like` and split over ranks as that is. All ranks must call it."""
-    if not isinstance(like, DTensor):
-        return whole.to(like.device, copy=True)
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)

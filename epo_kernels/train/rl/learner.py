@@ -77,7 +77,7 @@ class Learner:
         self._filling = RowFilling()
         self._ranks.shard(policy.model.get_decoder(), policy.model.device)
         self._optimizer = StepOptimizer(
-            policy.model.parameters(), config.optim, config.optim, config.horizon, self._ranks
+            policy.model, config.optim, config.optim, config.horizon, self._ranks
         )
 
     def score(self, samples: Sequence[Sample], report: Report = ignore) -> None:
