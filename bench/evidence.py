@@ -208,6 +208,7 @@ def run_one(name: str, arm: str, seed: int) -> None:
     # Imported late: the page needs none of it.
     from transformers.utils.logging import disable_progress_bar
 
+    from epo_kernels.train.build import build
     from epo_kernels.train.io.stopping import StopRequest
     from epo_kernels.train.io.tracking import Display
     from epo_kernels.train.trainer import Trainer
@@ -223,10 +224,10 @@ def run_one(name: str, arm: str, seed: int) -> None:
         account(place) as built,
         StopRequest() as stop,
         display,
-        Trainer(config, display, stop=stop) as trainer,
+        build(config, display, stop=stop) as parts,
     ):
         built()
-        display.table(trainer.run())
+        display.table(Trainer(parts, stop).run())
 
 
 @contextmanager

@@ -24,11 +24,12 @@ import torch
 
 from bench import records
 from epo_kernels.train.__main__ import keep_freed_memory
+from epo_kernels.train.build import build
 from epo_kernels.train.config import load_config
 from epo_kernels.train.data import Episode
 from epo_kernels.train.io.tracking import Display, write_atomically
+from epo_kernels.train.parts import Parts
 from epo_kernels.train.rollout.engine import Completion, Engine, Request, StreamingEngine
-from epo_kernels.train.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "rollout"
 MODELS = {  # rounds, and settings over the preset's
@@ -57,22 +58,22 @@ def measure(engine: str, model: str, rounds: int, overrides: Sequence[str] = ())
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"run_dir={folder}/run", f"rollout.engine={engine}", "evaluate.panels=[]"]
         settings += [f"model.name_or_path={model}", *overrides]
-        with Trainer(load_config("practice", settings), Display()) as trainer:
-            return [_round(trainer, number) for number in range(rounds + 1)][1:]
+        with build(load_config("practice", settings), Display()) as parts:
+            return [_round(parts, number) for number in range(rounds + 1)][1:]
 
 
-def _round(trainer: Trainer, number: int) -> Round:
-    episodes = trainer.collector.draw(number)
-    trainer.rollout.prefetch(episodes)
-    driver = _timed(lambda: _play(trainer, episodes))
-    batches = _batches(episodes, trainer.config.rollout.cohorts)
-    if isinstance(trainer.engine, StreamingEngine):
-        with trainer.engine.awake():
-            bare = _timed(lambda: _write_stream(trainer.engine, [_requests(episode) for episode in episodes]))
-        with trainer.engine.awake():  # anew: the cache must not know these prompts yet
+def _round(parts: Parts, number: int) -> Round:
+    episodes = parts.collector.draw(number)
+    parts.rollout.prefetch(episodes)
+    driver = _timed(lambda: _play(parts, episodes))
+    batches = _batches(episodes, parts.config.rollout.cohorts)
+    if isinstance(parts.engine, StreamingEngine):
+        with parts.engine.awake():
+            bare = _timed(lambda: _write_stream(parts.engine, [_requests(episode) for episode in episodes]))
+        with parts.engine.awake():  # anew: the cache must not know these prompts yet
             everything = [[request] for batch in batches for request in batch]
-            return Round(driver, bare, _timed(lambda: _write_stream(trainer.engine, everything)))
-    return Round(driver, _timed(lambda: _write_batches(trainer.engine, batches)), None)
+            return Round(driver, bare, _timed(lambda: _write_stream(parts.engine, everything)))
+    return Round(driver, _timed(lambda: _write_batches(parts.engine, batches)), None)
 
 
 def _timed(work: Callable[[], int]) -> Lap:
@@ -81,8 +82,8 @@ def _timed(work: Callable[[], int]) -> Lap:
     return Lap(tokens, time.perf_counter() - wall, time.process_time() - processor)
 
 
-def _play(trainer: Trainer, episodes: list[Episode]) -> int:
-    trainer.rollout.play(episodes)
+def _play(parts: Parts, episodes: list[Episode]) -> int:
+    parts.rollout.play(episodes)
     return sum(len(turn.response_ids) for episode in episodes for turn in episode.turns)
 
 

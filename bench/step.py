@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -64,20 +64,23 @@ class Step:
     """
 
     def __init__(self, case: StepCase, device: torch.device, folder: str) -> None:
+        from epo_kernels.train.build import build
         from epo_kernels.train.config import load_config
         from epo_kernels.train.io.tracking import Display
-        from epo_kernels.train.trainer import Trainer
 
         overrides = (f"run_dir={folder}", f"model.device={device.type}", f"env.cache_dir={folder}", *_OVERRIDES)
         self._case, self._device = case, device
-        self._trainer = Trainer(load_config("practice", list(overrides)), Display(), dry=True)
-        self._model = self._trainer.policy.model
+        self._resources = ExitStack()
+        self._parts = self._resources.enter_context(
+            build(load_config("practice", list(overrides)), Display(), dry=True)
+        )
+        self._model = self._parts.policy.model
         self._model.resize_token_embeddings(case.vocabulary, mean_resizing=False)
         self._head = self._model.get_output_embeddings().weight
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=0.0)
 
     def close(self) -> None:
-        self._trainer.close()
+        self._resources.close()
 
     def run(self, backend: str, number: int) -> Round:
         """The same number plays the same episodes, and so has the same loss."""
@@ -88,7 +91,7 @@ class Step:
             samples = self._play(number)
         batches = [
             [samples[i] for i in indices]
-            for indices in micro_batches(samples, self._trainer.config.optim.micro_batch_tokens)
+            for indices in micro_batches(samples, self._parts.config.optim.micro_batch_tokens)
         ]
         for chosen in batches:
             self._score(phases, chosen, backend)
@@ -103,12 +106,12 @@ class Step:
         """A rollout's turns; half of the episodes are to be learned from, half to be unlearned."""
         from epo_kernels.train.data import Draw, Episode, Sample
 
-        tasks = self._trainer.tasks
+        tasks = self._parts.tasks
         episodes = [
             Episode(tasks[i % len(tasks)], group=i, seed=(0, Draw.EPISODE, number, i))
             for i in range(self._case.episodes)
         ]
-        self._trainer.rollout.play(episodes)
+        self._parts.rollout.play(episodes)
         return [
             Sample.of_turn(turn.prompt_ids, turn.response_ids, position, advantage=(-1.0) ** index)
             for index, episode in enumerate(episodes)
@@ -118,7 +121,7 @@ class Step:
     def _batch(self, samples: list[Sample]) -> MiniBatch:
         from epo_kernels.train.data import MiniBatch
 
-        return MiniBatch.of(samples, self._trainer.policy.pad_id, self._device)
+        return MiniBatch.of(samples, self._parts.policy.pad_id, self._device)
 
     def _hidden(self, batch: MiniBatch) -> torch.Tensor:
         from epo_kernels.train.models.policy import response_hidden

@@ -31,7 +31,7 @@ from epo_kernels.train.io.text import printable
 
 if TYPE_CHECKING:
     from epo_kernels.train.distributed import Ranks
-    from epo_kernels.train.trainer import Trainer
+    from epo_kernels.train.parts import Parts
 
 HELP = """usage: python -m epo_kernels.train [PRESET] [FILE.yaml ...] [GROUP.KEY=VALUE ...] [--print-config | --dry-run]
 
@@ -134,6 +134,7 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
+    from epo_kernels.train.build import build
     from epo_kernels.train.envs import EnvironmentFailure
     from epo_kernels.train.io.failures import RunError
     from epo_kernels.train.io.stopping import Stopped, StopRequest
@@ -145,16 +146,16 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
     keep_freed_memory()
     display = Display(None if ranks.is_first else Console(quiet=True))
     try:
-        with StopRequest() as stop, display, Trainer(config, display, dry, stop, ranks) as trainer:
+        with StopRequest() as stop, display, build(config, display, dry, stop, ranks) as parts:
             for warning in config.rollout.warnings():
                 display.say(f"warning: {warning}")
             if dry:
-                display.say(_plan(trainer))
+                display.say(_plan(parts))
                 return 0
-            display.say(f"{config.steps - trainer.step} of {config.steps} steps to do")
-            records = trainer.run()
+            display.say(f"{config.steps - parts.step} of {config.steps} steps to do")
+            records = Trainer(parts, stop).run()
         display.table(records)
-        display.say(f"report: {trainer.run_dir / 'report.html'}")
+        display.say(f"report: {parts.run_dir / 'report.html'}")
         return 0
     except Stopped as stopped:
         display.say(f"{stopped}; {_remains(config)}")
@@ -202,13 +203,13 @@ def _fail(reason: object, code: int) -> int:
     return code
 
 
-def _plan(trainer: Trainer) -> str:
-    config = trainer.config
+def _plan(parts: Parts) -> str:
+    config = parts.config
     algorithm, optim = config.algorithm, config.optim
     return "\n".join(
         [
-            f"would run in {config.run_dir}: steps {trainer.step + 1} to {config.steps}"
-            if trainer.step < config.steps
+            f"would run in {config.run_dir}: steps {parts.step + 1} to {config.steps}"
+            if parts.step < config.steps
             else f"{config.run_dir} has all its {config.steps} steps already",
             f"a step: {algorithm.groups} groups of {algorithm.group_size}, {algorithm.groups * algorithm.group_size} "
             f"episodes in {config.rollout.environments} environments; {optim.epochs * optim.minibatches} updates",

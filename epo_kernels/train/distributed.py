@@ -7,25 +7,23 @@ are kept whole, or each layer's are split over the ranks (FSDP2). The first rank
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from epo_kernels.train.config import ConfigError
-from epo_kernels.train.data import Episode
 from epo_kernels.train.envs import EnvironmentFailure
 from epo_kernels.train.io.progress import Report, ignore
 from epo_kernels.train.io.stopping import Stopped, StopRequest
-from epo_kernels.train.rollout.rollout import Rollout
 
 Item = TypeVar("Item")
 TIMEOUT = timedelta(hours=2)  # of waiting for the other ranks: a rollout of theirs, or the first one's cloning
@@ -72,9 +70,9 @@ class Ranks:
                 act()
             except ConfigError as refusal:
                 error = refusal
-        told, *_ = self.gather(str(error) if error else None)
-        if told is not None:
-            raise error or ConfigError(told)
+        refused, *_ = self.gather(str(error) if error else None)
+        if refused is not None:
+            raise error or ConfigError(refused)
 
     def check(self, stop: StopRequest) -> None:
         """Raises Stopped on every rank where one was asked to stop, so that none is left waiting."""
@@ -83,7 +81,7 @@ class Ranks:
             stop.check()
         except Stopped as stopped:
             own = stopped
-        _raise_together(own, self.gather(_told(own)))
+        raise_together(own, self.gather(told(own)))
 
     def deal(self, batches: Sequence[list[Item]], report: Report = ignore) -> Iterator[tuple[list[Item], bool]]:
         """This rank's share of the batches, as many for every rank, since each takes part in every collective.
@@ -138,22 +136,6 @@ class Ranks:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
-    def gather_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A state (nested dicts and lists) with split tensors made whole, on the CPU of the first rank.
-
-        The other ranks, which write nothing, get empty tensors in their place. All ranks must call it.
-        """
-        return {name: self._gathered(value) for name, value in state.items()}
-
-    def _gathered(self, value: Any) -> Any:
-        if isinstance(value, DTensor):
-            with torch.no_grad():
-                whole = value.full_tensor()
-            return whole.cpu() if self.is_first else whole.new_empty(0)
-        if isinstance(value, dict):
-            return self.gather_state(value)
-        return [self._gathered(item) for item in value] if isinstance(value, list) else value
-
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:
         """Inside, every rank has all weights and may run the model as often as it likes."""
@@ -192,61 +174,18 @@ def launched(fsdp: bool, device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-class SharedRollout:
-    """A rollout whose episodes are played by all ranks, each its share; afterwards every rank has all of them.
-
-    Args:
-        rollout: this rank's.
-        ranks: all of them.
-        model: what the engine samples with, whole while it does; None where it has weights of its own.
-    """
-
-    def __init__(self, rollout: Rollout, ranks: Ranks, model: nn.Module | None) -> None:
-        self._rollout = rollout
-        self._ranks = ranks
-        self._model = model
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return self._rollout.seconds
-
-    def prefetch(self, episodes: Sequence[Episode]) -> None:
-        self._rollout.prefetch(episodes[self._ranks.rank :: self._ranks.size])
-
-    def play(self, episodes: Sequence[Episode], report: Report = ignore) -> None:
-        """As `Rollout.play`. What stops one rank stops all, once the others have played.
-
-        Raises:
-            Stopped, EnvironmentFailure: as it does, on all ranks alike.
-            RuntimeError: another rank failed.
-        """
-        ranks, size = self._ranks, self._ranks.size
-        own = episodes[ranks.rank :: size]
-        failure: Exception | None = None
-        with ranks.whole(self._model) if self._model is not None else nullcontext():
-            try:
-                self._rollout.play(own, lambda done: report(min(done * size, len(episodes))))
-            except Exception as error:
-                failure = error
-        answers = ranks.gather((own, _told(failure)))
-        _raise_together(failure, [told for _, told in answers])
-        for rank, (played, _) in enumerate(answers):
-            for episode, result in zip(episodes[rank::size], played, strict=True):
-                vars(episode).update(vars(result))
-
-
-def _told(failure: Exception | None) -> tuple[str, str | int] | None:
+def told(failure: Exception | None) -> tuple[str, str | int] | None:
     """What the other ranks are told of an exception."""
     if isinstance(failure, Stopped):
         return "stopped", failure.signal
     return None if failure is None else (type(failure).__name__, str(failure))
 
 
-def _raise_together(own: Exception | None, told: Sequence[tuple[str, str | int] | None]) -> None:
+def raise_together(own: Exception | None, failures: Sequence[tuple[str, str | int] | None]) -> None:
     """Raise this rank's own exception, or that of the first rank that has one."""
     if own:
         raise own
-    for rank, failure in enumerate(told):
+    for rank, failure in enumerate(failures):
         if failure:
             kind, detail = failure
             if kind == "stopped":
@@ -254,10 +193,3 @@ def _raise_together(own: Exception | None, told: Sequence[tuple[str, str | int] 
             if kind == "EnvironmentFailure":
                 raise EnvironmentFailure(f"rank {rank}: {detail}")
             raise RuntimeError(f"rank {rank} failed: {kind}: {detail}")
-
-
-def split_like(whole: Tensor, like: Tensor) -> Tensor:
-    """A copy of the tensor, on the device of `like` and split over ranks as that is. All ranks must call it."""
-    if not isinstance(like, DTensor):
-        return whole.to(like.device, copy=True)
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)

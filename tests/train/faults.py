@@ -8,7 +8,7 @@ import signal
 import time
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["epo_kernels.train.trainer", "tests.train.faults"])
+_CONTEXT.set_forkserver_preload(["epo_kernels.train.build", "epo_kernels.train.trainer", "tests.train.faults"])
 
 
 def start(arguments, fault=None, log=os.devnull):

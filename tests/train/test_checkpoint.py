@@ -21,7 +21,7 @@ from epo_kernels.train.models.policy import load_policy
 
 def test_a_policy_comes_back_to_the_last_bit(cloned, tmp_path):
     state = {"step": 3, "nested": {"tensor": torch.arange(3.0), "none": None}, "text": "x"}
-    folder = save_checkpoint(tmp_path, 3, cloned, state, keep=2)
+    folder = save_checkpoint(tmp_path, 3, cloned.save, state, keep=2)
     assert folder.name == "global_step_3"
     again = load_policy(str(folder / "actor"), ModelConfig())
     saved = cloned.model.state_dict()
@@ -41,14 +41,14 @@ def test_a_policy_comes_back_to_the_last_bit(cloned, tmp_path):
 
 def test_the_last_ones_are_kept(cloned, tmp_path):
     for step in (0, 5, 10, 15):
-        save_checkpoint(tmp_path, step, cloned, {}, keep=2)
+        save_checkpoint(tmp_path, step, cloned.save, {}, keep=2)
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [10, 15]
 
 
 def test_a_rewound_run_keeps_what_it_writes(cloned, tmp_path):
     for step in (20, 30):
-        save_checkpoint(tmp_path, step, cloned, {}, keep=2)
-    save_checkpoint(tmp_path, 22, cloned, {}, keep=1)
+        save_checkpoint(tmp_path, step, cloned.save, {}, keep=2)
+    save_checkpoint(tmp_path, 22, cloned.save, {}, keep=1)
     assert 22 in [step_of(path) for path in list_checkpoints(tmp_path)]
     drop_later_checkpoints(tmp_path, 22)
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [22]
@@ -63,7 +63,7 @@ def test_a_run_without_a_checkpoint_starts_clean(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_ones_whole(cloned, tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, cloned, {"step": 1}, keep=1)
+    save_checkpoint(tmp_path, 1, cloned.save, {"step": 1}, keep=1)
 
     def full_disk(state, path):
         path.write_bytes(b"half")
@@ -71,7 +71,7 @@ def test_a_failed_save_leaves_the_old_ones_whole(cloned, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint_module.torch, "save", full_disk)
     with pytest.raises(SaveError, match=r"No space left.*global_step_1 is whole\. Make room"):
-        save_checkpoint(tmp_path, 2, cloned, {"step": 2}, keep=1)
+        save_checkpoint(tmp_path, 2, cloned.save, {"step": 2}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["global_step_1"]
     assert load_state(tmp_path / "global_step_1") == {"step": 1}
 
@@ -91,7 +91,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_told_at_the_start(tmp_path, mon
 def test_what_a_kill_left_behind_is_no_checkpoint(cloned, tmp_path):
     (tmp_path / ".writing_global_step_7" / "actor").mkdir(parents=True)
     assert list_checkpoints(tmp_path) == []
-    save_checkpoint(tmp_path, 7, cloned, {"step": 7}, keep=1)
+    save_checkpoint(tmp_path, 7, cloned.save, {"step": 7}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["global_step_7"]
 
 
@@ -105,7 +105,7 @@ class Malicious:
 
 @pytest.mark.parametrize("content", ["malicious", "a function", "truncated", "no pickle"])
 def test_pickles_of_strangers_are_refused_and_not_run(cloned, tmp_path, content):
-    folder = save_checkpoint(tmp_path, 1, cloned, {"step": 1, "tensor": torch.ones(1000)}, keep=1)
+    folder = save_checkpoint(tmp_path, 1, cloned.save, {"step": 1, "tensor": torch.ones(1000)}, keep=1)
     path, trace = folder / "trainer.pt", tmp_path / "trace"
     if content == "malicious":
         torch.save({"step": 1, "learner": Malicious(trace)}, path)

@@ -7,7 +7,7 @@ import pytest
 from epo_kernels.train.config import load_config
 from epo_kernels.train.data import Turn
 from epo_kernels.train.envs import Observation, Task
-from epo_kernels.train.rollout.collect import Collector
+from epo_kernels.train.rl.collect import Collector
 
 TASKS = [Task("t", variation) for variation in range(40)]
 

@@ -40,7 +40,7 @@ def assert_equal_runs(run_dir, whole):
 TRAIN = "epo_kernels.train."
 # Moments at which a process is killed, in the order in which one run comes to them, process after process.
 KILLS = {
-    "while it clones": (TRAIN + "trainer:clone", 1),
+    "while it clones": (TRAIN + "start:clone", 1),
     "while the first checkpoint is written": (TRAIN + "io.checkpoint:_flush", 2),
     "before the first checkpoint has its name": (TRAIN + "io.checkpoint:os.rename", 1),
     "in the evaluation before": (TRAIN + "trainer:summarize", 2),

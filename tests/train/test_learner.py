@@ -200,7 +200,7 @@ def test_micro_batches_hold_all_and_keep_to_the_limit():
 def test_the_size_or_the_number_of_minibatches():
     def sizes(**settings):
         config = load_config("practice", [f"optim.{name}={value}" for name, value in settings.items()]).optim
-        optimizer = StepOptimizer([torch.nn.Parameter(torch.zeros(1))], config, config, steps=4, ranks=Ranks())
+        optimizer = StepOptimizer(torch.nn.Linear(1, 1), config, config, steps=4, ranks=Ranks())
         samples = [Sample.of_turn([0], [0], number) for number in range(10)]
         found = list(optimizer.minibatches(samples, seed=(0,)))
         assert sorted(s.turns[0] for batch in found for s in batch) == sorted([*range(10)] * config.epochs)
@@ -214,21 +214,22 @@ def test_the_size_or_the_number_of_minibatches():
 
 def test_the_schedule_spans_the_run_whatever_the_number_of_updates():
     config = load_config("practice", ["optim.lr=1.0", "optim.minibatches=2"]).optim
-    optimizer = StepOptimizer([torch.nn.Parameter(torch.zeros(1))], config, config, steps=10, ranks=Ranks())
+    optimizer = StepOptimizer(torch.nn.Linear(1, 1), config, config, steps=10, ranks=Ranks())
     rates = []
     for _ in range(10):
         for _ in optimizer.minibatches([Sample.of_turn([0], [0], 0)] * 8, seed=(0,)):
             rates.append(optimizer.metrics("actor")["actor/lr"])
-    assert rates == [cosine_with_warmup(n, 20, config.warmup_ratio, config.min_lr_ratio) for n in range(20)]
+    assert rates == list(map(cosine_with_warmup(20, config.warmup_ratio, config.min_lr_ratio), range(20)))
     assert optimizer.state_dict()["steps_done"] == 10
 
 
 def test_learning_rate_schedule():
-    factors = [cosine_with_warmup(n, 11, warmup_ratio=0.2, min_ratio=0.1) for n in range(11)]
+    factors = list(map(cosine_with_warmup(11, warmup_ratio=0.2, min_ratio=0.1), range(13)))
     assert factors[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert factors[6] == pytest.approx(0.55)  # half way down
-    assert factors[-1] == pytest.approx(0.1)
-    assert cosine_with_warmup(0, 1, 0.0, 0.2) == 1.0
+    assert factors[10:] == pytest.approx([0.1] * 3)  # and no rise after the schedule's end
+    assert cosine_with_warmup(1, 0.0, 0.2)(0) == 1.0
+    assert list(map(cosine_with_warmup(4, 1.0, 0.0), range(6))) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_the_controller_moves_the_coefficient_of_the_next_update(policy, played):

@@ -16,8 +16,8 @@ import epo_kernels as ek
 import epo_kernels.train
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import ConfigError, load_config
-from epo_kernels.train.io.checkpoint import find_checkpoint
 from epo_kernels.train.io.failures import RunError
+from epo_kernels.train.io.resume import find_checkpoint
 from tests.train.conftest import WHOLE, lines_of, train, weights_of
 
 
@@ -361,7 +361,7 @@ def test_an_unforeseen_error_keeps_its_traceback_in_the_run_s_folder(tmp_path, c
         assert kept.count("Traceback (most recent call last):\n") == times
         assert kept.count("in _train_step\n") == times
     assert train(f"run_dir={tmp_path / 'dry'}", "--dry-run") == 0
-    monkeypatch.setattr("epo_kernels.train.trainer.make_suite", fail)
+    monkeypatch.setattr("epo_kernels.train.build.make_suite", fail)
     assert train(f"run_dir={tmp_path / 'dry'}", "--dry-run") == 1
     assert capsys.readouterr().err.startswith("Traceback (most recent call last):\n")
     assert not (tmp_path / "dry").exists()

@@ -112,7 +112,7 @@ def nothing_computed(monkeypatch):
     def computed(*_):
         raise AssertionError("the run began")
 
-    monkeypatch.setattr("epo_kernels.train.trainer.make_suite", computed)
+    monkeypatch.setattr("epo_kernels.train.build.make_suite", computed)
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 from epo_kernels.train.__main__ import _parse, _run, leave
 from epo_kernels.train.config import ConfigError, ModelConfig
 from epo_kernels.train.data import Draw, Episode
-from epo_kernels.train.distributed import Ranks, SharedRollout, launched
+from epo_kernels.train.distributed import Ranks, launched
 from epo_kernels.train.envs import EnvironmentFailure, Task
 from epo_kernels.train.io.stopping import Stopped, StopRequest
 from epo_kernels.train.models.loading import load_causal_lm
 from epo_kernels.train.models.policy import build_from_scratch
 from epo_kernels.train.rl.post_mortem import nonfinite_weights
+from epo_kernels.train.rollout.shared import SharedRollout
 
 
 class Failing:

@@ -5,10 +5,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -78,8 +79,17 @@ class Policy:
         tokens = self.tokenizer.added_tokens_decoder.items()
         return {index for index, token in tokens if token.special and token.content not in (THOUGHT, THOUGHT_END)}
 
+    def full_weights(self) -> dict[str, Tensor]:
+        """What `save` writes (with adapters, these alone), unsharded, on the CPU of the first rank; {} on the others.
+
+        All ranks must call it.
+        """
+        adapted = bool(getattr(self.model, "_hf_peft_config_loaded", False))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapted)
+        return cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
+
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """As `load_policy` reads it. `weights` stand in for the model's own."""
+        """Write the format that `load_policy` reads; `weights` (`full_weights`) of a model that is split over ranks."""
         self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 

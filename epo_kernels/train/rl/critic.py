@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from epo_kernels.train.config import TrainConfig
 from epo_kernels.train.data import MiniBatch, Sample, micro_batches
-from epo_kernels.train.distributed import Ranks, split_like
+from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.io.progress import Report, ignore, part_of
 from epo_kernels.train.models.check import row_width_of
 from epo_kernels.train.models.lora import add_adapters
@@ -81,9 +82,7 @@ class Critic:
         nn.init.zeros_(self._head.bias)
         self._ranks.shard(self._backbone, policy.model.device)
         self._network = nn.ModuleDict({"backbone": self._backbone, "head": self._head})
-        self._optimizer = StepOptimizer(
-            self._network.parameters(), config.optim, config.critic, config.horizon, self._ranks
-        )
+        self._optimizer = StepOptimizer(self._network, config.optim, config.critic, config.horizon, self._ranks)
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample], report: Report = ignore) -> None:
@@ -125,18 +124,15 @@ class Critic:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        trained = {name: parameter.detach() for name, parameter in self._trained()}
-        return {"network": self._ranks.gather_state(trained), "optimizer": self._optimizer.state_dict()}
+        """Of what is trained (beside adapters, the rest is the policy's), unsharded; complete on the first rank."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        network = get_model_state_dict(self._network, options=options)
+        return {"network": network, "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter in self._trained():
-                parameter.copy_(split_like(state["network"][name], parameter))
+        options = StateDictOptions(full_state_dict=True, strict=False)  # what is frozen is missing
+        set_model_state_dict(self._network, dict(state["network"]), options=options)
         self._optimizer.load_state_dict(state["optimizer"])
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        """What isn't, beside adapters, is the policy's and comes with it."""
-        return [(name, parameter) for name, parameter in self._network.named_parameters() if parameter.requires_grad]
 
     def _backward(self, samples: list[Sample], report: Report = ignore) -> tuple[Tensor, Tensor, Tensor, float]:
         """Add the gradient of one minibatch's mean loss.

@@ -77,9 +77,7 @@ class Learner:
         self._row_width = row_width_of(policy, config)
         self._filling = RowFilling()
         self._ranks.shard(policy.model.get_decoder(), policy.model.device)
-        self._optimizer = StepOptimizer(
-            policy.model.parameters(), config.optim, config.optim, config.horizon, self._ranks
-        )
+        self._optimizer = StepOptimizer(policy.model, config.optim, config.optim, config.horizon, self._ranks)
 
     def score(self, samples: Sequence[Sample], report: Report = ignore) -> None:
         """Set each sample's `old_log_probs` and `entropy` (and `ref_log_probs`), in one pass without gradient.

@@ -1,6 +1,6 @@
 """What a training step tells of itself, under the names people know from verl and verl-agent."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 
@@ -69,6 +69,17 @@ def token_metrics(samples: Sequence[Sample], limit: int) -> dict[str, Value]:
         "prompt_length/max": max(prompts),
         "perf/total_num_tokens": sum(sample.length for sample in samples),
     }
+
+
+def step_line(step: int, steps: int, metrics: Mapping[str, Value]) -> str:
+    """A step's line in the log."""
+    return (
+        f"step {step}/{steps}: return {metrics['episode/reward/mean']:.3f}, "
+        f"success {metrics['episode/success_rate']:.0%}, score {metrics['episode/score/mean']:.1f}, "
+        f"turns {metrics['episode/length/mean']:.1f}, understood {metrics['episode/valid_action_ratio']:.0%}, "
+        f"entropy {metrics['actor/entropy']:.3f}, "
+        f"{metrics['timing_s/step']:.1f} s"
+    )
 
 
 def _responses(sample: Sample) -> list[list[int]]:

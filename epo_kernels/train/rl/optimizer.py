@@ -1,33 +1,50 @@
-"""The optimiser of policy and critic: a step's minibatches, the learning rate's course, and updates left out."""
+"""The optimizer of policy and critic: a step's minibatches, the learning rate's schedule, and skipped updates."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from epo_kernels.train.config import CriticConfig, OptimConfig
 from epo_kernels.train.data import Sample
-from epo_kernels.train.distributed import Ranks, split_like
+from epo_kernels.train.distributed import Ranks
 
 
-def cosine_with_warmup(update: int, total: int, warmup_ratio: float, min_ratio: float) -> float:
-    """Factor on the learning rate: linear to 1 over the first `warmup_ratio` of all updates, then cosine."""
-    warmup = round(warmup_ratio * total)
-    if update < warmup:
-        return (update + 1) / warmup
-    progress = min((update - warmup) / max(total - 1 - warmup, 1), 1.0)
-    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+def cosine_with_warmup(updates: int, warmup_ratio: float, min_ratio: float) -> Callable[[int], float]:
+    """The factor on the learning rate by update: linear to 1 over the warm-up, then cosine to `min_ratio`.
+
+    Args:
+        updates: how many the schedule spans; later ones keep the last rate.
+        warmup_ratio: share of them that is warm-up.
+        min_ratio: the last update's factor; a schedule of one update has factor 1.
+    """
+    warmup = round(warmup_ratio * updates)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        torch.optim.SGD([torch.zeros(())]),  # the formula alone is used: updates a step, and so `updates`, may vary
+        num_warmup_steps=warmup,
+        num_training_steps=updates - 1,  # the last update, not the one after it, has the minimum
+        min_lr_rate=min_ratio,
+    )
+    (factor,) = schedule.lr_lambdas
+    # The library's warm-up begins at 0, which would waste an update.
+    return lambda update: factor(update + 1 if update < warmup else max(min(update, updates - 1), warmup))
 
 
 class StepOptimizer:
     """AdamW through a run's training steps, each of several minibatches.
 
     Args:
-        parameters: those to train.
+        model: whose parameters are trained, except frozen ones.
         config: of AdamW, the schedule and clipping.
         passes: whose lr, epochs, minibatches and minibatch_size hold.
         steps: that the schedule spans; any after them have its last rate.
@@ -36,14 +53,15 @@ class StepOptimizer:
 
     def __init__(
         self,
-        parameters: Iterable[torch.nn.Parameter],
+        model: nn.Module,
         config: OptimConfig,
         passes: OptimConfig | CriticConfig,
         steps: int,
         ranks: Ranks,
     ) -> None:
         self._ranks = ranks
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._model = model
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._config = config
         self._passes = passes
         self._steps = steps
@@ -69,10 +87,12 @@ class StepOptimizer:
         a_pass = min(a_pass, len(samples))
         updates = a_pass * passes.epochs
         update = self._steps_done * updates
+        factor = cosine_with_warmup(self._steps * updates, self._config.warmup_ratio, self._config.min_lr_ratio)
         for epoch in range(passes.epochs):
             order = np.random.default_rng([*seed, epoch]).permutation(len(samples))
             for indices in np.array_split(order, a_pass):
-                self._set_rate(update, self._steps * updates)
+                for group in self._adamw.param_groups:
+                    group["lr"] = passes.lr * factor(update)
                 yield [samples[i] for i in indices]
                 update += 1
         self._steps_done += 1
@@ -99,22 +119,28 @@ class StepOptimizer:
         return named
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole tensors by the parameters' order: a run may go on with another number of ranks.
+        """AdamW's moments by parameter name, unsharded on the CPU: a run may continue on another number of ranks.
 
-        All ranks call it; it is complete on the first.
+        All ranks call it; it is complete on the first. Settings such as betas are the configuration's, so they are not
+        part of it.
         """
-        return {
-            "adamw": [self._ranks.gather_state(self._adamw.state[parameter]) for parameter in self._parameters],
-            "steps_done": self._steps_done,
-            "skipped_in_row": self.skipped_in_row,
-        }
+        adamw: dict[str, Any] = {}
+        if self._adamw.state:  # else torch would make a first update of its own, to have moments
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            adamw |= get_optimizer_state_dict(self._model, self._adamw, options=options)
+        return {"adamw": adamw.get("state", {}), "steps_done": self._steps_done, "skipped_in_row": self.skipped_in_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for parameter, own in zip(self._parameters, state["adamw"], strict=True):
-            self._adamw.state[parameter] = {
-                name: split_like(value, parameter) if value.shape == parameter.shape else value.clone()
-                for name, value in own.items()
-            }
+        if state["adamw"]:
+            groups = get_optimizer_state_dict(self._model, self._adamw)["param_groups"]
+            set_optimizer_state_dict(
+                self._model,
+                self._adamw,
+                {"state": state["adamw"], "param_groups": groups},
+                options=StateDictOptions(full_state_dict=True),
+            )
+            for moments in self._adamw.state.values():  # whole ones still lie in the checkpoint's file
+                moments.update({name: v.clone() for name, v in moments.items() if not isinstance(v, DTensor)})
         self._steps_done = state["steps_done"]
         self.skipped_in_row = state["skipped_in_row"]
 
@@ -128,8 +154,3 @@ class StepOptimizer:
         for group in self._groups:
             torch.nn.utils.clip_grads_with_norm_(group, self._config.max_grad_norm, total)
         return float(total)
-
-    def _set_rate(self, update: int, total: int) -> None:
-        factor = cosine_with_warmup(update, total, self._config.warmup_ratio, self._config.min_lr_ratio)
-        for group in self._adamw.param_groups:
-            group["lr"] = self._passes.lr * factor

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from epo_kernels.train.config import RolloutConfig
 from epo_kernels.train.data import Turn
 from epo_kernels.train.envs import Observation
 from epo_kernels.train.models.chat import Chat
-from epo_kernels.train.rollout.prompts import PromptBuilder
+from epo_kernels.train.rollout.prompts import PromptBuilder, Prompts
 
 
 class DialogueBuilder:
@@ -46,3 +47,22 @@ class DialogueBuilder:
         if ids[:1] == last.response_ids[-1:]:  # the policy closed its response as the template would
             ids = ids[1:]
         return last.prompt_ids + last.response_ids + ids
+
+
+def make_prompts(chat: Chat, config: RolloutConfig) -> Prompts:
+    """Prompts by `rollout.layout`: a window of the last actions for each turn, or a dialogue that grows.
+
+    Raises:
+        ConfigError: see `DialogueBuilder`.
+    """
+    window = PromptBuilder(
+        chat,
+        config.history,
+        config.history_results,
+        config.max_prompt_tokens,
+        config.response_format,
+        config.goal_last,
+        config.instruction,
+        config.admissible_actions,
+    )
+    return window if config.layout == "turn" else DialogueBuilder(window, chat, config.max_prompt_tokens)

@@ -1,0 +1,251 @@
+"""Constructs a run's parts and connects them: from the start, from its last checkpoint, or as a branch of another."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import cast
+
+import torch
+
+import epo_kernels as ek
+from epo_kernels.history import HistoryScope, HistoryWeighting
+from epo_kernels.train.config import ConfigError, TrainConfig, to_yaml
+from epo_kernels.train.distributed import Ranks
+from epo_kernels.train.envs import Suite, make_suite
+from epo_kernels.train.envs.demonstrations import borrow_cache
+from epo_kernels.train.envs.pool import EnvironmentPool
+from epo_kernels.train.header import about_policy, about_tasks, opening
+from epo_kernels.train.io.checkpoint import clear_run, copy_records, drop_later_checkpoints, room_warning
+from epo_kernels.train.io.resume import find_origin, keep_horizon, note_branch, review_differences, start_of
+from epo_kernels.train.io.run_dir import check_usable, held
+from epo_kernels.train.io.stopping import Stopped, StopRequest
+from epo_kernels.train.io.tracking import Display, Tracker, read_metrics, write_atomically
+from epo_kernels.train.io.watch import watched
+from epo_kernels.train.io.weights_and_biases import WeightsAndBiases, require_wandb
+from epo_kernels.train.models.loader import PolicyLoader
+from epo_kernels.train.models.lora import require_peft
+from epo_kernels.train.models.policy import Policy
+from epo_kernels.train.models.reference import reference_model
+from epo_kernels.train.parts import Parts
+from epo_kernels.train.rl.collect import Collector
+from epo_kernels.train.rl.critic import Critic
+from epo_kernels.train.rl.learner import Learner
+from epo_kernels.train.rollout.dialogue import make_prompts
+from epo_kernels.train.rollout.engine import Engine, StopRule, StreamingEngine, TransformersEngine
+from epo_kernels.train.rollout.rollout import Rollout
+from epo_kernels.train.rollout.shared import SharedRollout
+from epo_kernels.train.rollout.vllm_engine import VllmEngine, require_vllm
+from epo_kernels.train.start import Start
+
+
+@contextmanager
+def build(
+    config: TrainConfig,
+    display: Display,
+    dry: bool = False,
+    stop: StopRequest | None = None,
+    ranks: Ranks | None = None,
+) -> Iterator[Parts]:
+    """The parts of a run, open inside the `with`: environments may be processes, and the run's folder is locked.
+
+    Args:
+        config: checked.
+        display: where progress shows.
+        dry: build everything without cloning or training, and write nothing.
+        stop: asked at every move of a bar whether to go on.
+        ranks: the processes that train together, of which the first writes the run's folder; None: this one alone.
+
+    Raises:
+        ConfigError: the settings don't fit the environment, the model, or the run to continue.
+    """
+    with ExitStack() as stack:
+        yield _Builder(config, display, dry, stop or StopRequest(), ranks or Ranks(), stack).parts()
+
+
+class _Builder:
+    """One call of `build`. What it opens is closed with `stack`, also where a later part fails."""
+
+    def __init__(
+        self, config: TrainConfig, display: Display, dry: bool, stop: StopRequest, ranks: Ranks, stack: ExitStack
+    ) -> None:
+        self._display = display
+        self._dry = dry
+        self._stop = stop
+        self._ranks = ranks
+        self._stack = stack
+        require_peft(config.model)
+        require_wandb(config.tracking)
+        require_vllm(config.rollout)
+        if config.model.threads:
+            torch.set_num_threads(config.model.threads)
+        self._run_dir = Path(config.run_dir)
+        self._take_folder()
+        self._origin = find_origin(config)
+        self._start = self._first_step()
+        if not ranks.is_first:  # writes where nobody looks
+            self._run_dir = copy_records(self._run_dir, Path(stack.enter_context(TemporaryDirectory())))
+        ranks.wait()  # from here on the first rank changes the run's folder
+        self._config = self._continued(config)
+
+    def parts(self) -> Parts:
+        config, display, ranks = self._config, self._display, self._ranks
+        display.say(opening(config, ranks))
+        suite = self._suite()
+        tasks = suite.tasks("train")
+        panels = {panel: suite.tasks(panel)[: config.evaluate.episodes] for panel in config.evaluate.panels}
+        suite.close()  # the simulator that listed them
+        display.say(about_tasks(suite, tasks, panels, config))
+
+        loader = PolicyLoader(config, ranks, display)
+        policy = self._policy(suite, loader)
+        display.say(about_policy(policy))
+        with display.bar("starting the engine", None):
+            engine = self._engine(policy)
+        rollout = self._rollout(suite, policy, engine)
+        if not self._dry:
+            self._clean_folder()
+        reference = None if self._dry else reference_model(policy, self._origin, config, ranks, loader, display.say)
+        parts = Parts(
+            config=config,
+            ranks=ranks,
+            display=display,
+            run_dir=self._run_dir,
+            suite=suite,
+            tasks=tasks,
+            panels=panels,
+            policy=policy,
+            engine=engine,
+            rollout=rollout,
+            collector=Collector(tasks, rollout, config),
+            history=_history(suite, config),
+            critic=Critic(policy, config, ranks) if config.algorithm.name == "ppo" else None,
+            learner=Learner(policy, reference, config, ranks),
+            start=self._start,
+            step=0,
+        )
+        if self._origin:
+            parts.restore(self._origin)
+        self._warn_of_room(parts)
+        if not self._dry:
+            parts.save()  # the start is frozen: a run killed from here on continues from the same weights
+            self._open_records(parts)
+        return parts
+
+    def _take_folder(self) -> None:
+        """Check the run's folder, and lock it."""
+
+        def take() -> None:
+            check_usable(self._run_dir)
+            if not self._dry:
+                self._stack.enter_context(held(self._run_dir, self._display.say))
+
+        self._ranks.on_first(take)
+
+    def _first_step(self) -> int:
+        if self._origin is None:
+            return 0
+        return self._origin.step if self._origin.is_branch else start_of(self._run_dir)
+
+    def _continued(self, config: TrainConfig) -> TrainConfig:
+        """The settings, compared with those of the checkpoint."""
+        if origin := self._origin:
+            saved = origin.state["config"]
+            config = keep_horizon(saved, config)
+            for text in review_differences(saved, config, origin.step, origin.is_branch):
+                self._display.say(text)
+        return config
+
+    def _suite(self) -> Suite:
+        environment = self._config.env
+        if self._dry:  # what is missing in the cache is made for this once
+            folder = self._stack.enter_context(TemporaryDirectory())
+            environment = replace(environment, cache_dir=borrow_cache(environment.cache_dir, folder))
+        try:
+            suite = make_suite(environment)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+        self._stack.callback(suite.close)
+        return suite
+
+    def _policy(self, suite: Suite, loader: PolicyLoader) -> Policy:
+        if self._origin:
+            return loader.load(self._origin.checkpoint / "actor")
+        return Start(self._config, suite, loader, self._display, self._stop, self._dry).policy(self._ranks)
+
+    def _engine(self, policy: Policy) -> Engine | StreamingEngine:
+        rollout = self._config.rollout
+        stop = StopRule(policy.tokenizer, policy.end_ids, rollout.response_format, policy.chat.opening)
+        if rollout.engine == "transformers":
+            limit = rollout.max_response_tokens
+            return TransformersEngine(policy.model, policy.pad_id, stop, rollout.temperature, limit)
+        engine = VllmEngine(policy, stop, self._config)
+        self._stack.callback(engine.close)
+        return engine
+
+    def _rollout(self, suite: Suite, policy: Policy, engine: Engine | StreamingEngine) -> SharedRollout:
+        env, rollout = self._config.env, self._config.rollout
+        pool = EnvironmentPool(
+            suite,
+            rollout.environments,
+            step_timeout=env.step_timeout,
+            start_timeout=env.start_timeout,
+            max_failures=env.max_failures,
+        )
+        self._stack.callback(pool.close)
+        own = Rollout(
+            pool,
+            policy,
+            engine,
+            make_prompts(policy.chat, rollout),
+            max_turns=suite.max_turns,
+            cohorts=rollout.cohorts,
+            response_format=rollout.response_format,
+        )
+        return SharedRollout(own, self._ranks, None if isinstance(engine, StreamingEngine) else policy.model)
+
+    def _clean_folder(self) -> None:
+        """Remove from the run's folder what the steps to come will write."""
+        origin = self._origin
+        if origin is None or origin.is_branch:
+            clear_run(self._run_dir)
+        if origin:
+            if origin.is_branch:
+                note_branch(self._run_dir, origin.checkpoint)
+            drop_later_checkpoints(self._run_dir / "checkpoints", origin.step)
+
+    def _warn_of_room(self, parts: Parts) -> None:
+        parameters = list(parts.policy.model.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        other = 0 if self._config.model.lora_rank else sum(p.numel() for p in parameters) - trained
+        if parts.critic:
+            trained *= 2  # its backbone is the policy's
+        warning = room_warning(self._run_dir / "checkpoints", trained, other, self._config.checkpoint.keep)
+        if warning and self._ranks.is_first:
+            self._display.say(f"warning: {warning}")
+
+    def _open_records(self, parts: Parts) -> None:
+        """Open the tracker, have the collapse watch see earlier steps, and write config.yaml."""
+        config, say = self._config, self._display.say
+        is_shown = config.tracking.wandb != "disabled" and self._ranks.is_first
+        boards = [WeightsAndBiases(self._run_dir, config, say)] if is_shown else []
+        tracker = Tracker(self._run_dir, parts.step, *boards)
+        self._stack.push(
+            lambda _, error, __: tracker.close(failed=error is not None and not isinstance(error, Stopped))
+        )
+        tracker.extend(config.steps)
+        if tracker.lost:
+            say(f"warning: metrics.jsonl was damaged and is repaired; no line is left for steps {tracker.lost}")
+        parts.tracker = tracker
+        parts.watch, _ = watched(read_metrics(self._run_dir), config.watch)
+        write_atomically(self._run_dir / "config.yaml", to_yaml(config))
+
+
+def _history(suite: Suite, config: TrainConfig) -> ek.EntropyHistory:
+    return ek.EntropyHistory(
+        suite.max_turns,
+        config.loss.history_window,
+        cast(HistoryScope, config.loss.history_scope),
+        cast(HistoryWeighting, config.loss.history_weighting),
+    )
