@@ -18,15 +18,15 @@
 #define EPO_UNROLL
 #endif
 
+// Enums, Coefficients and the places of the sums; needs EPO_FN.
+#include "declaration.h"
+
 namespace epo {
 
 // e^-200 is 0 in float32. Exponents are kept above it, so that e^x x is 0 and not NaN where p_v = 0.
 constexpr float kLowestExponent = -200.0f;
 constexpr float kLogRatioLimit = 20.0f;
 constexpr float kK3Limit = 10.0f;
-
-enum class KlType : int { k1, k2, k3, abs };
-enum class Penalty : int { none, hinge, quadratic, indicator, gate };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Logits
@@ -106,8 +106,11 @@ EPO_FN float token_gradient(float a, float b, const RowStats& row, const Transfo
 // ---------------------------------------------------------------------------------------------------------------------
 // The loss of a token
 
-struct Coefficients {
-    float clip_ratio_low, clip_ratio_high, clip_ratio_c, entropy, penalty, penalty_alpha, kl;
+// What a launch computes, the same for all its tokens.
+struct Choices {
+    PolicyLoss policy_loss;
+    Penalty penalty;
+    KlType kl_type;
 };
 
 // What a token brings along. Absent: on_policy, has_ref, has_band say so; is_weight is 1.
@@ -168,7 +171,7 @@ EPO_FN BandValue hold_against_band(float entropy, float lower, float upper, Pena
 
 // ℓ = is_weight pg - λ (gate H - βk P) + kl_coeff KL, and its derivatives.
 EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& token, const Coefficients& c,
-                            KlType kl_type, Penalty penalty) {
+                            const Choices& choices) {
     TokenLoss loss{};
     const float difference = log_prob - (token.on_policy ? log_prob : token.old_log_prob);
     loss.log_ratio = clamp_keeping_nan(difference, -kLogRatioLimit, kLogRatioLimit);
@@ -188,26 +191,26 @@ EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& tok
     loss.total = loss.pg;
 
     BandValue band{0.0f, 0.0f, 1.0f, false, false, false};
-    if (token.has_band) band = hold_against_band(entropy, token.lower, token.upper, penalty, c.penalty_alpha);
+    if (token.has_band) band = hold_against_band(entropy, token.lower, token.upper, choices.penalty, c.penalty_alpha);
     loss.penalty = band.penalty;
     loss.below = band.below;
     loss.above = band.above;
     loss.invalid = band.invalid;
-    if (c.entropy != 0.0f) {
+    if (c.entropy_coeff != 0.0f) {
         float bonus = band.gate * entropy;
-        loss.d_entropy = -c.entropy * band.gate;
-        if (c.penalty != 0.0f) {
-            bonus -= c.penalty * band.penalty;
-            loss.d_entropy += c.entropy * c.penalty * band.derivative;
+        loss.d_entropy = -c.entropy_coeff * band.gate;
+        if (c.penalty_coeff != 0.0f) {
+            bonus -= c.penalty_coeff * band.penalty;
+            loss.d_entropy += c.entropy_coeff * c.penalty_coeff * band.derivative;
         }
-        loss.total -= c.entropy * bonus;
+        loss.total -= c.entropy_coeff * bonus;
     }
     if (token.has_ref) {
-        const KlValue kl = kl_penalty(log_prob, token.ref_log_prob, kl_type);
+        const KlValue kl = kl_penalty(log_prob, token.ref_log_prob, choices.kl_type);
         loss.kl = kl.value;
-        if (c.kl != 0.0f) {
-            loss.total += c.kl * kl.value;
-            loss.d_log_prob += c.kl * kl.derivative;
+        if (c.kl_coeff != 0.0f) {
+            loss.total += c.kl_coeff * kl.value;
+            loss.d_log_prob += c.kl_coeff * kl.derivative;
         }
     }
     if (band.invalid) loss.total = NAN;
@@ -215,21 +218,27 @@ EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& tok
     return loss;
 }
 
-// The sums that leave a loss launch, in the order of ROW_SUMS (epo_kernels/fused/rows.py).
-constexpr int kNumSums = 15;
-
+// Adds a counted token to the sums of a launch.
 template <class Sum>
 EPO_FN void add_sums(Sum* sums, const TokenLoss& loss, float log_prob, float entropy, float weight,
                      bool invalid_token) {
     const bool invalid = invalid_token || loss.invalid;
     const bool finite = is_finite(loss.total) && is_finite(entropy);
-    const Sum terms[kNumSums] = {
-        Sum(1),           Sum(weight * loss.total), Sum(weight * loss.pg),  Sum(weight * loss.penalty),
-        Sum(weight * loss.kl), Sum(entropy),        Sum(log_prob),          Sum(loss.ratio),
-        Sum(-loss.log_ratio), Sum(loss.clipped),    Sum(loss.dual_clipped), Sum(loss.below),
-        Sum(loss.above),  Sum(!finite && !invalid), Sum(invalid),
-    };
-    for (int i = 0; i < kNumSums; ++i) sums[i] += terms[i];
+    sums[RowSums::tokens] += Sum(1);
+    sums[RowSums::loss] += Sum(weight * loss.total);
+    sums[RowSums::pg_loss] += Sum(weight * loss.pg);
+    sums[RowSums::penalty] += Sum(weight * loss.penalty);
+    sums[RowSums::kl_loss] += Sum(weight * loss.kl);
+    sums[RowSums::entropy_sum] += Sum(entropy);
+    sums[RowSums::log_prob_sum] += Sum(log_prob);
+    sums[RowSums::ratio_sum] += Sum(loss.ratio);
+    sums[RowSums::ppo_kl_sum] += Sum(-loss.log_ratio);
+    sums[RowSums::clipped_tokens] += Sum(loss.clipped);
+    sums[RowSums::dual_clipped_tokens] += Sum(loss.dual_clipped);
+    sums[RowSums::below_band_tokens] += Sum(loss.below);
+    sums[RowSums::above_band_tokens] += Sum(loss.above);
+    sums[RowSums::nonfinite_tokens] += Sum(!finite && !invalid);
+    sums[RowSums::invalid_tokens] += Sum(invalid);
 }
 
 }  // namespace epo

@@ -7,11 +7,9 @@ import numbers
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-KLType = Literal["k1", "k2", "k3", "abs"]
-Penalty = Literal["none", "hinge", "quadratic", "indicator", "gate"]
+from epo_kernels.declaration import KLType, LossAggMode, Penalty, PolicyLossName
+
 BandScope = Literal["token", "segment"]
-LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-PolicyLossName = Literal["ppo", "cispo", "sapo", "reinforce", "dppo", "gspo", "vespo", "gmpo"]
 RatioScope = Literal["token", "sequence", "segment"]
 RatioGradient = Literal["token", "sequence"]
 Divergence = Literal["tv", "kl"]
@@ -91,8 +89,8 @@ class EPOConfig:
             divergence of the two-outcome distribution (this token, any other).
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k >= 0 and λ > 0 of "vespo", with
             φ(w) = w^k exp(λ (1 - w)), where A >= 0, and where A < 0.
-        kl_bias_correction: multiplies the KL by the ratio (of "vespo" and "gmpo": the token's own), which makes its gradient unbiased off-policy (DeepSeek-V3.2,
-            arXiv 2512.02556; TRL's `use_bias_correction_kl`).
+        kl_bias_correction: multiplies the KL by the ratio (of "vespo" and "gmpo": the token's own), which makes its
+            gradient unbiased off-policy (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
 
     With the paper's numbers the hinge only shrinks the bonus above the band: the term in H is
     -λ(1 - αβk)H there, which still rewards entropy while αβk < 1. A band that restores needs αβk > 1

@@ -14,8 +14,9 @@ from epo_kernels import reference
 from epo_kernels.aggregation import sequence_lengths, token_weights
 from epo_kernels.autograd import refuse_transforms
 from epo_kernels.config import EPOConfig
+from epo_kernels.declaration import COEFFICIENTS
 from epo_kernels.fused import linear, linear_ops, ops
-from epo_kernels.fused.rows import COEFFICIENTS, Prepared, RowKernels, RowLoss, Rows, Terms, Weighing
+from epo_kernels.fused.rows import Prepared, RowKernels, RowLoss, Rows, Terms, Weighing
 from epo_kernels.fused.sharded import Shard, ShardedRows
 from epo_kernels.inputs import Coefficients, LogitTransform, Projection, Scalar, TokenInputs, tracing
 from epo_kernels.metrics import LossMetrics
@@ -179,7 +180,7 @@ def needs_two_passes(inputs: TokenInputs, cfg: EPOConfig) -> bool:
 
 def _output(result: RowLoss, prepared: Prepared, inputs: TokenInputs, cfg: EPOConfig) -> reference.EPOOutput:
     sums, extras = result.sums, prepared.extras
-    metrics, loss = LossMetrics(torch.cat([sums[:1], extras[:1], sums[1:], extras[1:]])), result.loss
+    metrics, loss = LossMetrics(torch.cat([sums, extras])), result.loss
     if cfg.band_scope == "segment" and inputs.lower is not None:  # a band without a penalty is only looked at
         band = reference.band_of_tokens(result.entropy, inputs, cfg)
         below, above, invalid = ((side & inputs.mask).sum() for side in (band.below, band.above, band.invalid))
@@ -198,16 +199,13 @@ def _output(result: RowLoss, prepared: Prepared, inputs: TokenInputs, cfg: EPOCo
 
 def coefficients_of(coefficients: Coefficients, cfg: EPOConfig) -> tuple[Scalar, ...]:
     """The values of COEFFICIENTS, in that order."""
-    values: dict[str, Scalar] = {
-        "clip_ratio_low": cfg.clip_ratio_low,
-        "clip_ratio_high": cfg.clip_ratio_high,
+    of_call: dict[str, Scalar] = {
         "clip_ratio_c": math.inf if cfg.clip_ratio_c is None else cfg.clip_ratio_c,
         "entropy_coeff": coefficients.entropy,
         "penalty_coeff": coefficients.penalty,
-        "penalty_alpha": cfg.penalty_alpha,
         "kl_coeff": coefficients.kl,
     }
-    return tuple(values[name] for name in COEFFICIENTS)
+    return tuple(of_call[name] if name in of_call else getattr(cfg, name) for name in COEFFICIENTS)
 
 
 def weighing_of(inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig) -> Weighing:
@@ -233,8 +231,9 @@ def terms_of(inputs: TokenInputs, prepared: Prepared, cfg: EPOConfig) -> Terms:
         upper=inputs.upper if by_token else None,
         coefficients=prepared.coefficients,
         ticket=prepared.ticket,
-        kl_type=cfg.kl_type,
+        policy_loss="ppo",
         penalty=cfg.penalty,
+        kl_type=cfg.kl_type,
     )
 
 

@@ -33,9 +33,8 @@ from torch import distributed as dist
 from epo_kernels import reference
 from epo_kernels.autograd import differentiable_once
 from epo_kernels.config import BandScope, KLType, Penalty, PolicyLossName, RatioScope
+from epo_kernels.declaration import COEFFICIENTS, ROW_SUMS
 from epo_kernels.fused.rows import (
-    COEFFICIENTS,
-    ROW_SUMS,
     Prepared,
     RowKernels,
     RowLoss,
