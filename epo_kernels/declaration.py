@@ -14,8 +14,8 @@ Penalty = Literal["none", "hinge", "quadratic", "indicator", "gate"]
 KLType = Literal["k1", "k2", "k3", "abs"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
-# The policy losses that row kernels compute; the others go through statistics and the reference.
-RowPolicyLoss = Literal["ppo"]
+# The policy losses that row kernels compute, of a token alone; the others go through statistics and the reference.
+RowPolicyLoss = Literal["ppo", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl"]
 
 # The choices that row kernels know, by the name of their C++ enum. An enum's values follow the order here.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -35,6 +35,8 @@ COEFFICIENTS = (
     "penalty_coeff",
     "penalty_alpha",
     "kl_coeff",
+    "sapo_tau_pos",
+    "sapo_tau_neg",
 )
 
 # The sums over counted tokens that leave a loss launch, in this order.

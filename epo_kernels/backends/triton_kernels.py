@@ -33,6 +33,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e4)
 LOG_RATIO_LIMIT = tl.constexpr(20.0)
 K3_LIMIT = tl.constexpr(10.0)
+DPPO_EPSILON = tl.constexpr(1e-8)
 # Names in one string: a constant that the kernels refer to, and so a part of the key under which Triton caches them.
 COEFFICIENT_NAMES = tl.constexpr(",".join(COEFFICIENTS))
 SUM_NAMES = tl.constexpr(",".join(ROW_SUMS))
@@ -292,21 +293,80 @@ def clamped(x, limit):
 
 
 @triton.jit
-def policy_loss(log_prob, old_log_prob, advantage, c):
-    """(pg, ∂pg/∂log_prob, log_ratio, ratio, clipped, dual_clipped); old_log_prob None: on-policy."""
-    difference = log_prob - (log_prob if old_log_prob is None else old_log_prob)
-    log_ratio = clamped(difference, LOG_RATIO_LIMIT)
-    ratio = tl.exp(log_ratio)
-    unclipped = -advantage * ratio
+def clipped_ratio(ratio, c):
+    """ratio within its bounds; NaN stays NaN."""
     low, high = 1.0 - c.clip_ratio_low, 1.0 + c.clip_ratio_high
-    bounded = -advantage * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    return tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+
+
+@triton.jit
+def ppo(ratio, saturated, advantage, c):
+    """(pg, ∂pg/∂log_prob, clipped, dual_clipped), as do the next four. saturated: the ratio is clamped, without slope.
+
+    Ties, bounds and NaN: reference.py.
+    """
+    unclipped = -advantage * ratio
+    bounded = -advantage * clipped_ratio(ratio, c)
     clipped = bounded > unclipped
     pg = tl.where(clipped, bounded, unclipped)
     ceiling = -advantage * c.clip_ratio_c
     dual_clipped = (advantage < 0.0) & (ceiling < pg)
     pg = tl.where(dual_clipped, ceiling, pg)
-    stops = (tl.abs(difference) > LOG_RATIO_LIMIT) | clipped | dual_clipped  # NaN goes on
-    return pg, tl.where(stops, 0.0, unclipped), log_ratio, ratio, clipped, dual_clipped
+    return pg, tl.where(saturated | clipped | dual_clipped, 0.0, unclipped), clipped, dual_clipped
+
+
+@triton.jit
+def cispo(log_prob, ratio, advantage, c):
+    bounded = clipped_ratio(ratio, c)
+    slope = -bounded * advantage
+    return slope * log_prob, slope, bounded != ratio, False
+
+
+@triton.jit
+def sapo(ratio, saturated, advantage, c):
+    tau = tl.where(advantage > 0.0, c.sapo_tau_pos, c.sapo_tau_neg)
+    x = tau * (ratio - 1.0)
+    gate = 1.0 / (1.0 + tl.exp(-x))
+    slope = -advantage * 4.0 * gate * (1.0 / (1.0 + tl.exp(x))) * ratio
+    return -advantage * (4.0 / tau) * gate, tl.where(saturated, 0.0, slope), False, False
+
+
+@triton.jit
+def dppo(log_prob, old_log_prob, ratio, advantage, c, BY_KL: tl.constexpr):
+    p, o = tl.exp(log_prob), tl.exp(old_log_prob)
+    moved = tl.where(advantage > 0.0, p - o, o - p)
+    limit = tl.where(advantage > 0.0, c.clip_ratio_high, c.clip_ratio_low)
+    if BY_KL:
+        others = (1.0 - o) * tl.log((1.0 - o + DPPO_EPSILON) / (1.0 - p + DPPO_EPSILON))
+        outside = (o * (old_log_prob - log_prob) + others > limit) & (moved > 0.0)
+    else:
+        outside = moved > limit
+    bounded = tl.where(ratio > c.clip_ratio_c, c.clip_ratio_c, ratio)
+    slope = -bounded * advantage
+    pg = tl.where(outside, 0.0 * advantage, slope * log_prob)
+    return pg, tl.where(outside, 0.0, slope), outside, (outside == 0) & (bounded < ratio)
+
+
+@triton.jit
+def policy_loss(log_prob, old_log_prob, advantage, c, POLICY_LOSS: tl.constexpr):
+    """(pg, ∂pg/∂log_prob, log_ratio, ratio, clipped, dual_clipped); old_log_prob None: on-policy."""
+    old = log_prob if old_log_prob is None else old_log_prob
+    difference = log_prob - old
+    log_ratio = clamped(difference, LOG_RATIO_LIMIT)
+    ratio = tl.exp(log_ratio)
+    saturated = tl.abs(difference) > LOG_RATIO_LIMIT  # NaN isn't
+    if POLICY_LOSS == "ppo":
+        pg, slope, clipped, dual_clipped = ppo(ratio, saturated, advantage, c)
+    elif POLICY_LOSS == "cispo":
+        pg, slope, clipped, dual_clipped = cispo(log_prob, ratio, advantage, c)
+    elif POLICY_LOSS == "sapo":
+        pg, slope, clipped, dual_clipped = sapo(ratio, saturated, advantage, c)
+    elif POLICY_LOSS == "reinforce":
+        pg, slope, clipped, dual_clipped = -advantage * log_prob, -advantage, False, False
+    else:
+        tl.static_assert(POLICY_LOSS == "dppo_tv" or POLICY_LOSS == "dppo_kl")
+        pg, slope, clipped, dual_clipped = dppo(log_prob, old, ratio, advantage, c, POLICY_LOSS == "dppo_kl")
+    return pg, slope, log_ratio, ratio, clipped, dual_clipped
 
 
 @triton.jit
@@ -353,8 +413,9 @@ def token_loss(
     POLICY_LOSS: tl.constexpr, PENALTY: tl.constexpr, KL_TYPE: tl.constexpr,
 ):  # fmt: skip
     """The loss of one token: (sums with its own added, ∂loss/∂log_prob, ∂loss/∂H). Arguments not given are None."""
-    tl.static_assert(POLICY_LOSS == "ppo")
-    pg, grad_log_prob, log_ratio, ratio, clipped, dual_clipped = policy_loss(log_prob, old_log_prob, advantage, c)
+    pg, grad_log_prob, log_ratio, ratio, clipped, dual_clipped = policy_loss(
+        log_prob, old_log_prob, advantage, c, POLICY_LOSS
+    )
     if is_weight is not None:
         pg, grad_log_prob = is_weight * pg, is_weight * grad_log_prob
 
@@ -378,7 +439,7 @@ def token_loss(
         sums = slot(sums, "kl_loss", weight * kl)
     loss = tl.where(valid, loss, float("nan"))
     # Clamps stop the gradient of a NaN as they stop others; here it must reach the row.
-    grad_log_prob = tl.where(valid & (log_prob == log_prob), grad_log_prob, float("nan"))
+    grad_log_prob = tl.where(loss == loss, grad_log_prob, float("nan"))
 
     finite = (tl.abs(loss) < float("inf")) & (tl.abs(entropy) < float("inf"))
     sums = slot(sums, "tokens", 1.0)
@@ -389,8 +450,8 @@ def token_loss(
     sums = slot(sums, "log_prob_sum", log_prob)
     sums = slot(sums, "ratio_sum", ratio)
     sums = slot(sums, "ppo_kl_sum", -log_ratio)
-    sums = slot(sums, "clipped_tokens", clipped.to(tl.float32))
-    sums = slot(sums, "dual_clipped_tokens", dual_clipped.to(tl.float32))
+    sums = slot(sums, "clipped_tokens", tl.where(clipped, 1.0, 0.0))
+    sums = slot(sums, "dual_clipped_tokens", tl.where(dual_clipped, 1.0, 0.0))
     sums = slot(sums, "nonfinite_tokens", (valid & (finite == 0)).to(tl.float32))
     sums = slot(sums, "invalid_tokens", (valid == 0).to(tl.float32))
     return sums, weight * grad_log_prob, weight * grad_entropy
