@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/* python/*)
+$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt epo_kernels/declaration.py $(wildcard csrc/* python/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable ".[train,scienceworld,triton,bench,dev]"
@@ -39,7 +39,7 @@ test-integrations: .venv-integrations/.installed .venv-verl/.installed .venv-vll
 	.venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/integrations/vllm $(ARGS)
 
 .venv-%/.installed: tests/integrations/install-%.sh $(wildcard tests/integrations/constraints-*.txt) pyproject.toml setup.py \
-		constraints.txt CMakeLists.txt $(wildcard csrc/* python/*)
+		constraints.txt CMakeLists.txt epo_kernels/declaration.py $(wildcard csrc/* python/*)
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	bash $< .venv-$*/bin/python
 	touch $@

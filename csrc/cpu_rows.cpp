@@ -204,7 +204,7 @@ void cpu_loss(const Rows& rows, const Terms& terms, const Matrix& out, float* lo
               const Machine& machine) {
     const Sweeps& sweeps = sweeps_for(rows, machine);
     const bool stream = out.data && prepare_output(rows, out);
-    const Coefficients coefficients = coefficients_of(terms);
+    const Coefficients coefficients = read_coefficients(terms.coefficients);
     std::vector<double> partial(static_cast<std::size_t>(tasks_of(rows) * kNumSums), 0.0);
     for_each_task(rows, machine, [&](std::int64_t task, std::int64_t begin, std::int64_t end) {
         std::vector<char> scratch;
@@ -219,8 +219,7 @@ void cpu_loss(const Rows& rows, const Terms& terms, const Matrix& out, float* lo
             const Transform transform = row.transform();
             const RowStats stats = statistics_of(rows, row, x, transform, sweeps);
             const TokenTerms token = terms_at(terms, row.b(), row.t());
-            const TokenLoss loss =
-                token_loss(stats.log_prob, stats.entropy, token, coefficients, terms.kl_type, terms.penalty);
+            const TokenLoss loss = token_loss(stats.log_prob, stats.entropy, token, coefficients, terms.choices);
             log_probs[i] = stats.log_prob;
             entropy[i] = stats.entropy;
             add_sums(&partial[static_cast<std::size_t>(task * kNumSums)], loss, stats.log_prob, stats.entropy,

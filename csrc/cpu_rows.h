@@ -20,7 +20,7 @@ void cpu_statistics(const Rows& rows, const Statistics& out, const Machine& mach
 void cpu_gradient(const Rows& rows, const Statistics& statistics, const Upstream& upstream, const Matrix& out,
                   const Machine& machine);
 
-// log_probs, entropy: (B, T), contiguous. sums: kNumSums, in the order of ROW_SUMS. out.data null: no gradient.
+// log_probs, entropy: (B, T), contiguous. sums: kNumSums, at the places of RowSums. out.data null: no gradient.
 void cpu_loss(const Rows& rows, const Terms& terms, const Matrix& out, float* log_probs, float* entropy, double* sums,
               const Machine& machine);
 

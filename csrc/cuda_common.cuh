@@ -123,7 +123,7 @@ __device__ inline void publish_sums(const double* block_sums, double* workspace,
         sum = warp_sum(sum);
         if (lane == 0) {
             sums[k] = sum;
-            if (k == kLossSum) *loss = static_cast<float>(sum);
+            if (k == RowSums::loss) *loss = static_cast<float>(sum);
         }
     }
     if (threadIdx.x == 0) *ticket = 0;

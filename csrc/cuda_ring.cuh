@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
     }
     __syncwarp();
 
-    const Coefficients coefficients = coefficients_of(args.terms);
+    const Coefficients coefficients = read_coefficients(args.terms.coefficients);
     const int worker = warp.rank * kThreads + static_cast<int>(threadIdx.x), workers = args.ranks * kThreads;
     unsigned turn = 0;
     for (std::int64_t i = warp.cluster; i < warp.count; i += warp.clusters) {
@@ -466,8 +466,7 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
         const Message own = warp.take_statistics(i, tiles, outer2, token);
         const Message row = exchange(shared, own, warp.rank, args.ranks, warp.warp, warp.lane, turn++, outer2);
         const RowStats stats = finish2({row.m, row.s, row.u}, token < 0 ? NAN : row.y_token, transform.outer);
-        const TokenLoss loss =
-            token_loss(stats.log_prob, stats.entropy, terms, coefficients, args.terms.kl_type, args.terms.penalty);
+        const TokenLoss loss = token_loss(stats.log_prob, stats.entropy, terms, coefficients, args.terms.choices);
         const float a = terms.weight * loss.d_log_prob, b = terms.weight * loss.d_entropy;
         warp.put_gradient(i, tiles, outer2, stats.m, gradient_line2(a, b, stats, transform), token,
                           token_gradient(a, b, stats, transform));

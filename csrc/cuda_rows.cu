@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 
 #include "cuda_prepare.cuh"
 #include "cuda_ring.cuh"
@@ -150,11 +151,14 @@ const char* on_chip(const CudaPlace& place, const Work& work) {
 template <class Element>
 cudaError_t launch_loss(const sweeps::Arguments& args, const Chip& chip, Family family, void* stream, Family& ran) {
     ran = Family::ring;
-    if (family != Family::sweeps && args.out.data) {
-        const RingPlan plan = plan_ring(args.rows, args.out, chip);
-        if (plan.ranks > 0 && (family == Family::ring || worth_a_ring(args.rows)))
-            return launch_ring<Element>({args.rows, args.terms, args.results, args.out, plan.ranks, plan.slots}, chip,
-                                        stream);
+    // A float16 loss with a gradient goes through statistics (epo_kernels/fused/backend.py): no ring is built for it.
+    if constexpr (!std::is_same_v<Element, Float16Element>) {
+        if (family != Family::sweeps && args.out.data) {
+            const RingPlan plan = plan_ring(args.rows, args.out, chip);
+            if (plan.ranks > 0 && (family == Family::ring || worth_a_ring(args.rows)))
+                return launch_ring<Element>({args.rows, args.terms, args.results, args.out, plan.ranks, plan.slots},
+                                            chip, stream);
+        }
     }
     if (family == Family::ring) return cudaErrorNotSupported;
     ran = Family::sweeps;

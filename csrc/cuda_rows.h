@@ -7,8 +7,6 @@
 
 namespace epo {
 
-constexpr int kLossSum = 1;  // the place of "loss" among the sums
-
 struct CudaPlace {
     int device;
     void* stream;  // cudaStream_t
@@ -42,8 +40,6 @@ struct Scalar {
     const float* device = nullptr;
     EPO_FN float get() const { return device ? *device : value; }
 };
-
-enum class AggMode : int { token_mean, seq_mean_token_sum, seq_mean_token_mean, seq_mean_token_sum_norm };
 
 // What token weights are made of; epo_kernels/aggregation.py says how.
 struct Weighing {

@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kMostThreads) gradient_kernel(const __grid_con
 template <class Element, bool Softcap>
 __global__ void __launch_bounds__(kMostThreads) loss_kernel(const __grid_constant__ Arguments args) {
     const Rows& rows = args.rows;
-    const Coefficients coefficients = coefficients_of(args.terms);
+    const Coefficients coefficients = read_coefficients(args.terms.coefficients);
     __shared__ double sums[kNumSums];
     if (threadIdx.x < kNumSums) sums[threadIdx.x] = 0.0;
     __syncthreads();
@@ -265,8 +265,7 @@ __global__ void __launch_bounds__(kMostThreads) loss_kernel(const __grid_constan
         const float y_token = token < 0 ? NAN : view.at(token);
         const RowStats stats = finish2(block_merge(view.moments(), view.outer2), y_token, transform.outer);
         const TokenTerms terms = terms_at(args.terms, at.b, at.t);
-        const TokenLoss loss =
-            token_loss(stats.log_prob, stats.entropy, terms, coefficients, args.terms.kl_type, args.terms.penalty);
+        const TokenLoss loss = token_loss(stats.log_prob, stats.entropy, terms, coefficients, args.terms.choices);
         if (threadIdx.x == 0) {
             args.results.log_probs[i] = stats.log_prob;
             args.results.entropy[i] = stats.entropy;

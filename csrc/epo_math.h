@@ -18,15 +18,16 @@
 #define EPO_UNROLL
 #endif
 
+// Enums, Coefficients and the places of the sums; needs EPO_FN.
+#include "declaration.h"
+
 namespace epo {
 
 // e^-200 is 0 in float32. Exponents are kept above it, so that e^x x is 0 and not NaN where p_v = 0.
 constexpr float kLowestExponent = -200.0f;
 constexpr float kLogRatioLimit = 20.0f;
 constexpr float kK3Limit = 10.0f;
-
-enum class KlType : int { k1, k2, k3, abs };
-enum class Penalty : int { none, hinge, quadratic, indicator, gate };
+constexpr float kDppoEpsilon = 1e-8f;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Logits
@@ -106,8 +107,11 @@ EPO_FN float token_gradient(float a, float b, const RowStats& row, const Transfo
 // ---------------------------------------------------------------------------------------------------------------------
 // The loss of a token
 
-struct Coefficients {
-    float clip_ratio_low, clip_ratio_high, clip_ratio_c, entropy, penalty, penalty_alpha, kl;
+// What a launch computes, the same for all its tokens.
+struct Choices {
+    PolicyLoss policy_loss;
+    Penalty penalty;
+    KlType kl_type;
 };
 
 // What a token brings along. Absent: on_policy, has_ref, has_band say so; is_weight is 1.
@@ -116,14 +120,98 @@ struct TokenTerms {
     bool on_policy, has_ref, has_band;
 };
 
+// The policy loss of a token and its derivative in the log-prob, before is_weight; and what is logged of it.
+struct PolicyValue {
+    float pg, derivative;
+    float ratio, log_ratio;
+    bool clipped, dual_clipped;
+};
+
 struct TokenLoss {
-    float total, pg, kl, penalty, ratio, log_ratio;
-    float d_log_prob, d_entropy;  // of total, before the token's weight
-    bool clipped, dual_clipped, below, above;
+    float total, pg, kl, penalty;  // pg: with is_weight
+    float d_log_prob, d_entropy;   // of total, before the token's weight
+    PolicyValue policy;
+    bool below, above;
     bool invalid;  // its band is: the loss is NaN
 };
 
 EPO_FN float clamp_keeping_nan(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
+
+// Ties, bounds and NaN: reference.py. `saturated`: the ratio is clamped, and has no derivative.
+EPO_FN void ppo(PolicyValue& policy, float advantage, const Coefficients& c, bool saturated) {
+    const float unclipped = -advantage * policy.ratio;
+    const float bounded =
+        -advantage * clamp_keeping_nan(policy.ratio, 1.0f - c.clip_ratio_low, 1.0f + c.clip_ratio_high);
+    // Strict comparisons: at a tie the whole gradient is the unclipped ratio's.
+    policy.clipped = bounded > unclipped;
+    policy.pg = policy.clipped ? bounded : unclipped;
+    const float ceiling = -advantage * c.clip_ratio_c;
+    policy.dual_clipped = advantage < 0.0f && ceiling < policy.pg;
+    if (policy.dual_clipped) policy.pg = ceiling;
+    policy.derivative = policy.clipped || policy.dual_clipped || saturated ? 0.0f : unclipped;
+}
+
+EPO_FN void cispo(PolicyValue& policy, float log_prob, float advantage, const Coefficients& c) {
+    const float bounded = clamp_keeping_nan(policy.ratio, 1.0f - c.clip_ratio_low, 1.0f + c.clip_ratio_high);
+    policy.clipped = bounded != policy.ratio;
+    policy.derivative = -bounded * advantage;
+    policy.pg = policy.derivative * log_prob;
+}
+
+EPO_FN float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+EPO_FN void sapo(PolicyValue& policy, float advantage, const Coefficients& c, bool saturated) {
+    const float tau = advantage > 0.0f ? c.sapo_tau_pos : c.sapo_tau_neg;
+    const float x = tau * (policy.ratio - 1.0f), gate = sigmoid(x);
+    policy.pg = -advantage * (4.0f / tau) * gate;
+    policy.derivative = saturated ? 0.0f : -advantage * 4.0f * gate * sigmoid(-x) * policy.ratio;
+}
+
+EPO_FN void reinforce(PolicyValue& policy, float log_prob, float advantage) {
+    policy.derivative = -advantage;
+    policy.pg = -advantage * log_prob;
+}
+
+// Whether the probability has left its trust region in the direction of the advantage.
+EPO_FN bool outside_trust_region(float log_prob, float old_log_prob, float advantage, const Coefficients& c,
+                                 bool by_kl) {
+    const float p = expf(log_prob), o = expf(old_log_prob);
+    const float moved = advantage > 0.0f ? p - o : o - p;
+    const float limit = advantage > 0.0f ? c.clip_ratio_high : c.clip_ratio_low;
+    if (!by_kl) return moved > limit;
+    const float others = (1.0f - o) * logf((1.0f - o + kDppoEpsilon) / (1.0f - p + kDppoEpsilon));
+    return o * (old_log_prob - log_prob) + others > limit && moved > 0.0f;
+}
+
+EPO_FN void dppo(PolicyValue& policy, float log_prob, float advantage, const Coefficients& c, bool outside) {
+    const float bounded = policy.ratio > c.clip_ratio_c ? c.clip_ratio_c : policy.ratio;
+    policy.clipped = outside;
+    policy.dual_clipped = !outside && bounded < policy.ratio;
+    policy.derivative = outside ? 0.0f : -bounded * advantage;
+    policy.pg = outside ? 0.0f * advantage : policy.derivative * log_prob;  // NaN stays NaN outside too
+}
+
+EPO_FN PolicyValue policy_loss(float log_prob, const TokenTerms& token, const Coefficients& c, PolicyLoss which) {
+    const float old_log_prob = token.on_policy ? log_prob : token.old_log_prob;
+    const float difference = log_prob - old_log_prob, advantage = token.advantage;
+    const bool saturated = difference < -kLogRatioLimit || difference > kLogRatioLimit;
+    PolicyValue policy{};
+    policy.log_ratio = clamp_keeping_nan(difference, -kLogRatioLimit, kLogRatioLimit);
+    policy.ratio = expf(policy.log_ratio);
+    if (which == PolicyLoss::ppo) {
+        ppo(policy, advantage, c, saturated);
+    } else if (which == PolicyLoss::cispo) {
+        cispo(policy, log_prob, advantage, c);
+    } else if (which == PolicyLoss::sapo) {
+        sapo(policy, advantage, c, saturated);
+    } else if (which == PolicyLoss::reinforce) {
+        reinforce(policy, log_prob, advantage);
+    } else {
+        const bool by_kl = which == PolicyLoss::dppo_kl;
+        dppo(policy, log_prob, advantage, c, outside_trust_region(log_prob, old_log_prob, advantage, c, by_kl));
+    }
+    return policy;
+}
 
 struct KlValue {
     float value, derivative;
@@ -168,46 +256,34 @@ EPO_FN BandValue hold_against_band(float entropy, float lower, float upper, Pena
 
 // ℓ = is_weight pg - λ (gate H - βk P) + kl_coeff KL, and its derivatives.
 EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& token, const Coefficients& c,
-                            KlType kl_type, Penalty penalty) {
+                            const Choices& choices) {
     TokenLoss loss{};
-    const float difference = log_prob - (token.on_policy ? log_prob : token.old_log_prob);
-    loss.log_ratio = clamp_keeping_nan(difference, -kLogRatioLimit, kLogRatioLimit);
-    loss.ratio = expf(loss.log_ratio);
-    const float unclipped = -token.advantage * loss.ratio;
-    const float bounded =
-        -token.advantage * clamp_keeping_nan(loss.ratio, 1.0f - c.clip_ratio_low, 1.0f + c.clip_ratio_high);
-    // Strict comparisons: at a tie the whole gradient is the unclipped ratio's.
-    loss.clipped = bounded > unclipped;
-    loss.pg = loss.clipped ? bounded : unclipped;
-    const float ceiling = -token.advantage * c.clip_ratio_c;
-    loss.dual_clipped = token.advantage < 0.0f && ceiling < loss.pg;
-    if (loss.dual_clipped) loss.pg = ceiling;
-    const bool constant = loss.clipped || loss.dual_clipped || difference < -kLogRatioLimit || difference > kLogRatioLimit;
-    loss.pg *= token.is_weight;
-    loss.d_log_prob = constant ? 0.0f : token.is_weight * unclipped;
+    loss.policy = policy_loss(log_prob, token, c, choices.policy_loss);
+    loss.pg = token.is_weight * loss.policy.pg;
+    loss.d_log_prob = token.is_weight * loss.policy.derivative;
     loss.total = loss.pg;
 
     BandValue band{0.0f, 0.0f, 1.0f, false, false, false};
-    if (token.has_band) band = hold_against_band(entropy, token.lower, token.upper, penalty, c.penalty_alpha);
+    if (token.has_band) band = hold_against_band(entropy, token.lower, token.upper, choices.penalty, c.penalty_alpha);
     loss.penalty = band.penalty;
     loss.below = band.below;
     loss.above = band.above;
     loss.invalid = band.invalid;
-    if (c.entropy != 0.0f) {
+    if (c.entropy_coeff != 0.0f) {
         float bonus = band.gate * entropy;
-        loss.d_entropy = -c.entropy * band.gate;
-        if (c.penalty != 0.0f) {
-            bonus -= c.penalty * band.penalty;
-            loss.d_entropy += c.entropy * c.penalty * band.derivative;
+        loss.d_entropy = -c.entropy_coeff * band.gate;
+        if (c.penalty_coeff != 0.0f) {
+            bonus -= c.penalty_coeff * band.penalty;
+            loss.d_entropy += c.entropy_coeff * c.penalty_coeff * band.derivative;
         }
-        loss.total -= c.entropy * bonus;
+        loss.total -= c.entropy_coeff * bonus;
     }
     if (token.has_ref) {
-        const KlValue kl = kl_penalty(log_prob, token.ref_log_prob, kl_type);
+        const KlValue kl = kl_penalty(log_prob, token.ref_log_prob, choices.kl_type);
         loss.kl = kl.value;
-        if (c.kl != 0.0f) {
-            loss.total += c.kl * kl.value;
-            loss.d_log_prob += c.kl * kl.derivative;
+        if (c.kl_coeff != 0.0f) {
+            loss.total += c.kl_coeff * kl.value;
+            loss.d_log_prob += c.kl_coeff * kl.derivative;
         }
     }
     if (band.invalid) loss.total = NAN;
@@ -215,21 +291,27 @@ EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& tok
     return loss;
 }
 
-// The sums that leave a loss launch, in the order of ROW_SUMS (epo_kernels/fused/rows.py).
-constexpr int kNumSums = 15;
-
+// Adds a counted token to the sums of a launch.
 template <class Sum>
 EPO_FN void add_sums(Sum* sums, const TokenLoss& loss, float log_prob, float entropy, float weight,
                      bool invalid_token) {
     const bool invalid = invalid_token || loss.invalid;
     const bool finite = is_finite(loss.total) && is_finite(entropy);
-    const Sum terms[kNumSums] = {
-        Sum(1),           Sum(weight * loss.total), Sum(weight * loss.pg),  Sum(weight * loss.penalty),
-        Sum(weight * loss.kl), Sum(entropy),        Sum(log_prob),          Sum(loss.ratio),
-        Sum(-loss.log_ratio), Sum(loss.clipped),    Sum(loss.dual_clipped), Sum(loss.below),
-        Sum(loss.above),  Sum(!finite && !invalid), Sum(invalid),
-    };
-    for (int i = 0; i < kNumSums; ++i) sums[i] += terms[i];
+    sums[RowSums::tokens] += Sum(1);
+    sums[RowSums::loss] += Sum(weight * loss.total);
+    sums[RowSums::pg_loss] += Sum(weight * loss.pg);
+    sums[RowSums::penalty] += Sum(weight * loss.penalty);
+    sums[RowSums::kl_loss] += Sum(weight * loss.kl);
+    sums[RowSums::entropy_sum] += Sum(entropy);
+    sums[RowSums::log_prob_sum] += Sum(log_prob);
+    sums[RowSums::ratio_sum] += Sum(loss.policy.ratio);
+    sums[RowSums::ppo_kl_sum] += Sum(-loss.policy.log_ratio);
+    sums[RowSums::clipped_tokens] += Sum(loss.policy.clipped);
+    sums[RowSums::dual_clipped_tokens] += Sum(loss.policy.dual_clipped);
+    sums[RowSums::below_band_tokens] += Sum(loss.below);
+    sums[RowSums::above_band_tokens] += Sum(loss.above);
+    sums[RowSums::nonfinite_tokens] += Sum(!finite && !invalid);
+    sums[RowSums::invalid_tokens] += Sum(invalid);
 }
 
 }  // namespace epo

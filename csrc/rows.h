@@ -42,13 +42,10 @@ EPO_FN Transform transform_at(const Rows& rows, std::int64_t b, std::int64_t t) 
     return make_transform(rows.scale, rows.softcap, rows.temperatures ? rows.temperatures.at(b, t) : rows.temperature);
 }
 
-constexpr int kNumCoefficients = 7;
-
 struct Terms {
     PerToken<const float> weights, advantages, old_log_probs, ref_log_probs, is_weights, lower, upper;
-    const float* coefficients;  // in the order of epo::Coefficients
-    KlType kl_type;
-    Penalty penalty;
+    const float* coefficients;  // kNumCoefficients
+    Choices choices;
 };
 
 // (B, T) float32, contiguous; entropy may be null. maximum is of y, and the sum is kept and not its logarithm, whose
@@ -76,11 +73,6 @@ EPO_FN TokenTerms terms_at(const Terms& terms, std::int64_t b, std::int64_t t) {
     token.lower = token.has_band ? terms.lower.at(b, t) : 0.0f;
     token.upper = token.has_band ? terms.upper.at(b, t) : 0.0f;
     return token;
-}
-
-EPO_FN Coefficients coefficients_of(const Terms& terms) {
-    const float* c = terms.coefficients;
-    return {c[0], c[1], c[2], c[3], c[4], c[5], c[6]};
 }
 
 }  // namespace epo

@@ -7,11 +7,9 @@ import numbers
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-KLType = Literal["k1", "k2", "k3", "abs"]
-Penalty = Literal["none", "hinge", "quadratic", "indicator", "gate"]
+from epo_kernels.declaration import KLType, LossAggMode, Penalty, PolicyLossName
+
 BandScope = Literal["token", "segment"]
-LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-PolicyLossName = Literal["ppo", "cispo", "sapo", "reinforce", "dppo", "gspo", "vespo", "gmpo"]
 RatioScope = Literal["token", "sequence", "segment"]
 RatioGradient = Literal["token", "sequence"]
 Divergence = Literal["tv", "kl"]

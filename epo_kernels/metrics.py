@@ -7,25 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-METRIC_NAMES = (
-    "tokens",  # counted tokens
-    "sequences",  # sequences with at least one counted token
-    "loss",  # Σ w ℓ: the returned loss
-    "pg_loss",  # Σ w is_weight pg
-    "penalty",  # Σ w P, before its coefficients
-    "kl_loss",  # Σ w KL, before kl_coeff
-    "entropy_sum",  # Σ H over counted tokens, as are the sums below
-    "log_prob_sum",  # Σ log-prob
-    "ratio_sum",  # Σ r
-    "ppo_kl_sum",  # Σ (old_log_prob - log_prob), exponent-clamped as the ratio is
-    "clipped_tokens",  # the clipped ratio decides the loss
-    "dual_clipped_tokens",  # the dual clip decides the loss
-    "below_band_tokens",  # H (segment scope: the segment's mean) below its lower bound
-    "above_band_tokens",
-    "nonfinite_tokens",  # counted tokens whose loss or entropy is not finite
-    "invalid_tokens",  # counted tokens with an id out of the vocabulary, a mask that is neither 0 nor 1, ...
-    "recomputed_tokens",  # tokens whose logits linear_epo_loss computed twice (segment scope)
-)
+from epo_kernels.declaration import METRIC_NAMES
+
 _INDEX = {name: i for i, name in enumerate(METRIC_NAMES)}
 
 # Means over counted tokens: the name people log, and the sum it comes from.

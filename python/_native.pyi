@@ -2,6 +2,11 @@
 
 from collections.abc import Sequence
 
+from epo_kernels.declaration import KLType, LossAggMode, Penalty, RowPolicyLoss
+
+# `NATIVE_NAMES` of epo_kernels/declaration.py when the module was built.
+declared_names: dict[str, tuple[str, ...]]
+
 class Array:
     """A strided array in the memory of `owner`, checked to lie inside `capacity` bytes from `storage` on.
 
@@ -47,8 +52,9 @@ class Terms:
         lower: Array | None,
         upper: Array | None,
         coefficients: Array,
-        kl_type: str,
-        penalty: str,
+        policy_loss: RowPolicyLoss,
+        penalty: Penalty,
+        kl_type: KLType,
     ) -> None: ...
 
 def cpu_instructions() -> list[str]:
@@ -149,7 +155,7 @@ def cuda_prepare(
     mask: Array,
     lengths: Array,
     sequence_ids: Array | None,
-    loss_agg_mode: str,
+    loss_agg_mode: LossAggMode,
     normalizer: float | Array | None,
     loss_scale: float | Array,
     max_length: float,

@@ -186,21 +186,15 @@ RowsArguments make_rows(const Array& logits, const Array& tokens, const Array& m
     return {rows, logits, std::move(owners)};
 }
 
-epo::KlType kl_type_of(const std::string& name) {
-    if (name == "k1") return epo::KlType::k1;
-    if (name == "k2") return epo::KlType::k2;
-    if (name == "k3") return epo::KlType::k3;
-    if (name == "abs") return epo::KlType::abs;
-    refuse("kl_type must be k1, k2, k3 or abs, got " + name);
-}
-
-epo::Penalty penalty_of(const std::string& name) {
-    if (name == "none") return epo::Penalty::none;
-    if (name == "hinge") return epo::Penalty::hinge;
-    if (name == "quadratic") return epo::Penalty::quadratic;
-    if (name == "indicator") return epo::Penalty::indicator;
-    if (name == "gate") return epo::Penalty::gate;
-    refuse("penalty must be none, hinge, quadratic, indicator or gate, got " + name);
+// The value of an enum by its declared name.
+template <class Enum, std::size_t Count>
+Enum choice(const char* argument, const char* const (&names)[Count], const std::string& name) {
+    std::string known;
+    for (std::size_t i = 0; i < Count; ++i) {
+        if (name == names[i]) return static_cast<Enum>(i);
+        known += (i ? ", " : "") + std::string(names[i]);
+    }
+    refuse(std::string(argument) + " must be one of " + known + ", got " + name);
 }
 
 struct TermsArguments {
@@ -212,7 +206,7 @@ struct TermsArguments {
 TermsArguments make_terms(const RowsArguments& rows_, const Array& weights, const Array& advantages,
                       const MaybeArray& old_log_probs, const MaybeArray& ref_log_probs, const MaybeArray& is_weights,
                       const MaybeArray& lower, const MaybeArray& upper, const Array& coefficients,
-                      const std::string& kl_type, const std::string& penalty) {
+                      const std::string& policy_loss, const std::string& penalty, const std::string& kl_type) {
     const epo::Rows& rows = rows_.rows;
     if (bool(lower) != bool(upper)) refuse("lower and upper must be given together");
     expect_contiguous(coefficients, "coefficients", "float32", {epo::kNumCoefficients});
@@ -224,8 +218,9 @@ TermsArguments make_terms(const RowsArguments& rows_, const Array& weights, cons
                            floats(lower, "lower", rows),
                            floats(upper, "upper", rows),
                            static_cast<const float*>(coefficients.data()),
-                           kl_type_of(kl_type),
-                           penalty_of(penalty)};
+                           {choice<epo::PolicyLoss>("policy_loss", epo::kPolicyLossNames, policy_loss),
+                            choice<epo::Penalty>("penalty", epo::kPenaltyNames, penalty),
+                            choice<epo::KlType>("kl_type", epo::kKlTypeNames, kl_type)}};
     Owners owners{weights.owner, advantages.owner, coefficients.owner};
     for (const MaybeArray* given : {&old_log_probs, &ref_log_probs, &is_weights, &lower, &upper})
         if (*given) owners.push_back((*given)->owner);
@@ -393,15 +388,6 @@ epo::Scalar scalar(const Number& number, const char* name) {
     return {0.0f, static_cast<const float*>(array.data())};
 }
 
-epo::AggMode mode_of(const std::string& name) {
-    if (name == "token-mean") return epo::AggMode::token_mean;
-    if (name == "seq-mean-token-sum") return epo::AggMode::seq_mean_token_sum;
-    if (name == "seq-mean-token-mean") return epo::AggMode::seq_mean_token_mean;
-    if (name == "seq-mean-token-sum-norm") return epo::AggMode::seq_mean_token_sum_norm;
-    refuse("loss_agg_mode must be token-mean, seq-mean-token-sum, seq-mean-token-mean or seq-mean-token-sum-norm, got " +
-           name);
-}
-
 void cuda_prepare(const Array& mask, const Array& lengths, const MaybeArray& sequence_ids, const std::string& mode,
                   const std::optional<Number>& normalizer, const Number& loss_scale, double max_length,
                   const std::vector<Number>& coefficients, const Array& weights, const Array& coefficients_out,
@@ -422,7 +408,7 @@ void cuda_prepare(const Array& mask, const Array& lengths, const MaybeArray& seq
     expect_contiguous(lengths, "lengths", "int64", lengths.shape);
     weighing.sequences = lengths.shape[0];
     weighing.lengths = static_cast<const std::int64_t*>(lengths.data());
-    weighing.mode = mode_of(mode);
+    weighing.mode = choice<epo::AggMode>("loss_agg_mode", epo::kAggModeNames, mode);
     weighing.normalized = normalizer.has_value();
     if (normalizer) weighing.normalizer = scalar(*normalizer, "normalizer");
     weighing.loss_scale = scalar(loss_scale, "loss_scale");
@@ -476,10 +462,27 @@ void bind_cuda(py::module_& module) {
 
 #endif  // EPO_WITH_CUDA
 
+template <std::size_t Count>
+py::tuple tuple_of(const char* const (&names)[Count]) {
+    py::tuple tuple(Count);
+    for (std::size_t i = 0; i < Count; ++i) tuple[i] = names[i];
+    return tuple;
+}
+
+// The names that this module was built with, as epo_kernels/declaration.py had them.
+py::dict declared_names() {
+    py::dict names;
+#define EPO_EXPORT(key) names[#key] = tuple_of(epo::k##key##Names);
+    EPO_FOR_EACH_DECLARED(EPO_EXPORT)
+#undef EPO_EXPORT
+    return names;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Row kernels in C++ and CUDA; see epo_kernels/fused/rows.py for what they compute.";
+    module.attr("declared_names") = declared_names();
     py::class_<Array>(module, "Array", py::module_local())
         .def(py::init<std::uintptr_t, std::string, Shape, Shape, std::uintptr_t, std::int64_t, py::object>(),
              py::arg("pointer"), py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("storage"),
@@ -490,7 +493,8 @@ PYBIND11_MODULE(_native, module) {
     py::class_<TermsArguments>(module, "Terms", py::module_local())
         .def(py::init(&make_terms), py::arg("rows"), py::arg("weights"), py::arg("advantages"),
              py::arg("old_log_probs"), py::arg("ref_log_probs"), py::arg("is_weights"), py::arg("lower"),
-             py::arg("upper"), py::arg("coefficients"), py::arg("kl_type"), py::arg("penalty"));
+             py::arg("upper"), py::arg("coefficients"), py::arg("policy_loss"), py::arg("penalty"),
+             py::arg("kl_type"));
 #if defined(EPO_WITH_CUDA)
     bind_cuda(module);
 #else

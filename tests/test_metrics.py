@@ -26,7 +26,7 @@ def test_every_name_is_an_attribute_on_the_device():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(AttributeError, match=r"LossMetrics has no 'clipfrac'; it has tokens, sequences, loss"):
+    with pytest.raises(AttributeError, match=r"LossMetrics has no 'clipfrac'; it has tokens, loss"):
         made().clipfrac  # noqa: B018
     assert not hasattr(made(), "__array__")
 

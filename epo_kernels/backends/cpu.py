@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from epo_kernels.backends.native import array, maybe_array, native, native_rate, native_rows, native_terms
+from epo_kernels.declaration import ROW_SUMS
 from epo_kernels.fused.backend import PlainHelpers
-from epo_kernels.fused.rows import ROW_SUMS, RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.fused.rows import RowLoss, Rows, RowStatistics, Terms
 from epo_kernels.inputs import LogitTransform, Scalar
 
 

@@ -18,7 +18,8 @@ from epo_kernels.backends.native import (
     number,
     why_not_built,
 )
-from epo_kernels.fused.rows import ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
+from epo_kernels.declaration import ROW_SUMS
+from epo_kernels.fused.rows import Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
 from epo_kernels.inputs import LogitTransform, Scalar
 
 

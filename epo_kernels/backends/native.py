@@ -7,14 +7,34 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from epo_kernels.declaration import NATIVE_NAMES
 from epo_kernels.fused.rows import Rows, Terms
 from epo_kernels.inputs import LogitTransform, Scalar
 
+
+def _why_stale(module: ModuleType) -> str | None:
+    """None where the module was built from today's declaration, else what differs and the cure."""
+    built = getattr(module, "declared_names", {})
+    different = [key for key, names in NATIVE_NAMES.items() if built.get(key) != names]
+    if not different:
+        return None
+    return (
+        f"the native module {module.__file__} was built before epo_kernels/declaration.py changed "
+        f"({', '.join(different)} differ); rebuild it with `pip install -v -e .`"
+    )
+
+
 try:
     import epo_kernels._native as _native
+
+    _WHY_MISSING = _why_stale(_native)
 except ImportError as error:
+    _WHY_MISSING = (
+        f"the native module isn't built ({error}); install a C++17 compiler (g++ 9 or later) and run "
+        "`pip install -v -e .` again, whose output shows what the build said"
+    )
+if _WHY_MISSING is not None:
     _native = None  # type: ignore[assignment]
-    _IMPORT_ERROR = str(error)
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -31,21 +51,16 @@ def native() -> ModuleType:
     """The compiled module.
 
     Raises:
-        RuntimeError: it isn't built.
+        RuntimeError: it isn't built, or from another declaration.
     """
     if _native is None:
-        raise RuntimeError(why_not_built())
+        raise RuntimeError(_WHY_MISSING)
     return _native
 
 
 def why_not_built() -> str | None:
-    """None where the compiled module is there, else why not and the cure."""
-    if _native is not None:
-        return None
-    return (
-        f"the native module isn't built ({_IMPORT_ERROR}); install a C++17 compiler (g++ 9 or later) and run "
-        "`pip install -v -e .` again, whose output shows what the build said"
-    )
+    """None where the compiled module can be used, else why not and the cure."""
+    return _WHY_MISSING if _native is None else None
 
 
 def array(tensor: Tensor) -> _native.Array:
@@ -105,6 +120,7 @@ def native_terms(rows: _native.Rows, terms: Terms) -> _native.Terms:
         maybe_array(terms.lower),
         maybe_array(terms.upper),
         array(terms.coefficients),
-        terms.kl_type,
+        terms.policy_loss,
         terms.penalty,
+        terms.kl_type,
     )

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from epo_kernels.aggregation import sequence_lengths
+from epo_kernels.declaration import ROW_SUMS
 from epo_kernels.fused.backend import FusedBackend
-from epo_kernels.fused.rows import COEFFICIENTS, ROW_SUMS, Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
+from epo_kernels.fused.rows import Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
 from epo_kernels.inputs import LogitTransform, Scalar
 
 Mode = Literal["statistics", "gradient", "loss"]
@@ -224,8 +225,9 @@ class TritonRows:
             *_strided(terms.upper),
             *(terms.coefficients, log_probs, entropies, partials, terms.ticket, sums, loss),
             *((None, 0, 0, 1) if out is None else (out, *out.stride())),
-            KL_TYPE=terms.kl_type,
+            POLICY_LOSS=terms.policy_loss,
             PENALTY=terms.penalty,
+            KL_TYPE=terms.kl_type,
             ONE_TILE=plan.one_tile,
         )
         return RowLoss(log_probs, entropies, sums, loss)
@@ -245,7 +247,7 @@ class TritonRows:
             lengths = sequence_lengths(mask, ids, weighing.num_sequences)
         tokens = min(max(_power_of_two(max(length, 1)), 64), WEIGHTS_TILE)
         sequences = WEIGHTS_TILE // tokens
-        given = dict(zip(COEFFICIENTS, coefficients, strict=True))
+        numbers, pointers = zip(*(_number(value, device) for value in coefficients), strict=True)
         with _on(device):
             self._kernels.token_weights_kernel[(max(-(-batch // sequences), 1),)](
                 *_strided(mask.view(torch.uint8)),
@@ -254,12 +256,8 @@ class TritonRows:
                 batch if lengths is None else weighing.num_sequences,
                 *_number(1.0 if weighing.normalizer is None else weighing.normalizer, device),
                 *_number(weighing.loss_scale, device),
-                *(n for name in ("entropy_coeff", "penalty_coeff", "kl_coeff") for n in _number(given[name], device)),
+                *(numbers, pointers),
                 float(weighing.max_length or 1),
-                *(
-                    float(given[name])
-                    for name in ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "penalty_alpha")
-                ),
                 *prepared,
                 MODE=weighing.loss_agg_mode,
                 NORMALIZED=weighing.normalizer is not None,

@@ -20,8 +20,12 @@ A row that is masked out has its zeros written and nothing read. -inf is a logit
 nothing else keeps m = -inf, s = 0. NaN, +inf or a row of -inf make s NaN or 0, so log s, log-prob and gradient NaN.
 """
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
+
+from epo_kernels.declaration import COEFFICIENTS, ROW_SUMS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -29,9 +33,45 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e4)
 LOG_RATIO_LIMIT = tl.constexpr(20.0)
 K3_LIMIT = tl.constexpr(10.0)
-SUM_SLOTS = tl.constexpr(16)  # ROW_SUMS, padded to a power of two
-LOSS_SLOT = tl.constexpr(1)  # place of "loss" among them
+DPPO_EPSILON = tl.constexpr(1e-8)
+# Names in one string: a constant that the kernels refer to, and so a part of the key under which Triton caches them.
+COEFFICIENT_NAMES = tl.constexpr(",".join(COEFFICIENTS))
+SUM_NAMES = tl.constexpr(",".join(ROW_SUMS))
+SUM_SLOTS = tl.constexpr(triton.next_power_of_2(len(ROW_SUMS)))
 PARTIALS_AT_ONCE = tl.constexpr(32)
+
+
+# The declaration ------------------------------------------------------------------------------------------------------
+
+Coefficients = namedtuple("Coefficients", COEFFICIENTS)  # type: ignore[misc]
+
+
+@triton.constexpr_function
+def count(names):
+    """How many names there are in one of the strings above."""
+    return len(names.split(","))
+
+
+@triton.constexpr_function
+def place(name, names):
+    """Where a name is among them."""
+    return names.split(",").index(name)
+
+
+@triton.jit
+def load_coefficients(pointer):
+    """What a launch reads once, by name."""
+    values = ()
+    for i in tl.static_range(count(COEFFICIENT_NAMES)):
+        values += (tl.load(pointer + i),)  # type: ignore[assignment]
+    return Coefficients(*values)
+
+
+@triton.jit
+def slot(sums, name: tl.constexpr, value):
+    """sums [SUM_SLOTS] with value added to the one of that name."""
+    mine = tl.arange(0, SUM_SLOTS) == place(name, SUM_NAMES)
+    return sums + tl.where(mine, value, 0.0).to(tl.float64)
 
 
 # Rows: tiles, statistics, gradient ------------------------------------------------------------------------------------
@@ -253,21 +293,80 @@ def clamped(x, limit):
 
 
 @triton.jit
-def policy_loss(log_prob, old_log_prob, advantage, clip_low, clip_high, clip_c):
-    """(pg, ∂pg/∂log_prob, log_ratio, ratio, clipped, dual_clipped); old_log_prob None: on-policy."""
-    difference = log_prob - (log_prob if old_log_prob is None else old_log_prob)
-    log_ratio = clamped(difference, LOG_RATIO_LIMIT)
-    ratio = tl.exp(log_ratio)
+def clipped_ratio(ratio, c):
+    """ratio within its bounds; NaN stays NaN."""
+    low, high = 1.0 - c.clip_ratio_low, 1.0 + c.clip_ratio_high
+    return tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+
+
+@triton.jit
+def ppo(ratio, saturated, advantage, c):
+    """(pg, ∂pg/∂log_prob, clipped, dual_clipped), as do the next four. saturated: the ratio is clamped, without slope.
+
+    Ties, bounds and NaN: reference.py.
+    """
     unclipped = -advantage * ratio
-    low, high = 1.0 - clip_low, 1.0 + clip_high
-    bounded = -advantage * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    bounded = -advantage * clipped_ratio(ratio, c)
     clipped = bounded > unclipped
     pg = tl.where(clipped, bounded, unclipped)
-    ceiling = -advantage * clip_c
+    ceiling = -advantage * c.clip_ratio_c
     dual_clipped = (advantage < 0.0) & (ceiling < pg)
     pg = tl.where(dual_clipped, ceiling, pg)
-    stops = (tl.abs(difference) > LOG_RATIO_LIMIT) | clipped | dual_clipped  # NaN goes on
-    return pg, tl.where(stops, 0.0, unclipped), log_ratio, ratio, clipped, dual_clipped
+    return pg, tl.where(saturated | clipped | dual_clipped, 0.0, unclipped), clipped, dual_clipped
+
+
+@triton.jit
+def cispo(log_prob, ratio, advantage, c):
+    bounded = clipped_ratio(ratio, c)
+    slope = -bounded * advantage
+    return slope * log_prob, slope, bounded != ratio, False
+
+
+@triton.jit
+def sapo(ratio, saturated, advantage, c):
+    tau = tl.where(advantage > 0.0, c.sapo_tau_pos, c.sapo_tau_neg)
+    x = tau * (ratio - 1.0)
+    gate = 1.0 / (1.0 + tl.exp(-x))
+    slope = -advantage * 4.0 * gate * (1.0 / (1.0 + tl.exp(x))) * ratio
+    return -advantage * (4.0 / tau) * gate, tl.where(saturated, 0.0, slope), False, False
+
+
+@triton.jit
+def dppo(log_prob, old_log_prob, ratio, advantage, c, BY_KL: tl.constexpr):
+    p, o = tl.exp(log_prob), tl.exp(old_log_prob)
+    moved = tl.where(advantage > 0.0, p - o, o - p)
+    limit = tl.where(advantage > 0.0, c.clip_ratio_high, c.clip_ratio_low)
+    if BY_KL:
+        others = (1.0 - o) * tl.log((1.0 - o + DPPO_EPSILON) / (1.0 - p + DPPO_EPSILON))
+        outside = (o * (old_log_prob - log_prob) + others > limit) & (moved > 0.0)
+    else:
+        outside = moved > limit
+    bounded = tl.where(ratio > c.clip_ratio_c, c.clip_ratio_c, ratio)
+    slope = -bounded * advantage
+    pg = tl.where(outside, 0.0 * advantage, slope * log_prob)
+    return pg, tl.where(outside, 0.0, slope), outside, (outside == 0) & (bounded < ratio)
+
+
+@triton.jit
+def policy_loss(log_prob, old_log_prob, advantage, c, POLICY_LOSS: tl.constexpr):
+    """(pg, ∂pg/∂log_prob, log_ratio, ratio, clipped, dual_clipped); old_log_prob None: on-policy."""
+    old = log_prob if old_log_prob is None else old_log_prob
+    difference = log_prob - old
+    log_ratio = clamped(difference, LOG_RATIO_LIMIT)
+    ratio = tl.exp(log_ratio)
+    saturated = tl.abs(difference) > LOG_RATIO_LIMIT  # NaN isn't
+    if POLICY_LOSS == "ppo":
+        pg, slope, clipped, dual_clipped = ppo(ratio, saturated, advantage, c)
+    elif POLICY_LOSS == "cispo":
+        pg, slope, clipped, dual_clipped = cispo(log_prob, ratio, advantage, c)
+    elif POLICY_LOSS == "sapo":
+        pg, slope, clipped, dual_clipped = sapo(ratio, saturated, advantage, c)
+    elif POLICY_LOSS == "reinforce":
+        pg, slope, clipped, dual_clipped = -advantage * log_prob, -advantage, False, False
+    else:
+        tl.static_assert(POLICY_LOSS == "dppo_tv" or POLICY_LOSS == "dppo_kl")
+        pg, slope, clipped, dual_clipped = dppo(log_prob, old, ratio, advantage, c, POLICY_LOSS == "dppo_kl")
+    return pg, slope, log_ratio, ratio, clipped, dual_clipped
 
 
 @triton.jit
@@ -309,59 +408,52 @@ def band_penalty(entropy, lower, upper, alpha, PENALTY: tl.constexpr):
 
 
 @triton.jit
-def slot(values, i: tl.constexpr, value):
-    """values [SUM_SLOTS] with value added at place i."""
-    return values + tl.where(tl.arange(0, SUM_SLOTS) == i, value, 0.0).to(tl.float64)
-
-
-@triton.jit
 def token_loss(
-    sums, log_prob, entropy, valid, weight, advantage, old_log_prob, ref_log_prob, is_weight, lower, upper,
-    clip_low, clip_high, clip_c, entropy_coeff, penalty_coeff, penalty_alpha, kl_coeff,
-    KL_TYPE: tl.constexpr, PENALTY: tl.constexpr,
+    sums, log_prob, entropy, valid, weight, advantage, old_log_prob, ref_log_prob, is_weight, lower, upper, c,
+    POLICY_LOSS: tl.constexpr, PENALTY: tl.constexpr, KL_TYPE: tl.constexpr,
 ):  # fmt: skip
     """The loss of one token: (sums with its own added, ∂loss/∂log_prob, ∂loss/∂H). Arguments not given are None."""
     pg, grad_log_prob, log_ratio, ratio, clipped, dual_clipped = policy_loss(
-        log_prob, old_log_prob, advantage, clip_low, clip_high, clip_c
+        log_prob, old_log_prob, advantage, c, POLICY_LOSS
     )
     if is_weight is not None:
         pg, grad_log_prob = is_weight * pg, is_weight * grad_log_prob
 
     penalty, penalty_slope, gate = 0.0, 0.0, 1.0
     if lower is not None:
-        penalty, penalty_slope, gate = band_penalty(entropy, lower, upper, penalty_alpha, PENALTY)
-        sums = slot(sums, 11, (entropy < lower).to(tl.float32))
-        sums = slot(sums, 12, (entropy > upper).to(tl.float32))
+        penalty, penalty_slope, gate = band_penalty(entropy, lower, upper, c.penalty_alpha, PENALTY)
+        sums = slot(sums, "below_band_tokens", (entropy < lower).to(tl.float32))
+        sums = slot(sums, "above_band_tokens", (entropy > upper).to(tl.float32))
         valid = valid & (lower <= upper)
     # A term whose coefficient is 0 is skipped, not multiplied: what it would multiply may be infinite.
-    punished = penalty_coeff != 0.0
-    bonus = gate * entropy - tl.where(punished, penalty_coeff * penalty, 0.0)
-    bonus_slope = gate - tl.where(punished, penalty_coeff * penalty_slope, 0.0)
-    rewarded = entropy_coeff != 0.0
-    loss = pg - tl.where(rewarded, entropy_coeff * bonus, 0.0)
-    grad_entropy = tl.where(rewarded, -entropy_coeff * bonus_slope, 0.0)
+    punished = c.penalty_coeff != 0.0
+    bonus = gate * entropy - tl.where(punished, c.penalty_coeff * penalty, 0.0)
+    bonus_slope = gate - tl.where(punished, c.penalty_coeff * penalty_slope, 0.0)
+    rewarded = c.entropy_coeff != 0.0
+    loss = pg - tl.where(rewarded, c.entropy_coeff * bonus, 0.0)
+    grad_entropy = tl.where(rewarded, -c.entropy_coeff * bonus_slope, 0.0)
     if ref_log_prob is not None:
         kl, kl_slope = kl_penalty(log_prob, ref_log_prob, KL_TYPE)
-        loss = loss + tl.where(kl_coeff != 0.0, kl_coeff * kl, 0.0)
-        grad_log_prob = grad_log_prob + tl.where(kl_coeff != 0.0, kl_coeff * kl_slope, 0.0)
-        sums = slot(sums, 4, weight * kl)
+        loss = loss + tl.where(c.kl_coeff != 0.0, c.kl_coeff * kl, 0.0)
+        grad_log_prob = grad_log_prob + tl.where(c.kl_coeff != 0.0, c.kl_coeff * kl_slope, 0.0)
+        sums = slot(sums, "kl_loss", weight * kl)
     loss = tl.where(valid, loss, float("nan"))
     # Clamps stop the gradient of a NaN as they stop others; here it must reach the row.
-    grad_log_prob = tl.where(valid & (log_prob == log_prob), grad_log_prob, float("nan"))
+    grad_log_prob = tl.where(loss == loss, grad_log_prob, float("nan"))
 
     finite = (tl.abs(loss) < float("inf")) & (tl.abs(entropy) < float("inf"))
-    sums = slot(sums, 0, 1.0)
-    sums = slot(sums, 1, weight * loss)
-    sums = slot(sums, 2, weight * pg)
-    sums = slot(sums, 3, weight * penalty)
-    sums = slot(sums, 5, entropy)
-    sums = slot(sums, 6, log_prob)
-    sums = slot(sums, 7, ratio)
-    sums = slot(sums, 8, -log_ratio)
-    sums = slot(sums, 9, clipped.to(tl.float32))
-    sums = slot(sums, 10, dual_clipped.to(tl.float32))
-    sums = slot(sums, 13, (valid & (finite == 0)).to(tl.float32))
-    sums = slot(sums, 14, (valid == 0).to(tl.float32))
+    sums = slot(sums, "tokens", 1.0)
+    sums = slot(sums, "loss", weight * loss)
+    sums = slot(sums, "pg_loss", weight * pg)
+    sums = slot(sums, "penalty", weight * penalty)
+    sums = slot(sums, "entropy_sum", entropy)
+    sums = slot(sums, "log_prob_sum", log_prob)
+    sums = slot(sums, "ratio_sum", ratio)
+    sums = slot(sums, "ppo_kl_sum", -log_ratio)
+    sums = slot(sums, "clipped_tokens", tl.where(clipped, 1.0, 0.0))
+    sums = slot(sums, "dual_clipped_tokens", tl.where(dual_clipped, 1.0, 0.0))
+    sums = slot(sums, "nonfinite_tokens", (valid & (finite == 0)).to(tl.float32))
+    sums = slot(sums, "invalid_tokens", (valid == 0).to(tl.float32))
     return sums, weight * grad_log_prob, weight * grad_entropy
 
 
@@ -384,8 +476,8 @@ def sum_partials(sums, partials_ptr, ticket_ptr, sums_ptr, loss_ptr):
                 cache_modifier=".cg",  # past the L1 cache, which may not know what other SMs have stored
             )
             total += tl.sum(partials, axis=0)
-        tl.store(sums_ptr + slots, total, mask=slots < 15)
-        tl.store(loss_ptr, tl.sum(tl.where(slots == LOSS_SLOT, total, 0.0), axis=0).to(tl.float32))
+        tl.store(sums_ptr + slots, total, mask=slots < count(SUM_NAMES))
+        tl.store(loss_ptr, tl.sum(tl.where(slots == place("loss", SUM_NAMES), total, 0.0), axis=0).to(tl.float32))
         tl.store(ticket_ptr, 0)
 
 
@@ -488,18 +580,17 @@ def row_loss_kernel(
     is_weights, is_b, is_t,
     lowers, lower_b, lower_t,
     uppers, upper_b, upper_t,
-    coefficients,  # (7,) float32, in the order of COEFFICIENTS
+    coefficients,  # (len(COEFFICIENTS),) float32
     log_probs, entropies,  # (B, T) float32, contiguous
-    partials, ticket, sums_out, loss_out,  # (programs, 16) float64, (1,) int32, (15,) float64, 0-d float32
+    partials, ticket,  # (programs, SUM_SLOTS) float64, (1,) int32
+    sums_out, loss_out,  # (len(ROW_SUMS),) float64, 0-d float32
     out, out_b, out_t, out_v,  # (B, T, V), or None: no gradient
-    KL_TYPE: tl.constexpr, PENALTY: tl.constexpr, ONE_TILE: tl.constexpr,
+    POLICY_LOSS: tl.constexpr, PENALTY: tl.constexpr, KL_TYPE: tl.constexpr, ONE_TILE: tl.constexpr,
     DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
     UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr,  # V strides are 1; the vocabulary is narrower than a row
 ):  # fmt: skip
     """The whole loss with its gradient: the logits are read once (ONE_TILE) or twice, the gradient is written once."""
-    clip_low, clip_high, clip_c = tl.load(coefficients), tl.load(coefficients + 1), tl.load(coefficients + 2)
-    entropy_coeff, penalty_coeff = tl.load(coefficients + 3), tl.load(coefficients + 4)
-    penalty_alpha, kl_coeff = tl.load(coefficients + 5), tl.load(coefficients + 6)
+    c = load_coefficients(coefficients)
     sums = tl.zeros([SUM_SLOTS], tl.float64)
     for i in range(tl.program_id(0), rows, tl.num_programs(0)):
         batch, time = i // length, i % length
@@ -533,8 +624,8 @@ def row_loss_kernel(
             sampled = transformed(sampled, scale, softcap)
             log_prob, entropy, log2_s = log_prob_and_entropy(sampled, m, s, u, inverse, True)
             sums, grad_log_prob, grad_entropy = token_loss(
-                sums, log_prob, entropy, valid, weight, advantage, old, ref, is_weight, lower, upper,
-                clip_low, clip_high, clip_c, entropy_coeff, penalty_coeff, penalty_alpha, kl_coeff, KL_TYPE, PENALTY,
+                sums, log_prob, entropy, valid, weight, advantage, old, ref, is_weight, lower, upper, c,
+                POLICY_LOSS, PENALTY, KL_TYPE,
             )  # fmt: skip
 
             if out is not None:
@@ -572,12 +663,11 @@ def number(value, pointer):
 def token_weights_kernel(
     mask, mask_b, mask_t, batch, length,  # (B, T) uint8
     lengths, sequence_ids, ids_t, num_sequences,  # packed: (num_sequences,) int64, (1, T) int64; padded: None
-    # Numbers, each followed by the 0-d tensor that takes its place, or None.
-    normalizer, normalizer_ptr, loss_scale, loss_scale_ptr, entropy_coeff, entropy_coeff_ptr,
-    penalty_coeff, penalty_coeff_ptr, kl_coeff, kl_coeff_ptr,
-    max_length, clip_low, clip_high, clip_c, penalty_alpha,  # numbers
+    # Numbers, each followed by the 0-d tensor that takes its place, or None. The coefficients are tuples of them.
+    normalizer, normalizer_ptr, loss_scale, loss_scale_ptr, numbers, pointers,
+    max_length,  # a number
     weights,  # (B, T) float32, contiguous
-    coefficients,  # (7,) float32
+    coefficients,  # (len(COEFFICIENTS),) float32
     ticket, extras,  # (1,) int32, (2,) float64
     MODE: tl.constexpr, NORMALIZED: tl.constexpr, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -612,13 +702,8 @@ def token_weights_kernel(
         tl.store(weights + sequence.to(tl.int64)[:, None] * length + token[None, :], weight, mask=inside)
 
     if tl.program_id(0) == 0:
-        tl.store(coefficients, clip_low)
-        tl.store(coefficients + 1, clip_high)
-        tl.store(coefficients + 2, clip_c)
-        tl.store(coefficients + 3, number(entropy_coeff, entropy_coeff_ptr))
-        tl.store(coefficients + 4, number(penalty_coeff, penalty_coeff_ptr))
-        tl.store(coefficients + 5, penalty_alpha)
-        tl.store(coefficients + 6, number(kl_coeff, kl_coeff_ptr))
+        for i in tl.static_range(count(COEFFICIENT_NAMES)):
+            tl.store(coefficients + i, number(numbers[i], pointers[i]))
         tl.store(ticket, 0)
         tl.store(extras, sequences.to(tl.float64))
         tl.store(extras + 1, 0.0)

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import cached_property, partial
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from epo_kernels import reference
 from epo_kernels.aggregation import sequence_lengths, token_weights
 from epo_kernels.autograd import refuse_transforms
 from epo_kernels.config import EPOConfig
+from epo_kernels.declaration import COEFFICIENTS, RowPolicyLoss
 from epo_kernels.fused import linear, linear_ops, ops
-from epo_kernels.fused.rows import COEFFICIENTS, Prepared, RowKernels, RowLoss, Rows, Terms, Weighing
+from epo_kernels.fused.rows import Prepared, RowKernels, RowLoss, Rows, Terms, Weighing
 from epo_kernels.fused.sharded import Shard, ShardedRows
 from epo_kernels.inputs import Coefficients, LogitTransform, Projection, Scalar, TokenInputs, tracing
 from epo_kernels.metrics import LossMetrics
@@ -174,12 +176,20 @@ class FusedBackend:
 def needs_two_passes(inputs: TokenInputs, cfg: EPOConfig) -> bool:
     """Whether the gradient needs statistics of other rows, or the loss has a term that row kernels do not know."""
     segment_band = cfg.band_scope == "segment" and cfg.penalty != "none" and inputs.lower is not None
-    return segment_band or cfg.policy_loss != "ppo" or cfg.kl_bias_correction
+    return segment_band or row_policy_loss(cfg) is None or cfg.kl_bias_correction
+
+
+def row_policy_loss(cfg: EPOConfig) -> RowPolicyLoss | None:
+    """The policy loss by the name that row kernels know it under; None where a token's depends on other tokens."""
+    if not cfg.is_per_token:
+        return None
+    name = f"dppo_{cfg.dppo_divergence}" if cfg.policy_loss == "dppo" else cfg.policy_loss
+    return cast(RowPolicyLoss, name) if name in get_args(RowPolicyLoss) else None
 
 
 def _output(result: RowLoss, prepared: Prepared, inputs: TokenInputs, cfg: EPOConfig) -> reference.EPOOutput:
     sums, extras = result.sums, prepared.extras
-    metrics, loss = LossMetrics(torch.cat([sums[:1], extras[:1], sums[1:], extras[1:]])), result.loss
+    metrics, loss = LossMetrics(torch.cat([sums, extras])), result.loss
     if cfg.band_scope == "segment" and inputs.lower is not None:  # a band without a penalty is only looked at
         band = reference.band_of_tokens(result.entropy, inputs, cfg)
         below, above, invalid = ((side & inputs.mask).sum() for side in (band.below, band.above, band.invalid))
@@ -198,16 +208,13 @@ def _output(result: RowLoss, prepared: Prepared, inputs: TokenInputs, cfg: EPOCo
 
 def coefficients_of(coefficients: Coefficients, cfg: EPOConfig) -> tuple[Scalar, ...]:
     """The values of COEFFICIENTS, in that order."""
-    values: dict[str, Scalar] = {
-        "clip_ratio_low": cfg.clip_ratio_low,
-        "clip_ratio_high": cfg.clip_ratio_high,
+    of_call: dict[str, Scalar] = {
         "clip_ratio_c": math.inf if cfg.clip_ratio_c is None else cfg.clip_ratio_c,
         "entropy_coeff": coefficients.entropy,
         "penalty_coeff": coefficients.penalty,
-        "penalty_alpha": cfg.penalty_alpha,
         "kl_coeff": coefficients.kl,
     }
-    return tuple(values[name] for name in COEFFICIENTS)
+    return tuple(of_call[name] if name in of_call else getattr(cfg, name) for name in COEFFICIENTS)
 
 
 def weighing_of(inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig) -> Weighing:
@@ -223,6 +230,8 @@ def weighing_of(inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig)
 
 def terms_of(inputs: TokenInputs, prepared: Prepared, cfg: EPOConfig) -> Terms:
     by_token = cfg.band_scope == "token"
+    policy_loss = row_policy_loss(cfg)
+    assert policy_loss is not None
     return Terms(
         weights=prepared.weights,
         advantages=inputs.advantages,
@@ -233,8 +242,9 @@ def terms_of(inputs: TokenInputs, prepared: Prepared, cfg: EPOConfig) -> Terms:
         upper=inputs.upper if by_token else None,
         coefficients=prepared.coefficients,
         ticket=prepared.ticket,
-        kl_type=cfg.kl_type,
+        policy_loss=policy_loss,
         penalty=cfg.penalty,
+        kl_type=cfg.kl_type,
     )
 
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from epo_kernels.autograd import differentiable_once
-from epo_kernels.fused.rows import ROW_SUMS, RowKernels, RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.declaration import ROW_SUMS
+from epo_kernels.fused.rows import RowKernels, RowLoss, Rows, RowStatistics, Terms
 from epo_kernels.fused.sharded import PartialSums, Shard, loss_of_rows
 from epo_kernels.inputs import LogitTransform, Projection, without_autocast
 

@@ -12,37 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from epo_kernels.config import KLType, LossAggMode, Penalty
+from epo_kernels.declaration import KLType, LossAggMode, Penalty, RowPolicyLoss
 from epo_kernels.inputs import LogitTransform, Scalar
-
-# The runtime coefficients of a loss, in the order in which they lie in `Terms.coefficients`.
-COEFFICIENTS = (
-    "clip_ratio_low",
-    "clip_ratio_high",
-    "clip_ratio_c",  # +inf: no dual clip
-    "entropy_coeff",
-    "penalty_coeff",  # smooth_coeff * penalty_weight
-    "penalty_alpha",
-    "kl_coeff",
-)
-# The sums that leave a loss launch, in this order: `METRIC_NAMES` less "sequences" and "recomputed_tokens".
-ROW_SUMS = (
-    "tokens",
-    "loss",
-    "pg_loss",
-    "penalty",
-    "kl_loss",
-    "entropy_sum",
-    "log_prob_sum",
-    "ratio_sum",
-    "ppo_kl_sum",
-    "clipped_tokens",
-    "dual_clipped_tokens",
-    "below_band_tokens",
-    "above_band_tokens",
-    "nonfinite_tokens",
-    "invalid_tokens",
-)
 
 
 @dataclass(frozen=True)
@@ -75,7 +46,7 @@ class Terms:
         coefficients: (len(COEFFICIENTS),) float32 on the device of the logits.
         ticket: (1,) int32 on that device, holding 0, for kernels whose blocks count how many are done; a launch leaves
             it at 0.
-        kl_type, penalty: as in EPOConfig.
+        policy_loss, penalty, kl_type: as in EPOConfig.
     """
 
     weights: Tensor
@@ -87,8 +58,9 @@ class Terms:
     upper: Tensor | None
     coefficients: Tensor
     ticket: Tensor
-    kl_type: KLType
+    policy_loss: RowPolicyLoss
     penalty: Penalty
+    kl_type: KLType
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Terms:
         """The terms with function applied to every per-token argument that is there."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from numbers import Integral
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,10 +33,8 @@ from torch import distributed as dist
 
 from epo_kernels import reference
 from epo_kernels.autograd import differentiable_once
-from epo_kernels.config import BandScope, KLType, Penalty, PolicyLossName, RatioScope
+from epo_kernels.declaration import COEFFICIENTS, ROW_SUMS
 from epo_kernels.fused.rows import (
-    COEFFICIENTS,
-    ROW_SUMS,
     Prepared,
     RowKernels,
     RowLoss,
@@ -238,34 +237,21 @@ class ShardedRows:
         return Rows(rows.logits, rows.tokens - self._shard.columns.start, rows.mask, transform)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """`reference.LossSettings` of one call, in tensors."""
-
-    clip_ratio_low: Tensor
-    clip_ratio_high: Tensor
-    clip_ratio_c: Tensor
-    penalty_alpha: Tensor
-    penalty: Penalty
-    kl_type: KLType
-    band_scope: BandScope = "token"
-    policy_loss: PolicyLossName = "ppo"
-    ratio_unit: RatioScope = "token"
-    kl_bias_correction: bool = False
-
-
 def loss_of_rows(rows: Rows, statistics: RowStatistics, terms: Terms) -> tuple[RowLoss, Tensor, Tensor]:
     """`RowKernels.loss` from statistics on, and its derivatives (B, T) in log-prob and entropy. No sync."""
     assert statistics.entropy is not None
     given = dict(zip(COEFFICIENTS, terms.coefficients.unbind(), strict=True))
     coefficients = Coefficients(given["entropy_coeff"], given["penalty_coeff"], given["kl_coeff"], None, 1.0)
-    settings = _Settings(
-        given["clip_ratio_low"],
-        given["clip_ratio_high"],
-        given["clip_ratio_c"],
-        given["penalty_alpha"],
-        terms.penalty,
-        terms.kl_type,
+    policy_loss, _, divergence = terms.policy_loss.partition("_")
+    settings = SimpleNamespace(  # `reference.LossSettings` of one call, in tensors
+        **given,
+        policy_loss=policy_loss,
+        dppo_divergence=divergence,
+        penalty=terms.penalty,
+        kl_type=terms.kl_type,
+        kl_bias_correction=False,
+        band_scope="token",
+        ratio_unit="token",
     )
     inputs = TokenInputs(
         shape=rows.tokens.shape,
@@ -285,7 +271,7 @@ def loss_of_rows(rows: Rows, statistics: RowStatistics, terms: Terms) -> tuple[R
     )
     with torch.enable_grad():
         log_probs, entropy = (value.detach().requires_grad_() for value in (statistics.log_probs, statistics.entropy))
-        losses = reference.token_losses(log_probs, entropy, inputs, coefficients, settings)  # type: ignore[arg-type]
+        losses = reference.token_losses(log_probs, entropy, inputs, coefficients, settings)
         total = torch.where(rows.mask, losses.total, 0.0).mul(terms.weights).sum()
     d_log_probs, d_entropy = torch.autograd.grad(total, (log_probs, entropy), materialize_grads=True)
     sums = reference.row_sums(

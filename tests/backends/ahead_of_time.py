@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from epo_kernels.backends import triton, triton_kernels
+from epo_kernels.declaration import COEFFICIENTS
 
 CHIPS = {  # A100, H200, B200, RTX PRO 6000
     80: triton.Chip(108, 40 << 20),
@@ -40,6 +41,7 @@ KERNELS = {
     "scale": "scale_kernel",
 }
 OPTIONAL = ("old_log_probs", "ref_log_probs", "is_weights", "lowers", "uppers", "temperatures", "scale", "softcap")
+SELDOM = ("temperatures", "scale", "softcap")
 TYPES = {"tokens": "*i64", "mask": "*u8", "partials": "*fp64", "sums_out": "*fp64", "ticket": "*i32", "extras": "*fp64"}
 
 
@@ -48,9 +50,10 @@ class Variant(NamedTuple):
     dtype: str = "bf16"
     width: int = 151_936
     aligned: bool = True
-    absent: tuple[str, ...] = ("temperatures", "scale", "softcap")  # arguments that are None
+    absent: tuple[str, ...] = SELDOM  # arguments that are None
     unit_stride: bool = True
     padded: bool = False
+    policy_loss: str = "ppo"
     penalty: str = "hinge"
     kl_type: str = "k3"
     mode: str = "token-mean"  # of the weights
@@ -64,7 +67,8 @@ def variants() -> Iterator[Variant]:
     for kernel, dtype, aligned in product(("statistics", "gradient"), ("bf16", "fp32"), (True, False)):
         yield Variant(kernel, dtype, 151_936, aligned)
     for kernel, width in (("loss", 4_096), ("loss", 151_936), ("statistics", 151_936), ("gradient", 151_936)):
-        yield Variant(kernel, "fp16", width)
+        # A float16 loss with a gradient goes through statistics.
+        yield Variant(kernel, "fp16", width, absent=(*SELDOM, "out") if kernel == "loss" else SELDOM)
         yield Variant(kernel, "bf16", width, absent=())
         yield Variant(kernel, "bf16", width, padded=True)
         yield Variant(kernel, "bf16", width, aligned=False, unit_stride=False, absent=OPTIONAL)
@@ -89,7 +93,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     constants: dict[str, Any] = {
         "BLOCK": 4096, "SEQUENCES": 1, "TOKENS": triton.WEIGHTS_TILE, "MODE": variant.mode, "NORMALIZED": False,
         "UNIT_STRIDE": variant.unit_stride, "PADDED": variant.padded,
-        "PENALTY": variant.penalty, "KL_TYPE": variant.kl_type,
+        "POLICY_LOSS": variant.policy_loss, "PENALTY": variant.penalty, "KL_TYPE": variant.kl_type,
         "lengths": None, "sequence_ids": None, "normalizer_ptr": None,
     }  # fmt: skip
     if rows:
@@ -127,7 +131,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     }
 
 
-def _type(name: str, variant: Variant) -> str:
+def _type(name: str, variant: Variant) -> str | tuple[str, ...]:
     if name in ("logits", "out", "gradient"):
         return f"*{variant.dtype}"
     if name in TYPES:
@@ -135,10 +139,9 @@ def _type(name: str, variant: Variant) -> str:
     sizes = ("rows", "length", "width", "vocab_size", "batch", "num_sequences")
     if name in sizes or name.endswith(("_b", "_t", "_v")):
         return "i32"
-    numbers = (
-        "temperature", "scale", "softcap", "normalizer", "loss_scale", "entropy_coeff", "penalty_coeff", "kl_coeff",
-        "max_length", "clip_low", "clip_high", "clip_c", "penalty_alpha",
-    )  # fmt: skip
+    if name in ("numbers", "pointers"):
+        return ("fp32" if name == "numbers" else "*fp32",) * len(COEFFICIENTS)
+    numbers = ("temperature", "scale", "softcap", "normalizer", "loss_scale", "max_length")
     return "fp32" if name in numbers else "*fp32"
 
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import epo_kernels as ek
 from epo_kernels.backends.cpu import CpuRows
 from epo_kernels.backends.native import native
+from epo_kernels.declaration import COEFFICIENTS
 from epo_kernels.fused.rows import Rows, Terms
 from epo_kernels.inputs import LogitTransform
 from tests.backends.autograd_matrix import AutogradMatrix
@@ -39,7 +40,8 @@ def rows():
     def make(dtype=torch.float32, count=128, vocab=20_011):
         logits = (4 * torch.randn(1, count, vocab)).to(dtype)
         tokens, mask = torch.randint(vocab, (1, count)), torch.rand(1, count) < 0.9
-        coefficients = torch.tensor([0.2, 0.2, 3.0, 0.01, 0.0, 0.0, 0.0])
+        given = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0, "entropy_coeff": 0.01}
+        coefficients = torch.tensor([given.get(name, 0.0) for name in COEFFICIENTS])
         values = [torch.where(mask, torch.randn(1, count), 0) for _ in range(3)]
         terms = Terms(
             *values[:2],
@@ -50,8 +52,9 @@ def rows():
             upper=None,
             coefficients=coefficients,
             ticket=torch.zeros(1, dtype=torch.int32),
-            kl_type="k3",
+            policy_loss="ppo",
             penalty="none",
+            kl_type="k3",
         )
         return Rows(logits, tokens, mask, LogitTransform(vocab, 1.0, None, None)), terms
 

@@ -15,8 +15,9 @@ from torch.testing import assert_close
 import epo_kernels as ek
 from epo_kernels import backends
 from epo_kernels.backends import triton
+from epo_kernels.declaration import COEFFICIENTS
 from epo_kernels.fused import backend as fused
-from epo_kernels.fused.rows import COEFFICIENTS, Rows, Terms, Weighing
+from epo_kernels.fused.rows import Rows, Terms, Weighing
 from epo_kernels.inputs import LogitTransform
 from tests.backends.autograd_matrix import AutogradMatrix
 from tests.backends.matrix import BackendMatrix, busy_case
@@ -117,8 +118,9 @@ def protocol_arguments(kernels, case, vocab_size):
         **{name: value for name, value in prepared._asdict().items() if name != "extras"},
         **dict.fromkeys(("old_log_probs", "ref_log_probs", "is_weights", "lower", "upper")),
         advantages=case["advantages"],
-        kl_type="k3",
+        policy_loss="ppo",
         penalty="none",
+        kl_type="k3",
     )
     return rows, terms
 

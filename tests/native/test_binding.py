@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from epo_kernels.backends.native import array, native, native_rows
-from epo_kernels.fused.rows import ROW_SUMS, Rows
+from epo_kernels.declaration import COEFFICIENTS, ROW_SUMS
+from epo_kernels.fused.rows import Rows
 from epo_kernels.inputs import LogitTransform
 
 _native = native()
@@ -124,16 +125,16 @@ def test_terms_of_other_rows_are_refused(given):
     rows = make_rows(given)
     floats = array(torch.ones(2, 3))
 
-    def make_terms(rows, floats=floats, coefficients=7, penalty="none", upper=None):
-        numbers = array(torch.ones(coefficients))
-        return _native.Terms(rows, floats, floats, None, None, None, floats, upper, numbers, "k3", penalty)
+    def make_terms(rows, floats=floats, missing=0, penalty="none", upper=None):
+        numbers = array(torch.ones(len(COEFFICIENTS) - missing))
+        return _native.Terms(rows, floats, floats, None, None, None, floats, upper, numbers, "ppo", penalty, "k3")
 
     terms = make_terms(rows, upper=floats)
     with pytest.raises(ValueError, match="given together"):
         make_terms(rows)
-    with pytest.raises(ValueError, match=r"coefficients must have sizes \(7,\)"):
-        make_terms(rows, coefficients=6, upper=floats)
-    with pytest.raises(ValueError, match="penalty must be none, hinge"):
+    with pytest.raises(ValueError, match=rf"coefficients must have sizes \({len(COEFFICIENTS)},\)"):
+        make_terms(rows, missing=1, upper=floats)
+    with pytest.raises(ValueError, match="penalty must be one of none, hinge"):
         make_terms(rows, penalty="fine", upper=floats)
     few = {name: tensor[:1] for name, tensor in given.items()}
     results = array(torch.empty(1, 3)), array(torch.empty(1, 3))

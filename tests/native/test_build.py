@@ -46,7 +46,7 @@ def test_no_cuda_kernel_spills(capsys):
         sys.stdout.write("\n" + "\n".join(lines) + "\n")
     chips = {f"sm_{arch}" for arch in _native.cuda_archs.split(",")}
     assert {row[0] for row in table} == chips
-    assert sum("ring::loss_kernel" in row[1] for row in table) == 3 * len(chips)
+    assert sum("ring::loss_kernel" in row[1] for row in table) == 2 * len(chips)  # float32 and bfloat16
     assert not [row for row in table if row[3] or row[5]], "a kernel keeps registers in local memory"
 
 

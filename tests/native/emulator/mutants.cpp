@@ -52,11 +52,16 @@ struct Case {
           log_probs(kRows),
           entropy(kRows),
           weights(kRows),
-          coefficients{0.2f, 0.2f, 3.0f, 0.01f, 0.0f, 0.0f, 0.0f},
+          coefficients(epo::kNumCoefficients),
           tokens(kRows),
           mask(kRows, 1),
           sums(epo::kNumSums),
           workspace(2 * kProcessors * epo::kNumSums) {
+        epo::Coefficients given{};
+        given.clip_ratio_low = given.clip_ratio_high = 0.2f;
+        given.clip_ratio_c = 3.0f;
+        given.entropy_coeff = 0.01f;
+        std::memcpy(coefficients.data(), &given, sizeof given);
         for (std::size_t i = 0; i < logits.size(); ++i) logits[i] = 4.0f * std::sin(static_cast<float>(i * i % 10007));
         for (std::int64_t i = 0; i < kRows; ++i) {
             tokens[i] = i * 2003 % width;
