@@ -149,6 +149,23 @@ def test_the_loss_takes_the_tensor_and_it_stays_the_same_object():
     assert float(loss_of(coeff).loss) < float(loss_of(0.0).loss)
 
 
+def test_a_compiled_loss_is_compiled_once():
+    controller, graphs = ek.EntropyController(3.0, entropy_coeff=0.3), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda entropy, coeff: (entropy * coeff).sum(), backend=count)
+    told = []
+    for _ in range(4):
+        entropy = torch.ones(3)
+        told.append(float(compiled(entropy, controller.entropy_coeff)))
+        controller.update(entropy)
+    assert told == pytest.approx([0, 0.915, 0.93, 0.945])
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_saved_state_goes_on_to_the_last_bit(rule):
     generator = torch.Generator().manual_seed(1)
