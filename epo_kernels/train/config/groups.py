@@ -91,7 +91,7 @@ class ModelConfig:
     )
     attn_implementation: str | None = setting(
         None,
-        "attention kernel; null: transformers' choice. Flash attention requires a CUDA device and dtype=bfloat16",
+        "attention kernel; null: transformers' choice. Flash attention needs CUDA and bfloat16, and disables packing",
         one_of("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
         resume="rounding",
     )
