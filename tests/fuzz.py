@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 import epo_kernels as ek
-from epo_kernels.config import BandScope, KLType, LossAggMode, Penalty
+from epo_kernels.config import (
+    BandScope,
+    Divergence,
+    KLType,
+    LossAggMode,
+    Penalty,
+    PolicyLossName,
+    RatioGradient,
+    RatioScope,
+)
 
 FORMS: dict[str, Callable[..., Any]] = {
     "loss": ek.epo_loss,
@@ -192,6 +201,8 @@ def _loss_arguments(
     )
     if not smooth:
         cfg = replace(cfg, clip_ratio_c=rng.choice([None, 3.0]))
+    if rng.random() < 0.5:
+        cfg = replace(cfg, **_policy_loss(rng, smooth))
     arguments: dict[str, Any] = {"cfg": cfg}
     spread = rng.choice(SPREADS[:3] if smooth else SPREADS)
     old = (log_probs - spread * torch.randn(shape).clamp(-1, 1)).float()
@@ -228,6 +239,19 @@ def _loss_arguments(
         if rng.random() < 0.4:
             arguments[name] = rng.choice(choices)
     return arguments
+
+
+def _policy_loss(rng: random.Random, smooth: bool) -> dict[str, Any]:
+    """Settings of a policy loss; `smooth`: without a kink, and without a power of a sum of log-ratios."""
+    names = ["cispo", "sapo", "reinforce", "gspo"] if smooth else get_args(PolicyLossName)
+    settings: dict[str, Any] = {"policy_loss": rng.choice(names), "kl_bias_correction": rng.random() < 0.2}
+    scopes = {"cispo": get_args(RatioScope), "sapo": get_args(RatioScope)}
+    scopes |= dict.fromkeys(("gspo", "vespo", "gmpo"), ("sequence", "segment"))
+    settings["ratio_scope"] = rng.choice([None, *scopes.get(settings["policy_loss"], ())])
+    if settings["policy_loss"] == "gspo":
+        settings["ratio_gradient"] = rng.choice(get_args(RatioGradient))
+    settings["dppo_divergence"] = rng.choice(get_args(Divergence))
+    return settings
 
 
 def _mask(rng: random.Random, counted: Tensor) -> Tensor:
