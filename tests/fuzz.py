@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import epo_kernels as ek
-from epo_kernels.config import BandScope, KLType, LossAggMode, Penalty
+from epo_kernels.config import BandScope, Divergence, KLType, LossAggMode, Penalty
 
 FORMS: dict[str, Callable[..., Any]] = {
     "loss": ek.epo_loss,
@@ -179,8 +179,12 @@ def _loss_arguments(
     batch, time = size
     shape = log_probs.shape
     clips = {"clip_ratio_low": 1.0, "clip_ratio_high": 1e9, "clip_ratio_c": None} if smooth else {}
+    policies = ("cispo", "sapo", "reinforce") if smooth else ("cispo", "sapo", "reinforce", "dppo")
     cfg = ek.EPOConfig(
         **clips,
+        policy_loss=rng.choice(("ppo", "ppo", "ppo", *policies)),
+        sapo_tau_pos=rng.choice([0.5, 1.0, 5.0]),
+        dppo_divergence=rng.choice(get_args(Divergence)),
         entropy_coeff=rng.choice([0.0, 1e-3, 0.5, -0.5]),
         kl_coeff=rng.choice([0.0, 0.3]),
         kl_type=rng.choice(["k1", "k2"] if smooth else get_args(KLType)),

@@ -18,7 +18,7 @@ from epo_kernels import backends, inputs
 from epo_kernels.fused import sharded
 from epo_kernels.fused.backend import FusedBackend
 from tests.backends.matrix import BUSY, assert_no_worse, busy_case, moved
-from tests.cases import metrics_of, run, to_packed
+from tests.cases import TOKEN_POLICIES, metrics_of, run, to_packed
 from tests.eager_rows import EagerRows
 from tests.test_linear import HINGE, SMALL, B, Case, T, V
 
@@ -90,6 +90,12 @@ def case_linear_loss_equals_the_whole(rank, world):
         for kind in ("uneven", "none"):
             check_linear(rank, world, "eager", ek.EPOConfig(**config), kind, **keywords)
     check_linear(rank, world, "reference", ek.EPOConfig(**HINGE), "uneven", vocab_size=V - 2)
+
+
+def case_every_policy_loss_equals_the_whole(rank, world):
+    for config in TOKEN_POLICIES.values():
+        check_linear(rank, world, "eager", ek.EPOConfig(**HINGE, **config), "uneven")
+        check_logits(rank, world, busy_case(replace(BUSY, **config), vocab=30), FUSED)
 
 
 def case_a_rank_of_padding_alone(rank, world):
