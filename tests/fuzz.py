@@ -250,6 +250,7 @@ def _policy_loss(rng: random.Random, smooth: bool) -> dict[str, Any]:
     settings["ratio_scope"] = rng.choice([None, *scopes.get(settings["policy_loss"], ())])
     if settings["policy_loss"] == "gspo":
         settings["ratio_gradient"] = rng.choice(get_args(RatioGradient))
+    settings["sapo_tau_pos"] = rng.choice([0.5, 1.0, 5.0])
     settings["dppo_divergence"] = rng.choice(get_args(Divergence))
     return settings
 

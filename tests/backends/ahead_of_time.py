@@ -78,6 +78,8 @@ def variants() -> Iterator[Variant]:
             yield Variant("loss", "bf16", width, penalty=penalty)
         for kl_type in ("k1", "k2", "abs"):
             yield Variant("loss", "bf16", width, kl_type=kl_type)
+        for policy_loss in ("cispo", "sapo", "dppo_kl"):  # the others do less
+            yield Variant("loss", "bf16", width, policy_loss=policy_loss)
     yield Variant("statistics", absent=(*OPTIONAL, "entropies"))
     yield Variant("gradient", absent=(*OPTIONAL, "entropies", "grad_entropies"))
     for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"):

@@ -98,7 +98,7 @@ class AutogradMatrix:
 
     def test_two_losses_on_shared_logits(self):
         case = self.case()
-        other = {**case, "advantages": -case["advantages"], "cfg": ek.EPOConfig(entropy_coeff=0.1)}
+        other = {**case, "advantages": -case["advantages"], "cfg": ek.EPOConfig(policy_loss="cispo", entropy_coeff=0.1)}
         hidden = case["logits"].requires_grad_()
         logits = hidden * 1.0
         extra = logits.square().mean()

@@ -20,7 +20,7 @@ from epo_kernels import backends, reference
 from epo_kernels.config import KLType, LossAggMode, Penalty
 from epo_kernels.fused.rows import Rows, RowStatistics
 from epo_kernels.inputs import LogitTransform
-from tests.cases import assert_identical, metrics_of, random_case, run, to_packed
+from tests.cases import TOKEN_POLICIES, assert_identical, metrics_of, random_case, run, to_packed
 
 INF = math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,6 +129,20 @@ class BackendMatrix:
         case = busy_case(cfg, vocab=50)
         case["ref_log_probs"][0, :3] += torch.tensor([-30.0, 30.0, -2.5])  # past the clamps of k3
         self.check(case)
+
+    @pytest.mark.parametrize("policy", TOKEN_POLICIES)
+    def test_every_policy_loss(self, policy, monkeypatch):
+        cfg = replace(BUSY, **TOKEN_POLICIES[policy])
+        case = busy_case(cfg, vocab=20, is_weights=torch.linspace(0.0, 3.0, 15).view(3, 5))
+        monkeypatch.setattr(type(backends._BACKENDS[self.backend].kernels), "statistics", None)  # in one pass
+        out, _ = self.check(case)
+        if cfg.policy_loss in ("cispo", "dppo"):
+            assert 0 < metrics_of(out)["clipped_tokens"] < metrics_of(out)["tokens"]
+        if policy == "dppo-tv":
+            assert 0 < metrics_of(out)["dual_clipped_tokens"] < metrics_of(out)["tokens"]
+        cfg = replace(cfg, clip_ratio_low=0.0, clip_ratio_high=0.0)
+        out, _ = self.check({**case, "cfg": cfg, "old_log_probs": None})
+        assert metrics_of(out)["clipped_tokens"] == 0  # at the very bounds, which are inside
 
     @pytest.mark.parametrize("packed", [False, True])
     @pytest.mark.parametrize("mode", get_args(LossAggMode))
@@ -287,6 +301,39 @@ class BackendMatrix:
         assert gradient[0, 1].isnan().all()
         gradient[0, 1] = 0
         assert gradient.isfinite().all()
+
+    @pytest.mark.parametrize("policy", TOKEN_POLICIES)
+    def test_policy_losses_at_their_edges(self, policy):
+        """One odd token beside a sound one: loss, gradient and metrics are those of the reference."""
+        logits = torch.tensor([[[0.0, 1.0, -1.0, 0.5], [0.3, -0.2, 0.1, 0.4]]])
+        sound = {"old_log_probs": -1.0, "advantages": 1.0, "is_weights": 1.0}
+        edges = [
+            {"advantages": 0.0},
+            {"advantages": math.nan},
+            {"old_log_probs": math.nan},
+            {"old_log_probs": -INF},
+            {"old_log_probs": -30.0},
+            {"old_log_probs": 0.0, "advantages": -1.0},
+            {"is_weights": 0.0, "old_log_probs": -INF},
+            {"token": -INF},
+            {"token": -INF, "advantages": 0.0},
+            {"token": -INF, "advantages": -1.0, "old_log_probs": -2.0},
+            {"token": math.nan},
+        ]
+        for odd in edges:
+            rows = logits.clone()
+            rows[0, 0, 1] = odd.get("token", 1.0)
+            given = {name: torch.tensor([[odd.get(name, value), value]]) for name, value in sound.items()}
+            if "token" in odd and "old_log_probs" not in odd:
+                given["old_log_probs"] = None
+            cfg = ek.EPOConfig(entropy_coeff=0.1, **TOKEN_POLICIES[policy])
+            case = {"logits": rows, "tokens": torch.ones(1, 2, dtype=torch.int64), "mask": torch.ones(1, 2), "cfg": cfg}
+            out, gradient = self.run({**case, **given})
+            expected, expected_gradient = run({**case, **given})
+            close = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}
+            assert_close(out.loss.cpu(), expected.loss, **close, msg=lambda text, odd=odd: f"{odd}: {text}")
+            assert_close(gradient.cpu(), expected_gradient, **close, msg=lambda text, odd=odd: f"{odd}: {text}")
+            assert_close(metrics_of(out), metrics_of(expected), **close, msg=lambda text, odd=odd: f"{odd}: {text}")
 
     @pytest.mark.parametrize("arguments", [{}, {"logit_scale": -1.5}, {"logit_softcap": 3.0, "temperature": 0.7}])
     def test_rows_in_parts(self, arguments):

@@ -187,7 +187,8 @@ def test_prepare_equals_plain_pytorch(shape, mode):
     strided = mask.t().contiguous().t()
     for normalizer in (None, 11.0, torch.tensor(7, dtype=torch.int64)):
         weighing = Weighing(mode, ids, 1 if ids is not None else shape[0], 600, normalizer, torch.tensor(0.3))
-        values = (0.2, 0.3, float("inf"), torch.tensor(0.1), 2.0, 0.05, torch.tensor(0.7, dtype=torch.float64))
+        values = (float("inf"), torch.tensor(0.1), torch.tensor(0.7, dtype=torch.float64))
+        values += tuple(0.3 * i for i in range(len(COEFFICIENTS) - len(values)))
         own = triton.TritonRows().prepare(strided, weighing, values)
         plain = fused.PlainHelpers().prepare(strided, weighing, values)
         for name in own._fields:
@@ -198,7 +199,8 @@ def test_packed_sequences_are_weighed_by_their_own_lengths():
     mask = torch.rand(1, 9000) < 0.5
     ids = torch.arange(9000)[None] // 1300
     weighing = Weighing("seq-mean-token-mean", ids, 7, None, None, 1.0)
-    own, plain = (helper.prepare(mask, weighing, (0.0,) * 7) for helper in (triton.TritonRows(), fused.PlainHelpers()))
+    zeros = (0.0,) * len(COEFFICIENTS)
+    own, plain = (helper.prepare(mask, weighing, zeros) for helper in (triton.TritonRows(), fused.PlainHelpers()))
     assert_close(own.weights, plain.weights, rtol=2e-7, atol=0)
     assert_close(own.extras, plain.extras)
 
