@@ -209,8 +209,8 @@ def run_one(name: str, arm: str, seed: int) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from epo_kernels.train.build import build
+    from epo_kernels.train.io.display import Display
     from epo_kernels.train.io.stopping import StopRequest
-    from epo_kernels.train.io.tracking import Display
     from epo_kernels.train.trainer import Trainer
 
     if is_complete(name, arm, seed):

@@ -27,7 +27,8 @@ from epo_kernels.train.__main__ import keep_freed_memory
 from epo_kernels.train.build import build
 from epo_kernels.train.config import load_config
 from epo_kernels.train.data import Episode
-from epo_kernels.train.io.tracking import Display, write_atomically
+from epo_kernels.train.io.display import Display
+from epo_kernels.train.io.tracking import write_atomically
 from epo_kernels.train.parts import Parts
 from epo_kernels.train.rollout.engine import Completion, Engine, Request, StreamingEngine
 

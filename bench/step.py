@@ -66,7 +66,7 @@ class Step:
     def __init__(self, case: StepCase, device: torch.device, folder: str) -> None:
         from epo_kernels.train.build import build
         from epo_kernels.train.config import load_config
-        from epo_kernels.train.io.tracking import Display
+        from epo_kernels.train.io.display import Display
 
         overrides = (f"run_dir={folder}", f"model.device={device.type}", f"env.cache_dir={folder}", *_OVERRIDES)
         self._case, self._device = case, device

@@ -18,10 +18,11 @@ from epo_kernels.train.envs.demonstrations import borrow_cache
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.header import about_policy, about_tasks, opening
 from epo_kernels.train.io.checkpoint import clear_run, copy_records, drop_later_checkpoints, room_warning
+from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.resume import find_origin, keep_horizon, note_branch, review_differences, start_of
 from epo_kernels.train.io.run_dir import check_usable, held
 from epo_kernels.train.io.stopping import Stopped, StopRequest
-from epo_kernels.train.io.tracking import Display, Tracker, read_metrics, write_atomically
+from epo_kernels.train.io.tracking import Tracker, read_metrics, write_atomically
 from epo_kernels.train.io.watch import watched
 from epo_kernels.train.io.weights_and_biases import WeightsAndBiases, require_wandb
 from epo_kernels.train.models.loader import PolicyLoader

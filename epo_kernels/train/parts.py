@@ -11,8 +11,9 @@ from epo_kernels.train.config import ConfigError, TrainConfig, to_yaml
 from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.envs import Suite, Task
 from epo_kernels.train.io.checkpoint import rng_state, save_checkpoint, set_rng_state
+from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.resume import Origin
-from epo_kernels.train.io.tracking import Display, Tracker
+from epo_kernels.train.io.tracking import Tracker
 from epo_kernels.train.io.watch import CollapseWatch
 from epo_kernels.train.models.policy import Policy
 from epo_kernels.train.rl.collect import Collector

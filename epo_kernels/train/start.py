@@ -9,8 +9,8 @@ from epo_kernels.train.config import FROM_SCRATCH, TrainConfig
 from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.envs import Demonstration, Suite
 from epo_kernels.train.header import about_policy
+from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.stopping import StopRequest
-from epo_kernels.train.io.tracking import Display
 from epo_kernels.train.models.loader import PolicyLoader
 from epo_kernels.train.models.lora import add_adapters
 from epo_kernels.train.models.policy import Policy, build_from_scratch, load_policy, precision

@@ -318,7 +318,7 @@ def test_the_log_begins_with_what_is_trained_and_where_to_look(tmp_path, capsys)
 
 
 def test_every_phase_tells_a_log_how_far_it_is(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("epo_kernels.train.io.tracking.LOG_EVERY", 0.01)
+    monkeypatch.setattr("epo_kernels.train.io.display.LOG_EVERY", 0.01)
     settings = ("steps=1", "model.warm_start.epochs=3", "algorithm.name=ppo", "loss.kl_coeff=0.01")
     assert train(f"run_dir={tmp_path}", *settings) == 0
     said = capsys.readouterr().out

@@ -9,8 +9,8 @@ import sys
 import pytest
 from rich.console import Console
 
+from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.streams import lasting_streams
-from epo_kernels.train.io.tracking import Display
 
 
 @pytest.fixture(params=["pipe", "terminal"])

@@ -2,8 +2,8 @@ import io
 
 from rich.console import Console
 
+from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.text import printable
-from epo_kernels.train.io.tracking import Display
 
 
 def test_what_steers_a_terminal_is_shown_instead():

@@ -11,8 +11,9 @@ from epo_kernels.train.config import ConfigError
 from epo_kernels.train.data import Episode, Turn
 from epo_kernels.train.envs import Observation, Task
 from epo_kernels.train.evaluate import Record
-from epo_kernels.train.io import tracking
-from epo_kernels.train.io.tracking import Display, Tracker, episode_text, read_episodes, read_evaluation, read_metrics
+from epo_kernels.train.io import display as display_module
+from epo_kernels.train.io.display import Display
+from epo_kernels.train.io.tracking import Tracker, episode_text, read_episodes, read_evaluation, read_metrics
 
 RECORD = Record("before", 0, "iid", "greedy", 64, 50.0, 0.5, 0.4, 0.6, 0.75, 9.5, 0)
 
@@ -182,7 +183,7 @@ def test_without_a_terminal_only_lines_are_shown():
 
 
 def test_a_log_gets_a_line_of_progress_while_nothing_is_reported(monkeypatch):
-    monkeypatch.setattr(tracking, "LOG_EVERY", 0.05)
+    monkeypatch.setattr(display_module, "LOG_EVERY", 0.05)
     out = io.StringIO()
     display = Display(Console(file=out))
     with display.bar("step 3, update", 40, "samples") as update:
@@ -205,7 +206,7 @@ def _wait_for(out, words):
 
 
 def test_a_terminal_gets_bars_without_times(monkeypatch):
-    monkeypatch.setattr(tracking, "LOG_EVERY", 0.01)
+    monkeypatch.setattr(display_module, "LOG_EVERY", 0.01)
     out = io.StringIO()
     with Display(Console(file=out, force_terminal=True, width=100)) as display:
         display.say("hello")

@@ -4,8 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.progress import Report
-from epo_kernels.train.io.tracking import Display
 
 BARS = {
     "old_log_prob": "old log-probs",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,20 @@ from epo_kernels.train.io.tracking import read_episodes, read_evaluation, read_m
 from epo_kernels.train.io.watch import Alarm, watched
 
 Metrics = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder contains: the lines of metrics.jsonl, the evaluations, the settings by name."""
+
+    metrics: Metrics
+    records: list[Record]
+    settings: dict[str, Any]
+
+    def lines_with(self, name: str) -> Metrics:
+        return [line for line in self.metrics if line.get(name)]
+
+
 Played = tuple[str, dict[str, Any]]  # when, and the episode
 SHOWN_TASKS = 3  # of each panel: the first ones, so that nobody chose them
 PHASES = {  # of timing_s/*
@@ -32,28 +46,22 @@ PHASES = {  # of timing_s/*
 
 def write_report(run_dir: Path) -> Path:
     """Make or renew `run_dir`/report.html. What has no data yet is left out."""
-    metrics, records = read_metrics(run_dir), read_evaluation(run_dir)
     path = run_dir / "config.yaml"
     config_text = path.read_text(encoding="utf-8") if path.exists() else ""
-    settings = read_settings(config_text)
-    comparisons = sorted(compare(records), key=lambda c: (c.panel, c.decoding != "sampled"))
+    run = Run(read_metrics(run_dir), read_evaluation(run_dir), read_settings(config_text))
+    comparisons = sorted(compare(run.records), key=lambda c: (c.panel, c.decoding != "sampled"))
     html = _template().render(
         title=run_dir.resolve().name,
-        subtitle=_subtitle(settings, metrics),
-        headline=_headline(comparisons, metrics),
-        comparisons=[
-            (comparison, *_ends(comparison, records), verdict(comparison.success)) for comparison in comparisons
-        ],
-        records=sorted(records, key=lambda r: (r.panel, r.decoding, r.step)),
-        alarms=_alarms(metrics, settings),
+        subtitle=_subtitle(run),
+        headline=_headline(comparisons, run.metrics),
+        comparisons=[(one, *_ends(one, run.records), verdict(one.success)) for one in comparisons],
+        records=sorted(run.records, key=lambda r: (r.panel, r.decoding, r.step)),
+        alarms=_alarms(run),
         sections=[
-            (
-                heading,
-                [(name, note, chart) for name, note, draw in figures if (chart := draw(metrics, records, settings))],
-            )
-            for heading, figures in SECTIONS
+            (heading, [(name, note, chart) for name, note, draw in figures if (chart := draw(run))])
+            for heading, figures in SECTIONS.items()
         ],
-        episodes=_sample_episodes(run_dir, records),
+        episodes=_sample_episodes(run_dir, run.records),
         config=printable(config_text),
         versions=read_versions(run_dir),
     )
@@ -74,8 +82,9 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.jinja")
 
 
-def _subtitle(settings: dict[str, Any], metrics: Metrics) -> str:
-    done = metrics[-1]["training/global_step"] if metrics else 0
+def _subtitle(run: Run) -> str:
+    settings = run.settings
+    done = run.metrics[-1]["training/global_step"] if run.metrics else 0
     return (
         f"{settings['algorithm.name'].upper()} on {settings['env.name']}, policy {settings['model.name_or_path']}, "
         f"step {done} of {settings['steps']}, seed {settings['seed']}"
@@ -101,9 +110,9 @@ def _ends(comparison: Comparison, records: Sequence[Record]) -> tuple[Record, Re
     return before, after
 
 
-def _alarms(metrics: Metrics, settings: dict[str, Any]) -> list[Alarm]:
-    config = WatchConfig(**{setting.name: settings[f"watch.{setting.name}"] for setting in fields(WatchConfig)})
-    return watched(metrics, config)[1]
+def _alarms(run: Run) -> list[Alarm]:
+    config = WatchConfig(**{setting.name: run.settings[f"watch.{setting.name}"] for setting in fields(WatchConfig)})
+    return watched(run.metrics, config)[1]
 
 
 def _points(metrics: Metrics, name: str) -> list[tuple[float, float]]:
@@ -113,15 +122,15 @@ def _points(metrics: Metrics, name: str) -> list[tuple[float, float]]:
 def _lines(names: dict[str, str], show: Callable[[float], str] = charts.number) -> "Draw":
     """A chart of the metrics `names` (name: label) that were measured."""
 
-    def draw(metrics: Metrics, records: Sequence[Record], settings: dict[str, Any]) -> Markup | None:
-        series = [Series(label, points) for name, label in names.items() if (points := _points(metrics, name))]
+    def draw(run: Run) -> Markup | None:
+        series = [Series(label, points) for name, label in names.items() if (points := _points(run.metrics, name))]
         return charts.line_chart(", ".join(names.values()), series, show) if series else None
 
     return draw
 
 
-def _draw_success(metrics: Metrics, records: Sequence[Record], settings: dict[str, Any]) -> Markup | None:
-    known = [entry for entry in metrics if entry.get("episode/played")]
+def _draw_success(run: Run) -> Markup | None:
+    known = run.lines_with("episode/played")
     if not known:
         return None
     intervals = [wilson(round(e["episode/success_rate"] * e["episode/played"]), e["episode/played"]) for e in known]
@@ -129,42 +138,41 @@ def _draw_success(metrics: Metrics, records: Sequence[Record], settings: dict[st
     return charts.line_chart("success in training", [line], percent)
 
 
-def _draw_return(metrics: Metrics, records: Sequence[Record], settings: dict[str, Any]) -> Markup | None:
-    known = [entry for entry in metrics if entry.get("episode/played")]
+def _draw_return(run: Run) -> Markup | None:
+    known = run.lines_with("episode/played")
     if not known:
         return None
-    halves = [Z_95 * entry["episode/reward/std"] / math.sqrt(entry["episode/played"]) for entry in known]
+    halves = [Z_95 * line["episode/reward/std"] / math.sqrt(line["episode/played"]) for line in known]
     points = _points(known, "episode/reward/mean")
     intervals = [(value - half, value + half) for (_, value), half in zip(points, halves, strict=True)]
     return charts.line_chart("return in training", [Series("return", points, intervals)])
 
 
-def _draw_panels(metrics: Metrics, records: Sequence[Record], settings: dict[str, Any]) -> Markup | None:
-    places = sorted({(record.panel, record.decoding) for record in records})
+def _draw_panels(run: Run) -> Markup | None:
     series = []
-    for panel, decoding in places:
-        own = sorted((r for r in records if (r.panel, r.decoding) == (panel, decoding)), key=lambda r: r.step)
+    for panel, decoding in sorted({(record.panel, record.decoding) for record in run.records}):
+        own = sorted((r for r in run.records if (r.panel, r.decoding) == (panel, decoding)), key=lambda r: r.step)
         points = [(float(r.step), r.success) for r in own]
         series.append(Series(f"{panel}, {decoding}", points, [(r.success_low, r.success_high) for r in own]))
     return charts.line_chart("success on held-out tasks", series, percent) if series else None
 
 
-def _entropies(metrics: Metrics) -> tuple[list[int], Grid]:
-    known = [entry for entry in metrics if entry.get("epo/entropy_by_turn")]
-    return [entry["training/global_step"] for entry in known], [entry["epo/entropy_by_turn"] for entry in known]
+def _entropies(run: Run) -> tuple[list[int], Grid]:
+    known = run.lines_with("epo/entropy_by_turn")
+    return [line["training/global_step"] for line in known], [line["epo/entropy_by_turn"] for line in known]
 
 
-def _bounds(metrics: Metrics, settings: dict[str, Any]) -> list[list[tuple[float, float] | None]]:
-    """(lower, upper) of each turn's band, a row a step; None where nothing was known."""
-    known = [entry for entry in metrics if entry.get("epo/entropy_by_turn")]
+def _bounds(run: Run) -> list[list[tuple[float, float] | None]]:
+    """(lower, upper) of each turn's band, a row per step; None where nothing was known."""
+    known, settings = run.lines_with("epo/entropy_by_turn"), run.settings
     rows = []
-    for index, entry in enumerate(known):
+    for index, line in enumerate(known):
         # What the band of a step knew: the history after it, or after the step before.
-        source = entry if settings["loss.history_includes_current"] else known[index - 1] if index else {}
+        source = line if settings["loss.history_includes_current"] else known[index - 1] if index else {}
         means = source.get("epo/history_by_turn") or []
+        turns = len(line["epo/entropy_by_turn"])
         if settings["loss.history_scope"] == "global":
-            means = means[:1] * len(entry["epo/entropy_by_turn"])
-        turns = len(entry["epo/entropy_by_turn"])
+            means = means[:1] * turns
         padded = [*means, *[None] * turns][:turns]
         rows.append(
             [None if m is None else (settings["loss.band_low"] * m, settings["loss.band_high"] * m) for m in padded]
@@ -172,124 +180,93 @@ def _bounds(metrics: Metrics, settings: dict[str, Any]) -> list[list[tuple[float
     return rows
 
 
-def _draw_entropy_by_turn(metrics: Metrics, records: Sequence[Record], settings: dict[str, Any]) -> Markup | None:
-    steps, grid = _entropies(metrics)
+def _draw_entropy_by_turn(run: Run) -> Markup | None:
+    steps, grid = _entropies(run)
     return charts.heat_map("entropy by turn and step", steps, grid) if steps else None
 
 
-def _draw_band_by_turn(metrics: Metrics, records: Sequence[Record], settings: dict[str, Any]) -> Markup | None:
-    steps, grid = _entropies(metrics)
-    return charts.band_map("entropy against its band", steps, grid, _bounds(metrics, settings)) if steps else None
+def _draw_band_by_turn(run: Run) -> Markup | None:
+    steps, grid = _entropies(run)
+    return charts.band_map("entropy against its band", steps, grid, _bounds(run)) if steps else None
 
 
-def _draw_profile(metrics: Metrics, records: Sequence[Record], settings: dict[str, Any]) -> Markup | None:
-    steps, grid = _entropies(metrics)
+def _draw_profile(run: Run) -> Markup | None:
+    steps, grid = _entropies(run)
     if not steps:
         return None
     rows = [(f"step {steps[-1]}", grid[-1])]
     if len(steps) > 1:
         rows.append((f"step {steps[0]}", grid[0]))
-    return charts.profile("entropy by turn", rows, _bounds(metrics, settings)[-1])
+    return charts.profile("entropy by turn", rows, _bounds(run)[-1])
 
 
-def _draw_timing(metrics: Metrics, records: Sequence[Record], settings: dict[str, Any]) -> Markup | None:
-    known = [entry for entry in metrics if entry.get("timing_s/step") is not None]
+def _draw_timing(run: Run) -> Markup | None:
+    known = run.lines_with("timing_s/step")
     if not known:
         return None
     layers = [
-        (label, [entry.get(f"timing_s/{name}") or 0.0 for entry in known])
+        (label, [line.get(f"timing_s/{name}") or 0.0 for line in known])
         for name, label in PHASES.items()
-        if any(entry.get(f"timing_s/{name}") for entry in known)
+        if any(line.get(f"timing_s/{name}") for line in known)
     ]
-    told = [sum(column) for column in zip(*(values for _, values in layers), strict=True)] or [0.0] * len(known)
-    layers.append(("rest", [max(e["timing_s/step"] - t, 0.0) for e, t in zip(known, told, strict=True)]))
-    return charts.stacked_chart("seconds of a step", [entry["training/global_step"] for entry in known], layers)
+    named = [sum(values[i] for _, values in layers) for i in range(len(known))]
+    layers.append(("rest", [max(line["timing_s/step"] - n, 0.0) for line, n in zip(known, named, strict=True)]))
+    return charts.stacked_chart("seconds of a step", [line["training/global_step"] for line in known], layers)
 
 
-def _share_without_spread(metrics: Metrics, records: Sequence[Record], settings: dict[str, Any]) -> Markup | None:
+def _share_without_spread(run: Run) -> Markup | None:
+    known = run.lines_with("episode/groups")
     points = [
-        (entry["training/global_step"], entry["episode/groups_without_variance"] / entry["episode/groups"])
-        for entry in metrics
-        if entry.get("episode/groups")
+        (line["training/global_step"], line["episode/groups_without_variance"] / line["episode/groups"])
+        for line in known
     ]
-    return (
-        charts.line_chart("groups whose returns are all equal", [Series("of groups", points)], percent)
-        if points
-        else None
-    )
+    title = "groups whose returns are all equal"
+    return charts.line_chart(title, [Series("of groups", points)], percent) if points else None
 
 
-Draw = Callable[[Metrics, Sequence[Record], dict[str, Any]], Markup | None]
-SECTIONS: tuple[tuple[str, tuple[tuple[str, str, Draw], ...]], ...] = (
-    (
-        "Reward and success",
+Draw = Callable[[Run], Markup | None]
+_MISMATCH = {"training/rollout_probs_diff_mean": "mean", "training/rollout_probs_diff_max": "greatest"}
+_KL = {"actor/ppo_kl": "to the sampling policy", "actor/kl_loss": "to the start (loss term)"}
+_OUT_OF_BAND = {"epo/band_high_share": "above", "epo/band_low_share": "below"}
+_LENGTH = {"response_length/mean": "mean", "response_length/max": "longest"}
+SECTIONS: dict[str, list[tuple[str, str, Draw]]] = {  # (title, note, chart)
+    "Reward and success": [
+        ("Success on held-out tasks", "the fixed panels, Wilson 95 %", _draw_panels),
+        ("Success in training", "of a step's episodes, Wilson 95 %", _draw_success),
+        ("Return in training", "mean of a step's episodes, normal 95 %", _draw_return),
+    ],
+    "Entropy": [
+        ("Entropy by turn", "a column a step, turns upwards", _draw_entropy_by_turn),
+        ("Against its band", "where each turn's mean lies", _draw_band_by_turn),
+        ("Profile and band", "entropy over the turns of an episode", _draw_profile),
+        ("Entropy", "mean over the tokens the policy wrote, nats", _lines({"actor/entropy": "entropy"})),
+        ("Tokens out of their band", "share of the tokens learnt from", _lines(_OUT_OF_BAND, percent)),
+        ("Band penalty", "its mean, before its weight", _lines({"epo/penalty": "penalty"})),
+        ("Phase weight", "how much the penalty counts", _lines({"epo/phase_weight": "weight"})),
+    ],
+    "Policy": [
+        ("Clip fraction", "tokens whose ratio was clipped", _lines({"actor/pg_clipfrac": "clipped"}, percent)),
+        ("KL", "nats a token", _lines(_KL)),
+        ("Critic's error", "squared, a state", _lines({"critic/vf_loss": "loss"})),
+        ("Critic's insight", "share of the returns' variance", _lines({"critic/vf_explained_var": "explained"})),
+        ("Gradient norm", "before clipping", _lines({"actor/grad_norm": "norm"})),
+        ("Learning rate", "", _lines({"actor/lr": "rate"})),
+        ("Sampler against learner", "difference of a token's probability", _lines(_MISMATCH)),
+    ],
+    "Health": [
         (
-            ("Success on held-out tasks", "the fixed panels, Wilson 95 %", _draw_panels),
-            ("Success in training", "of a step's episodes, Wilson 95 %", _draw_success),
-            ("Return in training", "mean of a step's episodes, normal 95 %", _draw_return),
+            "Actions understood",
+            "share, by the environment",
+            _lines({"episode/valid_action_ratio": "understood"}, percent),
         ),
-    ),
-    (
-        "Entropy",
-        (
-            ("Entropy by turn", "a column a step, turns upwards", _draw_entropy_by_turn),
-            ("Against its band", "where each turn's mean lies", _draw_band_by_turn),
-            ("Profile and band", "entropy over the turns of an episode", _draw_profile),
-            ("Entropy", "mean over the tokens the policy wrote, nats", _lines({"actor/entropy": "entropy"})),
-            (
-                "Tokens out of their band",
-                "share of the tokens learnt from",
-                _lines({"epo/band_high_share": "above", "epo/band_low_share": "below"}, percent),
-            ),
-            ("Band penalty", "its mean, before its weight", _lines({"epo/penalty": "penalty"})),
-            ("Phase weight", "how much the penalty counts", _lines({"epo/phase_weight": "weight"})),
-        ),
-    ),
-    (
-        "Policy",
-        (
-            ("Clip fraction", "tokens whose ratio was clipped", _lines({"actor/pg_clipfrac": "clipped"}, percent)),
-            (
-                "KL",
-                "nats a token",
-                _lines({"actor/ppo_kl": "to the sampling policy", "actor/kl_loss": "to the start (loss term)"}),
-            ),
-            ("Critic's error", "squared, a state", _lines({"critic/vf_loss": "loss"})),
-            ("Critic's insight", "share of the returns' variance", _lines({"critic/vf_explained_var": "explained"})),
-            ("Gradient norm", "before clipping", _lines({"actor/grad_norm": "norm"})),
-            ("Learning rate", "", _lines({"actor/lr": "rate"})),
-            (
-                "Sampler against learner",
-                "difference of a token's probability",
-                _lines({"training/rollout_probs_diff_mean": "mean", "training/rollout_probs_diff_max": "greatest"}),
-            ),
-        ),
-    ),
-    (
-        "Health",
-        (
-            (
-                "Actions understood",
-                "share, by the environment",
-                _lines({"episode/valid_action_ratio": "understood"}, percent),
-            ),
-            (
-                "Responses cut",
-                "share that reached rollout.max_response_tokens",
-                _lines({"response_length/clip_ratio": "cut"}, percent),
-            ),
-            ("Groups that teach nothing", "all returns equal", _share_without_spread),
-            (
-                "Repeated tokens",
-                "share of response tokens",
-                _lines({"response/repeated_token_share": "repeated"}, percent),
-            ),
-            ("Response length", "tokens", _lines({"response_length/mean": "mean", "response_length/max": "longest"})),
-            ("Episodes lost", "to their environments", _lines({"episode/failed": "lost"})),
-            ("Time of a step", "seconds", _draw_timing),
-        ),
-    ),
-)
+        ("Responses cut", "share at the limit of tokens", _lines({"response_length/clip_ratio": "cut"}, percent)),
+        ("Groups that teach nothing", "all returns equal", _share_without_spread),
+        ("Repeated tokens", "of the responses'", _lines({"response/repeated_token_share": "repeated"}, percent)),
+        ("Response length", "tokens", _lines(_LENGTH)),
+        ("Episodes lost", "to their environments", _lines({"episode/failed": "lost"})),
+        ("Time of a step", "seconds", _draw_timing),
+    ],
+}
 
 
 def _sample_episodes(run_dir: Path, records: Sequence[Record]) -> list[tuple[str, list[list[Played]]]]:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from epo_kernels.train.config import ConfigError, TrainConfig
 from epo_kernels.train.distributed import Ranks
-from epo_kernels.train.io.tracking import Display
+from epo_kernels.train.io.display import Display
 from epo_kernels.train.models.check import check_policy
 from epo_kernels.train.models.loading import hold_products_in
 from epo_kernels.train.models.policy import Policy, load_policy
