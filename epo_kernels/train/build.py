@@ -17,10 +17,10 @@ from epo_kernels.train.envs import Suite, make_suite
 from epo_kernels.train.envs.demonstrations import borrow_cache
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.header import about_policy, about_tasks, opening
-from epo_kernels.train.io.checkpoint import clear_run, copy_records, drop_later_checkpoints, room_warning
+from epo_kernels.train.io.checkpoint import drop_later_checkpoints, room_warning
 from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.resume import find_origin, keep_horizon, note_branch, review_differences, start_of
-from epo_kernels.train.io.run_dir import check_usable, held
+from epo_kernels.train.io.run_dir import check_usable, clear_records, copy_records, held
 from epo_kernels.train.io.stopping import Stopped, StopRequest
 from epo_kernels.train.io.tracking import Tracker, read_metrics, write_atomically
 from epo_kernels.train.io.watch import watched
@@ -210,7 +210,7 @@ class _Builder:
         """Remove from the run's folder what the steps to come will write."""
         origin = self._origin
         if origin is None or origin.is_branch:
-            clear_run(self._run_dir)
+            clear_records(self._run_dir)
         if origin:
             if origin.is_branch:
                 note_branch(self._run_dir, origin.checkpoint)

@@ -70,7 +70,7 @@ def verdict(interval: tuple[float, float, float]) -> str:
     """In words, whether a difference (difference, low, high) is shown."""
     _, low, high = interval
     if low <= 0 <= high:
-        return "the interval holds 0, so no change is shown"
+        return "the interval includes 0, so no change is shown"
     return "a rise" if low > 0 else "a fall"
 
 

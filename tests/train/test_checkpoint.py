@@ -8,7 +8,6 @@ import epo_kernels.train.io.checkpoint as checkpoint_module
 from epo_kernels.train.config import ConfigError, ModelConfig
 from epo_kernels.train.io.checkpoint import (
     SaveError,
-    clear_run,
     drop_later_checkpoints,
     list_checkpoints,
     load_state,
@@ -16,6 +15,7 @@ from epo_kernels.train.io.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from epo_kernels.train.io.run_dir import clear_records
 from epo_kernels.train.models.policy import load_policy
 
 
@@ -58,7 +58,7 @@ def test_a_run_without_a_checkpoint_starts_clean(tmp_path):
     (tmp_path / "reference").mkdir()
     for name in ("metrics.jsonl", "evaluation.json", "reference/model.safetensors", "mine.txt"):
         (tmp_path / name).write_text("old")
-    clear_run(tmp_path)
+    clear_records(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

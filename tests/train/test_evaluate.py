@@ -68,7 +68,7 @@ def test_before_and_after_are_compared_task_by_task():
     assert (comparison.panel, comparison.decoding, comparison.episodes) == ("iid", "sampled", 4)
     assert comparison.success == paired_interval([0, 0, 1, 1], [1, 0, 1, 1])
     assert comparison.score == paired_interval([0, 0, 100, 100], [100, 0, 100, 100])
-    assert "success +25.0 points, paired 95 % interval +0.0 to +75.0 over 4 episodes: the interval holds 0" in (
+    assert "success +25.0 points, paired 95 % interval +0.0 to +75.0 over 4 episodes: the interval includes 0" in (
         comparison.sentence()
     )
 
@@ -76,7 +76,7 @@ def test_before_and_after_are_compared_task_by_task():
 def test_a_verdict_names_the_direction():
     assert verdict((0.2, 0.1, 0.3)) == "a rise"
     assert verdict((-0.2, -0.3, -0.1)) == "a fall"
-    assert verdict((0.1, 0.0, 0.2)) == verdict((0.1, -0.1, 0.3)) == "the interval holds 0, so no change is shown"
+    assert verdict((0.1, 0.0, 0.2)) == verdict((0.1, -0.1, 0.3)) == "the interval includes 0, so no change is shown"
 
 
 def test_the_paired_interval_of_a_case_worked_by_hand():

@@ -159,8 +159,8 @@ def test_an_interval_that_holds_0_is_said_plainly(finished_run):
         after[name] = before[name]
     path.write_text(json.dumps([before, after]))
     page = Page(write_report(finished_run).read_text())
-    assert "No change of success is shown: +0.0 points, and the interval holds 0." in page.text
-    assert "the interval holds 0, so no change is shown" in page.text
+    assert "No change of success is shown: +0.0 points, and the interval includes 0." in page.text
+    assert "the interval includes 0, so no change is shown" in page.text
 
 
 def test_a_run_that_has_only_begun_has_a_report_too(tmp_path):

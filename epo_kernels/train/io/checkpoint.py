@@ -96,28 +96,11 @@ def _save_failed(folder: Path, step: int, error: Exception) -> str:
     return f"the checkpoint of step {step} could not be written to {folder} ({reason}); {rest}"
 
 
-def copy_records(run_dir: Path, to: Path) -> Path:
-    """What a run has told so far, for a process that only reads it; returns `to`."""
-    for name in ("metrics.jsonl", "evaluation.json"):
-        if (run_dir / name).is_file():
-            shutil.copy(run_dir / name, to / name)
-    return to
-
-
 def drop_later_checkpoints(folder: Path, step: int) -> None:
     """Remove checkpoints of steps after `step`: a run that goes on from there makes these steps again."""
     for path in list_checkpoints(folder):
         if step_of(path) > step:
             shutil.rmtree(path)
-
-
-def clear_run(run_dir: Path) -> None:
-    """Remove the records of a run that left no checkpoint to go on from: they aren't those of the run that begins."""
-    for name in ("metrics.jsonl", "evaluation.json", "versions.json", "branch.json", "report.html", "traceback.txt"):
-        (run_dir / name).unlink(missing_ok=True)
-    for name in ("episodes", "reference", "tensorboard", "wandb"):
-        if (run_dir / name).is_dir():
-            shutil.rmtree(run_dir / name)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -97,7 +97,7 @@ def _headline(comparisons: Sequence[Comparison], metrics: Metrics) -> str:
     first = comparisons[0]
     difference, low, high = (100 * value for value in first.success)
     if low <= 0 <= high:
-        return f"No change of success is shown: {difference:+.1f} points, and the interval holds 0."
+        return f"No change of success is shown: {difference:+.1f} points, and the interval includes 0."
     verb = "rose" if difference > 0 else "fell"
     return f"Success {verb} by {abs(difference):.1f} points on {first.episodes} held-out tasks."
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -99,6 +100,24 @@ def held(run_dir: Path, say: Callable[[str], None] = lambda text: None) -> Itera
         if is_new:
             with suppress(OSError):  # it holds a run now
                 run_dir.rmdir()
+
+
+def clear_records(run_dir: Path) -> None:
+    """Remove what an earlier run left that has no checkpoint to continue from; the new one starts without it."""
+    for name in FILES:
+        if name != "config.yaml":
+            (run_dir / name).unlink(missing_ok=True)
+    for name in ("episodes", "reference", "tensorboard", "wandb"):
+        if (run_dir / name).is_dir():
+            shutil.rmtree(run_dir / name)
+
+
+def copy_records(run_dir: Path, to: Path) -> Path:
+    """Copy a run's metrics and evaluations, for a process that only reads them; returns `to`."""
+    for name in ("metrics.jsonl", "evaluation.json"):
+        if (run_dir / name).is_file():
+            shutil.copy(run_dir / name, to / name)
+    return to
 
 
 def _acquire(path: Path, say: Callable[[str], None]) -> IO[str]:
