@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -221,6 +222,33 @@ def test_the_schedule_spans_the_run_whatever_the_number_of_updates():
             rates.append(optimizer.metrics("actor")["actor/lr"])
     assert rates == list(map(cosine_with_warmup(20, config.warmup_ratio, config.min_lr_ratio), range(20)))
     assert optimizer.state_dict()["steps_done"] == 10
+
+
+def test_the_optimizer_s_state_comes_back_to_the_last_bit(tmp_path):
+    config = load_config("practice", ["optim.lr=0.1", "optim.minibatches=1"]).optim
+    samples = [Sample.of_turn([0], [0], 0)]
+    models = [torch.nn.Linear(3, 2) for _ in range(3)]
+
+    def step(optimizer, model):
+        for _ in optimizer.minibatches(samples, seed=(0,)):
+            loss = model(torch.tensor([1.0, -2.0, 3.0])).square().sum()
+            loss.backward()
+            optimizer.apply(loss)
+
+    first = StepOptimizer(models[0], config, config, steps=4, ranks=Ranks())
+    assert first.state_dict()["adamw"] == {}, "looking at the state must not begin it"
+    step(first, models[0])
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    others = []
+    for model, own in zip(models[1:], (config, replace(config, weight_decay=0.5)), strict=True):
+        model.load_state_dict(models[0].state_dict())
+        others.append(StepOptimizer(model, own, own, steps=4, ranks=Ranks()))
+        others[-1].load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True, mmap=True))
+    for optimizer, model in zip((first, *others), models, strict=True):
+        step(optimizer, model)
+        assert optimizer.state_dict()["steps_done"] == 2
+    assert torch.equal(models[0].weight, models[1].weight)
+    assert not torch.equal(models[0].weight, models[2].weight), "settings are the configuration's, not the state's"
 
 
 def test_learning_rate_schedule():
