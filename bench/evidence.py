@@ -65,7 +65,7 @@ class Experiment:
 
 
 _PRACTICE_TUNING = """\
-The novice that demonstrates knows the signs by day only (`env.practice.demonstrator`), and wins 38 % of its walks. How
+The novice that demonstrates knows the signs by day only (`env.options.demonstrator`), and wins 38 % of its walks. How
 the settings were found, every run since the expert's series below:
 
 | setting | seed | result |
@@ -123,7 +123,7 @@ EXPERIMENTS = {
         _EXPERT_TUNING,
         overrides=(
             *PRIMARY,
-            "env.practice.demonstrator=expert",
+            "env.options.demonstrator=expert",
             "steps=16",
             "model.warm_start.epochs=10",
             "optim.lr=5e-4",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the driver needs more packages than the kernels do
     from epo_kernels.train.data import MiniBatch, Sample
 
 POLICY_AND_ENTROPY = ek.EPOConfig(entropy_coeff=1e-2)
-_OVERRIDES = ("env.practice.length=4", "env.practice.spare_turns=2", "algorithm.groups=2", "rollout.environments=16")
+_OVERRIDES = ("env.options.length=4", "env.options.spare_turns=2", "algorithm.groups=2", "rollout.environments=16")
 
 
 EAGER, OURS = "eager", "ours"

@@ -95,7 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in words or "-h" in words:
         presets = "\n".join(f"  {name:<24}{title}" for name, title in preset_titles().items())
-        sys.stdout.write(HELP.format(presets=presets) + describe_settings() + "\n")
+        named = [word.removeprefix("env.name=") for word in words if word.startswith("env.name=")]
+        try:
+            settings = describe_settings(*named[-1:])
+        except (ImportError, ValueError) as error:
+            return _fail(error, 2)
+        sys.stdout.write(HELP.format(presets=presets) + settings + "\n")
         return 0
     try:
         config, flags = _parse(words)

@@ -13,7 +13,7 @@ import epo_kernels as ek
 from epo_kernels.history import HistoryScope, HistoryWeighting
 from epo_kernels.train.config import ConfigError, TrainConfig, to_yaml
 from epo_kernels.train.distributed import Ranks
-from epo_kernels.train.envs import Suite, make_suite
+from epo_kernels.train.envs import Suite, Task, make_suite
 from epo_kernels.train.envs.demonstrations import borrow_cache
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.header import about_policy, about_tasks, opening
@@ -38,6 +38,7 @@ from epo_kernels.train.rollout.engine import Engine, StopRule, StreamingEngine, 
 from epo_kernels.train.rollout.rollout import Rollout
 from epo_kernels.train.rollout.shared import SharedRollout
 from epo_kernels.train.rollout.vllm_engine import VllmEngine, require_vllm
+from epo_kernels.train.setting import require
 from epo_kernels.train.start import Start
 
 
@@ -94,8 +95,8 @@ class _Builder:
         config, display, ranks = self._config, self._display, self._ranks
         display.say(opening(config, ranks))
         suite = self._suite()
-        tasks = suite.tasks("train")
-        panels = {panel: suite.tasks(panel)[: config.evaluate.episodes] for panel in config.evaluate.panels}
+        tasks = _tasks(suite, "train")
+        panels = {panel: _tasks(suite, panel)[: config.evaluate.episodes] for panel in config.evaluate.panels}
         suite.close()  # the simulator that listed them
         display.say(about_tasks(suite, tasks, panels, config))
 
@@ -241,6 +242,15 @@ class _Builder:
         parts.tracker = tracker
         parts.watch, _ = watched(read_metrics(self._run_dir), config.watch)
         write_atomically(self._run_dir / "config.yaml", to_yaml(config))
+
+
+def _tasks(suite: Suite, split: str) -> list[Task]:
+    try:
+        tasks = suite.tasks(split)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    require(bool(tasks), f"env.name={suite.name} has no tasks in its split {split!r}; check env.options")
+    return tasks
 
 
 def _history(suite: Suite, config: TrainConfig) -> ek.EntropyHistory:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -19,7 +20,7 @@ class Record:
 
     when: str  # before | step N | after
     step: int
-    panel: str  # iid | ood | train
+    panel: str  # a split of the suite, such as iid
     decoding: str  # greedy | sampled
     episodes: int
     mean_score: float  # 0..100
@@ -158,9 +159,12 @@ def paired_interval(
     return float(differences.mean()), float(low), float(high)
 
 
+_BUILT_IN_PANELS = ("iid", "ood", "train")  # their draws are older than other panels
+
+
 def panel_starts(tasks: Sequence[Task], panel: str, decodings: Sequence[str], seed: int) -> list[Episode]:
     """The panel's episodes, not yet played, for each way of decoding; the draws depend on panel and seed alone."""
-    number = ("iid", "ood", "train").index(panel)
+    number = _BUILT_IN_PANELS.index(panel) if panel in _BUILT_IN_PANELS else crc32(panel.encode())
     return [
         Episode(task=task, group=index, seed=(seed, Draw.PANEL, number, index), greedy=decoding == "greedy")
         for decoding in decodings

@@ -19,9 +19,9 @@ from epo_kernels.train.rollout.prompts import PromptBuilder
 
 SMALL = [
     "steps=2",
-    "env.practice.length=4",
-    "env.practice.spare_turns=2",
-    "env.practice.signs=3",
+    "env.options.length=4",
+    "env.options.spare_turns=2",
+    "env.options.signs=3",
     "model.warm_start.demonstrations=4",
     "model.warm_start.epochs=30",
     "model.warm_start.batch_size=8",

@@ -21,9 +21,9 @@ from epo_kernels.train.config import (
 
 
 def test_a_preset_and_settings_over_it():
-    config = load_config("practice", ["optim.lr=3e-4", "env.task_names=[walk]", "loss.clip_ratio_c=null"])
+    config = load_config("practice", ["optim.lr=3e-4", "env.options.task_names=[walk]", "loss.clip_ratio_c=null"])
     assert (config.env.name, config.optim.lr, config.loss.clip_ratio_c) == ("practice", 3e-4, None)
-    assert config.env.task_names == ["walk"]
+    assert config.env.options.task_names == ["walk"]
 
 
 def test_a_file_and_what_is_printed_reads_back(tmp_path):
@@ -81,7 +81,6 @@ def test_every_preset_is_valid(preset):
             ["rollout.goal_last=true", "rollout.layout=episode"],
             ["rollout.goal_last must be false", "rollout.layout=turn"],
         ),
-        (["evaluate.panels=[ood]", "env.name=scienceworld"], ["env.ood_task_names"]),
         (["checkpoint.keep=0"], ["checkpoint.keep must be at least 1"]),
         (["loss.phase_horizon=0"], ["loss.phase_horizon must be at least 1 or null, got 0"]),
         (["watch.entropy_low=5"], ["watch.entropy_low must be below watch.entropy_high", "5.0 and 4.0"]),
@@ -281,7 +280,7 @@ def test_differences_name_the_settings_that_count():
         "tracking.wandb_name=mine",
         "env.step_timeout=1",
         "env.start_timeout=1",
-        "env.jvm_memory=1g",
+        "env.options.demonstrator=novice",
         "env.cache_dir=c",
         "env.max_failures=1",
         "optim.max_skipped_updates=1",

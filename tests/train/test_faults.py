@@ -283,12 +283,14 @@ SCIENCEWORLD = [
 @pytest.mark.scienceworld
 def test_jvms_that_die_hang_starve_or_never_start_cost_their_episodes_alone(tmp_path, monkeypatch):
     from epo_kernels.train.envs import EnvironmentFailure
-    from epo_kernels.train.envs.scienceworld.suite import ScienceWorldEnvironment, ScienceWorldSuite
+    from epo_kernels.train.envs.scienceworld.environment import ScienceWorldEnvironment
+    from epo_kernels.train.envs.scienceworld.options import ScienceWorldOptions
+    from epo_kernels.train.envs.scienceworld.suite import ScienceWorldSuite
 
     play, started = ScienceWorldEnvironment.step, itertools.count(-1)  # -1 lists the tasks, 0 plays the demonstration
     changes = {  # by the number of the environment
-        2: {"jvm_memory": "24m"},  # not enough for the game
-        3: {"jvm_memory": "16m"},  # not enough for the JVM, which ends at once
+        2: {"options": ScienceWorldOptions(jvm_memory="24m")},  # not enough for the game
+        3: {"options": ScienceWorldOptions(jvm_memory="16m")},  # not enough for the JVM, which ends at once
         4: {"step_timeout": 4.0},
     }
     blows = {4: signal.SIGSTOP, 5: signal.SIGKILL}
@@ -297,7 +299,7 @@ def test_jvms_that_die_hang_starve_or_never_start_cost_their_episodes_alone(tmp_
         number = next(started)
         if number == 1:
             raise EnvironmentFailure("ScienceWorld needs Java 8 or newer and none runs")
-        environment = ScienceWorldEnvironment(replace(self._config, **changes.get(number, {})))
+        environment = ScienceWorldEnvironment(replace(self.config, **changes.get(number, {})))
         environment.blow, environment.steps = blows.get(number), 0
         return environment
 
@@ -316,7 +318,7 @@ def test_jvms_that_die_hang_starve_or_never_start_cost_their_episodes_alone(tmp_
     reasons = [episode["finish"] for episode in map(json.loads, lines) if episode["failed"]]
     for reason in (
         "needs Java 8 or newer and none runs",
-        "ran out of its 24m of memory; raise env.jvm_memory",
+        "ran out of its 24m of memory; raise env.options.jvm_memory",
         "didn't start within 120 s (it said: Error occurred during initialization of VM",
         "ended with code -9",
         "didn't answer within 4 s",

@@ -390,8 +390,8 @@ def test_the_extra_names_what_the_driver_checks_for():
 
 
 def test_what_the_environment_refuses_is_an_error_of_settings(tmp_path, capsys):
-    assert train(f"run_dir={tmp_path}", "env.task_names=[run]") == 2
-    assert "practice has no task type 'run'" in capsys.readouterr().err
+    assert train(f"run_dir={tmp_path}", "env.options.task_names=[run]") == 2
+    assert "env.options.task_names must be one of walk, long-walk, got 'run'" in capsys.readouterr().err
     assert train(f"run_dir={tmp_path}", "model.name_or_path=/nowhere/at/all") == 2
     assert "model.name_or_path=/nowhere/at/all: there is no folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -107,7 +107,7 @@ def test_help_names_presets_groups_and_settings(capsys):
         assert title.endswith(".")
     for group in (
         "env",
-        "env.practice",
+        "env.options",
         "model",
         "model.warm_start",
         "rollout",

@@ -60,7 +60,7 @@ class Scripted:
         if self.task.seed == 1 and self.steps == 2:
             raise EnvironmentFailure("it died")
         done = self.steps == self.task.variation
-        return StepResult(Observation("goal", f"step {self.steps}"), 0.5, done, 40.0, False, done, True)
+        return StepResult(Observation("goal", f"step {self.steps}"), 0.5, done, 40.0, False)
 
     def close(self):
         pass

@@ -1,18 +1,35 @@
 """Settings and presets as `--help` shows them, and the answer to an option that does not exist."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from epo_kernels.train.config.environment import known_settings, schema_of
 from epo_kernels.train.config.groups import TrainConfig
 from epo_kernels.train.config.presets import preset_names, preset_text
-from epo_kernels.train.config.tree import all_settings, yaml_value
+from epo_kernels.train.config.tree import yaml_value
+from epo_kernels.train.envs.registry import BUILT_IN, suite_class
 from epo_kernels.train.setting import closest, members
 
 _COLUMN = 46
 
 
-def describe_settings() -> str:
-    """Every setting with its default and help text, by group."""
-    return "\n".join(_describe(TrainConfig))
+def describe_settings(environment: str | None = None) -> str:
+    """Every setting with its default and help text, by group.
+
+    Args:
+        environment: whose options and panels to show; None: those of all built-in ones.
+
+    Raises:
+        ValueError, ImportError: there is no such environment, or it can't be imported.
+    """
+    if environment is not None:
+        return "\n".join(_describe(schema_of(suite_class(environment))))
+    lines = list(_describe(TrainConfig))
+    for name in sorted(BUILT_IN):
+        options = suite_class(name).Options
+        title = f"env.options: with env.name={name}. {(options.__doc__ or '').splitlines()[0]}"
+        lines += ["", title, *_describe(options, "env.options.")]
+    return "\n".join(lines)
 
 
 def preset_titles() -> dict[str, str]:
@@ -28,7 +45,7 @@ def option_as_setting(option: str, following: Sequence[str]) -> str:
         following: the next word of the command line, if there is one.
     """
     given, equals, value = option.lstrip("-").partition("=")
-    given, known = given.replace("-", "_"), list(all_settings())
+    given, known = given.replace("-", "_"), known_settings()
     if group := [name for name in known if name.startswith(f"{given}.")]:
         return f"unknown option {option}; {given} is a group of settings, written GROUP.KEY=VALUE: {', '.join(group)}"
     name = given if given in known else closest(given, known)
@@ -49,6 +66,8 @@ def _describe(settings: type, prefix: str = "") -> Iterator[str]:
             yield ""
             yield f"{name}: {member.help}"
             yield from _describe(member.type, f"{name}.")
+            continue
+        if member.type is Any:  # env.options, where no environment is chosen
             continue
         choices = f" ({' | '.join(member.rule.choices)})" if member.rule and member.rule.choices else ""
         yield f"  {name}={yaml_value(member.default)} ".ljust(_COLUMN) + member.help + choices

@@ -24,6 +24,7 @@ from epo_kernels.history import HistoryScope, HistoryWeighting
 from epo_kernels.schedule import SCHEDULES
 from epo_kernels.shaping import ShapingRule
 from epo_kernels.train.envs import EnvConfig
+from epo_kernels.train.envs.registry import suite_class
 from epo_kernels.train.setting import (
     BELOW_ONE,
     FINITE,
@@ -473,7 +474,7 @@ class OptimConfig:
 class EvaluateConfig:
     """Evaluation on fixed tasks before, during and after training."""
 
-    panels: list[str] = setting(["iid"], "task sets; []: no evaluation", one_of("iid", "ood", "train"))
+    panels: list[str] = setting(["iid"], "task sets of the environment, such as iid, ood, train; []: no evaluation")
     episodes: int = setting(128, "episodes per panel: the first tasks of its split, in a fixed order", at_least(1))
     decoding: list[str] = setting(["greedy", "sampled"], "decoding modes", one_of("greedy", "sampled"))
     every: int = setting(0, "steps between evaluations; 0: only before and after training", at_least(0))
@@ -583,20 +584,10 @@ class TrainConfig:
             f"rollout.response_format must be plain with model.warm_start, which clones bare actions, got "
             f"{self.rollout.response_format!r}; set it, or model.warm_start.demonstrations=0",
         )
-        self._check_scienceworld()
-
-    def _check_scienceworld(self) -> None:
-        if self.env.name != "scienceworld":
-            return
         require(
-            not self.rollout.admissible_actions,
-            "rollout.admissible_actions must be false with env.name=scienceworld, which has no such list (it would "
-            "have hundreds of entries); set it to false",
-        )
-        require(
-            "ood" not in self.evaluate.panels or bool(self.env.ood_task_names),
-            "evaluate.panels contains ood, for which env.ood_task_names must name held-out task types; set them, or "
-            "remove ood",
+            not self.rollout.admissible_actions or suite_class(self.env.name).lists_actions,
+            f"rollout.admissible_actions must be false with env.name={self.env.name}, which has no such list; set it "
+            "to false",
         )
 
 

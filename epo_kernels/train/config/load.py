@@ -10,10 +10,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from epo_kernels.train.config.environment import choose_environment, known_settings, schema_of
 from epo_kernels.train.config.groups import TrainConfig
 from epo_kernels.train.config.presets import preset_names, preset_text
 from epo_kernels.train.config.tree import all_settings, flatten_tree, yaml_value
 from epo_kernels.train.config.yaml_file import Layer, parse_settings, read_settings_file
+from epo_kernels.train.envs.base import MOVED_SETTINGS
+from epo_kernels.train.envs.registry import suite_class
 from epo_kernels.train.setting import (
     ConfigError,
     Member,
@@ -52,9 +55,11 @@ def load_config(source: str | Sequence[str] | None, overrides: Sequence[str]) ->
 
 
 def _merge(layers: Sequence[Layer]) -> TrainConfig:
-    merged: Any = OmegaConf.structured(TrainConfig)
+    schema = _schema_for(layers)
+    known = list(all_settings(schema))
+    merged: Any = OmegaConf.structured(schema)
     for layer in layers:
-        _check_names(OmegaConf.to_container(layer.settings), TrainConfig, layer)
+        _check_names(OmegaConf.to_container(layer.settings), schema, layer, known)
         try:
             merged = OmegaConf.merge(merged, layer.settings)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
@@ -64,6 +69,16 @@ def _merge(layers: Sequence[Layer]) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise _setting_error(error, layers) from error
     return config
+
+
+def _schema_for(layers: Sequence[Layer]) -> type[TrainConfig]:
+    """The settings that the environment named in the layers has."""
+    try:
+        return schema_of(suite_class(choose_environment(layers)))
+    except OmegaConfBaseException as error:
+        raise _setting_error(error, layers) from error
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{_place_of('env.name', layers)}{error}") from error
 
 
 def _read_sources(sources: list[str]) -> list[Layer]:
@@ -97,7 +112,7 @@ def _preset_of(layer: Layer) -> str | None:
 
 
 def _unknown_source(word: str) -> str:
-    if word in all_settings():
+    if word in known_settings():
         return f"{word} is a setting; write {word}=VALUE, without spaces"
     names = preset_names()
     return (
@@ -119,16 +134,19 @@ def _read_override(override: str) -> Layer:
         raise ConfigError(f"{override!r} cannot be parsed: {_first_line(error)}") from error
 
 
-def _check_names(given: Any, settings: type, layer: Layer, prefix: str = "") -> None:
-    """Check the names in a layer against a settings dataclass, and what OmegaConf would convert without complaint."""
+def _check_names(given: Any, settings: type, layer: Layer, known: list[str], prefix: str = "") -> None:
+    """Check the names in a layer against a settings dataclass, and what OmegaConf would convert without complaint.
+
+    `known` are the full names of all settings, to suggest one of them.
+    """
     declared = {member.name: member for member in members(settings)}
     for name, value in given.items():
         full = f"{prefix}{name}"
         member = declared.get(name)
         if member is None:
-            raise ConfigError(layer.where(full) + _unknown_name(full, in_file=bool(layer.name)))
+            raise ConfigError(layer.where(full) + _unknown_name(full, known, in_file=bool(layer.name)))
         if member.is_group and isinstance(value, dict):
-            _check_names(value, member.type, layer, f"{full}.")
+            _check_names(value, member.type, layer, known, f"{full}.")
         elif member.is_group:
             parts = ", ".join(part.name for part in members(member.type))
             got = "nothing: indent them under it" if value is None else f"the value {yaml_value(value)}"
@@ -137,8 +155,9 @@ def _check_names(given: Any, settings: type, layer: Layer, prefix: str = "") -> 
             _check_type(full, value, member, layer)
 
 
-def _unknown_name(full: str, in_file: bool) -> str:
-    known = list(all_settings())
+def _unknown_name(full: str, known: list[str], in_file: bool) -> str:
+    if full in MOVED_SETTINGS:
+        return f"{full} is now {MOVED_SETTINGS[full]}: settings of one environment alone are its options"
     if any(f"{name}.".startswith(f"{full}.") for name in known):  # the dots are part of the key
         return f"{full} is a single key here, but YAML nests groups: write {_nested(full)}"
     close = closest(full, known)

@@ -32,15 +32,19 @@ def flatten_tree(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@cache
-def all_settings() -> dict[str, Member]:
+def all_settings(schema: type = TrainConfig) -> dict[str, Member]:
     """{"a.b": its declaration} of every setting, without the groups."""
-    return dict(_walk(TrainConfig))
+    return _all_settings(schema)
 
 
 def yaml_value(value: Any) -> str:
     """A value as YAML and the command line write it: true, null, [a, b]."""
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+
+
+@cache
+def _all_settings(schema: type) -> dict[str, Member]:
+    return dict(_walk(schema))
 
 
 def _walk(settings: type, prefix: str = "") -> Any:

@@ -1,19 +1,14 @@
-"""What every environment, suite and rollout agrees on: text in, text out, one frozen record a step.
-
-A `Suite` is a family of tasks (ScienceWorld, practice): it names its tasks by split, makes environments and
-plays demonstrations. An `Environment` plays one episode at a time and belongs to one thread at a time. The
-rollout, not the environment, ends an episode after `Suite.max_turns` actions.
-"""
+"""What every environment, suite and rollout agrees on: text in, text out, one frozen record a step."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Protocol
+from typing import Any, Protocol
 
-from epo_kernels.train.setting import POSITIVE, at_least, group, one_of, setting
+from epo_kernels.train.setting import POSITIVE, at_least, require, setting
 
-SPLITS = ("train", "iid", "ood")
+SPLITS = ("train", "iid", "ood")  # of the built-in suites
 MAX_ACTION = 200  # characters; the longest gold action has about 90 (ScienceWorld)
 
 
@@ -50,8 +45,12 @@ class StepResult:
     done: bool
     score: float  # 0..100
     success: bool  # truly completed
-    official_success: bool  # the published code's "done and score > 0"
-    valid: bool  # the environment understood the action
+    valid: bool = True  # the environment understood the action
+
+    @property
+    def official_success(self) -> bool:
+        """What the published EPO code counts as success."""
+        return self.done and self.score > 0
 
 
 @dataclass(frozen=True)
@@ -68,69 +67,61 @@ class Demonstration:
 
 
 class Environment(Protocol):
-    """One episode at a time. Every method may raise EnvironmentFailure; after that only `close` is of use."""
+    """One episode at a time. Belongs to one thread at a time.
+
+    Every method may raise EnvironmentFailure; the driver then closes this environment and makes a new one.
+    """
 
     def reset(self, task: Task) -> Observation: ...
 
     def step(self, action: str) -> StepResult: ...
 
     def close(self) -> None:
-        """Give everything back. Safe to call twice, and from another thread while a call hangs."""
-        ...
-
-
-class Suite(Protocol):
-    """A family of tasks. Its methods may be called from any thread."""
-
-    name: str
-    max_turns: int
-
-    def tasks(self, split: str) -> list[Task]:
-        """The tasks of "train", "iid" or "ood": fixed order, disjoint."""
-        ...
-
-    def make(self) -> Environment: ...
-
-    def demonstrate(self, task: Task) -> Demonstration: ...
-
-    def close(self) -> None: ...
+        """Release everything (by default, nothing). May be called twice, and from another thread while a call hangs."""
 
 
 @dataclass
-class PracticeConfig:
-    """Difficulty of the practice environment (see practice.py)."""
-
-    length: int = setting(32, "rooms to the vault, each with one correct turn")
-    spare_turns: int = setting(8, "wrong turns that the time limit allows")
-    signs: int = setting(10, "kinds of signs, 1 to 12; later ones are rarer")
-    temptation: float = setting(0.5, "share of rooms with a shortcut")
-    demonstrator: str = setting("expert", "expert | novice: knows the signs only by day")
+class NoOptions:
+    """A suite without settings of its own."""
 
 
 @dataclass
 class EnvConfig:
-    """The environment: its tasks, limits and processes."""
+    """The environment and its limits; each has settings of its own, env.options."""
 
-    name: str = setting("scienceworld", "environment", one_of("scienceworld", "alfworld", "practice"))
-    task_names: list[str] = setting([], "task types of train and iid; []: the environment's default")
-    ood_task_names: list[str] = setting([], "held-out task types of ood; []: the environment's default")
+    name: str = setting("scienceworld", "scienceworld | alfworld | practice | a plug-in, as my_module:MySuite")
     max_turns: int | None = setting(None, "actions per episode; null: the environment's default", at_least(1))
     step_timeout: float = setting(
         30.0, "seconds per action before its environment is replaced", POSITIVE, resume="free"
     )
-    start_timeout: float = setting(120.0, "seconds per reset, including the start of a JVM", POSITIVE, resume="free")
+    start_timeout: float = setting(
+        120.0, "seconds per reset, including the start of a process", POSITIVE, resume="free"
+    )
     max_failures: int = setting(
         100, "consecutive episodes lost to failed environments that stop the run", at_least(1), resume="free"
     )
-    simplification: str = setting("easy", 'scienceworld: comma-separated simplifications; "": none')
-    tick_limit: int = setting(100, "scienceworld: simulated moves per episode; the published limit is 100")
-    progress_reward: float = setting(0.1, "scienceworld: share of the return that rewards partial score, 0 to 1")
-    admissible_commands: bool = setting(True, "alfworld: list the admissible commands in the prompt, as published")
-    jvm_memory: str = setting("256m", "scienceworld: heap limit of each JVM (-Xmx)", resume="free")
     cache_dir: str | None = setting(
-        None, "folder of demonstrations and authored games; null: $XDG_CACHE_HOME/epo_kernels", resume="free"
+        None, "folder of demonstrations and generated games; null: $XDG_CACHE_HOME/epo_kernels", resume="free"
     )
-    practice: PracticeConfig = group(PracticeConfig)
+    options: Any = setting(None, "the environment's own settings: an instance of its suite's Options")
+
+
+# What used to be settings of all environments belongs to one of them.
+MOVED_SETTINGS = {
+    "env.practice": "env.options",
+    **{
+        f"env.{name}": f"env.options.{name}"
+        for name in (
+            "task_names",
+            "ood_task_names",
+            "simplification",
+            "tick_limit",
+            "progress_reward",
+            "jvm_memory",
+            "admissible_commands",
+        )
+    },
+}
 
 
 def clean_action(action: str | None) -> str:
@@ -144,3 +135,12 @@ def unknown_task_name(suite: str, name: str, known: Sequence[str]) -> str:
     close = get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{suite} has no task type {name!r}; it has: {', '.join(known)}{hint}"
+
+
+def check_task_names(names: Sequence[str], held_out: Sequence[str]) -> None:
+    """Raises ConfigError unless there are task types to train on and none of them is held out."""
+    require(bool(names), "env.options.task_names must name at least one task type")
+    both = sorted(set(names) & set(held_out))
+    require(
+        not both, f"env.options.ood_task_names must be held out of env.options.task_names; both name {', '.join(both)}"
+    )

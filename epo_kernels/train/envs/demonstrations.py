@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from epo_kernels.train.envs.base import Demonstration, Environment, Observation, Task
 
@@ -53,6 +54,11 @@ def write_demonstration(path: Path, demonstration: Demonstration) -> None:
         raise
 
 
+def observation_of(record: dict[str, Any]) -> Observation:
+    """An observation as JSON has it."""
+    return Observation(**record | {"actions": tuple(record.get("actions", ()))})
+
+
 def read_demonstration(path: Path) -> Demonstration | None:
     """The demonstration in `path`; None where there is none.
 
@@ -67,11 +73,11 @@ def read_demonstration(path: Path) -> Demonstration | None:
         record = json.loads(text)
         return Demonstration(
             task=Task(**record["task"]),
-            observations=[
-                Observation(**seen | {"actions": tuple(seen.get("actions", ()))}) for seen in record["observations"]
-            ],
+            observations=[observation_of(seen) for seen in record["observations"]],
             actions=list(record["actions"]),
             score=float(record["score"]),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no demonstration ({error}); delete the file to have it made anew") from error
+        raise ValueError(
+            f"{path} holds no demonstration ({error}); delete the file, and it is written again"
+        ) from error

@@ -15,7 +15,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from epo_kernels.train.envs.base import Environment, EnvironmentFailure, Observation, StepResult, Suite, Task
+from epo_kernels.train.envs.base import Environment, EnvironmentFailure, Observation, StepResult, Task
+from epo_kernels.train.envs.suite import Suite
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,15 @@ from epo_kernels.train.envs.base import (
     SPLITS,
     Demonstration,
     EnvConfig,
+    Environment,
     Observation,
-    PracticeConfig,
     StepResult,
     Task,
+    check_task_names,
+    unknown_task_name,
 )
+from epo_kernels.train.envs.suite import Suite
+from epo_kernels.train.setting import SHARE, Rule, at_least, one_of, require, setting
 
 WAYS = {  # what each sign means by day, the most frequent first
     "sun": "left",
@@ -45,7 +49,6 @@ WAYS = {  # what each sign means by day, the most frequent first
 }
 SWAPPED = {"left": "right", "right": "left", "ahead": "ahead"}
 ACTIONS = ("go left", "go right", "go ahead")
-DEMONSTRATORS = ("expert", "novice")
 REWARDS = {"gold": 0.1, "silver": 0.03, "vault": 1.0}
 
 TRAIN_VARIATIONS = range(0, 512)
@@ -65,6 +68,27 @@ class Kind:
 KINDS = {"walk": Kind(stretch=1, night=0.3, decay=0.75), "long-walk": Kind(stretch=1.5, night=0.5, decay=1)}
 
 
+@dataclass
+class PracticeOptions:
+    """The walk to the vault: its task types and difficulty."""
+
+    task_names: list[str] = setting(["walk"], "task types of train and iid", one_of(*KINDS))
+    ood_task_names: list[str] = setting(["long-walk"], "held-out task types, of ood", one_of(*KINDS))
+    length: int = setting(32, "rooms to the vault, each with one correct turn", at_least(1))
+    spare_turns: int = setting(8, "wrong turns that the time limit allows", at_least(0))
+    signs: int = setting(
+        10, "kinds of signs, 1 to 12; later ones are rarer", Rule("1 to 12", lambda value: 1 <= value <= len(WAYS))
+    )
+    temptation: float = setting(0.5, "share of rooms with a shortcut", SHARE)
+    demonstrator: str = setting(
+        "expert", "who demonstrates; the novice knows the signs only by day", one_of("expert", "novice")
+    )
+
+    def check(self) -> None:
+        check_task_names(self.task_names, self.ood_task_names)
+        require(bool(self.ood_task_names), "env.options.ood_task_names must name at least one task type")
+
+
 @dataclass(frozen=True)
 class Room:
     sign: str
@@ -82,7 +106,7 @@ class Room:
         return f"Sign: {self.sign}, by {'night' if self.night else 'day'}.{glint}"
 
 
-def rooms(task: Task, config: PracticeConfig) -> list[Room]:
+def rooms(task: Task, config: PracticeOptions) -> list[Room]:
     """The rooms of an episode, first to last.
 
     Raises:
@@ -90,7 +114,7 @@ def rooms(task: Task, config: PracticeConfig) -> list[Room]:
     """
     kind = KINDS.get(task.name)
     if kind is None:
-        raise ValueError(f"practice has no task type {task.name!r}; it has: {', '.join(KINDS)}")
+        raise ValueError(unknown_task_name("practice", task.name, list(KINDS)))
     generator = random.Random(f"{task.name}/{task.variation}/{task.seed}")
     signs = list(WAYS)[: config.signs]
     frequencies = [kind.decay**rank for rank in range(len(signs))]
@@ -104,10 +128,10 @@ def rooms(task: Task, config: PracticeConfig) -> list[Room]:
     return made
 
 
-class PracticeEnvironment:
+class PracticeEnvironment(Environment):
     """One walk at a time."""
 
-    def __init__(self, config: PracticeConfig) -> None:
+    def __init__(self, config: PracticeOptions) -> None:
         self._config = config
         self._rooms: list[Room] = []
         self._done = True
@@ -143,7 +167,6 @@ class PracticeEnvironment:
             done=self._done,
             score=score,
             success=success,
-            official_success=self._done and score > 0,
             valid=valid,
         )
 
@@ -174,37 +197,21 @@ class PracticeEnvironment:
         return Observation(goal, answer, here, actions=() if self._done else ACTIONS)
 
 
-class PracticeSuite:
-    """Walks: "train" and "iid" differ in their variations, "ood" is the longer, harder kind.
+class PracticeSuite(Suite):
+    """Walks: "train" and "iid" differ in their variations, "ood" is the longer, harder kind."""
 
-    Raises:
-        ValueError: an unknown task type, or a setting out of range.
-    """
-
-    name = "practice"
+    Options = PracticeOptions
+    panels = ("iid", "ood", "train")
+    lists_actions = True
 
     def __init__(self, config: EnvConfig) -> None:
-        names, held_out = list(config.task_names) or ["walk"], list(config.ood_task_names) or ["long-walk"]
-        for name in [*names, *held_out]:
-            if name not in KINDS:
-                raise ValueError(f"practice has no task type {name!r}; it has: {', '.join(KINDS)}")
-        if both := set(names) & set(held_out):
-            raise ValueError(f"env.ood_task_names must be held out of env.task_names; both name {sorted(both)}")
-        practice = config.practice
-        if practice.length < 1 or practice.spare_turns < 0:
-            raise ValueError("env.practice.length must be at least 1 and env.practice.spare_turns at least 0")
-        if not 1 <= practice.signs <= len(WAYS):
-            raise ValueError(f"env.practice.signs must be 1 to {len(WAYS)}, not {practice.signs}")
-        if not 0 <= practice.temptation <= 1:
-            raise ValueError(f"env.practice.temptation must be in [0, 1], not {practice.temptation}")
-        if practice.demonstrator not in DEMONSTRATORS:
-            raise ValueError(
-                f"env.practice.demonstrator must be one of {', '.join(DEMONSTRATORS)}, not {practice.demonstrator!r}"
-            )
-        self._config = practice
+        super().__init__(config)
+        self._options: PracticeOptions = config.options
+        names, held_out = self._options.task_names, self._options.ood_task_names
         self._names = {"train": names, "iid": names, "ood": held_out}
-        longest = max(round(KINDS[name].stretch * practice.length) for name in [*names, *held_out])
-        self.max_turns = longest + practice.spare_turns if config.max_turns is None else config.max_turns
+        if config.max_turns is None:
+            longest = max(round(KINDS[name].stretch * self._options.length) for name in [*names, *held_out])
+            self.max_turns = longest + self._options.spare_turns
 
     def tasks(self, split: str) -> list[Task]:
         if split not in SPLITS:
@@ -213,13 +220,13 @@ class PracticeSuite:
         return [Task(name, variation) for variation in variations for name in self._names[split]]
 
     def make(self) -> PracticeEnvironment:
-        return PracticeEnvironment(self._config)
+        return PracticeEnvironment(self._options)
 
     def demonstrate(self, task: Task) -> Demonstration:
         """The demonstrator's episode, whatever its end; the same task is always shown the same way."""
-        walk, environment = rooms(task, self._config), self.make()
+        walk, environment = rooms(task, self._options), self.make()
         generator = random.Random(f"novice/{task.name}/{task.variation}/{task.seed}")
-        is_novice = self._config.demonstrator == "novice"
+        is_novice = self._options.demonstrator == "novice"
         observations, actions, passed = [environment.reset(task)], [], 0
         while True:
             room = walk[passed]
@@ -229,6 +236,3 @@ class PracticeSuite:
                 return Demonstration(task, observations, actions, result.score)
             observations.append(result.observation)
             passed += actions[-1] == f"go {room.way}"
-
-    def close(self) -> None:
-        """Nothing is held."""

@@ -1,6 +1,4 @@
-"""A helper program in a process of its own that answers one JSON line to each: started, asked and ended, never
-blocking for good.
-"""
+"""An object in a process of its own: started, called and ended with time limits, never blocking for good."""
 
 import json
 import os
@@ -16,6 +14,9 @@ from typing import Any
 
 from epo_kernels.train.envs.base import EnvironmentFailure
 
+PROGRAM = Path(__file__).with_name("serve.py")
+PACKAGE = Path(__file__).parents[2]
+
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
@@ -23,41 +24,49 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class Worker:
-    """One process. Belongs to one thread at a time; only `close` may come from another.
+    """An object in a process of its own. Belongs to one thread at a time; only `close` may come from another.
 
     Args:
-        program: the Python file to run. It says {"answer": "ready"}, then answers requests
-            {"call": name, "arguments": {...}} by {"answer": ...} or {"error": reason}, and ends with its input.
+        address: its class, as "module:Class".
         title: what it is, for messages, as in "an ALFWorld engine".
         start_timeout: seconds it may take to start.
-        variables: additions to its environment.
+        variables: additions to the process's environment.
+        arguments: of the class's constructor; JSON values.
 
     Raises:
         EnvironmentFailure: it didn't start.
     """
 
-    def __init__(self, program: Path, title: str, start_timeout: float, variables: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        address: str,
+        title: str,
+        start_timeout: float,
+        variables: Mapping[str, str] | None = None,
+        **arguments: Any,
+    ) -> None:
         self._title = title
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process has died)
         self.process = subprocess.Popen(
-            # -P: this folder, where the program lies, must not shadow packages by the names of its modules.
-            [sys.executable, "-P", str(program)],
+            # -P: the program's folder must not shadow packages by the names of its modules.
+            [sys.executable, "-P", str(PROGRAM)],
             stdin=subprocess.PIPE,  # breaks when this process dies, and ends the worker
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, **variables},
+            env={**os.environ, **(variables or {})},
             start_new_session=True,  # Ctrl-C is for the driver, which then ends its environments itself
         )
         self._finalizer = weakref.finalize(self, _end, self.process)
         self._unread = b""
+        opened = {"path": sys.path, "package": str(PACKAGE), "address": address, "arguments": arguments}
         try:
-            self._answer(start_timeout, "env.start_timeout")
+            self.call("open", start_timeout, "env.start_timeout", **opened)
         except EnvironmentFailure:
             self.close()
             raise
 
     def call(self, name: str, timeout: float, setting: str = "env.step_timeout", **arguments: Any) -> Any:
-        """What the program's call of that name returns.
+        """What the object's method of that name returns.
 
         Args:
             timeout: seconds it may take; `setting` is what to raise when it was only slow.

@@ -143,7 +143,7 @@ def review_differences(saved: str, config: TrainConfig, step: int, is_branch: bo
             f"{'extended' if is_extended else 'shortened'} from {steps} to {config.steps} steps; the schedules span "
             f"{config.horizon}{until_now} (schedule_steps)"
         )
-    if not only_rounding(changed):
+    if not only_rounding(changed, type(config)):
         raise ConfigError(
             "the run to resume had other settings; restore them, or choose another run_dir (with resume=FOLDER of a "
             f"checkpoint, to branch from it)\n{_table(changed)}"

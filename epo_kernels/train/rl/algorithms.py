@@ -156,7 +156,7 @@ def _gigpo(credits: Sequence[Credit], config: AlgorithmConfig) -> list[Tensor]:
     The paper's anchor is the environment's state, which its code takes from the observation's text. Here too it is what
     the environment tells of itself, never the prompt with its history: ScienceWorld's look-around and inventory in
     their fixed order; ALFWorld's last answer to a move, and what is carried (nothing has changed after "Nothing
-    happens." or a look at things; the list of commands isn't part of it, so `env.admissible_commands` changes no
+    happens." or a look at things; the list of commands isn't part of it, so `admissible_commands` changes no
     anchor); practice's scene.
     """
     anchors: dict[tuple[int, str], int] = {}

@@ -11,6 +11,7 @@ import pytest
 
 from epo_kernels.train.envs import EnvConfig, EnvironmentFailure, Observation, make_suite
 from epo_kernels.train.envs.alfworld.games import DATA, TASK_NAMES, author_games
+from epo_kernels.train.envs.alfworld.suite import ALFWorldOptions
 from epo_kernels.train.envs.pool import EnvironmentPool
 
 
@@ -73,7 +74,7 @@ def test_what_the_policy_sees(suite, environment):
     assert "help" not in start.scene
     refused = environment.step("fly to the moon")
     assert (refused.valid, refused.observation.text, refused.reward) == (False, "Nothing happens.", 0)
-    plain = make_suite(EnvConfig(name="alfworld", admissible_commands=False)).make()
+    plain = make_suite(EnvConfig(name="alfworld", options=ALFWorldOptions(admissible_commands=False))).make()
     seen = plain.reset(task)
     assert seen.scene.startswith("You have: nothing. Places: a ")
     assert start.actions == ()
@@ -88,7 +89,7 @@ def test_what_the_policy_sees(suite, environment):
 
 @pytest.mark.parametrize("admissible", [True, False])
 def test_gigpo_meets_in_the_same_place_with_the_same_thing_in_hand(suite, admissible):
-    environment = make_suite(EnvConfig(name="alfworld", admissible_commands=admissible)).make()
+    environment = make_suite(EnvConfig(name="alfworld", options=ALFWorldOptions(admissible_commands=admissible))).make()
     task = suite.tasks("train")[0]
     start = environment.reset(task).state
     plan = environment.actions("plan", task)
@@ -206,8 +207,8 @@ def test_an_engine_imports_no_torch_and_ends_with_its_parent(suite, environment)
 
 def test_missing_data_and_wrong_names_are_told(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="did you mean 'pick_heat_then_place_in_recep'"):
-        make_suite(EnvConfig(name="alfworld", task_names=["pick_heat_then_place"]))
-    one = make_suite(EnvConfig(name="alfworld", task_names=[TASK_NAMES[3]], ood_task_names=[TASK_NAMES[1]]))
+        make_suite(EnvConfig(name="alfworld", options=ALFWorldOptions(task_names=["pick_heat_then_place"])))
+    one = make_suite(EnvConfig(name="alfworld", options=ALFWorldOptions([TASK_NAMES[3]], [TASK_NAMES[1]])))
     assert {task.name for task in one.tasks("train") + one.tasks("iid")} == {TASK_NAMES[3]}
     assert {task.name for task in one.tasks("ood")} == {TASK_NAMES[1]}
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))

@@ -34,7 +34,7 @@ class Scripted:
             raise EnvironmentFailure("ended while it hung")
         if action == "meet":
             self.suite.meeting.wait(timeout=10)
-        return StepResult(Observation("goal", action), 0.0, False, 0.0, False, False, True)
+        return StepResult(Observation("goal", action), 0.0, False, 0.0, False)
 
     def close(self):
         self.closed.set()

@@ -4,10 +4,19 @@ import random
 
 import pytest
 
-from epo_kernels.train.envs import EnvConfig, PracticeConfig, Task, make_suite, practice
-from epo_kernels.train.envs.practice import ACTIONS, IID_VARIATIONS, TRAIN_VARIATIONS, PracticeEnvironment, Room, rooms
+from epo_kernels.train.envs import EnvConfig, Task, make_suite, practice
+from epo_kernels.train.envs.practice import (
+    ACTIONS,
+    IID_VARIATIONS,
+    TRAIN_VARIATIONS,
+    PracticeEnvironment,
+    PracticeOptions,
+    Room,
+    rooms,
+)
+from epo_kernels.train.setting import ConfigError
 
-SMALL = PracticeConfig(length=3, spare_turns=2)
+SMALL = PracticeOptions(length=3, spare_turns=2)
 HAND_MADE = [
     Room("sun", night=False),  # left
     Room("sun", night=True, glint="silver", glint_way="ahead"),  # right
@@ -16,7 +25,7 @@ HAND_MADE = [
 
 
 def make(**settings):
-    return make_suite(EnvConfig(name="practice", practice=PracticeConfig(**settings)))
+    return make_suite(EnvConfig(name="practice", options=PracticeOptions(**settings)))
 
 
 def play(monkeypatch, actions):
@@ -84,7 +93,7 @@ def test_the_novice_knows_the_day_and_guesses_by_night():
     suite, night = make(length=8, spare_turns=3, demonstrator="novice"), []
     demonstrations = [suite.demonstrate(task) for task in suite.tasks("train")]
     for demonstration in demonstrations:
-        walk, passed = rooms(demonstration.task, suite._config), 0
+        walk, passed = rooms(demonstration.task, suite.config.options), 0
         for action in demonstration.actions:
             room, is_right = walk[passed], action == f"go {walk[passed].way}"
             if room.night:
@@ -101,7 +110,7 @@ def test_no_short_cut_ever_wins():
     suite = make()
     environment = suite.make()
     for task in suite.tasks("train")[:200] + suite.tasks("ood")[:200]:
-        walk = rooms(task, PracticeConfig())
+        walk = rooms(task, PracticeOptions())
         for chosen in [i for i, room in enumerate(walk) if room.glint][:3]:
             ways = [room.way for room in walk]
             ways.insert(chosen, walk[chosen].glint_way)  # the expert, but for one short cut
@@ -124,7 +133,7 @@ def test_the_habit_of_following_glints_is_paid_at_once_and_never_wins():
     for task in suite.tasks("train")[:100]:
         environment.reset(task)
         total, result = 0.0, None
-        for room in rooms(task, PracticeConfig()):
+        for room in rooms(task, PracticeOptions()):
             for way in filter(None, (room.glint_way, room.way)):
                 if result is None or not result.done:
                     result = environment.step(f"go {way}")
@@ -136,7 +145,7 @@ def test_the_habit_of_following_glints_is_paid_at_once_and_never_wins():
 
 def test_the_same_task_is_the_same_episode_and_another_is_another():
     def transcript(task):
-        environment, generator = PracticeEnvironment(PracticeConfig()), random.Random(0)
+        environment, generator = PracticeEnvironment(PracticeOptions()), random.Random(0)
         seen = [environment.reset(task)]
         for _ in range(1000):
             seen.append(environment.step(generator.choice(ACTIONS)))
@@ -148,7 +157,7 @@ def test_the_same_task_is_the_same_episode_and_another_is_another():
     assert transcript(Task("walk", 3)) != transcript(Task("walk", 4))
     assert transcript(Task("walk", 3)) != transcript(Task("walk", 3, seed=1))
     # Frozen: an episode that changes with a release makes old results incomparable.
-    assert [room.sign for room in rooms(Task("walk", 0), PracticeConfig())[:5]] == [
+    assert [room.sign for room in rooms(Task("walk", 0), PracticeOptions())[:5]] == [
         "sun",
         "tree",
         "bell",
@@ -164,36 +173,35 @@ def test_splits_are_disjoint_and_hold_the_reward_back_for_32_turns():
     assert not (train | iid) & ood
     assert len(train) == len(TRAIN_VARIATIONS)
     assert len(iid) == len(IID_VARIATIONS)
-    walks = [tuple(rooms(task, PracticeConfig())) for task in suite.tasks("train") + suite.tasks("iid")]
+    walks = [tuple(rooms(task, PracticeOptions())) for task in suite.tasks("train") + suite.tasks("iid")]
     assert len(set(walks)) == len(walks)
     assert min(map(len, walks)) == 32
 
 
 def test_difficulty_is_set_by_the_configuration():
-    assert {room.glint for room in rooms(Task("walk", 0), PracticeConfig(temptation=0))} == {None}
-    assert all(room.glint for room in rooms(Task("walk", 0), PracticeConfig(temptation=1)))
-    assert {room.sign for room in rooms(Task("walk", 0), PracticeConfig(signs=2, length=64))} == {"sun", "tree"}
+    assert {room.glint for room in rooms(Task("walk", 0), PracticeOptions(temptation=0))} == {None}
+    assert all(room.glint for room in rooms(Task("walk", 0), PracticeOptions(temptation=1)))
+    assert {room.sign for room in rooms(Task("walk", 0), PracticeOptions(signs=2, length=64))} == {"sun", "tree"}
     assert make(length=40, spare_turns=0).max_turns == 60  # the long walk is half as long again
     assert make_suite(EnvConfig(name="practice", max_turns=7)).max_turns == 7
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("options", "message"),
     [
-        (EnvConfig(name="practice", task_names=["run"]), "no task type 'run'; it has: walk, long-walk"),
-        (EnvConfig(name="practice", task_names=["long-walk"]), "held out"),
-        (EnvConfig(name="practice", practice=PracticeConfig(length=0)), "length"),
-        (EnvConfig(name="practice", practice=PracticeConfig(signs=13)), "1 to 12, not 13"),
-        (EnvConfig(name="practice", practice=PracticeConfig(temptation=1.5)), "temptation"),
-        (EnvConfig(name="practice", practice=PracticeConfig(demonstrator="nobody")), "expert, novice, not 'nobody'"),
-        (EnvConfig(name="practice", max_turns=0), "max_turns must be at least 1, not 0"),
-        (EnvConfig(name="practice", step_timeout=0), "above 0, not 0 and 120"),
-        (EnvConfig(name="parctice"), "'scienceworld', 'alfworld' or 'practice', not 'parctice'"),
+        ({"task_names": ["run"]}, "env.options.task_names must be one of walk, long-walk, got 'run'"),
+        ({"task_names": []}, "env.options.task_names must name at least one"),
+        ({"ood_task_names": []}, "env.options.ood_task_names must name at least one"),
+        ({"task_names": ["long-walk"]}, "held out"),
+        ({"length": 0}, "env.options.length must be at least 1, got 0"),
+        ({"signs": 13}, "env.options.signs must be 1 to 12, got 13"),
+        ({"temptation": 1.5}, "env.options.temptation"),
+        ({"demonstrator": "nobody"}, "one of expert, novice, got 'nobody'"),
     ],
 )
-def test_wrong_settings_are_refused_readably(config, message):
-    with pytest.raises(ValueError, match=message):
-        make_suite(config)
+def test_wrong_options_are_refused_readably(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**options)
 
 
 def test_an_unknown_split_is_refused():

@@ -11,8 +11,10 @@ pytest.importorskip("scienceworld", reason="the scienceworld extra isn't install
 
 from epo_kernels.train.envs import EnvConfig, EnvironmentFailure, Observation, Task, make_suite
 from epo_kernels.train.envs.pool import EnvironmentPool
+from epo_kernels.train.envs.scienceworld.environment import TASK_NAMES
 from epo_kernels.train.envs.scienceworld.jvm import Simulator, find_java
-from epo_kernels.train.envs.scienceworld.suite import SIMPLIFICATIONS, TASK_NAMES, ScienceWorldSuite
+from epo_kernels.train.envs.scienceworld.options import SIMPLIFICATIONS, ScienceWorldOptions
+from epo_kernels.train.envs.scienceworld.suite import ScienceWorldSuite
 
 pytestmark = pytest.mark.scienceworld
 
@@ -23,10 +25,8 @@ LIFESPAN = Task("lifespan-longest-lived", 3)
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
     names = ["find-non-living-thing", "lifespan-longest-lived", "grow-plant"]
-    config = EnvConfig(
-        task_names=names, ood_task_names=["find-animal", "boil"], cache_dir=str(tmp_path_factory.mktemp("cache"))
-    )
-    suite = make_suite(config)
+    options = ScienceWorldOptions(task_names=names, ood_task_names=["find-animal", "boil"])
+    suite = make_suite(EnvConfig(options=options, cache_dir=str(tmp_path_factory.mktemp("cache"))))
     yield suite
     suite.close()
 
@@ -68,7 +68,7 @@ def test_a_gold_path_without_idle_moves_earns_the_whole_return(suite, environmen
 
 def test_demonstrations_are_frozen(suite, monkeypatch):
     first = suite.demonstrate(LIFESPAN)
-    again = ScienceWorldSuite(suite._config)
+    again = ScienceWorldSuite(suite.config)
     monkeypatch.setattr(again, "make", lambda: pytest.fail("a frozen demonstration needs no JVM"))
     assert again.demonstrate(LIFESPAN) == first
 
@@ -191,7 +191,7 @@ def test_splits_are_disjoint_balanced_and_the_simulators_own(suite):
 
 
 def test_no_simplification(tmp_path):
-    suite = make_suite(EnvConfig(simplification="", cache_dir=str(tmp_path)))
+    suite = make_suite(EnvConfig(options=ScienceWorldOptions(simplification=""), cache_dir=str(tmp_path)))
     environment = suite.make()
     closed, opened, moved = play(environment, FIND, ["go to kitchen", "open door to kitchen", "go to kitchen"])
     environment.close()
@@ -201,8 +201,8 @@ def test_no_simplification(tmp_path):
 
 
 def test_a_gold_path_over_the_limit_of_ticks_is_refused(tmp_path):
-    suite = make_suite(EnvConfig(tick_limit=2, cache_dir=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"raise env\.tick_limit"):
+    suite = make_suite(EnvConfig(options=ScienceWorldOptions(tick_limit=2), cache_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"raise env\.options\.tick_limit"):
         suite.demonstrate(Task("find-animal", 0))
     assert not list(tmp_path.rglob("*.json"))
     suite.close()
@@ -242,7 +242,7 @@ class Watched:
 )
 def test_a_killed_or_hung_jvm_fails_alone_and_is_replaced(suite, blow, message):
     watched = Watched(suite)
-    watched.suite = make_suite(EnvConfig(step_timeout=6, cache_dir=suite._config.cache_dir))
+    watched.suite = make_suite(EnvConfig(step_timeout=6, cache_dir=suite.config.cache_dir))
     with EnvironmentPool(watched, 2, step_timeout=60) as pool:
         pool.reset_all([FIND, LIFESPAN])
         kept, hit = (next(e for e in watched.made if goal in e._goal) for goal in ("longest", "non-living"))
@@ -260,8 +260,8 @@ def test_a_killed_or_hung_jvm_fails_alone_and_is_replaced(suite, blow, message):
 
 
 def test_a_jvm_without_memory_says_what_to_raise():
-    starved = make_suite(EnvConfig(jvm_memory="24m"))
-    with pytest.raises(EnvironmentFailure, match=r"ran out of its 24m of memory; raise env\.jvm_memory"):
+    starved = make_suite(EnvConfig(options=ScienceWorldOptions(jvm_memory="24m")))
+    with pytest.raises(EnvironmentFailure, match=r"ran out of its 24m of memory; raise env\.options\.jvm_memory"):
         starved.make().reset(FIND)
 
 
@@ -295,22 +295,22 @@ def test_no_java_at_all_tells_the_cure(monkeypatch, tmp_path):
 
 
 def test_a_jvm_that_does_not_start_says_why():
-    with pytest.raises(EnvironmentFailure, match=r"didn't start.*heap.*env\.jvm_memory"):
+    with pytest.raises(EnvironmentFailure, match=r"didn't start.*heap.*env\.options\.jvm_memory"):
         Simulator("1k", timeout=5, start_timeout=20)
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("options", "message"),
     [
-        (EnvConfig(task_names=["boill"]), "no task type 'boill'; it has: boil, change-the-state"),
-        (EnvConfig(task_names=["boil"], ood_task_names=["boil"]), r"held out.*\['boil'\]"),
-        (EnvConfig(simplification="easy,fast"), r"\['fast'\] is none of easy, noElectricalAction"),
-        (EnvConfig(task_names=["power-component"], simplification="noElectricalAction"), "power-component impossible"),
-        (EnvConfig(progress_reward=1.0), r"progress_reward must be in \[0, 1\)"),
-        (EnvConfig(tick_limit=0), "tick_limit"),
-        (EnvConfig(jvm_memory="lots"), "256m or 1g, not 'lots'"),
+        ({"task_names": ["boill"]}, "no task type 'boill'; it has: boil, change-the-state"),
+        ({"task_names": ["boil"], "ood_task_names": ["boil"]}, r"held out.*boil"),
+        ({"simplification": "easy,fast"}, r"\['fast'\] is none of easy, noElectricalAction"),
+        ({"task_names": ["power-component"], "simplification": "noElectricalAction"}, "power-component impossible"),
+        ({"progress_reward": 1.0}, r"progress_reward must be in \[0, 1\)"),
+        ({"tick_limit": 0}, "tick_limit"),
+        ({"jvm_memory": "lots"}, "256m or 1g, got 'lots'"),
     ],
 )
-def test_wrong_settings_are_refused_before_anything_starts(config, message):
+def test_wrong_settings_are_refused_before_anything_starts(options, message):
     with pytest.raises(ValueError, match=message):
-        make_suite(config)
+        make_suite(EnvConfig(options=ScienceWorldOptions(**options)))

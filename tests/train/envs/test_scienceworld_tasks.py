@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("scienceworld", reason="the scienceworld extra isn't installed")
 
 from epo_kernels.train.envs import EnvConfig, Task, make_suite
-from epo_kernels.train.envs.scienceworld.suite import TASK_NAMES
+from epo_kernels.train.envs.scienceworld.environment import TASK_NAMES
+from epo_kernels.train.envs.scienceworld.options import ScienceWorldOptions
 
 HELD_OUT = ("boil", "chemistry-mix", "find-animal", "power-component", "use-thermometer")
 LISTED = [name for name in TASK_NAMES if name not in HELD_OUT]
@@ -14,7 +15,7 @@ LISTED = [name for name in TASK_NAMES if name not in HELD_OUT]
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
-    suite = make_suite(EnvConfig(task_names=LISTED, ood_task_names=list(HELD_OUT), cache_dir=cache))
+    suite = make_suite(EnvConfig(options=ScienceWorldOptions(LISTED, list(HELD_OUT)), cache_dir=cache))
     yield suite
     suite.close()
 
@@ -43,6 +44,11 @@ def test_a_gold_episode_of_an_unseen_variation(suite, name):
 
 def test_a_name_nearly_right_is_told():
     with pytest.raises(ValueError, match="did you mean 'lifespan-longest-lived'"):
-        make_suite(EnvConfig(task_names=["lifespan-longest-living"]))
+        make_suite(EnvConfig(options=ScienceWorldOptions(task_names=["lifespan-longest-living"])))
     with pytest.raises(ValueError, match="none of easy, noElectricalAction"):
-        make_suite(EnvConfig(simplification="easy,teleport"))
+        make_suite(EnvConfig(options=ScienceWorldOptions(simplification="easy,teleport")))
+
+
+def test_a_panel_without_held_out_task_types_is_refused():
+    with pytest.raises(ValueError, match=r"name its held-out task types in env\.options\.ood_task_names"):
+        make_suite(EnvConfig()).tasks("ood")

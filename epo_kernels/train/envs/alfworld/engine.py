@@ -1,14 +1,9 @@
-"""ALFWorld's engine, run as a program of its own: one JSON request a line comes in, one JSON answer a line goes out.
-
-TextWorld's PDDL games keep global state, so each engine has a process. This file is run by path and imports nothing
-of epo_kernels: with PyTorch in it, a process would need ten times the memory and the time to start.
-"""
+"""ALFWorld's engine. TextWorld's PDDL games keep global state, so each engine has a process of its own: a `Worker`."""
 
 import json
 import os
 import random
 import sys
-from collections.abc import Callable
 
 import alfworld.gen.constants as constants
 import alfworld.gen.goal_library as goals
@@ -167,30 +162,10 @@ def _with_knives(types: list[str]) -> list[str]:
     return sorted({*types, "Knife", "ButterKnife"})
 
 
-def main() -> None:
-    # The libraries print: what they write to stdout must not get between the answers.
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
-        os.dup2(2, 1)
-        player = Player()
-        calls: dict[str, Callable[..., object]] = {
-            "rules": tell_rules,
-            "reset": player.reset,
-            "step": player.step,
-            "expert": expert_actions,
-            "plan": planned_actions,
-            "author": author,
-        }
-        answers.write('{"answer": "ready"}\n')
-        answers.flush()
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                answer = {"answer": calls[request["call"]](**request["arguments"])}
-            except Exception as error:  # a broken game file, say: told to whoever asked
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
+class Engine(Player):
+    """What a `Worker` serves."""
 
-
-if __name__ == "__main__":
-    main()
+    rules = staticmethod(tell_rules)
+    expert = staticmethod(expert_actions)
+    plan = staticmethod(planned_actions)
+    author = staticmethod(author)

@@ -23,7 +23,7 @@ from typing import Any
 
 from epo_kernels.train.envs.workers import Worker
 
-ENGINE = Path(__file__).with_name("engine.py")
+ENGINE = "epo_kernels.train.envs.alfworld.engine:Engine"
 DATA = "json_2.1.1"  # the folder that ALFWORLD_DATA holds
 PANELS = {"train": "train", "iid": "valid_seen", "ood": "valid_unseen"}
 TASK_NAMES = (

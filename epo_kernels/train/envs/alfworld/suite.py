@@ -1,19 +1,20 @@
 """ALFWorld (Shridhar et al. 2021), the real text engine: six types of household task.
 
 The games are those that `alfworld-download` puts into ALFWORLD_DATA; where that isn't set, a small set that
-alfworld_games.py authors. Panels: train, valid_seen ("iid", known rooms) and valid_unseen ("ood", other rooms).
+games.py authors. Panels: train, valid_seen ("iid", known rooms) and valid_unseen ("ood", other rooms).
 
 Reward is 1 for the action that completes the task and 0 for any other (the published EPO code: 10 and 0; group and
 whitened advantages are the same). So a return lies in 0..1; score is 0 or 100, and what the published code counts as
 success, "done and score > 0", is here the same as success.
 """
 
-import importlib.util
 import logging
 import os
 import re
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import ClassVar
 
 from epo_kernels.train.envs.alfworld.games import (
     DATA,
@@ -27,6 +28,7 @@ from epo_kernels.train.envs.base import (
     SPLITS,
     Demonstration,
     EnvConfig,
+    Environment,
     EnvironmentFailure,
     Observation,
     StepResult,
@@ -35,10 +37,10 @@ from epo_kernels.train.envs.base import (
     unknown_task_name,
 )
 from epo_kernels.train.envs.demonstrations import cache_folder, play
-from epo_kernels.train.envs.idle import IdleEnvironments
+from epo_kernels.train.envs.suite import Suite
+from epo_kernels.train.setting import one_of, setting
 
-DEFAULT_MAX_TURNS = 50  # the paper's
-EMBEDDED_FORMAT = 1  # raise it when alfworld_games.py authors other games
+EMBEDDED_FORMAT = 1  # raise it when games.py authors other games
 _NOTHING = "Nothing happens."  # the engine's answer to what it doesn't understand
 _LOOKS = re.compile(r"(look|inventory|examine|help)\b")  # actions that change nothing
 
@@ -46,7 +48,16 @@ _TASK = re.compile(r"\s*Your task is to: (.+?)\.?\s*$", re.DOTALL)
 _SEEN = re.compile(r"Looking quickly around you, you see (.+?)\.", re.DOTALL)
 
 
-class ALFWorldEnvironment:
+@dataclass
+class ALFWorldOptions:
+    """ALFWorld: its household tasks, and what observations show."""
+
+    task_names: list[str] = setting([], "task types of train and iid; []: all six", one_of(*TASK_NAMES))
+    ood_task_names: list[str] = setting([], "task types of ood; []: those of task_names", one_of(*TASK_NAMES))
+    admissible_commands: bool = setting(True, "list the admissible commands in the prompt, as published")
+
+
+class ALFWorldEnvironment(Environment):
     """One engine in a process of its own, started at once. Belongs to one thread at a time.
 
     Args:
@@ -114,7 +125,6 @@ class ALFWorldEnvironment:
             done=won,
             score=100.0 * won,
             success=won,
-            official_success=won,
             valid=answer != _NOTHING,
         )
 
@@ -131,7 +141,7 @@ class ALFWorldEnvironment:
         carried = f"You have: {self._carried}."
         state = f"{carried} {self._arrival}"
         actions = tuple(command for command in commands if command != "help")  # as in the published prompts
-        if self._config.admissible_commands:
+        if self._config.options.admissible_commands:
             return Observation(self._goal, answer, f"{carried} You can: {', '.join(actions)}.", state)
         return Observation(self._goal, answer, f"{carried} Places: {self._places}.", state, actions)
 
@@ -179,34 +189,28 @@ def _is_solvable(path: Path) -> bool:
     return re.search(rb'"solvable":\s*true', path.read_bytes()) is not None
 
 
-def _check(config: EnvConfig) -> None:
-    if importlib.util.find_spec("alfworld") is None:
-        raise ImportError("env.name=alfworld needs the package alfworld: pip install 'epo-kernels[alfworld]'")
-    for name in [*config.task_names, *config.ood_task_names]:
-        if name not in TASK_NAMES:
-            raise ValueError(f"env.task_names, env.ood_task_names: {unknown_task_name('ALFWorld', name, TASK_NAMES)}")
-
-
-class ALFWorldSuite:
+class ALFWorldSuite(Suite):
     """ALFWorld's tasks.
 
-    "train" and "iid" hold the games of `env.task_names` (none named: all six types) in train and valid_seen, "ood"
-    those of `env.ood_task_names` (none named: the same types) in valid_unseen. Task types take turns, so any first n
-    tasks are a balanced panel. A variation counts a type's games through all panels, in the order of their paths.
+    "train" and "iid" hold the games of `task_names` in train and valid_seen, "ood" those of `ood_task_names` in
+    valid_unseen. Task types take turns, so any first n tasks are a balanced panel. A variation counts a type's games
+    through all panels, in the order of their paths.
 
     Raises:
-        ImportError: the package isn't installed.
-        ValueError: an unknown task type, or data that isn't there.
+        ValueError: the data are missing.
     """
 
-    name = "alfworld"
+    Options = ALFWorldOptions
+    panels = ("iid", "ood", "train")
+    default_max_turns = 50  # the paper's
+    lists_actions = True
+    requires: ClassVar = {"alfworld": "epo-kernels[alfworld]"}
 
     def __init__(self, config: EnvConfig) -> None:
-        _check(config)
-        self._config = config
-        self.max_turns = DEFAULT_MAX_TURNS if config.max_turns is None else config.max_turns
-        names = list(config.task_names) or list(TASK_NAMES)
-        self._names = {"train": names, "iid": names, "ood": list(config.ood_task_names) or names}
+        super().__init__(config)
+        options: ALFWorldOptions = config.options
+        names = options.task_names or list(TASK_NAMES)
+        self._names = {"train": names, "iid": names, "ood": options.ood_task_names or names}
         given = os.environ.get("ALFWORLD_DATA")
         self._data = Path(given).expanduser() if given else _embedded(config)
         self._columns: dict[tuple[str, str], list[Task]] = {}
@@ -219,7 +223,6 @@ class ALFWorldSuite:
                 self._columns[split, name] = tasks
                 self._files.update(zip(tasks, found[split][name], strict=True))
                 variation += len(tasks)
-        self._idle = IdleEnvironments(self.make)
 
     def tasks(self, split: str) -> list[Task]:
         """Raises ValueError for an unknown split, or where the data hold no game of it."""
@@ -232,7 +235,7 @@ class ALFWorldSuite:
         return tasks
 
     def make(self) -> ALFWorldEnvironment:
-        return ALFWorldEnvironment(self._config, self._data, self._files)
+        return ALFWorldEnvironment(self.config, self._data, self._files)
 
     def demonstrate(self, task: Task) -> Demonstration:
         """The expert's episode, which explores as a player must; where it needs too many turns, the planner's.
@@ -241,7 +244,7 @@ class ALFWorldSuite:
             ValueError: no such task, or neither wins within the turns.
             EnvironmentFailure: the engine died or hung.
         """
-        with self._idle.borrow() as environment:
+        with self.borrow() as environment:
             demonstration = self._demonstrate(environment, task)
         if demonstration is None:
             raise ValueError(
@@ -258,10 +261,6 @@ class ALFWorldSuite:
                 if demonstration.score == 100:
                     return demonstration
         return None
-
-    def close(self) -> None:
-        """End the engines kept for demonstrations. The suite stays usable."""
-        self._idle.close()
 
 
 def _embedded(config: EnvConfig) -> Path:

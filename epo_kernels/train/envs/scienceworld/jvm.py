@@ -154,7 +154,7 @@ class Simulator:
             said = " ".join((complaint + errors.read()).decode(errors="replace").split())[:500]
             raise EnvironmentFailure(
                 f"a ScienceWorld JVM didn't start within {timeout:g} s (it said: {said or 'nothing'}). "
-                "Check env.jvm_memory, raise env.start_timeout or lower rollout.environments."
+                "Check env.options.jvm_memory, raise env.start_timeout or lower rollout.environments."
             ) from None
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -170,7 +170,7 @@ class Simulator:
             return function(*arguments)
         except Py4JJavaError as error:
             message = str(error.java_exception.toString())
-            cure = "raise env.jvm_memory" if "OutOfMemory" in message else "the environment must be replaced"
+            cure = "raise env.options.jvm_memory" if "OutOfMemory" in message else "the environment must be replaced"
             raise EnvironmentFailure(f"the ScienceWorld simulator failed: {message}; {cure}") from error
         except (Py4JError, OSError) as error:
             raise EnvironmentFailure(self._obituary(error)) from error
@@ -188,11 +188,11 @@ class Simulator:
         if code == _OUT_OF_MEMORY:
             return (
                 f"a ScienceWorld JVM (process {self.process.pid}) ran out of its {self._memory} of memory; "
-                "raise env.jvm_memory"
+                "raise env.options.jvm_memory"
             )
         return (
             f"a ScienceWorld JVM (process {self.process.pid}) ended with code {code}; "
-            "if it was killed for memory, lower env.jvm_memory or rollout.environments"
+            "if it was killed for memory, lower env.options.jvm_memory or rollout.environments"
         )
 
     def close(self) -> None:

@@ -1,0 +1,63 @@
+"""The base class of all environments' suites, and of plug-ins."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from epo_kernels.train.envs.base import Demonstration, EnvConfig, Environment, NoOptions, Task
+from epo_kernels.train.envs.idle import IdleEnvironments
+
+
+class Suite(ABC):
+    """A family of tasks, as `env.name` names it. Its methods may be called from any thread.
+
+    A plug-in derives from this class. It must define `tasks` and `make`; it should define `demonstrate`, since a model
+    from scratch is cloned from demonstrations first. The rest has defaults.
+
+    Args:
+        config: the `env.*` settings; `config.options` is an instance of `Options`.
+
+    Raises:
+        ValueError: options that don't work, named as the user writes them (env.options.size).
+    """
+
+    Options: ClassVar[type] = NoOptions  # the dataclass of env.options.* (see train/setting.py)
+    panels: ClassVar[tuple[str, ...]] = ("iid",)  # the splits that can be evaluated; the first is the default
+    default_max_turns: ClassVar[int] = 30  # actions an episode, unless env.max_turns says otherwise
+    lists_actions: ClassVar[bool] = False  # whether `Observation.actions` is filled in
+    requires: ClassVar[Mapping[str, str]] = {}  # {module that must be importable: what pip installs for it}
+
+    def __init__(self, config: EnvConfig) -> None:
+        self.config = config
+        self.name = config.name
+        self.max_turns = self.default_max_turns if config.max_turns is None else config.max_turns
+        self._idle = IdleEnvironments(self.make)
+
+    @abstractmethod
+    def tasks(self, split: str) -> list[Task]:
+        """The tasks of "train" or a panel, always in the same order. Panels share no task with "train" or each other
+        (one of them may be "train" itself).
+        """
+
+    @abstractmethod
+    def make(self) -> Environment:
+        """A new environment. It is used in one thread, beside others in theirs (see `ProcessEnvironment`)."""
+
+    def demonstrate(self, task: Task) -> Demonstration:
+        """An episode worth imitating.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError(f"{self.name} has no demonstrations; set model.warm_start.demonstrations=0")
+
+    def borrow(self) -> AbstractContextManager[Any]:
+        """An environment for the caller alone, inside `with`: for listing tasks and demonstrating. It is kept for the
+        next caller.
+        """
+        return self._idle.borrow()
+
+    def close(self) -> None:
+        """End the environments that were borrowed. The suite stays usable."""
+        self._idle.close()
