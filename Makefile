@@ -53,13 +53,13 @@ lint: venv
 BENCH_PYTHON = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 BENCH = -m pytest bench -p no:xdist --benchmark-columns=median,iqr,rounds
 
-# On a quiet machine: figures go to bench/results/<machine> and into the README.
+# On a quiet machine: figures go to bench/results/<machine>, docs/performance.md and the README.
 bench: venv
-	$(RUN) $(BENCH) --bench-device=cpu --bench-budget=480 $(ARGS); status=$$?; $(RUN) -m bench.report --readme && exit $$status
+	$(RUN) $(BENCH) --bench-device=cpu --bench-budget=480 $(ARGS); status=$$?; $(RUN) -m bench.report --pages && exit $$status
 
 bench-gpu:
 	$(BENCH_PYTHON) $(BENCH) --bench-device=cuda $(ARGS); status=$$?; \
-		$(BENCH_PYTHON) -m bench.report --readme && exit $$status
+		$(BENCH_PYTHON) -m bench.report --pages && exit $$status
 
 # make bench-compare BASE=an/older/results.json [NEW=a/newer/one]
 bench-compare:
