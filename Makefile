@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: venv train evidence test fuzz test-integrations lint bench bench-gpu bench-compare gpu-check clean
+.PHONY: venv train evidence test fuzz test-integrations lint docs dist bench bench-gpu bench-compare gpu-check clean
 
 venv: $(STAMP)
 
@@ -48,6 +48,15 @@ lint: venv
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# The documentation site, in site/; a broken link or a docstring that cannot be read is an error.
+docs: venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+# sdist and wheel, in dist/. tests/integrations/dist installs the wheel into a fresh environment.
+dist: venv
+	$(RUN) -m build
 
 # Benchmarks run under .venv where there is one, else under $(PYTHON): GPU machines bring their own PyTorch.
 BENCH_PYTHON = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
