@@ -1,4 +1,4 @@
-"""The documentation site: built strictly, laid out whole on a desk and on a phone, without a request to anywhere else."""
+"""The documentation site: builds strictly, fits a desktop and a phone window, and sends no request elsewhere."""
 
 import os
 import shutil
