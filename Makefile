@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: venv train evidence test fuzz test-integrations lint bench bench-gpu bench-compare gpu-check clean
+.PHONY: venv train evidence test fuzz test-integrations lint docs dist bench bench-gpu bench-compare gpu-check clean
 
 venv: $(STAMP)
 
@@ -49,17 +49,26 @@ lint: venv
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# The documentation site, in site/; a broken link or a docstring that cannot be read is an error.
+docs: venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+# sdist and wheel, in dist/. tests/integrations/dist installs the wheel into a fresh environment.
+dist: venv
+	$(RUN) -m build
+
 # Benchmarks run under .venv where there is one, else under $(PYTHON): GPU machines bring their own PyTorch.
 BENCH_PYTHON = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 BENCH = -m pytest bench -p no:xdist --benchmark-columns=median,iqr,rounds
 
-# On a quiet machine: figures go to bench/results/<machine> and into the README.
+# On a quiet machine: figures go to bench/results/<machine>, docs/performance.md and the README.
 bench: venv
-	$(RUN) $(BENCH) --bench-device=cpu --bench-budget=480 $(ARGS); status=$$?; $(RUN) -m bench.report --readme && exit $$status
+	$(RUN) $(BENCH) --bench-device=cpu --bench-budget=480 $(ARGS); status=$$?; $(RUN) -m bench.report --pages && exit $$status
 
 bench-gpu:
 	$(BENCH_PYTHON) $(BENCH) --bench-device=cuda $(ARGS); status=$$?; \
-		$(BENCH_PYTHON) -m bench.report --readme && exit $$status
+		$(BENCH_PYTHON) -m bench.report --pages && exit $$status
 
 # make bench-compare BASE=an/older/results.json [NEW=a/newer/one]
 bench-compare:

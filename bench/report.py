@@ -1,4 +1,4 @@
-"""From results.json to Markdown, plots and the README's section: `python -m bench.report --help`."""
+"""From results.json to Markdown, plots, docs/performance.md and the README: `python -m bench.report --help`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bench.cases import SUITES
 from bench.implementations import COMPILED, EAGER
 from bench.records import RESULTS, Machine, Record, merged, read, write
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- performance: begin (python -m bench.report --readme) -->", "<!-- performance: end -->"
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- performance: begin (python -m bench.report --pages) -->", "<!-- performance: end -->"
 
 _NOTHING_YET = (
     "No figures are committed yet. `make bench` (CPU) and `make bench-gpu` measure and write "
-    "`bench/results/<machine>/results.json`; `python -m bench.report --readme` puts them here."
+    "`bench/results/<machine>/results.json`; `python -m bench.report --pages` puts them here."
 )
 _HOW_TO_RERUN = (
     "`make bench` and `make bench-gpu` measure again; `make bench-compare BASE=an/older/results.json` says what "
@@ -141,32 +141,83 @@ def _median(named: dict[str, Record], impl: str) -> str:
     return number(record.median_ms) if record.median_ms is not None else record.gate.partition(":")[0]
 
 
-def readme_section(results: Path = RESULTS) -> str:
-    """What stands between the README's markers."""
-    parts = ["## Performance"]
+def performance_page(results: Path = RESULTS) -> str:
+    """What docs/performance.md has between its markers."""
     files = sorted(results.glob("*/results.json"))
     if not files:
-        parts.append(_NOTHING_YET)
-    else:
-        parts.append(_HOW_TO_READ)
-        for path in files:
-            machine, records = read(path)
-            link = f"[Full tables](bench/results/{path.parent.name}/report.md)."
-            parts += [f"### {machine.machine}", f"{provenance(machine, records)} {link}", summary_table(records)]
-        parts.append(_HOW_TO_RERUN)
-    return "\n\n".join(parts)
+        return _NOTHING_YET
+    parts = [_HOW_TO_READ]
+    for path in files:
+        machine, records = read(path)
+        where = f"The full tables are in `bench/results/{path.parent.name}/report.md`."
+        parts += [f"## {machine.machine}", f"{provenance(machine, records)} {where}", summary_table(records)]
+    return "\n\n".join([*parts, _HOW_TO_RERUN])
 
 
-def with_section(readme: str, section: str) -> str:
-    """The README with what stands between its markers replaced.
+HEADLINES = {  # cases that the README names, in words
+    "loss/qwen2.5-3b/128/fp32/100%": "whole loss from logits, 128 tokens × 151,936",
+    "linear-loss/d512-v32000/1024/fp32/100%": "from hidden states, 1,024 tokens × 512 × 32,000",
+    "linear-loss/d512-v32000/1024/fp32/15%": "the same, 15 % of tokens unmasked",
+    "linear-loss/d64-v151936/4096/fp32/100%/512MB": "from hidden states, 4,096 tokens × 64 × 151,936",
+}
+
+
+def headline_table(results: Path = RESULTS) -> str:
+    """What the README has between its markers: ratios of a few cases, machine by machine."""
+    rows: list[list[Cell]] = []
+    for path in sorted(results.glob("*/results.json")):
+        machine, records = read(path)
+        for case, named in cases_of(records).items():
+            ours = fastest(record for record in named if record.ours)
+            if case not in HEADLINES or ours is None:
+                continue
+            by_name = {record.impl: record for record in named}
+            eager, compiled = by_name.get(EAGER), by_name.get(COMPILED)
+            rows.append(
+                [
+                    HEADLINES[case],
+                    machine.machine,
+                    _times(ours.ratio_to_floor),
+                    _times(_ratio(eager and eager.median_ms, ours.median_ms)),
+                    _times(_ratio(compiled and compiled.median_ms, ours.median_ms)),
+                    _times(_ratio(eager and eager.peak_mb, ours.peak_mb)),
+                ]
+            )
+    header = (
+        "forward + backward",
+        "machine",
+        "time / floor",
+        "eager / ours",
+        "torch.compile / ours",
+        "eager memory / ours",
+    )
+    return markdown_table(header, rows) if rows else _NOTHING_YET
+
+
+def _ratio(other: float | None, ours: float | None) -> float | None:
+    return None if other is None or not ours else other / ours
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{number(ratio, 2)} ×"
+
+
+PAGES: dict[Path, Callable[[], str]] = {
+    ROOT / "docs" / "performance.md": performance_page,
+    ROOT / "README.md": headline_table,
+}
+
+
+def with_section(page: str, section: str) -> str:
+    """The page with the text between its markers replaced.
 
     Raises:
-        ValueError: the markers aren't there.
+        ValueError: the page has no markers.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md must hold the lines {BEGIN} and {END}, one after the other")
+        raise ValueError(f"the page must contain the lines {BEGIN} and {END}, in this order")
     return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
 
 
@@ -261,8 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--results", type=Path, help="one results.json (default: all of bench/results)")
     parser.add_argument("--out", type=Path, help="folder for report.md and plots (default: beside results.json)")
-    parser.add_argument("--readme", action="store_true", help="write the README's section too")
-    parser.add_argument("--keep", action="store_true", help="put --results into bench/results, and do --readme")
+    parser.add_argument("--pages", action="store_true", help="update README.md and docs/performance.md too")
+    parser.add_argument("--keep", action="store_true", help="copy --results into bench/results, and update the pages")
     parser.add_argument("--print", action="store_true", help="print the summary, and write nothing")
     options = parser.parse_args(arguments)
     if options.print:
@@ -272,11 +323,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         machine, found = read(options.results)
         kept = RESULTS / machine.folder / "results.json"
         write(kept, *merged(kept, machine, found))
-        options.results, options.readme = kept, True
+        options.results, options.pages = kept, True
     for path in [options.results] if options.results else sorted(RESULTS.glob("*/results.json")):
         write_report(path, options.out or path.parent)
-    if options.readme:
-        README.write_text(with_section(README.read_text(), readme_section()))
+    if options.pages:
+        for page, section in PAGES.items():
+            page.write_text(with_section(page.read_text(), section()))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from epo_kernels.reference import EPOOutput
 from epo_kernels.schedule import phase_weight
 from epo_kernels.shaping import shape_advantages
 
+__version__ = "0.1.0"
+
 __all__ = [
     "EPOConfig",
     "EPOLoss",
@@ -26,6 +28,7 @@ __all__ = [
     "EntropyHistory",
     "LinearEPOLoss",
     "LossMetrics",
+    "__version__",
     "available_backends",
     "epo_loss",
     "epo_loss_from_log_probs",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PAGES = [EXAMPLES.parent / "docs" / name for name in ("loss.md", "trl.md", "verl.md")]
 
 
 def test_the_bare_loop_learns():
@@ -18,7 +19,7 @@ def test_the_bare_loop_learns():
 WITH_A_LOSS = [file for file in EXAMPLES.glob("*.py") if file.name != "my_environment.py"]
 
 
-@pytest.mark.parametrize("file", [*WITH_A_LOSS, EXAMPLES.parent / "README.md"], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [*WITH_A_LOSS, *PAGES], ids=lambda file: file.name)
 def test_a_restoring_band_holds_turns(file):
     """docs/entropy_control.md: "segment" whenever αβk > 1 or κ_l > 0."""
     text = file.read_text()

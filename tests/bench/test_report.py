@@ -1,4 +1,4 @@
-"""Tables say what the records say; the README is in step with the committed results."""
+"""Tables say what the records say; README and docs are in step with the committed results."""
 
 from dataclasses import replace
 
@@ -17,11 +17,10 @@ RECORDS = [
 ]
 
 
-def test_readme_is_in_step_with_the_results():
-    readme = report.README.read_text()
-    assert report.with_section(readme, report.readme_section()) == readme, (
-        "the README's figures aren't those of bench/results; run: python -m bench.report --readme"
-    )
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_pages_are_in_step_with_the_results(page):
+    text = page.read_text()
+    assert report.with_section(text, report.PAGES[page]()) == text, "run: python -m bench.report --pages"
 
 
 def test_reports_are_in_step_with_the_results():
@@ -32,21 +31,28 @@ def test_reports_are_in_step_with_the_results():
 
 def test_section_changes_with_a_figure(tmp_path):
     records.write(tmp_path / "h200" / "results.json", MACHINE, RECORDS)
-    section = report.readme_section(tmp_path)
+    section = report.performance_page(tmp_path)
     assert "1.31 (cuda)" in section
     assert "2.40 (TRL logprob_entropy)" in section
     assert "2026-11-21, commit abc1234" in section
     readme = report.with_section(f"before\n{report.BEGIN}\n{report.END}\nafter\n", section)
     records.write(tmp_path / "h200" / "results.json", MACHINE, [replace(RECORDS[0], median_ms=1.5), *RECORDS[1:]])
-    assert report.with_section(readme, report.readme_section(tmp_path)) != readme
+    assert report.with_section(readme, report.performance_page(tmp_path)) != readme
 
 
 def test_section_without_results_says_how_to_get_them(tmp_path):
-    assert "No figures are committed yet" in report.readme_section(tmp_path)
+    assert "No figures are committed yet" in report.performance_page(tmp_path)
 
 
-def test_readme_without_markers_is_refused():
-    with pytest.raises(ValueError, match="must hold the lines"):
+def test_headlines_are_ratios_of_one_run(tmp_path):
+    named = "loss/qwen2.5-3b/128/fp32/100%"
+    found = [record(named, "ours:cpu", 2.0, floor_ms=1.0, peak_mb=10.0), record(named, "eager", 30.0, peak_mb=50.0)]
+    records.write(tmp_path / "cpu" / "results.json", MACHINE, found)
+    assert "| 15 × | – | 5.0 × |" in report.headline_table(tmp_path)
+
+
+def test_a_page_without_markers_is_rejected():
+    with pytest.raises(ValueError, match="performance: begin"):
         report.with_section("nothing here", "section")
 
 

@@ -1,4 +1,4 @@
-"""The example script and the README's, as their reader would run them."""
+"""The example script and the code of docs/trl.md, as their reader would run them."""
 
 import re
 import runpy
@@ -19,10 +19,10 @@ def test_the_example_learns(tmp_path, monkeypatch):
     assert trainer.history.means()[0] > 0
 
 
-def test_the_readmes_snippet_runs(folder, tmp_path, monkeypatch):
+def test_the_pages_code_runs(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    section = (SCRIPT.parents[1] / "README.md").read_text().split("## Inside TRL")[1]
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    page = (SCRIPT.parents[1] / "docs" / "trl.md").read_text()
+    code = re.search(r"```python[^\n]*\n(.*?)```", page, re.DOTALL).group(1)
     small = '"runs/epo", use_cpu=True, max_completion_length=32,'
     code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", folder).replace('"runs/epo",', small)
     names = {"my_reward": length_reward, "my_prompts": Dataset.from_dict({"prompt": ["ab"]})}

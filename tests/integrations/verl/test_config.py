@@ -1,4 +1,4 @@
-"""The keys: the README's command line through verl's own config, and what is refused."""
+"""The keys: the command line of docs/verl.md through verl's own config, and what is refused."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ from epo_kernels.integrations.verl import EngineLoss
 from epo_kernels.integrations.verl_keys import EPOSettings
 from tests.integrations.verl.harness import actor_config, batch_of, episodes, forward_of_its_own
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "verl.md"
 EPO = "actor_rollout_ref.actor.policy_loss.epo"
 HINGE = ["actor_rollout_ref.actor.policy_loss.loss_mode=epo", f"+{EPO}.penalty=hinge"]
 ENGINE = [
@@ -39,18 +39,18 @@ def actor_of(overrides):
     return omega_conf_to_dataclass(composed([*ENGINE, *overrides]).actor_rollout_ref.actor)
 
 
-def readme_overrides():
-    """What the README's command line says after `python -m verl.trainer.main_ppo`, and its environment variable."""
-    block = re.search(r"```\n(export VERL_USE_EXTERNAL_MODULES=.*?)```", README.read_text(), re.DOTALL).group(1)
+def overrides_of_the_page():
+    """What the page's command line says after `python -m verl.trainer.main_ppo`, and its environment variable."""
+    block = re.search(r"```\n(export VERL_USE_EXTERNAL_MODULES=.*?)```", PAGE.read_text(), re.DOTALL).group(1)
     export, command = block.split("\n", 1)
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:3] == ["python", "-m", "verl.trainer.main_ppo"]
     return shlex.split(export, comments=True)[1], words[3:]
 
 
-def test_the_readmes_command_line_trains(model_path, tmp_path):
+def test_the_command_line_of_the_page_trains(model_path, tmp_path):
     """Its overrides through verl's config into verl's actor worker, with the model and the sizes of a test."""
-    export, overrides = readme_overrides()
+    export, overrides = overrides_of_the_page()
     assert export == "VERL_USE_EXTERNAL_MODULES=epo_kernels.integrations.verl"
     small = [
         f"actor_rollout_ref.model.path={model_path}",
@@ -79,20 +79,19 @@ def test_the_readmes_command_line_trains(model_path, tmp_path):
     assert saved["num_steps"] == 2
 
 
-def test_the_readmes_way_into_a_running_ray_cluster():
-    (override,) = re.findall(r"`(\+ray_kwargs\S+)`", README.read_text())
+def test_the_pages_way_into_a_running_ray_cluster():
+    (override,) = re.findall(r"`(\+ray_kwargs\S+)`", PAGE.read_text())
     environment = composed([override]).ray_kwargs.ray_init.runtime_env.env_vars
     assert environment == {"VERL_USE_EXTERNAL_MODULES": "epo_kernels.integrations.verl"}
 
 
-def test_the_readme_names_every_key_and_no_other():
-    section = README.read_text().split("## Inside verl")[1].split("\n## ")[0]
-    keys = re.search(r"stand the band's: (.*?)\. An\s", section, re.DOTALL).group(1)
+def test_the_page_names_every_key_and_no_other():
+    keys = re.search(r"under `policy_loss\.epo`: (.*?)\.\s", PAGE.read_text(), re.DOTALL).group(1)
     assert re.findall(r"`(\w+)`", keys) == list(EPOSettings.__dataclass_fields__)
 
 
-def test_the_readmes_settings_of_the_paper():
-    words = re.search(r"The paper's\s+are `(.*?)`", README.read_text(), re.DOTALL).group(1).split()
+def test_the_pages_settings_of_the_paper():
+    words = re.search(r"The paper's\s+are `(.*?)`", PAGE.read_text(), re.DOTALL).group(1).split()
     overrides = [f"+{EPO}.{word}" for word in words]
     verls = ["entropy_coeff=0.001", "use_kl_loss=true", "kl_loss_coef=0.01"]
     actor = actor_of([HINGE[0], *overrides, *(f"actor_rollout_ref.actor.{word}" for word in verls)])
