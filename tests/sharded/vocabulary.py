@@ -115,7 +115,7 @@ def case_padding_of_the_head_is_never_read(rank, world):
 def case_bad_bounds_are_counted_and_make_the_loss_nan(rank, world):
     case, columns = busy_case(vocab=12), own_columns(12, rank, world, "even")
     case["entropy_bounds"][0][0, 0] = math.nan
-    with mock.patch("epo_kernels.inputs.checks_values", return_value=False):
+    with mock.patch("epo_kernels.inputs.checks.checks_values", return_value=False):
         out, gradient = run_columns(case, FUSED, columns)
     assert out.loss.isnan()
     assert out.metrics.invalid_tokens == 1
@@ -385,7 +385,7 @@ def case_invalid_tokens_are_counted(rank, world):
         case["vocab_size"] = 37
         case["tokens"][1:] %= 37
         case["tokens"][0, 4] = 3
-        with mock.patch.object(inputs, "checks_values", return_value=False):  # as on CUDA
+        with mock.patch.object(inputs.checks, "checks_values", return_value=False):  # as on CUDA
             ours, gradient = run_columns(case, backend, columns)
             whole, expected = run(case)
         assert metrics_of(ours)["invalid_tokens"] == 4
