@@ -15,8 +15,8 @@ from torch.testing import assert_close
 
 import epo_kernels as ek
 from epo_kernels import backends, inputs
-from epo_kernels.fused import sharded
 from epo_kernels.fused.backend import FusedBackend
+from epo_kernels.shard import gather
 from tests.backends.matrix import BUSY, assert_no_worse, busy_case, moved
 from tests.cases import POLICY_VARIANTS, metrics_of, policy_config, run, to_packed
 from tests.eager_rows import EagerRows
@@ -48,7 +48,7 @@ def own_columns(total, rank, world, kind):
 
 def assert_same_on_all_ranks(*values):
     for value in values:
-        for other in sharded.gather(value.detach(), dist.group.WORLD):
+        for other in gather(value.detach(), dist.group.WORLD):
             assert_close(other, value.detach(), rtol=0, atol=0, equal_nan=True)
 
 
