@@ -46,7 +46,10 @@ class LossArguments:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> LossArguments:
-        """Those of the arguments that belong here, by name."""
+        """Those of the arguments that belong here, by name: the public functions pass their `locals()`.
+
+        Their signatures name every argument for editors; nothing repeats the list after them.
+        """
         return cls(**{name: value for name, value in arguments.items() if name in _LOSS_ARGUMENTS})
 
 
