@@ -11,9 +11,9 @@ import torch
 
 from bench import peers, records
 from bench.cases import STEPS, SUITES, Case
-from bench.implementations import implementations
 from bench.measure import Lap, stopwatch
 from bench.records import Machine, Record
+from bench.roster import implementations
 from bench.runner import LOST, Budget, DeviceLost, measure_case
 
 DEVICE_LOST_EXIT = 3

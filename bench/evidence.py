@@ -24,132 +24,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from bench import experiments
+from bench.evidence_page import page, plot
+from bench.experiments import ARMS, CLONING, EXPERIMENTS, NO_ENTROPY, RL, Outcome, read
 from epo_kernels.train.__main__ import keep_freed_memory
 from epo_kernels.train.config import TrainConfig, load_config
-from epo_kernels.train.evaluate import paired_interval
 from epo_kernels.train.io.tracking import read_evaluation, write_atomically
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE, RUNS = (
-    Path(__file__).parent / "results" / "evidence",
-    ROOT / "docs" / "evidence.md",
-    Path("runs/evidence"),
-)
-PANEL, DECODING = "iid", "sampled"
-RL, CLONING, NO_ENTROPY = "RL with EPO", "more cloning", "RL without entropy term"
-ARMS = {  # settings over the preset's; cloning's epochs follow from what RL of the same seed spent
-    RL: [],
-    CLONING: ["steps=0"],
-    NO_ENTROPY: ["loss.entropy_coeff=0", "loss.penalty=none"],
-}
-PRIMARY = ("evaluate.panels=[iid]", "evaluate.decoding=[sampled]", "evaluate.every=0")  # the primary figure alone
+PAGE, RUNS = ROOT / "docs" / "evidence.md", Path("runs/evidence")
 QUEUE = (RL, NO_ENTROPY, CLONING)  # what RL spent decides how much the last clones
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What is run, fixed beforehand."""
-
-    preset: str
-    title: str
-    jobs: int  # runs at a time on two cores
-    tuning: str  # how the settings were found: every run
-    seeds: tuple[int, ...] = (0, 1, 2)
-    overrides: tuple[str, ...] = PRIMARY
-
-
-_PRACTICE_TUNING = """\
-The novice that demonstrates knows the signs by day only (`env.options.demonstrator`), and wins 38 % of its walks. How
-the settings were found, every run since the expert's series below:
-
-| setting | seed | result |
-| --- | --- | --- |
-| that series' settings, 512 novice's demonstrations, 2 cloning epochs | 200 | +17.2 (+10.2 to +24.2) |
-| 32 demonstrations, 20 epochs, 30 steps at lr 3e-4, min_lr_ratio 0.5: the preset | 200 | +42.2 (+32.0 to +51.6) |
-"""
-_EXPERT_TUNING = """\
-The series before the novice: here imitation alone is enough, as "more cloning" shows.
-
-How the settings were found, every run; points are those of the primary figure:
-
-| setting | seed | result |
-| --- | --- | --- |
-| 32 rooms, 12 steps at lr 3e-4 (the preset before) | 100 | -0.8 (-6.2 to +4.7) |
-| 8 rooms, lr 1e-3, cloned too little (success 0 before) | 100, 100 | nothing in 15 and 13 steps; stopped |
-| cloned more, 16 steps at lr 1e-3, spread divided out | 100 | fell at step 4, a KL of 0.15; stopped at 12 |
-| 14 cloning epochs, 16 steps at lr 6e-4, spread divided out | 101 | +30.5 (+22.7 to +39.1) |
-| 10 cloning epochs, 14 steps at lr 5e-4, spread divided out | 100 | +28.1 (+18.8 to +37.5) |
-| the same with the spread left in | 102 | +33.6 (+25.0 to +42.2) |
-| the same, 16 steps: the preset | 100 | +34.4 (+25.8 to +43.0) |
-| the preset | 103 | +25.8 (+17.2 to +34.4) |
-
-Two things made runs fail: walks so long that one wrong turn in 32 decided (each update saw too few walks to say
-which), and steps too large for the policy. Some seeds still suffer from the latter early on. The division by a group's
-spread was left out on principle; these few runs don't show that it hurts.
-"""
-_SCIENCEWORLD_TUNING = """\
-How the settings were found, every run, all with seed 100; success is that of sampled actions,
-the last figure that of the primary one:
-
-| setting | result |
-| --- | --- |
-| 48 demonstrations, 40 epochs; GRPO, lr 5e-4, 4 minibatches | in training 16 % to 3 % in 10 steps; stopped |
-| the same with GiGPO, gamma 0.9 | in training 16 % to 13 % in 10 steps; stopped |
-| cloning alone: 150 demonstrations in batches of 32, 15 epochs | held-out 2.3 % |
-| the same, 40 epochs | held-out 19.5 % |
-| the same, the goal at the prompt's end | held-out 35.2 % |
-| 48 demonstrations in batches of 16, 40 epochs, the goal at the end | held-out 15.6 % |
-| from the 35.2 %: GRPO, lr 2e-4, 2 minibatches, 12 steps | held-out 38.3 % |
-| from there too: GiGPO, the same, 13 steps | held-out 35.2 % |
-| from there too: GiGPO, lr 3e-4, 4 minibatches | stopped after 5 steps, not evaluated |
-| 75 demonstrations in batches of 16, 60 epochs; then GiGPO likewise, 25 steps: the preset | +13.3 (+5.5 to +21.1) |
-| after the series: the preset with 3 epochs an update and min_lr_ratio 0.5 | +8.6 (+0.0 to +17.2) |
-
-Two things helped: a goal near to the action, from where a model of two layers can copy the name of the box; and
-demonstrations of half the training tasks only, so that RL has tasks that nobody showed.
-"""
-EXPERIMENTS = {
-    "practice": Experiment("practice", "The practice environment", 2, _PRACTICE_TUNING, seeds=(3, 4, 5)),
-    "practice_expert": Experiment(
-        "practice",
-        "The practice environment, shown by an expert",
-        2,
-        _EXPERT_TUNING,
-        overrides=(
-            *PRIMARY,
-            "env.options.demonstrator=expert",
-            "steps=16",
-            "model.warm_start.epochs=10",
-            "optim.lr=5e-4",
-            "optim.min_lr_ratio=0.2",
-        ),
-    ),
-    "scienceworld": Experiment("evidence_scienceworld", "ScienceWorld", 2, _SCIENCEWORLD_TUNING),
-}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One evaluation of one run: a record of the results' JSON."""
-
-    arm: str
-    seed: int
-    when: str  # before | after
-    episodes: int
-    successes: list[bool | None]  # of the panel's tasks in their order; None: lost to the environment
-    scores: list[float | None]  # 0..100
-    cpu_seconds: float  # of the whole run, simulators included, both evaluations too
-    load: float  # tasks that wanted a core of this machine when the run ended (15 minutes' mean)
-    settings: list[str]  # over the preset's
-    date: str
-    commit: str
-    machine: str
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -199,8 +89,8 @@ def write_results(name: str) -> None:
     """The results' file, from the runs that are complete."""
     runs = [(arm, seed) for seed in EXPERIMENTS[name].seeds for arm in ARMS if is_complete(name, arm, seed)]
     lines = ",\n".join(json.dumps(asdict(outcome)) for run in runs for outcome in outcomes_of(name, *run))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_atomically(RESULTS / f"{name}.json", f"[\n{lines}\n]\n")
+    experiments.RESULTS.mkdir(parents=True, exist_ok=True)
+    write_atomically(experiments.RESULTS / f"{name}.json", f"[\n{lines}\n]\n")
 
 
 def run_one(name: str, arm: str, seed: int) -> None:
@@ -331,34 +221,12 @@ def outcomes_of(name: str, arm: str, seed: int) -> list[Outcome]:
     ]
 
 
-def read(name: str) -> list[Outcome]:
-    """The results of an experiment; empty where it has none yet."""
-    path = RESULTS / f"{name}.json"
-    return [Outcome(**record) for record in json.loads(path.read_text())] if path.exists() else []
-
-
 def write_page() -> None:
-    from bench.evidence_page import page, plot
-
     results = {name: outcomes for name in EXPERIMENTS if (outcomes := read(name))}
     PAGE.parent.mkdir(exist_ok=True)
     for name, outcomes in results.items():
         plot(outcomes, PAGE.parent / f"evidence_{name}.png")
     write_atomically(PAGE, page(results))
-
-
-def difference(pairs: Sequence[tuple[Outcome, Outcome]]) -> tuple[float, float, float]:
-    """(mean, low, high) of success, second minus first of each pair, over all their episodes, in points of 100.
-
-    Episodes that either lost to its environment are left out.
-    """
-    both = [
-        (100.0 * first, 100.0 * second)
-        for one, other in pairs
-        for first, second in zip(one.successes, other.successes, strict=True)
-        if first is not None and second is not None
-    ]
-    return paired_interval([first for first, _ in both], [second for _, second in both])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.evidence import ARMS, CLONING, EXPERIMENTS, NO_ENTROPY, RL, Outcome, difference
+from bench.experiments import ARMS, CLONING, EXPERIMENTS, NO_ENTROPY, RL, Outcome, difference
 from bench.report import markdown_table
 from epo_kernels.train.evaluate import verdict, wilson
 

@@ -1,10 +1,9 @@
-"""Who is measured: this library by backend, eager PyTorch, torch.compile of it; other libraries are in peers.py."""
+"""What is measured: this library by backend, eager PyTorch, and torch.compile of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from bench.truth import CONTRACTS, config_of, loss_arguments
 
 Run = Callable[[Inputs], dict[str, Tensor]]
 
-OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 EAGER = "eager"
 COMPILED = "torch.compile"
 # Float32 copies of the logits that eager PyTorch holds at its peak, at least: logits, exponentials, gradients of both.
@@ -47,21 +45,6 @@ class Implementation:
     @property
     def computes(self) -> str:
         return CONTRACTS[self.contract].computes + (f" ({self.note})" if self.note else "")
-
-
-def implementations(case: Case, device: torch.device) -> list[Implementation]:
-    """Everything that a case is measured with on this kind of device, ours first."""
-    from bench.peers import peers
-
-    contract = "loss" if case.gradient else "scores"
-    found = [
-        Implementation(f"ours:{backend}", contract, partial(ours, case, backend), ours=True)
-        for backend in OURS[device.type]
-    ]
-    found.append(Implementation(EAGER, contract, partial(ours, case, "reference"), eager_memory=True))
-    if case.compiled:
-        found.append(Implementation(COMPILED, contract, partial(compiled, case), "of eager", eager_memory=True))
-    return found + (peers(case, device) if case.peers else [])
 
 
 def missing_memory(case: Case, implementation: Implementation, free: int) -> str | None:

@@ -6,7 +6,6 @@ derivatives per token, then the gradient.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,18 +18,11 @@ import epo_kernels as ek
 from bench.cases import Case
 from bench.inputs import Inputs
 from epo_kernels import reference
-from epo_kernels.inputs import check_loss, check_rows
+from epo_kernels.inputs import LossArguments, as_layout, as_loss_inputs
 
 CONFIG = ek.EPOConfig(entropy_coeff=1e-2, kl_coeff=1e-2, penalty="hinge", penalty_alpha=2.0)
 # What group-relative losses without entropy compute: no bonus, no band, no dual clip.
 POLICY_CONFIG = ek.EPOConfig(entropy_coeff=0.0, kl_coeff=1e-2, clip_ratio_c=None)
-
-# Of everything that a loss call may be given beside rows and tokens.
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(ek.epo_loss).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("cu_seqlens", "inplace", "backend", "group")
-}
 
 # Beyond what bfloat16 logits move a log-prob by. Nearer to a kink of the loss than that (a clip, a bound of the band) a
 # token's gradient is decided by rounding, and a gate would count it as a fault.
@@ -90,19 +82,10 @@ def _shifted_policy_loss(case: Case, inputs: Inputs, log_probs: Tensor, entropy:
 def _loss_of_statistics(
     inputs: Inputs, mask: Tensor, cfg: ek.EPOConfig, arguments: dict[str, Any], log_probs: Tensor, entropy: Tensor
 ) -> Tensor:
-    rows = log_probs.new_zeros(()).expand(*log_probs.shape, inputs.width)  # for its shape and dtype alone
-    _, layout = check_rows(rows, inputs.tokens, None)
-    _, token_inputs, coefficients = check_loss(
-        layout,
-        cfg,
-        inputs.tokens,
-        inputs.old_log_probs,
-        inputs.advantages,
-        mask,
-        width=rows.shape[-1],
-        **{**_DEFAULTS, **arguments},
-    )
-    return reference.loss_of_statistics(log_probs, entropy, rows.shape[-1], token_inputs, coefficients, cfg).loss
+    layout = as_layout(log_probs.shape, log_probs.device, log_probs.dtype, None, "log_probs")
+    given = LossArguments(inputs.old_log_probs, inputs.advantages, mask, cfg, **arguments)
+    checked = as_loss_inputs(layout, inputs.tokens, given, width=inputs.width)
+    return reference.loss_of_statistics(log_probs, entropy, checked).loss
 
 
 def _statistics(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:

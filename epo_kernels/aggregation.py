@@ -1,4 +1,4 @@
-"""Token weights: what the aggregation mode makes of a mask. The only place that knows aggregation modes.
+"""Token weights by aggregation mode. The only place that knows the modes.
 
 loss = Σ_i w_i ℓ_i, so kernels need nothing but w:
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from epo_kernels.config import LossAggMode
+from epo_kernels.inputs import Aggregation
 
 
 def sequence_lengths(mask: Tensor, sequence_ids: Tensor | None, num_sequences: int) -> Tensor:
@@ -34,39 +34,27 @@ def sequence_lengths(mask: Tensor, sequence_ids: Tensor | None, num_sequences: i
 
 
 def token_weights(
-    mask: Tensor,
-    loss_agg_mode: LossAggMode,
-    *,
-    lengths: Tensor,
-    sequence_ids: Tensor | None = None,
-    max_length: int | None = None,
-    normalizer: float | Tensor | None = None,
-    loss_scale: float | Tensor = 1.0,
-    dtype: torch.dtype = torch.float32,
+    mask: Tensor, aggregation: Aggregation, lengths: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Weights w of the tokens, (B, T) of `dtype`; exactly 0 where the mask is 0, also when no token counts.
 
     Args:
         mask: (B, T) bool.
-        loss_agg_mode: see the table above.
+        aggregation: the mode, and what it needs.
         lengths: (num_sequences,) counted tokens of each sequence.
-        sequence_ids: (B, T) sequence of each token for packed batches; None where a row is a sequence.
-        max_length: the constant length of "seq-mean-token-sum-norm".
-        normalizer: takes the place of N (token-mean) or B (the other modes), scalar.
-        loss_scale: factor on every weight, scalar.
+        dtype: of the weights.
     """
-    counted = (lengths if loss_agg_mode == "token-mean" else lengths > 0).sum().clamp(min=1)
+    mode, normalizer = aggregation.loss_agg_mode, aggregation.normalizer
     if normalizer is None:
-        denominator = counted.to(dtype)
+        denominator = (lengths if mode == "token-mean" else lengths > 0).sum().clamp(min=1).to(dtype)
     elif isinstance(normalizer, Tensor):
         denominator = normalizer.to(mask.device, dtype)
     else:  # full, because as_tensor makes a number a constant of the compiled graph
         denominator = torch.full((), normalizer, dtype=dtype, device=mask.device)
-    if loss_agg_mode == "seq-mean-token-mean":
-        per_sequence = lengths.clamp(min=1).to(dtype)
-        per_token = per_sequence[:, None] if sequence_ids is None else per_sequence[sequence_ids]
-        denominator = denominator * per_token
-    elif loss_agg_mode == "seq-mean-token-sum-norm":
-        assert max_length is not None, "inputs.py sets max_length for this mode"
-        denominator = denominator * max_length
-    return torch.where(mask, (loss_scale / denominator).to(dtype), 0.0)
+    if mode == "seq-mean-token-mean":
+        ids, per_sequence = aggregation.sequence_ids, lengths.clamp(min=1).to(dtype)
+        denominator = denominator * (per_sequence[:, None] if ids is None else per_sequence[ids])
+    elif mode == "seq-mean-token-sum-norm":
+        assert aggregation.max_length is not None, "inputs/loss.py sets max_length for this mode"
+        denominator = denominator * aggregation.max_length
+    return torch.where(mask, (aggregation.loss_scale / denominator).to(dtype), 0.0)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from epo_kernels.inputs import check_scalar
+from epo_kernels.inputs import as_scalar
 from epo_kernels.metrics import LossMetrics
 
 ControllerRule = Literal["step", "pi", "boxed"]
@@ -191,7 +191,7 @@ class EntropyController:
 def _number(name: str, value: float, low: float = -math.inf) -> float:
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got a tensor")
-    return float(check_scalar(name, value, low=low))
+    return float(as_scalar(name, value, low=low))
 
 
 def _sums(entropy: Tensor | LossMetrics, mask: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,20 +9,24 @@ from torch import Tensor
 
 from epo_kernels.backends import Backend, choose_backend
 from epo_kernels.config import EPOConfig
-from epo_kernels.fused.sharded import Shard, check_replicated, find_shard
 from epo_kernels.inputs import (
     Layout,
+    LossArguments,
+    LossInputs,
     Scalar,
-    check_chunking,
-    check_loss,
+    TokenInputs,
+    as_chunking,
+    as_layout,
+    as_loss_inputs,
+    as_projection,
+    as_rows,
+    as_token_inputs,
+    as_transform,
     check_precise,
-    check_projection,
-    check_rows,
-    check_tokens,
-    check_transform,
 )
 from epo_kernels.placements import local_head, local_logits
 from epo_kernels.reference import EPOOutput, loss_of_given_statistics
+from epo_kernels.shard import Shard, check_replicated, find_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -121,38 +124,16 @@ def epo_loss(
             forward-mode AD, `torch.func` transforms and batched gradients, unless the reference backend computes them
             without group=.
     """
+    arguments = LossArguments.of(locals())
     logits, group = local_logits(logits, group)
-    rows, layout = check_rows(logits, tokens, cu_seqlens, least_width=1 if group is None else 0)
+    rows, layout = as_rows(logits, tokens, cu_seqlens, least_width=1 if group is None else 0)
     chosen, shard, width = _over_ranks(
         choose_backend(backend, rows.device, rows.dtype), group, rows, rows.shape[-1], mask,
         function="epo_loss", vocab_size=vocab_size, cfg=cfg, bounds=entropy_bounds is not None,
     )  # fmt: skip
-    transform, inputs, coefficients = check_loss(
-        layout,
-        cfg,
-        tokens,
-        old_log_probs,
-        advantages,
-        mask,
-        width=width,
-        entropy_bounds=entropy_bounds,
-        segment_ids=segment_ids,
-        num_segments=num_segments,
-        max_length=max_length,
-        penalty_weight=penalty_weight,
-        entropy_coeff=entropy_coeff,
-        kl_coeff=kl_coeff,
-        ref_log_probs=ref_log_probs,
-        is_weights=is_weights,
-        temperature=temperature,
-        normalizer=normalizer,
-        loss_scale=loss_scale,
-        vocab_size=vocab_size,
-        logit_softcap=logit_softcap,
-        logit_scale=logit_scale,
-    )
-    check_replicated(shard, inputs.mask, temperature=transform.temperature, **vars(inputs))
-    return chosen.epo_loss(rows, transform, inputs, coefficients, cfg, inplace=inplace)
+    inputs = as_loss_inputs(layout, tokens, arguments, width=width)
+    _check_replicated(shard, inputs)
+    return chosen.epo_loss(rows, inputs, inplace=inplace)
 
 
 def linear_epo_loss(
@@ -216,49 +197,19 @@ def linear_epo_loss(
     Returns, raises:
         as `epo_loss`.
     """
+    arguments = LossArguments.of(locals())
     hidden, weight, bias, group = local_head(hidden, weight, bias, group)
-    rows, layout = check_rows(hidden, tokens, cu_seqlens, name="hidden")
-    projection, layout = check_projection(layout, rows, weight, bias, logits_dtype)
+    rows, layout = as_rows(hidden, tokens, cu_seqlens, name="hidden")
+    projection, layout = as_projection(layout, rows, weight, bias, logits_dtype)
     chosen, shard, width = _over_ranks(
         choose_backend(backend, rows.device, projection.logits_dtype), group, rows, weight.shape[0], mask,
         function="linear_epo_loss", vocab_size=vocab_size, cfg=cfg, bounds=entropy_bounds is not None,
         dtype_of_logits=projection.logits_dtype, max_chunk_bytes=max_chunk_bytes,
     )  # fmt: skip
-    transform, inputs, coefficients = check_loss(
-        layout,
-        cfg,
-        tokens,
-        old_log_probs,
-        advantages,
-        mask,
-        width=width,
-        entropy_bounds=entropy_bounds,
-        segment_ids=segment_ids,
-        num_segments=num_segments,
-        max_length=max_length,
-        penalty_weight=penalty_weight,
-        entropy_coeff=entropy_coeff,
-        kl_coeff=kl_coeff,
-        ref_log_probs=ref_log_probs,
-        is_weights=is_weights,
-        temperature=temperature,
-        normalizer=normalizer,
-        loss_scale=loss_scale,
-        vocab_size=vocab_size,
-        logit_softcap=logit_softcap,
-        logit_scale=logit_scale,
-    )
-    num_active, max_chunk_bytes = check_chunking(num_active, max_chunk_bytes, inputs.mask)
-    check_replicated(shard, inputs.mask, hidden=rows, temperature=transform.temperature, **vars(inputs))
-    return chosen.linear_epo_loss(
-        replace(projection, shard=shard),
-        transform,
-        inputs,
-        coefficients,
-        cfg,
-        num_active=num_active,
-        max_chunk_bytes=max_chunk_bytes,
-    )
+    inputs = as_loss_inputs(layout, tokens, arguments, width=width)
+    chunking = as_chunking(num_active, max_chunk_bytes, inputs.mask, shard)
+    _check_replicated(shard, inputs, hidden=rows)
+    return chosen.linear_epo_loss(projection, inputs, chunking)
 
 
 def epo_loss_from_log_probs(
@@ -295,6 +246,7 @@ def epo_loss_from_log_probs(
     Returns, raises:
         as `epo_loss`.
     """
+    arguments = LossArguments.of(locals())
     for name, value in (("log_probs", log_probs), ("entropy", entropy)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -302,34 +254,14 @@ def epo_loss_from_log_probs(
     check_precise("log_probs", log_probs)
     if log_probs.dim() not in (1, 2):
         raise ValueError(f"log_probs must be (batch, time) or packed (tokens,), got {tuple(log_probs.shape)}")
-    no_tokens = torch.zeros_like(log_probs, dtype=torch.int64)
-    rows, layout = check_rows(log_probs[..., None], no_tokens, cu_seqlens, name="log_probs")
-    _, inputs, coefficients = check_loss(
-        layout,
-        cfg,
-        no_tokens,
-        old_log_probs,
-        advantages,
-        mask,
-        width=1,
-        entropy_bounds=entropy_bounds,
-        segment_ids=segment_ids,
-        num_segments=num_segments,
-        max_length=max_length,
-        penalty_weight=penalty_weight,
-        entropy_coeff=entropy_coeff,
-        kl_coeff=kl_coeff,
-        ref_log_probs=ref_log_probs,
-        is_weights=is_weights,
-        temperature=None,
-        normalizer=normalizer,
-        loss_scale=loss_scale,
-        vocab_size=None,
-        logit_softcap=None,
-        logit_scale=None,
+    layout = as_layout(log_probs.shape, log_probs.device, log_probs.dtype, cu_seqlens, "log_probs")
+    log_prob_rows, entropy_rows = (
+        layout.per_token(name, value).to(layout.dtype)
+        for name, value in (("log_probs", log_probs), ("entropy", entropy))
     )
-    entropies = layout.check("entropy", entropy).to(layout.dtype)
-    return loss_of_given_statistics(rows[..., 0].to(layout.dtype), entropies, inputs, coefficients, cfg)
+    # Without logits there is no vocabulary to check tokens against: all are the one entry of a vocabulary of 1.
+    inputs = as_loss_inputs(layout, torch.zeros_like(log_probs, dtype=torch.int64), arguments, width=1)
+    return loss_of_given_statistics(log_prob_rows, entropy_rows, inputs)
 
 
 def log_probs_and_entropy(
@@ -363,22 +295,15 @@ def log_probs_and_entropy(
         TypeError, ValueError, RuntimeError: as `epo_loss`.
     """
     logits, group = local_logits(logits, group)
-    rows, layout = check_rows(logits, tokens, cu_seqlens=None, least_width=1 if group is None else 0)
+    rows, layout = as_rows(logits, tokens, cu_seqlens=None, least_width=1 if group is None else 0)
     chosen, shard, width = _over_ranks(
         choose_backend(backend, rows.device, rows.dtype), group, rows, rows.shape[-1], mask,
         function="log_probs_and_entropy", vocab_size=vocab_size, entropy=entropy,
     )  # fmt: skip
-    transform = check_transform(
-        layout,
-        width=width,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        logit_softcap=logit_softcap,
-        logit_scale=logit_scale,
-    )
-    token_rows, counted = check_tokens(layout, tokens, mask, transform)
-    check_replicated(shard, counted, tokens=token_rows, temperature=transform.temperature)
-    log_probs, entropies = chosen.log_probs_and_entropy(rows, transform, token_rows, counted, entropy=entropy)
+    transform = as_transform(layout, width, temperature, vocab_size, logit_softcap, logit_scale)
+    inputs = as_token_inputs(layout, tokens, mask, transform)
+    _check_replicated(shard, inputs)
+    log_probs, entropies = chosen.log_probs_and_entropy(rows, inputs, entropy=entropy)
     return _like_tokens(layout, log_probs, entropies, entropy_grad)
 
 
@@ -414,33 +339,18 @@ def linear_log_probs_and_entropy(
         as `log_probs_and_entropy`.
     """
     hidden, weight, bias, group = local_head(hidden, weight, bias, group)
-    rows, layout = check_rows(hidden, tokens, cu_seqlens=None, name="hidden")
-    projection, layout = check_projection(layout, rows, weight, bias, logits_dtype)
+    rows, layout = as_rows(hidden, tokens, cu_seqlens=None, name="hidden")
+    projection, layout = as_projection(layout, rows, weight, bias, logits_dtype)
     chosen, shard, width = _over_ranks(
         choose_backend(backend, rows.device, projection.logits_dtype), group, rows, weight.shape[0], mask,
         function="linear_log_probs_and_entropy", vocab_size=vocab_size, entropy=entropy,
         dtype_of_logits=projection.logits_dtype, max_chunk_bytes=max_chunk_bytes,
     )  # fmt: skip
-    transform = check_transform(
-        layout,
-        width=width,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        logit_softcap=logit_softcap,
-        logit_scale=logit_scale,
-    )
-    token_rows, counted = check_tokens(layout, tokens, mask, transform)
-    num_active, max_chunk_bytes = check_chunking(num_active, max_chunk_bytes, counted)
-    check_replicated(shard, counted, hidden=rows, tokens=token_rows, temperature=transform.temperature)
-    log_probs, entropies = chosen.linear_log_probs_and_entropy(
-        replace(projection, shard=shard),
-        transform,
-        token_rows,
-        counted,
-        entropy=entropy,
-        num_active=num_active,
-        max_chunk_bytes=max_chunk_bytes,
-    )
+    transform = as_transform(layout, width, temperature, vocab_size, logit_softcap, logit_scale)
+    inputs = as_token_inputs(layout, tokens, mask, transform)
+    chunking = as_chunking(num_active, max_chunk_bytes, inputs.mask, shard)
+    _check_replicated(shard, inputs, hidden=rows)
+    log_probs, entropies = chosen.linear_log_probs_and_entropy(projection, inputs, chunking, entropy=entropy)
     return _like_tokens(layout, log_probs, entropies, entropy_grad)
 
 
@@ -449,7 +359,7 @@ def _over_ranks(
 ) -> tuple[Backend, Shard | None, int]:
     """(backend, shard, width of the whole logits): as given, or of a vocabulary split over group.
 
-    facts: what the ranks must agree on, lest one waits for what another never sends.
+    facts: what the ranks must agree on, so that none waits for what another never sends.
     """
     if group is None:
         return backend, None, width
@@ -465,6 +375,16 @@ def _over_ranks(
         gradient=torch.is_grad_enabled() and rows.requires_grad,
     )
     return backend.sharded(shard), shard, shard.total
+
+
+def _check_replicated(shard: Shard | None, inputs: TokenInputs, **others: Tensor) -> None:
+    """`check_replicated` for everything known of the tokens, and other tensors by name."""
+    if shard is None:
+        return
+    arguments = {**others, **vars(inputs), "temperature": inputs.transform.temperature}
+    if isinstance(inputs, LossInputs):
+        arguments |= vars(inputs.aggregation)
+    check_replicated(shard, **arguments)
 
 
 def _like_tokens(

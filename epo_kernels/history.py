@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from epo_kernels.inputs import check_integer
+from epo_kernels.inputs import as_integer
 
 HistoryScope = Literal["turn", "global"]
 HistoryWeighting = Literal["token", "step"]
@@ -44,9 +44,9 @@ class EntropyHistory:
         scope: HistoryScope = "turn",
         weighting: HistoryWeighting = "token",
     ) -> None:
-        num_turns = check_integer("num_turns", num_turns, 1)
+        num_turns = as_integer("num_turns", num_turns, 1)
         if window is not None:
-            window = check_integer("window", window, 1, meaning=" step, or None")
+            window = as_integer("window", window, 1, meaning=" step, or None")
         if scope not in get_args(HistoryScope):
             raise ValueError(f"scope must be one of {', '.join(get_args(HistoryScope))}, got {scope!r}")
         if weighting not in get_args(HistoryWeighting):

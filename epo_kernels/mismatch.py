@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from epo_kernels.inputs import TokenBatch, check_batch, check_scalar
+from epo_kernels.inputs import TokenBatch, as_scalar, as_token_batch
 
 RolloutMode = Literal["truncate", "mask"]
 RolloutLevel = Literal["token", "sequence", "geometric"]
@@ -91,7 +91,7 @@ def rollout_weights(
     _check_choice("mode", mode, get_args(RolloutMode))
     _check_choice("level", level, get_args(RolloutLevel))
     lower, upper = _check_bounds(low, high)
-    batch = check_batch(
+    batch = as_token_batch(
         "old_log_probs",
         old_log_probs,
         mask,
@@ -123,7 +123,7 @@ def _check_bounds(low: float | None, high: float | None) -> tuple[float, float]:
         if isinstance(value, Tensor):
             raise TypeError(f"{name} must be a number or None, got a tensor")
         if value is not None:
-            check_scalar(name, value, low=0.0)
+            as_scalar(name, value, low=0.0)
     lower, upper = 0.0 if low is None else float(low), math.inf if high is None else float(high)
     if not lower <= upper or upper == 0:
         raise ValueError(f"low and high must satisfy 0 <= low <= high and high > 0, got {low} and {high}")

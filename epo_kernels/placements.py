@@ -4,7 +4,8 @@ Logits, hidden states, weight and bias may be DTensors; everything that is known
 all ranks of the mesh wherever those are replicated.
 
 - A vocabulary split over a mesh of one dimension (logits that are Shard(-1); a weight that is Shard(0), beside hidden
-  states that are a DTensor of the same mesh): nothing of it is gathered, the mesh is the `group` of `fused/sharded.py`.
+  states that are a DTensor of the same mesh): nothing of it is gathered, its mesh is the `group` of
+  `epo_kernels.shard`.
 - Anything else is gathered, and computed whole on each rank. Beside hidden states that are a DTensor the gradient is
   the same on every rank, and each keeps its share. Beside *plain* hidden states a rank is taken to have a batch of its
   own, as under FSDP and DDP: gradients are averaged over the mesh.

@@ -53,23 +53,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from epo_kernels.aggregation import sequence_lengths, token_weights
-from epo_kernels.config import (
-    BandScope,
-    Divergence,
-    EPOConfig,
-    KLType,
-    Penalty,
-    PolicyLossName,
-    RatioGradient,
-    RatioScope,
-)
-from epo_kernels.inputs import Coefficients, LogitTransform, Scalar, TokenInputs, compute_dtype
+from epo_kernels.config import EPOConfig, KLType, Penalty, PolicyLossName
+from epo_kernels.inputs import LogitTransform, LossInputs, Scalar, TokenInputs, compute_dtype
 from epo_kernels.metrics import METRIC_NAMES, LossMetrics
 
 LOG_RATIO_LIMIT = 20.0
@@ -92,47 +84,6 @@ class EPOOutput(NamedTuple):
     metrics: LossMetrics
     log_probs: Tensor
     entropy: Tensor
-
-
-class LossSettings(Protocol):
-    """What the loss of a token reads of an `EPOConfig`; here a number may be a 0-d tensor too, and c be +inf."""
-
-    @property
-    def clip_ratio_low(self) -> Scalar: ...
-    @property
-    def clip_ratio_high(self) -> Scalar: ...
-    @property
-    def clip_ratio_c(self) -> Scalar | None: ...
-    @property
-    def penalty_alpha(self) -> Scalar: ...
-    @property
-    def penalty(self) -> Penalty: ...
-    @property
-    def kl_type(self) -> KLType: ...
-    @property
-    def band_scope(self) -> BandScope: ...
-    @property
-    def policy_loss(self) -> PolicyLossName: ...
-    @property
-    def ratio_unit(self) -> RatioScope: ...
-    @property
-    def ratio_gradient(self) -> RatioGradient: ...
-    @property
-    def sapo_tau_pos(self) -> Scalar: ...
-    @property
-    def sapo_tau_neg(self) -> Scalar: ...
-    @property
-    def dppo_divergence(self) -> Divergence: ...
-    @property
-    def vespo_k_pos(self) -> Scalar: ...
-    @property
-    def vespo_lambda_pos(self) -> Scalar: ...
-    @property
-    def vespo_k_neg(self) -> Scalar: ...
-    @property
-    def vespo_lambda_neg(self) -> Scalar: ...
-    @property
-    def kl_bias_correction(self) -> bool: ...
 
 
 class PolicyInputs(NamedTuple):
@@ -218,29 +169,37 @@ def log_probs_and_entropy(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def merge_statistics(
-    log_probs: Tensor, entropy: Tensor | None, maximum: Tensor, total: Tensor, rate: Scalar, owner: Tensor
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    maximum: Tensor,
+    total: Tensor,
+    maximum_scale: Scalar,
+    owner: Tensor,
+    in_vocabulary: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Statistics of whole rows from those of their parts: log_prob, entropy, maximum and sum, each (B, T).
 
-    With π_r = e^(rate (m_r - m)) s_r / s the probability of part r:  log_prob = log_prob_r + log π_r  of the token's
-    own part, and by the chain rule  H = Σ_r π_r (H_r - log π_r),  a sum of positive terms, in which nothing cancels.
+    With c = maximum_scale, the probability of part r is π_r = e^(c (m_r - m)) s_r / s. Then log_prob = log_prob_r +
+    log π_r of the token's own part, and by the chain rule H = Σ_r π_r (H_r - log π_r), a sum of positive terms, in
+    which nothing cancels.
     Parts wholly -inf have π_r = 0 and add nothing; NaN in one of them makes everything NaN.
 
     Args:
         log_probs, entropy, maximum, total: (parts, B, T), see `RowStatistics`; log_probs are read in own parts alone.
-        rate: of maxima, see `RowKernels.rate`.
-        owner: (B, T) int64, the part that holds the token; -1, which makes log_prob NaN, for none.
+        maximum_scale: see `StatisticsKernels.maximum_scale`.
+        owner: (B, T) int64, the part that contains the token.
+        in_vocabulary: (B, T) bool; log_prob is NaN where False.
     """
     whole_maximum = maximum.amax(dim=0)
-    shift = rate * (maximum - whole_maximum)
+    shift = maximum_scale * (maximum - whole_maximum)
     weights = shift.exp() * total
     whole_total = weights.sum(dim=0)
     log_share = shift + total.log() - whole_total.log()
-    place = owner.clamp(min=0)[None]
+    place = owner[None]
     own_share = log_share.gather(0, place)[0]
     # A token in a part wholly -inf has no log-prob there: in the row it is that of what can't be.
     log_prob = torch.where(own_share == float("-inf"), own_share, log_probs.gather(0, place)[0] + own_share)
-    log_prob = torch.where(owner < 0, float("nan"), log_prob)
+    log_prob = torch.where(in_vocabulary, log_prob, float("nan"))
     if entropy is None:
         return log_prob, None, whole_maximum, whole_total
     share = weights / whole_total
@@ -248,7 +207,7 @@ def merge_statistics(
     return log_prob, entropy, whole_maximum, whole_total
 
 
-def policy_loss(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+def policy_loss(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
     """The loss of `cfg.policy_loss`."""
     loss = POLICY_LOSSES[cfg.policy_loss](tokens, cfg)
     if tokens.is_weights is None or cfg.policy_loss == "vespo":
@@ -261,7 +220,7 @@ def token_log_ratio(tokens: PolicyInputs) -> Tensor:
     return (tokens.log_probs - tokens.old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def importance_ratio(tokens: PolicyInputs, cfg: LossSettings) -> Tensor:
+def importance_ratio(tokens: PolicyInputs, cfg: EPOConfig) -> Tensor:
     """r of each token, or with groups s = exp(clamp(mean of log_prob - old_log_prob, ±20)) of its group.
 
     With `ratio_gradient="token"` the derivative of s in the token's own log-prob is s, in all others 0.
@@ -276,7 +235,7 @@ def importance_ratio(tokens: PolicyInputs, cfg: LossSettings) -> Tensor:
 
 
 # pg = max(-A r, -A clip(r, 1 - ε_low, 1 + ε_high));  where A < 0: min(pg, -A c).  gspo: with s in place of r.
-def _clipped_ratio_loss(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+def _clipped_ratio_loss(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
     advantages, ratio = tokens.advantages, importance_ratio(tokens, cfg)
     unclipped = -advantages * ratio
     # Strict comparisons and `where`: at a tie the whole gradient is the unclipped ratio's.
@@ -292,7 +251,7 @@ def _clipped_ratio_loss(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
 
 
 # pg = -A sg(clip(r, 1 - ε_low, 1 + ε_high)) log_prob
-def _cispo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+def _cispo(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
     ratio = importance_ratio(tokens, cfg)
     bounded = _clip(ratio.detach(), cfg)
     pg = -bounded * tokens.advantages * tokens.log_probs
@@ -300,7 +259,7 @@ def _cispo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
 
 
 # pg = -A 4/τ sigmoid(τ (r - 1)),  τ by the sign of A
-def _sapo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+def _sapo(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
     ratio = importance_ratio(tokens, cfg)
     tau = _choose(tokens.advantages > 0, cfg.sapo_tau_pos, cfg.sapo_tau_neg, ratio.dtype)
     pg = -tokens.advantages * (4.0 / tau) * torch.sigmoid(tau * (ratio - 1.0))
@@ -308,7 +267,7 @@ def _sapo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
 
 
 # pg = -A log_prob
-def _reinforce(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+def _reinforce(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
     return _policy_loss(tokens, -tokens.advantages * tokens.log_probs, importance_ratio(tokens, cfg))
 
 
@@ -316,7 +275,7 @@ def _reinforce(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
 #      tv:  A > 0: p - o > ε_high,  else: o - p > ε_low
 #      kl:  o log(o / p) + (1 - o) log((1 - o + 1e-8) / (1 - p + 1e-8)) > ε,
 #           A > 0: ε = ε_high and p > o,  else: ε = ε_low and p < o
-def _dppo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+def _dppo(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
     ratio, advantages = importance_ratio(tokens, cfg), tokens.advantages
     p, o = tokens.log_probs.detach().exp(), tokens.old_log_probs.exp()
     # What moves a probability in the direction of its advantage; comparisons that NaN fails keep it in the loss.
@@ -338,7 +297,7 @@ def _dppo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
 
 # pg = -A φ(w) log_prob,  φ(w) = w^k exp(λ (1 - w)),  k and λ by the sign of A,  w of the sequence without gradient:
 # log w = clamp(Σ (log r + clamp(log is_weight, log 1e-8, 20)), log 1e-8, 20)
-def _vespo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+def _vespo(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
     assert tokens.groups is not None
     log_ratio = token_log_ratio(tokens)
     steps = log_ratio.detach()
@@ -355,7 +314,7 @@ def _vespo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
 
 # pg = -mean(A) exp(clamp(mean(d), ±20)) over the sequence, of d = min(log r, ε_high) where A > 0, max(log r, -ε_low)
 # where A < 0, and 0 where A = 0; log r is not clamped at ±20 here
-def _gmpo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
+def _gmpo(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
     assert tokens.groups is not None
     advantages, steps = tokens.advantages, tokens.log_probs - tokens.old_log_probs
     too_high = (advantages > 0) & (steps > cfg.clip_ratio_high)
@@ -369,7 +328,7 @@ def _gmpo(tokens: PolicyInputs, cfg: LossSettings) -> PolicyLoss:
     return _policy_loss(tokens, pg, token_log_ratio(tokens).exp(), clipped=clipped)
 
 
-POLICY_LOSSES: dict[PolicyLossName, Callable[[PolicyInputs, LossSettings], PolicyLoss]] = {
+POLICY_LOSSES: dict[PolicyLossName, Callable[[PolicyInputs, EPOConfig], PolicyLoss]] = {
     "ppo": _clipped_ratio_loss,
     "cispo": _cispo,
     "sapo": _sapo,
@@ -399,9 +358,9 @@ def _policy_loss(
     )
 
 
-def _clip(ratio: Tensor, cfg: LossSettings) -> Tensor:
+def _clip(ratio: Tensor, cfg: EPOConfig) -> Tensor:
     low, high = 1.0 - cfg.clip_ratio_low, 1.0 + cfg.clip_ratio_high
-    return ratio.clamp(low, high)  # type: ignore[arg-type] # both numbers, or both tensors
+    return ratio.clamp(low, high)
 
 
 def _choose(condition: Tensor, first: Scalar, second: Scalar, dtype: torch.dtype) -> Tensor:
@@ -440,33 +399,24 @@ def band_penalty(entropy: Tensor, lower: Tensor, upper: Tensor, penalty: Penalty
     return alpha * (below.square() + above.square())
 
 
-def epo_loss(
-    logits: Tensor, transform: LogitTransform, inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig
-) -> EPOOutput:
+def epo_loss(logits: Tensor, inputs: LossInputs) -> EPOOutput:
     """The whole loss. logits: (B, T, V); differentiable any number of times, at eager PyTorch's cost in memory."""
-    log_probs, entropy = masked_log_probs_and_entropy(logits, transform, inputs.tokens, inputs.mask)
-    return loss_of_statistics(log_probs, entropy, transform.vocab_size, inputs, coefficients, cfg)
+    log_probs, entropy = masked_log_probs_and_entropy(logits, inputs)
+    return loss_of_statistics(log_probs, entropy, inputs)
 
 
-def loss_of_statistics(
-    log_probs: Tensor,
-    entropy: Tensor,
-    vocab_size: int,
-    inputs: TokenInputs,
-    coefficients: Coefficients,
-    cfg: EPOConfig,
-) -> EPOOutput:
+def loss_of_statistics(log_probs: Tensor, entropy: Tensor, inputs: LossInputs) -> EPOOutput:
     """The loss from log-prob and entropy (B, T) on, 0 where the mask is; differentiable in both.
 
     Whoever has the two statistics from elsewhere gets a = ∂loss/∂log_prob and b = ∂loss/∂H by autograd over (B, T)
     tensors alone.
     """
     mask = inputs.mask
-    losses = token_losses(log_probs, entropy, inputs, coefficients, cfg)
-    weights, lengths = loss_weights(inputs, coefficients, cfg, log_probs.dtype)
+    losses = token_losses(log_probs, entropy, inputs)
+    weights, lengths = loss_weights(inputs, log_probs.dtype)
     loss = (weights * _at(mask, losses.total)).sum()
 
-    sums = row_sums(log_probs.detach(), entropy.detach(), weights, losses, inputs, vocab_size)
+    sums = row_sums(log_probs.detach(), entropy.detach(), weights, losses, inputs)
     sums["sequences"] = (lengths > 0).sum(dtype=torch.float64)
     sums["recomputed_tokens"] = torch.zeros_like(sums["tokens"])
     metrics = LossMetrics(torch.stack([sums[name] for name in METRIC_NAMES]))
@@ -474,11 +424,11 @@ def loss_of_statistics(
 
 
 def row_sums(
-    log_probs: Tensor, entropy: Tensor, weights: Tensor, losses: TokenLosses, inputs: TokenInputs, vocab_size: int
+    log_probs: Tensor, entropy: Tensor, weights: Tensor, losses: TokenLosses, inputs: LossInputs
 ) -> dict[str, Tensor]:
     """The sums over counted tokens that metrics are made of, 0-d float64; log_probs and entropy are detached."""
     mask = inputs.mask
-    invalid = mask & (losses.band.invalid | ~_in_vocabulary(inputs.tokens, vocab_size))
+    invalid = mask & (losses.band.invalid | ~valid_tokens(inputs))
     logged = {
         "tokens": mask,
         "loss": weights * losses.total,
@@ -499,15 +449,10 @@ def row_sums(
     return {name: _at(mask, values.detach()).sum(dtype=torch.float64) for name, values in logged.items()}
 
 
-def loss_of_given_statistics(
-    log_probs: Tensor, entropy: Tensor, inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig
-) -> EPOOutput:
-    """`loss_of_statistics` where the two come from elsewhere: never read where the mask is 0.
-
-    There is no vocabulary: inputs.tokens are 0, or -1 where another argument of the token is inconsistent.
-    """
-    log_probs = _nan_at(inputs.mask & (inputs.tokens < 0), log_probs)
-    return loss_of_statistics(_at(inputs.mask, log_probs), _at(inputs.mask, entropy), 1, inputs, coefficients, cfg)
+def loss_of_given_statistics(log_probs: Tensor, entropy: Tensor, inputs: LossInputs) -> EPOOutput:
+    """`loss_of_statistics` where the two come from elsewhere: never read where the mask is 0."""
+    log_probs = _nan_at(inputs.mask & ~valid_tokens(inputs), log_probs)
+    return loss_of_statistics(_at(inputs.mask, log_probs), _at(inputs.mask, entropy), inputs)
 
 
 class TokenLosses(NamedTuple):
@@ -520,15 +465,13 @@ class TokenLosses(NamedTuple):
     band: Band
 
 
-def token_losses(
-    log_probs: Tensor, entropy: Tensor, inputs: TokenInputs, coefficients: Coefficients, cfg: LossSettings
-) -> TokenLosses:
+def token_losses(log_probs: Tensor, entropy: Tensor, inputs: LossInputs) -> TokenLosses:
     """ℓ = is_weight pg - λ (gate H - β k P) + kl_coeff KL of each token, before its weight."""
-    mask = inputs.mask
-    policy = policy_loss(policy_inputs(log_probs, inputs, cfg), cfg)
+    mask, coefficients, cfg = inputs.mask, inputs.coefficients, inputs.cfg
+    policy = policy_loss(policy_inputs(log_probs, inputs), cfg)
     pg = policy.pg
     watched = _source(coefficients.entropy, _source(coefficients.penalty, entropy))
-    band = band_of_tokens(watched, inputs, cfg)
+    band = band_of_tokens(watched, inputs)
     total = pg
     if _may_be_on(coefficients.entropy):
         bonus = band.gate * entropy
@@ -552,12 +495,12 @@ def token_losses(
     return TokenLosses(total, pg, kl, policy, band)
 
 
-def policy_inputs(log_probs: Tensor, inputs: TokenInputs, cfg: LossSettings) -> PolicyInputs:
+def policy_inputs(log_probs: Tensor, inputs: LossInputs) -> PolicyInputs:
     """What the policy loss reads of checked inputs; masked tokens are 0."""
     mask, groups = inputs.mask, None
-    if cfg.ratio_unit == "sequence":
-        groups = Groups(mask, inputs.sequence_ids, inputs.num_sequences)
-    elif cfg.ratio_unit == "segment":
+    if inputs.cfg.ratio_unit == "sequence":
+        groups = Groups(mask, inputs.aggregation.sequence_ids, inputs.aggregation.num_sequences)
+    elif inputs.cfg.ratio_unit == "segment":
         groups = Groups(mask, inputs.segment_ids, inputs.num_segments)
     return PolicyInputs(
         log_probs,
@@ -568,38 +511,21 @@ def policy_inputs(log_probs: Tensor, inputs: TokenInputs, cfg: LossSettings) -> 
     )
 
 
-def loss_weights(
-    inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def loss_weights(inputs: LossInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Token weights (B, T), and the counted tokens of each sequence (num_sequences,)."""
-    lengths = sequence_lengths(inputs.mask, inputs.sequence_ids, inputs.num_sequences)
-    weights = token_weights(
-        inputs.mask,
-        cfg.loss_agg_mode,
-        lengths=lengths,
-        sequence_ids=inputs.sequence_ids,
-        max_length=inputs.max_length,
-        normalizer=coefficients.normalizer,
-        loss_scale=coefficients.loss_scale,
-        dtype=dtype,
-    )
-    return weights, lengths
+    aggregation = inputs.aggregation
+    lengths = sequence_lengths(inputs.mask, aggregation.sequence_ids, aggregation.num_sequences)
+    return token_weights(inputs.mask, aggregation, lengths, dtype), lengths
 
 
-def masked_log_probs_and_entropy(
-    logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def masked_log_probs_and_entropy(logits: Tensor, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
     """`log_probs_and_entropy` of raw logits (B, T, V): 0 where the mask is 0, NaN log-prob for an invalid token."""
+    mask, transform = inputs.mask, inputs.transform
     if isinstance(transform.temperature, Tensor) and transform.temperature.dim() > 0:
-        transform = LogitTransform(
-            transform.vocab_size,
-            torch.where(mask, transform.temperature, 1.0),
-            transform.softcap,
-            transform.scale,
-        )
+        transform = replace(transform, temperature=torch.where(mask, transform.temperature, 1.0))
     z = transform_logits(torch.where(mask[..., None], logits, 0.0), transform)
-    valid = mask & _in_vocabulary(tokens, transform.vocab_size)
-    log_probs, entropy = log_probs_and_entropy(z, torch.where(valid, tokens, 0))
+    valid = mask & valid_tokens(inputs)
+    log_probs, entropy = log_probs_and_entropy(z, torch.where(valid, inputs.tokens, 0))
     return _at(mask, _nan_at(mask & ~valid, log_probs)), _at(mask, entropy)
 
 
@@ -613,8 +539,9 @@ class Band(NamedTuple):
     invalid: Tensor  # a token's bounds are crossed, or NaN
 
 
-def band_of_tokens(entropy: Tensor, inputs: TokenInputs, cfg: LossSettings) -> Band:
+def band_of_tokens(entropy: Tensor, inputs: LossInputs) -> Band:
     """Hold each token's entropy, or its segment's mean, against the band."""
+    cfg = inputs.cfg
     if inputs.lower is None or inputs.upper is None:
         nowhere = torch.zeros_like(inputs.mask)
         return Band(torch.zeros_like(entropy), torch.ones_like(entropy), nowhere, nowhere, nowhere)
@@ -651,8 +578,10 @@ def _nan_at(bad: Tensor, values: Tensor) -> Tensor:
     return values * torch.ones_like(values).masked_fill(bad, float("nan"))
 
 
-def _in_vocabulary(tokens: Tensor, vocab_size: int) -> Tensor:
-    return (tokens >= 0) & (tokens < vocab_size)
+def valid_tokens(inputs: TokenInputs) -> Tensor:
+    """(B, T) bool: the token is in the vocabulary and its other arguments are consistent; unspecified where masked."""
+    in_vocabulary = (inputs.tokens >= 0) & (inputs.tokens < inputs.transform.vocab_size)
+    return in_vocabulary if inputs.invalid is None else in_vocabulary & ~inputs.invalid
 
 
 def _may_be_on(coefficient: Scalar) -> bool:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from epo_kernels.inputs import Scalar, TokenBatch, check_batch, check_scalar
+from epo_kernels.inputs import Scalar, TokenBatch, as_scalar, as_token_batch
 
 ShapingRule = Literal["repo", "aem", "empg"]
 
@@ -76,8 +76,8 @@ def shape_advantages(
     """
     if rule not in get_args(ShapingRule):
         raise ValueError(f"rule must be one of {', '.join(get_args(ShapingRule))}, got {rule!r}")
-    coeff = check_scalar("coeff", coeff)
-    batch = check_batch(
+    coeff = as_scalar("coeff", coeff)
+    batch = as_token_batch(
         "entropy", entropy, mask, cu_seqlens=cu_seqlens, segment_ids=segment_ids, num_segments=num_segments
     )
     given = torch.where(batch.mask, batch.layout.floats("advantages", advantages, a_sequence=True), 0.0)
@@ -92,8 +92,8 @@ def shape_advantages(
     scale = turns.over_mean(torch.exp(-coeff * certainty))
     if rule == "aem":
         return batch.result(given * turns.spread(scale))
-    bonus = check_scalar("clarity_weight", clarity_weight) * torch.exp(
-        -check_scalar("clarity_coeff", clarity_coeff) * certainty
+    bonus = as_scalar("clarity_weight", clarity_weight) * torch.exp(
+        -as_scalar("clarity_coeff", clarity_coeff) * certainty
     )
     modified = given * turns.spread(scale) + turns.spread(turns.of_next(bonus, episode_ids))
     return batch.result(modified - turns.spread(turns.group_mean(turns.mean(modified))))

@@ -3,20 +3,20 @@
 import torch
 from torch import Tensor
 
-from epo_kernels import reference
+from epo_kernels import EPOConfig, reference
+from epo_kernels.declaration import COEFFICIENTS
 from epo_kernels.fused.backend import PlainHelpers
+from epo_kernels.fused.linear import loss_of_statistics
 from epo_kernels.fused.rows import RowLoss, Rows, RowStatistics, Terms
-from epo_kernels.fused.sharded import loss_of_rows
-from epo_kernels.inputs import LogitTransform, Scalar
+from epo_kernels.inputs import Aggregation, Coefficients, LogitTransform, LossInputs, Scalar, TokenInputs
 
 
 class EagerRows(PlainHelpers):
     def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
         with torch.no_grad():
             z = _z(rows)
-            log_probs, entropies = reference.masked_log_probs_and_entropy(
-                rows.logits, rows.transform, rows.tokens, rows.mask
-            )
+            inputs = TokenInputs(rows.mask.shape, rows.transform, rows.tokens, rows.mask, None)
+            log_probs, entropies = reference.masked_log_probs_and_entropy(rows.logits, inputs)
             maximum = z.amax(dim=-1)
             base = torch.where(maximum == -torch.inf, 0.0, maximum)
             total = (z - base[..., None]).exp().sum(dim=-1)
@@ -53,13 +53,45 @@ class EagerRows(PlainHelpers):
 
     def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
         statistics = self.statistics(rows, entropy=True)
-        result, grad_log_probs, grad_entropy = loss_of_rows(rows, statistics, terms)
+        result, grad_log_probs, grad_entropy = loss_of_statistics(statistics, _inputs(rows, terms), terms.weights)
         if out is not None:
             self.gradient(rows, statistics, grad_log_probs, grad_entropy, out)
         return result
 
-    def rate(self, transform: LogitTransform) -> Scalar:
+    def maximum_scale(self, transform: LogitTransform) -> Scalar:
         return 1.0  # maxima are those of z itself
+
+
+def _inputs(rows: Rows, terms: Terms) -> LossInputs:
+    """The loss that the terms describe, as the reference takes it."""
+    given = dict(zip(COEFFICIENTS, terms.coefficients.tolist(), strict=True))
+    policy_loss, _, divergence = terms.policy_loss.partition("_")
+    fields = {name: value for name, value in given.items() if not name.endswith("_coeff")}
+    cfg = EPOConfig(
+        **{**fields, "clip_ratio_c": None if given["clip_ratio_c"] == float("inf") else given["clip_ratio_c"]},
+        policy_loss=policy_loss,
+        dppo_divergence=divergence or "tv",
+        penalty=terms.penalty,
+        kl_type=terms.kl_type,
+    )
+    return LossInputs(
+        shape=rows.mask.shape,
+        transform=rows.transform,
+        tokens=rows.tokens,
+        mask=rows.mask,
+        invalid=None,
+        cfg=cfg,
+        coefficients=Coefficients(given["entropy_coeff"], given["penalty_coeff"], given["kl_coeff"]),
+        aggregation=Aggregation("token-mean", None, rows.mask.shape[0]),
+        old_log_probs=terms.old_log_probs,
+        advantages=terms.advantages,
+        ref_log_probs=terms.ref_log_probs,
+        is_weights=terms.is_weights,
+        lower=terms.lower,
+        upper=terms.upper,
+        segment_ids=None,
+        num_segments=0,
+    )
 
 
 def _z(rows: Rows) -> Tensor:

@@ -6,14 +6,15 @@ from torch.testing import assert_close
 
 import epo_kernels as ek
 from epo_kernels.aggregation import sequence_lengths, token_weights
+from epo_kernels.inputs import Aggregation
 from tests.cases import MODES, PENALTIES, random_case, run
 
 MASK = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)  # n = 3, 0, 1: N = 4, B = 2
 
 
-def weights(mode, mask=MASK, sequence_ids=None, num_sequences=3, **kwargs):
+def weights(mode, mask=MASK, sequence_ids=None, num_sequences=3, dtype=torch.float32, **settings):
     lengths = sequence_lengths(mask, sequence_ids, num_sequences)
-    return token_weights(mask, mode, lengths=lengths, sequence_ids=sequence_ids, **kwargs)
+    return token_weights(mask, Aggregation(mode, sequence_ids, num_sequences, **settings), lengths, dtype)
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_from_log_probs_counts_bad_bounds(monkeypatch):
         with pytest.raises(ValueError, match=r"entropy_bounds must be .* got \[2.0, 1.0\] at row 0, position 0"):
             from_log_probs(case, statistics)
         with monkeypatch.context() as patch:
-            patch.setattr("epo_kernels.inputs.checks_values", lambda device: False)
+            patch.setattr("epo_kernels.inputs.checks.checks_values", lambda device: False)
             out = from_log_probs(case, statistics)
         assert out.loss.isnan()
         assert out.metrics.invalid_tokens == (1 if scope == "token" else case["mask"][0].sum())

@@ -309,16 +309,17 @@ def test_log_probs_of_16_bits_are_refused(name):
 
 def test_canonical_arguments_are_viewed_never_copied():
     case = random_case(dtype=F32)
-    rows, layout = inputs.check_rows(case["logits"], case["tokens"], None)
-    tokens, mask = inputs.check_tokens(layout, case["tokens"], case["mask"], inputs.LogitTransform(7, 1.0, None, None))
+    rows, layout = inputs.as_rows(case["logits"], case["tokens"], None)
+    transform = inputs.LogitTransform(7, 1.0, None, None)
+    scored = inputs.as_token_inputs(layout, case["tokens"], case["mask"], transform)
     old = layout.floats("old_log_probs", case["old_log_probs"])
-    for view, name in ((rows, "logits"), (tokens, "tokens"), (mask, "mask"), (old, "old_log_probs")):
+    for view, name in ((rows, "logits"), (scored.tokens, "tokens"), (scored.mask, "mask"), (old, "old_log_probs")):
         assert view.data_ptr() == case[name].data_ptr()
-    packed, layout = inputs.check_rows(case["logits"][0], case["tokens"][0], None)
+    packed, layout = inputs.as_rows(case["logits"][0], case["tokens"][0], None)
     assert packed.shape == (1, 5, 7)
     assert packed.data_ptr() == case["logits"].data_ptr()
     advantages = torch.rand(3)
-    _, layout = inputs.check_rows(case["logits"], case["tokens"], None)
+    _, layout = inputs.as_rows(case["logits"], case["tokens"], None)
     spread = layout.floats("advantages", advantages, a_sequence=True)
     assert (spread.shape, spread.stride(), spread.data_ptr()) == ((3, 5), (1, 0), advantages.data_ptr())
 
@@ -342,7 +343,7 @@ def test_values_are_read_where_it_is_free_or_asked_for(monkeypatch):
 @pytest.fixture
 def blind(monkeypatch):
     """As on a CUDA device: no value is read before the kernels run."""
-    monkeypatch.setattr(inputs, "checks_values", lambda device: False)
+    monkeypatch.setattr(inputs.checks, "checks_values", lambda device: False)
 
 
 SEGMENTS = {"cfg": SEGMENT, "entropy_bounds": (ones(4), 2 * ones(4))}
@@ -427,7 +428,7 @@ def test_meta_tensors_pass_by_shape_alone(checked, monkeypatch):
 
 def test_bad_values_that_cannot_be_read_make_the_loss_nan(monkeypatch):
     """Where values aren't read, as on CUDA: a temperature of 0, and borders that don't rise to the number of tokens."""
-    monkeypatch.setattr(inputs, "checks_values", lambda device: False)
+    monkeypatch.setattr(inputs.checks, "checks_values", lambda device: False)
     logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
     cfg = ek.EPOConfig()
     good = {"temperature": ones, "cu_seqlens": torch.tensor([0, 2, 6])}

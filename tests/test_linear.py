@@ -14,8 +14,9 @@ from torch import Tensor
 
 import epo_kernels as ek
 from epo_kernels import backends, inputs
-from epo_kernels.fused import linear, linear_ops
+from epo_kernels.fused import linear_ops
 from epo_kernels.fused.backend import FusedBackend
+from epo_kernels.fused.head import Head, chunk_rows, unmasked_tokens
 from tests.eager_rows import EagerRows
 
 B, T, D, V = 3, 50, 6, 11
@@ -193,12 +194,9 @@ def test_padding_rows_are_never_read_in_the_operators_of_compiled_graphs() -> No
     log_probs, entropy = linear_ops.traced_linear_statistics(
         "cpu",
         inputs.Projection(*heads, torch.float32, torch.float32),
-        transform,
-        case.tokens % (V - 2),
-        case.mask,
+        inputs.TokenInputs(case.mask.shape, transform, case.tokens % (V - 2), case.mask, None),
+        inputs.Chunking(None, SMALL),
         entropy=True,
-        num_active=None,
-        max_chunk_bytes=SMALL,
     )
     (log_probs + entropy).sum().backward()
     for gradient in (leaf.grad for leaf in heads[1:]):
@@ -225,7 +223,7 @@ def test_num_active(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (count - 1, count + 1):
         with pytest.raises(ValueError, match=f"num_active must be {count}, the number of tokens whose mask is 1, got"):
             case.run("eager", cfg, num_active=wrong)
-    monkeypatch.setattr(inputs, "checks_values", lambda device: False)  # as on CUDA
+    monkeypatch.setattr(inputs.checks, "checks_values", lambda device: False)  # as on CUDA
     for wrong in (count - 1, count + 1):
         loss, _, _, *gradients = case.run("eager", cfg, num_active=wrong)
         assert loss.isnan()
@@ -482,33 +480,33 @@ def test_peak_memory_is_a_chunk_and_the_weight_gradient(scope: str) -> None:
 def test_chunks_are_multiples_of_tiles_within_the_budget() -> None:
     row = 152_064 * 2
     for budget in (1 << 30, 512 << 20, 40 << 20):
-        rows = linear.chunk_rows(8192, row, budget, 3584, 132)
+        rows = chunk_rows(8192, row, budget, 3584, 132)
         assert rows % 128 == 0
         assert budget / 2 - 128 * row < rows * row <= budget
     # 3584 columns are 14 tiles: 132 processors are filled by 9.43 rows of tiles. 27 rows of tiles (378) fill 2.86
     # waves, 28 fill 2.97, the best among 14 to 27 is 27 or less by its own last wave.
-    best = linear.chunk_rows(8192, row, 27 * 128 * row, 3584, 132) // 128
+    best = chunk_rows(8192, row, 27 * 128 * row, 3584, 132) // 128
     filling = {m: (m * 14 / 132) / math.ceil(m * 14 / 132) for m in range(14, 28)}
     assert filling[best] == max(filling.values())
-    assert linear.chunk_rows(8192, row, 27 * 128 * row, 3584, 1) == 27 * 128, "a CPU has no waves: the most that fit"
-    assert linear.chunk_rows(8192, row, 100 * row, 3584, 132) == 100
-    assert linear.chunk_rows(8192, row, 1, 3584, 132) == 1
-    assert linear.chunk_rows(300, row, 1 << 40, 3584, 1) == 384
-    assert linear.chunk_rows(0, row, 1 << 30, 3584, 132) == 128
+    assert chunk_rows(8192, row, 27 * 128 * row, 3584, 1) == 27 * 128, "a CPU has no waves: the most that fit"
+    assert chunk_rows(8192, row, 100 * row, 3584, 132) == 100
+    assert chunk_rows(8192, row, 1, 3584, 132) == 1
+    assert chunk_rows(300, row, 1 << 40, 3584, 1) == 384
+    assert chunk_rows(0, row, 1 << 30, 3584, 132) == 128
 
 
 @pytest.mark.parametrize(("width", "vocab"), [(1024, 2), (8, 4096)])
 def test_chunks_count_their_hidden_states(width: int, vocab: int) -> None:
     hidden, budget = torch.zeros(1, 3000, width), 2 << 20
-    active = linear.find_active(torch.ones(1, 3000, dtype=torch.bool), None)
-    head = linear.Head(
+    unmasked = unmasked_tokens(torch.ones(1, 3000, dtype=torch.bool), None)
+    head = Head(
         hidden,
         torch.zeros(vocab, width),
         None,
         vocab_size=vocab,
         product_dtype=torch.float32,
         logits_dtype=torch.float32,
-        active=active,
+        unmasked=unmasked,
         max_chunk_bytes=budget,
     )
     chunks = [4 * (2 * chunk.numel() + logits.numel()) for _, chunk, logits in head.chunks()]

@@ -13,11 +13,10 @@ from epo_kernels.backends import cuda, native, triton
 from epo_kernels.backends.cpu import CpuRows
 from epo_kernels.backends.cuda import CudaRows
 from epo_kernels.backends.reference import ReferenceBackend
-from epo_kernels.config import EPOConfig
 from epo_kernels.fused.backend import FusedBackend
-from epo_kernels.fused.sharded import Shard
-from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs
+from epo_kernels.inputs import Chunking, LossInputs, Projection, TokenInputs
 from epo_kernels.reference import EPOOutput
+from epo_kernels.shard import Shard
 
 
 class Backend(Protocol):
@@ -31,51 +30,24 @@ class Backend(Protocol):
         """torch device types it computes on; none: any."""
 
     def why_unavailable(self) -> str | None:
-        """None where it can run on this machine, else why not and what would cure it."""
+        """None where it can run on this machine, else why not and how to fix it."""
 
     def sharded(self, shard: Shard) -> Backend:
         """The same for a rank's part of the vocabulary: logits, weight and bias; the transform is the whole's."""
 
-    def epo_loss(
-        self,
-        logits: Tensor,
-        transform: LogitTransform,
-        inputs: TokenInputs,
-        coefficients: Coefficients,
-        cfg: EPOConfig,
-        *,
-        inplace: bool,
-    ) -> EPOOutput:
+    def epo_loss(self, logits: Tensor, inputs: LossInputs, *, inplace: bool) -> EPOOutput:
         """The whole loss, differentiable in logits. inplace: logits may be overwritten with their gradient."""
 
     def log_probs_and_entropy(
-        self, logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor, *, entropy: bool
+        self, logits: Tensor, inputs: TokenInputs, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Log-prob and entropy of each token (B, T), both differentiable in logits; no entropy where not asked for."""
 
-    def linear_epo_loss(
-        self,
-        projection: Projection,
-        transform: LogitTransform,
-        inputs: TokenInputs,
-        coefficients: Coefficients,
-        cfg: EPOConfig,
-        *,
-        num_active: int | None,
-        max_chunk_bytes: int,
-    ) -> EPOOutput:
+    def linear_epo_loss(self, projection: Projection, inputs: LossInputs, chunking: Chunking) -> EPOOutput:
         """The whole loss of a head's logits, differentiable in hidden states, weight and bias."""
 
     def linear_log_probs_and_entropy(
-        self,
-        projection: Projection,
-        transform: LogitTransform,
-        tokens: Tensor,
-        mask: Tensor,
-        *,
-        entropy: bool,
-        num_active: int | None,
-        max_chunk_bytes: int,
+        self, projection: Projection, inputs: TokenInputs, chunking: Chunking, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         """`log_probs_and_entropy` of a head's logits, differentiable in hidden states, weight and bias."""
 
@@ -111,7 +83,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype = torch.f
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: a backend asked for by name that can't run here, with the reason and the cure.
+        RuntimeError: a backend asked for by name that can't run here, with the reason and the fix.
     """
     if name == "auto":
         candidates = [n for n in _PREFERENCE.get(device.type, ()) if dtype in _BACKENDS[n].dtypes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from epo_kernels.backends.native import array, maybe_array, native, native_rate, native_rows, native_terms
+from epo_kernels.backends.native import array, maybe_array, native, native_maximum_scale, native_rows, native_terms
 from epo_kernels.declaration import ROW_SUMS
 from epo_kernels.fused.backend import PlainHelpers
 from epo_kernels.fused.rows import RowLoss, Rows, RowStatistics, Terms
@@ -73,8 +73,8 @@ class CpuRows(PlainHelpers):
         )
         return RowLoss(log_probs, entropy, sums, sums[ROW_SUMS.index("loss")].to(torch.float32))
 
-    def rate(self, transform: LogitTransform) -> Scalar:
-        return native_rate(transform)
+    def maximum_scale(self, transform: LogitTransform) -> Scalar:
+        return native_maximum_scale(transform)
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         value = float(factor)

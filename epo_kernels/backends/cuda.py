@@ -12,15 +12,15 @@ from epo_kernels.backends.native import (
     array,
     maybe_array,
     native,
-    native_rate,
+    native_maximum_scale,
     native_rows,
     native_terms,
     number,
     why_not_built,
 )
 from epo_kernels.declaration import ROW_SUMS
-from epo_kernels.fused.rows import Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
-from epo_kernels.inputs import LogitTransform, Scalar
+from epo_kernels.fused.rows import Prepared, RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.inputs import Aggregation, LogitTransform, Scalar
 
 
 def why_unavailable() -> str | None:
@@ -124,34 +124,34 @@ class CudaRows:
         )
         return RowLoss(log_probs, entropy, sums, loss)
 
-    def prepare(self, mask: Tensor, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
+    def prepare(self, mask: Tensor, aggregation: Aggregation, coefficients: tuple[Scalar, ...]) -> Prepared:
         device = mask.device
-        lengths = sequence_lengths(mask, weighing.sequence_ids, weighing.num_sequences)
+        lengths = sequence_lengths(mask, aggregation.sequence_ids, aggregation.num_sequences)
         prepared = Prepared(
             weights=torch.empty(mask.shape, dtype=torch.float32, device=device),
             coefficients=torch.empty(len(coefficients), dtype=torch.float32, device=device),
             ticket=torch.empty(1, dtype=torch.int32, device=device),
             extras=torch.empty(2, dtype=torch.float64, device=device),
         )
-        numbers = [number(value, device) for value in (weighing.loss_scale, *coefficients)]
-        normalizer = None if weighing.normalizer is None else number(weighing.normalizer, device)
+        numbers = [number(value, device) for value in (aggregation.loss_scale, *coefficients)]
+        normalizer = None if aggregation.normalizer is None else number(aggregation.normalizer, device)
         scale, *values = (array(value) if isinstance(value, Tensor) else value for value in numbers)
         self._native.cuda_prepare(
             array(mask),
             array(lengths),
-            maybe_array(weighing.sequence_ids),
-            weighing.loss_agg_mode,
+            maybe_array(aggregation.sequence_ids),
+            aggregation.loss_agg_mode,
             array(normalizer) if isinstance(normalizer, Tensor) else normalizer,
             scale,
-            float(weighing.max_length or 1),
+            float(aggregation.max_length or 1),
             values,
             *(array(result) for result in prepared),
             *_place(mask),
         )
         return prepared
 
-    def rate(self, transform: LogitTransform) -> Scalar:
-        return native_rate(transform)
+    def maximum_scale(self, transform: LogitTransform) -> Scalar:
+        return native_maximum_scale(transform)
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         if gradient.is_contiguous():

@@ -102,8 +102,8 @@ def native_rows(rows: Rows) -> _native.Rows:
     )
 
 
-def native_rate(transform: LogitTransform) -> Scalar:
-    """`RowKernels.rate`: the `outer` of csrc/epo_math.h."""
+def native_maximum_scale(transform: LogitTransform) -> Scalar:
+    """`StatisticsKernels.maximum_scale`: the `outer` of csrc/epo_math.h."""
     if transform.softcap is not None:
         return transform.softcap / transform.temperature
     return abs(1.0 if transform.scale is None else transform.scale) / transform.temperature

@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from epo_kernels import reference
 from epo_kernels.autograd import refuse_transforms
-from epo_kernels.config import EPOConfig
-from epo_kernels.fused.sharded import GatheredColumns, ReplicatedInput, Shard
-from epo_kernels.inputs import Coefficients, LogitTransform, Projection, TokenInputs, without_autocast
+from epo_kernels.inputs import Chunking, LossInputs, Projection, TokenInputs, without_autocast
+from epo_kernels.shard import GatheredColumns, ReplicatedInput, Shard
 
 
 class ReferenceBackend:
@@ -29,54 +28,24 @@ class ReferenceBackend:
     def why_unavailable(self) -> str | None:
         return None
 
-    def epo_loss(
-        self,
-        logits: Tensor,
-        transform: LogitTransform,
-        inputs: TokenInputs,
-        coefficients: Coefficients,
-        cfg: EPOConfig,
-        *,
-        inplace: bool,
-    ) -> reference.EPOOutput:
+    def epo_loss(self, logits: Tensor, inputs: LossInputs, *, inplace: bool) -> reference.EPOOutput:
         # inplace is a permission, and autograd has no use for it.
-        return reference.epo_loss(self._whole(logits), transform, inputs, coefficients, cfg)
+        return reference.epo_loss(self._whole(logits), inputs)
 
     def log_probs_and_entropy(
-        self, logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor, *, entropy: bool
+        self, logits: Tensor, inputs: TokenInputs, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        log_probs, entropies = reference.masked_log_probs_and_entropy(self._whole(logits), transform, tokens, mask)
+        log_probs, entropies = reference.masked_log_probs_and_entropy(self._whole(logits), inputs)
         return log_probs, entropies if entropy else None
 
-    def linear_epo_loss(
-        self,
-        projection: Projection,
-        transform: LogitTransform,
-        inputs: TokenInputs,
-        coefficients: Coefficients,
-        cfg: EPOConfig,
-        *,
-        num_active: int | None,
-        max_chunk_bytes: int,
-    ) -> reference.EPOOutput:
+    def linear_epo_loss(self, projection: Projection, inputs: LossInputs, chunking: Chunking) -> reference.EPOOutput:
         # Neither chunks nor dropped rows: the whole logits, as the other ways to compute them are tested against.
-        logits = self._project(projection, transform, inputs.mask)
-        return self.epo_loss(logits, transform, inputs, coefficients, cfg, inplace=False)
+        return self.epo_loss(self._project(projection, inputs), inputs, inplace=False)
 
     def linear_log_probs_and_entropy(
-        self,
-        projection: Projection,
-        transform: LogitTransform,
-        tokens: Tensor,
-        mask: Tensor,
-        *,
-        entropy: bool,
-        num_active: int | None,
-        max_chunk_bytes: int,
+        self, projection: Projection, inputs: TokenInputs, chunking: Chunking, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return self.log_probs_and_entropy(
-            self._project(projection, transform, mask), transform, tokens, mask, entropy=entropy
-        )
+        return self.log_probs_and_entropy(self._project(projection, inputs), inputs, entropy=entropy)
 
     def _whole(self, logits: Tensor) -> Tensor:
         if self._shard is None:
@@ -84,12 +53,13 @@ class ReferenceBackend:
         refuse_transforms(logits)
         return GatheredColumns.apply(logits, self._shard)[0]
 
-    def _project(self, projection: Projection, transform: LogitTransform, mask: Tensor) -> Tensor:
+    def _project(self, projection: Projection, inputs: TokenInputs) -> Tensor:
+        vocab_size = inputs.transform.vocab_size
         if self._shard is None:
-            return project(projection, mask, transform.vocab_size)
+            return project(projection, inputs.mask, vocab_size)
         refuse_transforms(projection.hidden, projection.weight, projection.bias)
         projection = replace(projection, hidden=ReplicatedInput.apply(projection.hidden, self._shard)[0])
-        logits = project(projection, mask, self._shard.own_vocabulary(transform.vocab_size))
+        logits = project(projection, inputs.mask, self._shard.own_vocabulary(vocab_size))
         return F.pad(logits, (0, projection.weight.shape[0] - logits.shape[-1]))
 
 

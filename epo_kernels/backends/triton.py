@@ -19,8 +19,8 @@ from torch import Tensor
 from epo_kernels.aggregation import sequence_lengths
 from epo_kernels.declaration import ROW_SUMS
 from epo_kernels.fused.backend import FusedBackend
-from epo_kernels.fused.rows import Prepared, RowLoss, Rows, RowStatistics, Terms, Weighing
-from epo_kernels.inputs import LogitTransform, Scalar
+from epo_kernels.fused.rows import Prepared, RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.inputs import Aggregation, LogitTransform, Scalar
 
 Mode = Literal["statistics", "gradient", "loss"]
 
@@ -232,7 +232,7 @@ class TritonRows:
         )
         return RowLoss(log_probs, entropies, sums, loss)
 
-    def prepare(self, mask: Tensor, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
+    def prepare(self, mask: Tensor, aggregation: Aggregation, coefficients: tuple[Scalar, ...]) -> Prepared:
         device = mask.device
         batch, length = mask.shape
         prepared = Prepared(
@@ -242,9 +242,9 @@ class TritonRows:
             extras=torch.empty(2, dtype=torch.float64, device=device),
         )
         lengths = ids = None
-        if weighing.sequence_ids is not None:
-            ids = weighing.sequence_ids
-            lengths = sequence_lengths(mask, ids, weighing.num_sequences)
+        if aggregation.sequence_ids is not None:
+            ids = aggregation.sequence_ids
+            lengths = sequence_lengths(mask, ids, aggregation.num_sequences)
         tokens = min(max(_power_of_two(max(length, 1)), 64), WEIGHTS_TILE)
         sequences = WEIGHTS_TILE // tokens
         numbers, pointers = zip(*(_number(value, device) for value in coefficients), strict=True)
@@ -253,21 +253,21 @@ class TritonRows:
                 *_strided(mask.view(torch.uint8)),
                 *(batch, length),
                 *(lengths, ids, 0 if ids is None else ids.stride(1)),
-                batch if lengths is None else weighing.num_sequences,
-                *_number(1.0 if weighing.normalizer is None else weighing.normalizer, device),
-                *_number(weighing.loss_scale, device),
+                batch if lengths is None else aggregation.num_sequences,
+                *_number(1.0 if aggregation.normalizer is None else aggregation.normalizer, device),
+                *_number(aggregation.loss_scale, device),
                 *(numbers, pointers),
-                float(weighing.max_length or 1),
+                float(aggregation.max_length or 1),
                 *prepared,
-                MODE=weighing.loss_agg_mode,
-                NORMALIZED=weighing.normalizer is not None,
+                MODE=aggregation.loss_agg_mode,
+                NORMALIZED=aggregation.normalizer is not None,
                 SEQUENCES=sequences,
                 TOKENS=tokens,
                 num_warps=4,
             )
         return prepared
 
-    def rate(self, transform: LogitTransform) -> Scalar:
+    def maximum_scale(self, transform: LogitTransform) -> Scalar:
         return 1.0 / transform.temperature
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:

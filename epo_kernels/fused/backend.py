@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from typing import cast, get_args
 
 import torch
@@ -17,10 +18,12 @@ from epo_kernels.autograd import refuse_transforms
 from epo_kernels.config import EPOConfig
 from epo_kernels.declaration import COEFFICIENTS, RowPolicyLoss
 from epo_kernels.fused import linear, linear_ops, ops
-from epo_kernels.fused.rows import Prepared, RowKernels, RowLoss, Rows, Terms, Weighing
-from epo_kernels.fused.sharded import Shard, ShardedRows
-from epo_kernels.inputs import Coefficients, LogitTransform, Projection, Scalar, TokenInputs, tracing
+from epo_kernels.fused.head import UnmaskedTokens
+from epo_kernels.fused.rows import Prepared, RowKernels, RowLoss, Rows, StatisticsKernels, Terms
+from epo_kernels.fused.sharded import ShardedRows
+from epo_kernels.inputs import Aggregation, Chunking, LossInputs, Projection, Scalar, TokenInputs, tracing
 from epo_kernels.metrics import LossMetrics
+from epo_kernels.shard import Shard
 
 
 class FusedBackend:
@@ -30,7 +33,7 @@ class FusedBackend:
         name: as in `available_backends`.
         device_types: torch device types that the kernels compute on.
         load: makes the kernels; called once, at first use.
-        why_unavailable: None where they can run on this machine, else why not and what would cure it.
+        why_unavailable: None where they can run on this machine, else why not and how to fix it.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,6 +48,7 @@ class FusedBackend:
         self.name = name
         self._device_types = device_types
         self._load = load
+        self._shard: Shard | None = None
         # Dynamo calls it, and doesn't trace it: what a machine has is found out in ways that it can't follow.
         self._why_unavailable = torch.compiler.assume_constant_result(why_unavailable)
         ops.KERNELS[name] = lambda: self.kernels
@@ -56,7 +60,7 @@ class FusedBackend:
     def sharded(self, shard: Shard) -> FusedBackend:
         """The same over a rank's part of the vocabulary."""
         backend = copy.copy(self)
-        backend.kernels = ShardedRows(self.kernels, shard)
+        backend._shard = shard
         return backend
 
     @property
@@ -66,115 +70,79 @@ class FusedBackend:
     def why_unavailable(self) -> str | None:
         return self._why_unavailable()
 
-    def epo_loss(
-        self,
-        logits: Tensor,
-        transform: LogitTransform,
-        inputs: TokenInputs,
-        coefficients: Coefficients,
-        cfg: EPOConfig,
-        *,
-        inplace: bool,
-    ) -> reference.EPOOutput:
+    def epo_loss(self, logits: Tensor, inputs: LossInputs, *, inplace: bool) -> reference.EPOOutput:
         refuse_transforms(logits)
-        rows = Rows(logits, inputs.tokens, inputs.mask, transform)
-        if tracing() or needs_two_passes(inputs, cfg) or logits.dtype == torch.float16:
+        if tracing() or self._shard is not None or needs_two_passes(inputs) or logits.dtype == torch.float16:
             # A band or a policy loss may need statistics of a segment before any gradient: statistics, the maths per
             # token, then the gradient.
             # Compiled graphs go the same way, because it leaves nothing to multiply in backward. So does float16, which
-            # is only wide enough for the gradient once it is multiplied by its upstream, a GradScaler's scale.
-            log_probs, entropy = self._statistics(rows, entropy=True, inplace=inplace)
+            # is only wide enough for the gradient once it is multiplied by its upstream, a GradScaler's scale; and a
+            # rank's columns, whose gradient needs the statistics of all ranks.
+            log_probs, entropy = self._statistics(logits, inputs, entropy=True, inplace=inplace)
             assert entropy is not None
-            return reference.loss_of_statistics(log_probs, entropy, transform.vocab_size, inputs, coefficients, cfg)
-        prepared = self._prepare(inputs, coefficients, cfg)
-        result = ops.fused_loss(self.kernels, rows, terms_of(inputs, prepared, cfg), inplace=inplace)
-        return _output(result, prepared, inputs, cfg)
+            return reference.loss_of_statistics(log_probs, entropy, inputs)
+        prepared = self._prepare(inputs)
+        terms = terms_of(_for_rows(inputs), prepared)
+        result = ops.fused_loss(self.kernels, Rows.of(logits, inputs), terms, inplace=inplace)
+        return _output(result, prepared, inputs)
 
     def log_probs_and_entropy(
-        self, logits: Tensor, transform: LogitTransform, tokens: Tensor, mask: Tensor, *, entropy: bool
+        self, logits: Tensor, inputs: TokenInputs, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         refuse_transforms(logits)
-        return self._statistics(Rows(logits, tokens, mask, transform), entropy=entropy, inplace=False)
+        return self._statistics(logits, inputs, entropy=entropy, inplace=False)
 
-    def linear_epo_loss(
-        self,
-        projection: Projection,
-        transform: LogitTransform,
-        inputs: TokenInputs,
-        coefficients: Coefficients,
-        cfg: EPOConfig,
-        *,
-        num_active: int | None,
-        max_chunk_bytes: int,
-    ) -> reference.EPOOutput:
+    def linear_epo_loss(self, projection: Projection, inputs: LossInputs, chunking: Chunking) -> reference.EPOOutput:
         refuse_transforms(projection.hidden, projection.weight, projection.bias)
-        if tracing() or needs_two_passes(inputs, cfg):
-            log_probs, entropy = self.linear_log_probs_and_entropy(
-                projection,
-                transform,
-                inputs.tokens,
-                inputs.mask,
-                entropy=True,
-                num_active=num_active,
-                max_chunk_bytes=max_chunk_bytes,
-            )
+        if tracing() or needs_two_passes(inputs):
+            log_probs, entropy = self.linear_log_probs_and_entropy(projection, inputs, chunking, entropy=True)
             assert entropy is not None
-            out = reference.loss_of_statistics(log_probs, entropy, transform.vocab_size, inputs, coefficients, cfg)
+            out = reference.loss_of_statistics(log_probs, entropy, inputs)
             if not out.loss.requires_grad:  # scored once, and that was all
                 return out
             return out._replace(metrics=out.metrics.replace(recomputed_tokens=out.metrics.tokens))
-        prepared = self._prepare(inputs, coefficients, cfg)
-        result = linear.linear_loss(
-            self.kernels,
-            projection,
-            transform,
-            inputs.tokens,
-            inputs.mask,
-            terms_of(inputs, prepared, cfg),
-            num_active=num_active,
-            max_chunk_bytes=max_chunk_bytes,
-        )
-        return _output(result, prepared, inputs, cfg)
+        prepared = self._prepare(inputs)
+        own = _for_rows(inputs)
+        scaled = projection.product_dtype == torch.float16 and any(linear.wanted_gradients(projection))
+
+        def loss_of(unmasked: UnmaskedTokens) -> linear.ChunkLoss:
+            if scaled or self._shard is not None:
+                return linear.ChunkLossOfStatistics(
+                    self._row_statistics, own.select(unmasked.take_row), unmasked.take_row(prepared.weights)
+                )
+            return linear.FusedChunkLoss(self.kernels, terms_of(own, prepared).map(unmasked.take_row))
+
+        result = linear.linear_loss(self._row_statistics, projection, inputs, chunking, loss_of)
+        return _output(result, prepared, inputs)
 
     def linear_log_probs_and_entropy(
-        self,
-        projection: Projection,
-        transform: LogitTransform,
-        tokens: Tensor,
-        mask: Tensor,
-        *,
-        entropy: bool,
-        num_active: int | None,
-        max_chunk_bytes: int,
+        self, projection: Projection, inputs: TokenInputs, chunking: Chunking, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         refuse_transforms(projection.hidden, projection.weight, projection.bias)
-        statistics = (
-            partial(linear_ops.traced_linear_statistics, self.name)
-            if tracing()
-            else partial(linear.linear_log_probs_and_entropy, self.kernels)
-        )
-        return statistics(
-            projection,
-            transform,
-            tokens,
-            mask,
-            entropy=entropy,
-            num_active=num_active,
-            max_chunk_bytes=max_chunk_bytes,
-        )
+        if tracing():
+            return linear_ops.traced_linear_statistics(self.name, projection, inputs, chunking, entropy=entropy)
+        return linear.linear_log_probs_and_entropy(self._row_statistics, projection, inputs, chunking, entropy=entropy)
 
-    def _prepare(self, inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig) -> Prepared:
-        weighing = weighing_of(inputs, coefficients, cfg)
-        return self.kernels.prepare(inputs.mask, weighing, coefficients_of(coefficients, cfg))
+    @property
+    def _row_statistics(self) -> StatisticsKernels:
+        """Statistics and gradients of whole rows, of which this rank may have a part of the columns."""
+        return self.kernels if self._shard is None else ShardedRows(self.kernels, self._shard)
 
-    def _statistics(self, rows: Rows, *, entropy: bool, inplace: bool) -> tuple[Tensor, Tensor | None]:
+    def _prepare(self, inputs: LossInputs) -> Prepared:
+        return self.kernels.prepare(inputs.mask, inputs.aggregation, coefficients_of(inputs))
+
+    def _statistics(
+        self, logits: Tensor, inputs: TokenInputs, *, entropy: bool, inplace: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = Rows.of(logits, inputs)
         if tracing():  # functional: a permission to overwrite goes unused
             return ops.traced_statistics(self.name, rows, entropy=entropy)
-        return ops.fused_statistics(self.kernels, rows, entropy=entropy, inplace=inplace)
+        return ops.fused_statistics(self._row_statistics, rows, entropy=entropy, inplace=inplace)
 
 
-def needs_two_passes(inputs: TokenInputs, cfg: EPOConfig) -> bool:
+def needs_two_passes(inputs: LossInputs) -> bool:
     """Whether the gradient needs statistics of other rows, or the loss has a term that row kernels do not know."""
+    cfg = inputs.cfg
     segment_band = cfg.band_scope == "segment" and cfg.penalty != "none" and inputs.lower is not None
     return segment_band or row_policy_loss(cfg) is None or cfg.kl_bias_correction
 
@@ -187,27 +155,35 @@ def row_policy_loss(cfg: EPOConfig) -> RowPolicyLoss | None:
     return cast(RowPolicyLoss, name) if name in get_args(RowPolicyLoss) else None
 
 
-def _output(result: RowLoss, prepared: Prepared, inputs: TokenInputs, cfg: EPOConfig) -> reference.EPOOutput:
+def _for_rows(inputs: LossInputs) -> LossInputs:
+    """The inputs of a loss that looks at single tokens; a segment's band without a penalty is left to `_output`."""
+    if inputs.cfg.band_scope == "token":
+        return inputs
+    return replace(inputs, lower=None, upper=None, segment_ids=None, num_segments=0)
+
+
+def _output(result: RowLoss, prepared: Prepared, inputs: LossInputs) -> reference.EPOOutput:
     sums, extras = result.sums, prepared.extras
     metrics, loss = LossMetrics(torch.cat([sums, extras])), result.loss
-    if cfg.band_scope == "segment" and inputs.lower is not None:  # a band without a penalty is only looked at
-        band = reference.band_of_tokens(result.entropy, inputs, cfg)
+    if inputs.cfg.band_scope == "segment" and inputs.lower is not None:  # a band without a penalty is only counted
+        band = reference.band_of_tokens(result.entropy, inputs)
         below, above, invalid = ((side & inputs.mask).sum() for side in (band.below, band.above, band.invalid))
-        doubt = torch.where(invalid > 0, float("nan"), 1.0).to(loss.dtype)  # a factor, so that gradients become NaN too
-        loss = loss * doubt
+        factor = torch.where(invalid > 0, float("nan"), 1.0).to(loss.dtype)  # makes gradients NaN too
+        loss = loss * factor
         metrics = metrics.replace(
             below_band_tokens=below,
             above_band_tokens=above,
             invalid_tokens=metrics.invalid_tokens + invalid,
-            loss=metrics.loss * doubt,
+            loss=metrics.loss * factor,
         )
     return reference.EPOOutput(
         loss, metrics, result.log_probs.reshape(inputs.shape), result.entropy.reshape(inputs.shape)
     )
 
 
-def coefficients_of(coefficients: Coefficients, cfg: EPOConfig) -> tuple[Scalar, ...]:
+def coefficients_of(inputs: LossInputs) -> tuple[Scalar, ...]:
     """The values of COEFFICIENTS, in that order."""
+    cfg, coefficients = inputs.cfg, inputs.coefficients
     of_call: dict[str, Scalar] = {
         "clip_ratio_c": math.inf if cfg.clip_ratio_c is None else cfg.clip_ratio_c,
         "entropy_coeff": coefficients.entropy,
@@ -217,20 +193,9 @@ def coefficients_of(coefficients: Coefficients, cfg: EPOConfig) -> tuple[Scalar,
     return tuple(of_call[name] if name in of_call else getattr(cfg, name) for name in COEFFICIENTS)
 
 
-def weighing_of(inputs: TokenInputs, coefficients: Coefficients, cfg: EPOConfig) -> Weighing:
-    return Weighing(
-        cfg.loss_agg_mode,
-        inputs.sequence_ids,
-        inputs.num_sequences,
-        inputs.max_length,
-        coefficients.normalizer,
-        coefficients.loss_scale,
-    )
-
-
-def terms_of(inputs: TokenInputs, prepared: Prepared, cfg: EPOConfig) -> Terms:
-    by_token = cfg.band_scope == "token"
-    policy_loss = row_policy_loss(cfg)
+def terms_of(inputs: LossInputs, prepared: Prepared) -> Terms:
+    """The arguments of a loss launch; inputs in token scope."""
+    policy_loss = row_policy_loss(inputs.cfg)
     assert policy_loss is not None
     return Terms(
         weights=prepared.weights,
@@ -238,30 +203,22 @@ def terms_of(inputs: TokenInputs, prepared: Prepared, cfg: EPOConfig) -> Terms:
         old_log_probs=inputs.old_log_probs,
         ref_log_probs=inputs.ref_log_probs,
         is_weights=inputs.is_weights,
-        lower=inputs.lower if by_token else None,
-        upper=inputs.upper if by_token else None,
+        lower=inputs.lower,
+        upper=inputs.upper,
         coefficients=prepared.coefficients,
         ticket=prepared.ticket,
         policy_loss=policy_loss,
-        penalty=cfg.penalty,
-        kl_type=cfg.kl_type,
+        penalty=inputs.cfg.penalty,
+        kl_type=inputs.cfg.kl_type,
     )
 
 
 class PlainHelpers:
-    """The two small operations of `RowKernels` in plain PyTorch."""
+    """`prepare` and `scale` of `RowKernels` in plain PyTorch."""
 
-    def prepare(self, mask: Tensor, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
-        lengths = sequence_lengths(mask, weighing.sequence_ids, weighing.num_sequences)
-        weights = token_weights(
-            mask,
-            weighing.loss_agg_mode,
-            lengths=lengths,
-            sequence_ids=weighing.sequence_ids,
-            max_length=weighing.max_length,
-            normalizer=weighing.normalizer,
-            loss_scale=weighing.loss_scale,
-        ).contiguous()
+    def prepare(self, mask: Tensor, aggregation: Aggregation, coefficients: tuple[Scalar, ...]) -> Prepared:
+        lengths = sequence_lengths(mask, aggregation.sequence_ids, aggregation.num_sequences)
+        weights = token_weights(mask, aggregation, lengths).contiguous()
         extras = weights.new_zeros(2, dtype=torch.float64)
         extras[0] = (lengths > 0).sum()
         return Prepared(

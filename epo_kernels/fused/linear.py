@@ -9,324 +9,115 @@ Masked tokens are dropped before the first product. Then, chunk by chunk of the 
 
 Alive at a time: one chunk, and ∂weight in float32; ∂hidden too, where hidden states are float16. Every fused backend
 brings its own row kernels.
-
-Products multiply by the vocabulary's rows of the head only, so its padding may hold anything, NaN and inf included.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from epo_kernels import reference
 from epo_kernels.autograd import differentiable_once
 from epo_kernels.declaration import ROW_SUMS
-from epo_kernels.fused.rows import RowKernels, RowLoss, Rows, RowStatistics, Terms
-from epo_kernels.fused.sharded import PartialSums, Shard, loss_of_rows
-from epo_kernels.inputs import LogitTransform, Projection, without_autocast
+from epo_kernels.fused.head import Head, HeadGradients, Needs, UnmaskedTokens, unmasked_tokens
+from epo_kernels.fused.rows import (
+    RowKernels,
+    RowLoss,
+    Rows,
+    RowStatistics,
+    StatisticsKernels,
+    Terms,
+    kernel_tokens,
+)
+from epo_kernels.inputs import Chunking, LogitTransform, LossInputs, Projection, TokenInputs
 
-ROW_MULTIPLE = 128  # rows of a matrix product's tile
-_TILE_COLUMNS = 256
-_CAST_TILE_BYTES = 32 << 20  # float32 copies of narrower operands, on the CPU
-_FLOAT16_EXPONENT = 15  # ∂logits of a chunk are scaled to below 2^this; float16 ends at 2^16
-_SMALLEST_GRADIENT = 2.0**-80  # smaller ones than this aren't scaled any further
-
-Needs = tuple[bool, bool, bool]  # whether hidden states, weight and bias want a gradient
-MakeHead = Callable[[Tensor, Tensor, Tensor | None], "Head"]
+MakeHead = Callable[[Tensor, Tensor, Tensor | None], Head]
 RowsOf = Callable[[slice, Tensor], Rows]
 
 
-def chunk_rows(num_rows: int, row_bytes: int, max_chunk_bytes: int, hidden_size: int, num_processors: int) -> int:
-    """Tokens of one chunk.
+class ChunkLoss(Protocol):
+    """The token-scope loss of a chunk of the unmasked tokens."""
 
-    A multiple of 128 within the budget: on a CPU the largest; on a GPU, of those in the upper half of the range, the
-    one whose ∂hidden product (chunk, V) @ (V, D), cut into tiles of 128 by 256, fills its last wave best. Fewer than
-    128 only where not even those fit.
-
-    Args:
-        num_rows: tokens in all.
-        row_bytes: live bytes of one token.
-        max_chunk_bytes: the budget.
-        hidden_size: D.
-        num_processors: multiprocessors of the GPU, 1 on a CPU.
-    """
-    budget = max(max_chunk_bytes // row_bytes, 1)
-    if budget < ROW_MULTIPLE:
-        return budget
-    most = min(budget // ROW_MULTIPLE, math.ceil(max(num_rows, 1) / ROW_MULTIPLE))
-    columns = math.ceil(hidden_size / _TILE_COLUMNS)
-
-    def filling(multiple: int) -> float:
-        waves = multiple * columns / num_processors
-        return waves / math.ceil(waves)
-
-    return ROW_MULTIPLE * max(range((most + 1) // 2, most + 1), key=lambda multiple: (filling(multiple), multiple))
+    def __call__(self, part: slice, hidden: Tensor, rows: Rows, gradients: HeadGradients | None) -> RowLoss:
+        """The loss of rows (1, c); adds its gradients, unless none are wanted, and overwrites the rows' logits then."""
 
 
 @dataclass(frozen=True)
-class Active:
-    """The n tokens that count, in order: their places in (B, T), each (n,) int64."""
+class FusedChunkLoss:
+    """Loss and ∂logits in one launch. terms: (1, n)."""
 
-    rows: Tensor
-    columns: Tensor
+    kernels: RowKernels
+    terms: Terms
 
-    def __len__(self) -> int:
-        return self.rows.shape[0]
-
-    def __getitem__(self, part: slice) -> Active:
-        return Active(self.rows[part], self.columns[part])
-
-    def take(self, values: Tensor) -> Tensor:
-        """(B, T, ...) -> (n, ...)."""
-        return values[self.rows, self.columns]
-
-    def put(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """(1, n) -> (B, T), 0 elsewhere; differentiable."""
-        return values.new_zeros(shape).index_put((self.rows, self.columns), values[0])
+    def __call__(self, part: slice, hidden: Tensor, rows: Rows, gradients: HeadGradients | None) -> RowLoss:
+        terms = self.terms.map(lambda values: values[:, part])
+        if gradients is None:
+            return self.kernels.loss(rows, terms, None)
+        result = self.kernels.loss(rows, terms, rows.logits)
+        gradients.add(part, hidden, rows.logits[0])
+        return result
 
 
-def find_active(mask: Tensor, num_active: int | None) -> Active:
-    """The places where the mask (B, T) is True. Syncs once, unless their number is given."""
-    places = mask.nonzero() if num_active is None else torch.nonzero_static(mask, size=num_active, fill_value=0)
-    return Active(places[:, 0], places[:, 1])
+@dataclass(frozen=True)
+class ChunkLossOfStatistics:
+    """Statistics, the reference's loss of them, and only then ∂logits.
 
+    For rows that are split over ranks, and for float16 products, whose ∂logits are multiplied by a scale that depends
+    on the derivatives of all tokens of the chunk.
 
-class Head:
-    """A head applied to the active tokens, chunk by chunk, into one buffer that every chunk reuses.
-
-    Args:
-        hidden: (B, T, D).
-        weight: (V, D).
-        bias: (V,) or None.
-        product_dtype, logits_dtype: see `Projection`.
-        vocab_size: entries of the whole vocabulary; only those rows of the weight are multiplied by.
-        active: the tokens that count.
-        max_chunk_bytes: bound on a chunk's logits, hidden states and their gradients.
-        shard: see `Projection`. Chunks are those of the widest rank, and so the same on all.
+    Attributes:
+        inputs, weights: of the unmasked tokens, (1, n).
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        vocab_size: int,
-        product_dtype: torch.dtype,
-        logits_dtype: torch.dtype,
-        active: Active,
-        max_chunk_bytes: int,
-        shard: Shard | None = None,
-    ) -> None:
-        self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), bias
-        self.active = active
-        self.shard = shard
-        self.logits_dtype = logits_dtype
-        self.vocabulary = slice(vocab_size if shard is None else shard.own_vocabulary(vocab_size))
-        self.product_weight = self.weight[self.vocabulary].to(product_dtype)
-        self._product_bias = None if bias is None else bias.detach()[self.vocabulary].to(logits_dtype)
-        width, hidden_size = weight.shape
-        widest = width if shard is None else max(shard.widths)
-        row_bytes = widest * logits_dtype.itemsize
-        if logits_dtype != product_dtype:  # ∂logits is cast for the two products
-            row_bytes += widest * product_dtype.itemsize
-        # Hidden states, and their gradient, which may be float32.
-        row_bytes += hidden_size * (product_dtype.itemsize + max(product_dtype.itemsize, 4))
-        processors = _processors(hidden.device) if shard is None else 1  # ranks may have different chips
-        self._rows = chunk_rows(len(active), row_bytes, max_chunk_bytes, hidden_size, processors)
-        self._buffer = hidden.new_empty(min(self._rows, len(active)), width, dtype=logits_dtype)
+    kernels: StatisticsKernels
+    inputs: LossInputs
+    weights: Tensor
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each chunk's place among the active tokens, hidden (c, D), and logits (c, V), which the next overwrites.
-
-        Logits past the vocabulary are unspecified.
-        """
-        for start in range(0, len(self.active), self._rows):
-            part = slice(start, min(start + self._rows, len(self.active)))
-            hidden = self.active[part].take(self.hidden).to(self.product_weight.dtype)
-            logits = self._buffer[: len(hidden)]
-            self._project(hidden, logits[:, self.vocabulary])
-            yield part, hidden, logits
-
-    def _project(self, hidden: Tensor, logits: Tensor) -> None:
-        weight = self.product_weight.t()
-        if self.logits_dtype == hidden.dtype:
-            torch.mm(hidden, weight, out=logits)
-        elif hidden.is_cuda:
-            torch.mm(hidden, weight, out_dtype=self.logits_dtype, out=logits)
-        else:
-            wide = hidden.to(self.logits_dtype)
-            with without_autocast(hidden.device):
-                for tile in _tiles(weight.shape[1], wide.shape[1] * wide.element_size()):
-                    logits[:, tile] = wide @ weight[:, tile].to(wide.dtype)
-        if self._product_bias is not None:
-            logits.add_(self._product_bias)
+    def __call__(self, part: slice, hidden: Tensor, rows: Rows, gradients: HeadGradients | None) -> RowLoss:
+        statistics = self.kernels.statistics(rows, entropy=True)
+        inputs = self.inputs.select(lambda values: values[:, part])
+        result, grad_log_probs, grad_entropy = loss_of_statistics(statistics, inputs, self.weights[:, part])
+        if gradients is not None:
+            gradients.add_rows(part, hidden, rows, statistics, grad_log_probs, grad_entropy)
+        return result
 
 
-class HeadGradients:
-    """∂hidden, ∂weight and ∂bias, added up chunk by chunk; None where none is wanted.
-
-    Of a shard's columns ∂hidden is a part: float32, added up over the ranks, and rounded once.
-
-    float16 is too narrow for gradients before they are multiplied by their upstream. ∂hidden of float16 hidden states
-    is float32 until the end. Where the products take float16, ∂logits are multiplied by a power of two that brings the
-    chunk's largest just below float16's largest. The scale never rises from chunk to chunk; where it falls, ∂weight,
-    in which all chunks add up, falls with it.
-    """
-
-    def __init__(self, head: Head, needs: Needs, kernels: RowKernels) -> None:
-        self._head, self._kernels = head, kernels
-        self.scales = head.product_weight.dtype == torch.float16
-        self._scale: Tensor | None = None  # of ∂weight
-        wide = torch.promote_types(head.product_weight.dtype, torch.float32)
-        self._hidden = self._weight = self._bias = None
-        if needs[0]:
-            dtype = torch.float32 if head.hidden.dtype == torch.float16 else head.hidden.dtype
-            self._hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=torch.contiguous_format)
-        if needs[1]:
-            self._weight = torch.zeros_like(head.weight, dtype=wide)
-        if needs[2]:
-            self._bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide)
-        self._sums = PartialSums(head.shard) if head.shard is not None and needs[0] else None
-
-    def add_rows(
-        self,
-        part: slice,
-        hidden: Tensor,
-        rows: Rows,
-        statistics: RowStatistics,
-        grad_log_probs: Tensor,
-        grad_entropy: Tensor | None,
-    ) -> None:
-        """Add a chunk's gradients: hidden (c, D), upstream gradients (1, c). Overwrites the rows' logits."""
-        if self.scales:
-            scale = self._lowered(_float16_scale(rows.transform, statistics, grad_log_probs, grad_entropy))
-            grad_log_probs = grad_log_probs * scale
-            grad_entropy = None if grad_entropy is None else grad_entropy * scale
-        self._kernels.gradient(rows, statistics, grad_log_probs, grad_entropy, rows.logits)
-        self.add(part, hidden, rows.logits[0])
-
-    def add(self, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
-        """Add a chunk's gradients: hidden (c, D), and grad_logits (c, V) already multiplied by the scale."""
-        vocabulary, weight = self._head.vocabulary, self._head.product_weight
-        if self._bias is not None:
-            self._bias[vocabulary] += self._unscaled(grad_logits[:, vocabulary].sum(dim=0, dtype=self._bias.dtype))
-        grad_logits = grad_logits.to(hidden.dtype)[:, vocabulary]  # cast whole, which keeps rows aligned
-        if self._sums is not None:
-            wide = torch.promote_types(grad_logits.dtype, torch.float32)
-            self._put(self._sums.exchange(part, self._unscaled(_wide_product(grad_logits, weight, wide))))
-        elif self._hidden is not None:
-            wide = torch.float32 if self.scales else grad_logits.dtype
-            self._put([(part, self._unscaled(_wide_product(grad_logits, weight, wide)))])
-        if self._weight is not None:
-            _add_product(self._weight[vocabulary], grad_logits.t(), hidden)
-
-    def complete(self) -> None:
-        """After the last chunk: wait for what other ranks add."""
-        if self._sums is not None:
-            self._put(self._sums.finish())
-
-    def finish(self, factor: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients times factor, in the dtypes of their inputs; they are given away, so call this once."""
-        head = self._head
-        of_weight = factor
-        if self._scale is not None:
-            of_weight = self._scale.reciprocal() if factor is None else factor / self._scale
-        return (
-            self._multiplied(self._hidden, head.hidden, factor),
-            self._multiplied(self._weight, head.weight, of_weight),
-            self._multiplied(self._bias, head.bias, factor),
-        )
-
-    def _multiplied(self, gradient: Tensor | None, value: Tensor | None, factor: Tensor | None) -> Tensor | None:
-        if gradient is None or value is None or factor is None:
-            return gradient if gradient is None or value is None else gradient.to(value.dtype)
-        if gradient.dtype == value.dtype:
-            self._kernels.scale(gradient[(None,) * (3 - gradient.dim())], factor)
-            return gradient
-        # Multiplied before it is rounded, in the pass that rounds it.
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=value.dtype))
-
-    def _lowered(self, scale: Tensor) -> Tensor:
-        """The scale from here on: this one, or a smaller one before."""
-        if self._scale is not None:
-            scale = torch.minimum(scale, self._scale)
-            if self._weight is not None:
-                self._kernels.scale(self._weight[None], scale / self._scale)
-        self._scale = scale
-        return scale
-
-    def _unscaled(self, values: Tensor) -> Tensor:
-        return values if self._scale is None else values.div_(self._scale)
-
-    def _put(self, parts: Iterable[tuple[slice, Tensor]]) -> None:
-        assert self._hidden is not None
-        for part, grad_hidden in parts:
-            places = self._head.active[part]
-            self._hidden[places.rows, places.columns] = grad_hidden.to(self._hidden.dtype)
+def loss_of_statistics(
+    statistics: RowStatistics, inputs: LossInputs, weights: Tensor
+) -> tuple[RowLoss, Tensor, Tensor]:
+    """`RowKernels.loss` from statistics on, and its derivatives (B, T) in log-prob and entropy. No sync."""
+    assert statistics.entropy is not None
+    with torch.enable_grad():
+        log_probs, entropy = (value.detach().requires_grad_() for value in (statistics.log_probs, statistics.entropy))
+        losses = reference.token_losses(log_probs, entropy, inputs)
+        total = torch.where(inputs.mask, losses.total, 0.0).mul(weights).sum()
+    d_log_probs, d_entropy = torch.autograd.grad(total, (log_probs, entropy), materialize_grads=True)
+    sums = reference.row_sums(statistics.log_probs, statistics.entropy, weights, losses, inputs)
+    packed = torch.stack([sums[name] for name in ROW_SUMS])
+    loss = sums["loss"].to(weights.dtype)
+    return RowLoss(statistics.log_probs, statistics.entropy, packed, loss), d_log_probs, d_entropy
 
 
-def _float16_scale(
-    transform: LogitTransform, statistics: RowStatistics, grad_log_probs: Tensor, grad_entropy: Tensor | None
-) -> Tensor:
-    """The power of two, 0-d float32, that brings the largest gradient of some rows' logits close below 2^15. No sync.
-
-    |∂ℓ/∂x| = |∂z/∂x (a (1[v=y] - p) - b p (log p + H))| <= |∂z/∂x| (|a| + |b| (1/e + H)), where |∂z/∂x| <= scale/τ.
-    """
-    largest = grad_log_probs.abs()
-    if grad_entropy is not None:
-        assert statistics.entropy is not None
-        largest = largest + grad_entropy.abs() * (math.exp(-1.0) + statistics.entropy)
-    largest = largest * abs(1.0 if transform.scale is None else transform.scale) / transform.temperature
-    # What isn't finite stays so under any scale, and has no say in that of other rows.
-    finite = torch.where(largest.isfinite(), largest, 0.0).amax().clamp(min=_SMALLEST_GRADIENT)
-    return torch.ldexp(torch.ones_like(finite), _FLOAT16_EXPONENT - torch.frexp(finite).exponent)
-
-
-def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right in a dtype that may be wider than theirs."""
-    with without_autocast(left.device):
-        if dtype == right.dtype:
-            return left @ right
-        if right.is_cuda:
-            return torch.mm(left, right, out_dtype=dtype)
-        total = left.new_zeros(left.shape[0], right.shape[1], dtype=dtype)
-        for tile in _tiles(right.shape[0], right.shape[1] * dtype.itemsize):
-            total.addmm_(left[:, tile].to(dtype), right[tile].to(dtype))
-        return total
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, added up in the dtype of total, which may be wider than the operands'."""
-    if total.dtype == right.dtype:
-        total.addmm_(left, right)
-    elif right.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        wide = right.to(total.dtype)
-        for tile in _tiles(total.shape[0], wide.shape[0] * wide.element_size()):
-            total[tile].addmm_(left[tile].to(total.dtype), wide)
-
-
-def row_maker(transform: LogitTransform, tokens: Tensor, active: Active) -> RowsOf:
-    """A function that names the rows of a chunk's logits (c, V) from its place among the active tokens."""
-    chosen = active.take(tokens)[None]
+def row_maker(transform: LogitTransform, tokens: Tensor, unmasked: UnmaskedTokens) -> RowsOf:
+    """Makes the rows of a chunk's logits (c, V) from its place among the unmasked tokens. tokens: see `Rows`."""
+    chosen = unmasked.take_row(tokens)
     counted = torch.ones_like(chosen, dtype=torch.bool)
     temperature = transform.temperature
     if not isinstance(temperature, Tensor) or temperature.dim() == 0:
         return lambda part, logits: Rows(logits[None], chosen[:, part], counted[:, part], transform)
-    temperatures = active.take(temperature)[None]
+    temperatures = unmasked.take_row(temperature)
     return lambda part, logits: Rows(
         logits[None], chosen[:, part], counted[:, part], replace(transform, temperature=temperatures[:, part])
     )
 
 
-def statistics_of_head(kernels: RowKernels, head: Head, rows_of: RowsOf, *, entropy: bool) -> RowStatistics:
-    """Statistics of the active tokens, each (1, n) float32, in one pass of products."""
+def statistics_of_head(kernels: StatisticsKernels, head: Head, rows_of: RowsOf, *, entropy: bool) -> RowStatistics:
+    """Statistics of the unmasked tokens, each (1, n) float32, in one pass of products."""
     chunks = [kernels.statistics(rows_of(part, logits), entropy=entropy) for part, _, logits in head.chunks()]
     if not chunks:
         nothing = torch.zeros(1, 0, dtype=torch.float32, device=head.hidden.device)
@@ -341,7 +132,7 @@ def statistics_of_head(kernels: RowKernels, head: Head, rows_of: RowsOf, *, entr
 
 
 def gradients_of_head(
-    kernels: RowKernels,
+    kernels: StatisticsKernels,
     head: Head,
     rows_of: RowsOf,
     statistics: RowStatistics,
@@ -365,10 +156,12 @@ def gradients_of_head(
 
 
 class LinearStatistics(torch.autograd.Function):
-    """hidden, weight, bias -> log_probs, entropy of the active tokens, (1, n). Backward computes the logits again."""
+    """hidden, weight, bias -> log_probs, entropy of the unmasked tokens, (1, n). Backward computes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, kernels: RowKernels, make_head: MakeHead, rows_of: RowsOf, entropy: bool):
+    def forward(
+        ctx, hidden, weight, bias, kernels: StatisticsKernels, make_head: MakeHead, rows_of: RowsOf, entropy: bool
+    ):
         statistics = statistics_of_head(kernels, make_head(hidden, weight, bias), rows_of, entropy=entropy)
         ctx.save_for_backward(hidden, weight, bias, *statistics)
         ctx.call = kernels, make_head, rows_of
@@ -396,66 +189,69 @@ class LinearStatistics(torch.autograd.Function):
 
 
 def linear_log_probs_and_entropy(
-    kernels: RowKernels,
-    projection: Projection,
-    transform: LogitTransform,
-    tokens: Tensor,
-    mask: Tensor,
-    *,
-    entropy: bool,
-    num_active: int | None,
-    max_chunk_bytes: int,
+    kernels: StatisticsKernels, projection: Projection, inputs: TokenInputs, chunking: Chunking, *, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy (B, T) of a head's logits, differentiable in hidden states, weight and bias."""
-    active = find_active(mask, num_active)
+    mask = inputs.mask
+    unmasked = unmasked_tokens(mask, chunking.num_active)
     log_probs, entropies = LinearStatistics.apply(
         projection.hidden,
         projection.weight,
         projection.bias,
         kernels,
-        head_maker(projection, transform, active, max_chunk_bytes),
-        row_maker(transform, tokens, active),
+        head_maker(projection, inputs.transform, unmasked, chunking),
+        row_maker(inputs.transform, kernel_tokens(inputs), unmasked),
         entropy,
     )
-    certain = certainty(mask, num_active)
-    log_probs = active.put(log_probs, mask.shape) * certain
-    return log_probs, active.put(entropies, mask.shape) * certain if entropy else None
+    factor = nan_if_miscounted(mask, chunking.num_active)
+    log_probs = unmasked.put(log_probs, mask.shape) * factor
+    return log_probs, unmasked.put(entropies, mask.shape) * factor if entropy else None
 
 
 def linear_loss(
-    kernels: RowKernels,
+    kernels: StatisticsKernels,
     projection: Projection,
-    transform: LogitTransform,
-    tokens: Tensor,
-    mask: Tensor,
-    terms: Terms,
-    *,
-    num_active: int | None,
-    max_chunk_bytes: int,
+    inputs: LossInputs,
+    chunking: Chunking,
+    loss_of: Callable[[UnmaskedTokens], ChunkLoss],
 ) -> RowLoss:
-    """Token-scope loss of a head's logits, differentiable once in hidden states, weight and bias. terms: (B, T)."""
-    active = find_active(mask, num_active)
-    heads = projection.hidden, projection.weight, projection.bias
-    needs = tuple(torch.is_grad_enabled() and head is not None and head.requires_grad for head in heads)
+    """Token-scope loss of a head's logits, differentiable once in hidden states, weight and bias.
+
+    Args:
+        loss_of: makes the loss of chunks of the unmasked tokens.
+    """
+    mask = inputs.mask
+    unmasked = unmasked_tokens(mask, chunking.num_active)
     loss, log_probs, entropy, sums, _ = LinearLoss.apply(
-        *heads,
+        projection.hidden,
+        projection.weight,
+        projection.bias,
         kernels,
-        head_maker(projection, transform, active, max_chunk_bytes),
-        row_maker(transform, tokens, active),
-        terms.map(lambda values: active.take(values)[None]),
-        needs,
+        head_maker(projection, inputs.transform, unmasked, chunking),
+        row_maker(inputs.transform, kernel_tokens(inputs), unmasked),
+        loss_of(unmasked),
+        wanted_gradients(projection),
     )
-    certain = certainty(mask, num_active)
+    factor = nan_if_miscounted(mask, chunking.num_active)
     return RowLoss(
-        active.put(log_probs, mask.shape),
-        active.put(entropy, mask.shape),
-        sums * certain,
-        (loss * certain).to(loss.dtype),
+        unmasked.put(log_probs, mask.shape),
+        unmasked.put(entropy, mask.shape),
+        sums * factor,
+        (loss * factor).to(loss.dtype),
     )
+
+
+def wanted_gradients(projection: Projection) -> Needs:
+    """Which of hidden states, weight and bias want a gradient here."""
+    hidden, weight, bias = (
+        torch.is_grad_enabled() and value is not None and value.requires_grad
+        for value in (projection.hidden, projection.weight, projection.bias)
+    )
+    return hidden, weight, bias
 
 
 class LinearLoss(torch.autograd.Function):
-    """hidden, weight, bias -> loss, and of the active tokens log_probs, entropy (1, n), and the sums.
+    """hidden, weight, bias -> loss, and of the unmasked tokens log_probs, entropy (1, n), and the sums.
 
     The gradients are made in forward, chunk by chunk; backward multiplies and casts them, and hands them over.
     """
@@ -466,28 +262,18 @@ class LinearLoss(torch.autograd.Function):
         hidden,
         weight,
         bias,
-        kernels: RowKernels,
+        kernels: StatisticsKernels,
         make_head: MakeHead,
         rows_of: RowsOf,
-        terms: Terms,
+        chunk_loss: ChunkLoss,
         needs: Needs,
     ):
         head = make_head(hidden, weight, bias)
         gradients = HeadGradients(head, needs, kernels)
-        log_probs, entropy = terms.weights.new_empty((2, *terms.weights.shape))
-        sums = terms.weights.new_zeros(len(ROW_SUMS), dtype=torch.float64)
+        log_probs, entropy = hidden.new_empty((2, 1, len(head.unmasked)), dtype=torch.float32)
+        sums = hidden.new_zeros(len(ROW_SUMS), dtype=torch.float64)
         for part, hidden_chunk, logits in head.chunks():
-            chunk = terms.map(lambda values, part=part: values[:, part])  # type: ignore[misc]
-            rows = rows_of(part, logits)
-            if not any(needs):
-                result = kernels.loss(rows, chunk, None)
-            elif gradients.scales:  # by a scale that the gradients of all the chunk's tokens must be known for
-                statistics = kernels.statistics(rows, entropy=True)
-                result, *grad_statistics = loss_of_rows(rows, statistics, chunk)
-                gradients.add_rows(part, hidden_chunk, rows, statistics, *grad_statistics)
-            else:
-                result = kernels.loss(rows, chunk, rows.logits)
-                gradients.add(part, hidden_chunk, logits)
+            result = chunk_loss(part, hidden_chunk, rows_of(part, logits), gradients if any(needs) else None)
             log_probs[:, part], entropy[:, part] = result.log_probs, result.entropy
             sums += result.sums
         gradients.complete()
@@ -497,7 +283,7 @@ class LinearLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(log_probs, entropy, sums)
         anchor = hidden.new_empty(0)
         ctx.save_for_backward(anchor)
-        return sums[ROW_SUMS.index("loss")].to(terms.weights.dtype), log_probs, entropy, sums, anchor
+        return sums[ROW_SUMS.index("loss")].float(), log_probs, entropy, sums, anchor
 
     @staticmethod
     @differentiable_once
@@ -506,31 +292,23 @@ class LinearLoss(torch.autograd.Function):
         return *gradients.finish(grad_loss), None, None, None, None, None
 
 
-def head_maker(projection: Projection, transform: LogitTransform, active: Active, max_chunk_bytes: int) -> MakeHead:
+def head_maker(
+    projection: Projection, transform: LogitTransform, unmasked: UnmaskedTokens, chunking: Chunking
+) -> MakeHead:
     """Everything of a head but its tensors, which autograd hands back in backward."""
     return partial(
         Head,
         vocab_size=transform.vocab_size,
         product_dtype=projection.product_dtype,
         logits_dtype=projection.logits_dtype,
-        active=active,
-        max_chunk_bytes=max_chunk_bytes,
-        shard=projection.shard,
+        unmasked=unmasked,
+        max_chunk_bytes=chunking.max_chunk_bytes,
+        shard=chunking.shard,
     )
 
 
-def certainty(mask: Tensor, num_active: int | None) -> Tensor | float:
+def nan_if_miscounted(mask: Tensor, num_active: int | None) -> Tensor | float:
     """1, but NaN where num_active isn't the mask's count: a factor, so that gradients become NaN too. No sync."""
     if num_active is None:
         return 1.0
     return torch.where(mask.sum() == num_active, 1.0, float("nan")).float()
-
-
-def _tiles(length: int, line_bytes: int) -> Iterator[slice]:
-    lines = max(_CAST_TILE_BYTES // max(line_bytes, 1), 1)
-    for start in range(0, length, lines):
-        yield slice(start, min(start + lines, length))
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from epo_kernels.autograd import refuse_transforms
+from epo_kernels.fused.head import unmasked_tokens
 from epo_kernels.fused.linear import (
-    certainty,
-    find_active,
     gradients_of_head,
     head_maker,
+    nan_if_miscounted,
     row_maker,
     statistics_of_head,
 )
 from epo_kernels.fused.ops import KERNELS, raise_twice
-from epo_kernels.fused.rows import RowStatistics
-from epo_kernels.inputs import LogitTransform, Projection
+from epo_kernels.fused.rows import RowStatistics, kernel_tokens
+from epo_kernels.inputs import Chunking, LogitTransform, Projection, TokenInputs
 
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor mask, Tensor temperature, SymInt vocab_size, "
@@ -32,39 +32,32 @@ _ARGUMENTS = (
 
 
 def traced_linear_statistics(
-    backend: str,
-    projection: Projection,
-    transform: LogitTransform,
-    tokens: Tensor,
-    mask: Tensor,
-    *,
-    entropy: bool,
-    num_active: int | None,
-    max_chunk_bytes: int,
+    backend: str, projection: Projection, inputs: TokenInputs, chunking: Chunking, *, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`linear.linear_log_probs_and_entropy` where a graph is traced, with that backend's kernels."""
+    transform = inputs.transform
     temperature = transform.temperature
     if not isinstance(temperature, Tensor):
-        temperature = torch.full((), temperature, dtype=torch.float32, device=tokens.device)
+        temperature = torch.full((), temperature, dtype=torch.float32, device=inputs.mask.device)
     log_probs, entropies, _, _ = linear_statistics(
         projection.hidden,
         projection.weight,
         projection.bias,
-        tokens,
-        mask,
+        kernel_tokens(inputs),
+        inputs.mask,
         temperature,
         transform.vocab_size,
         transform.softcap,
         transform.scale,
         projection.product_dtype,
         projection.logits_dtype,
-        num_active,
-        max_chunk_bytes,
+        chunking.num_active,
+        chunking.max_chunk_bytes,
         backend,
         entropy,
     )
-    certain = certainty(mask, num_active)
-    return log_probs * certain, entropies * certain if entropy else None
+    factor = nan_if_miscounted(inputs.mask, chunking.num_active)
+    return log_probs * factor, entropies * factor if entropy else None
 
 
 class _Call:
@@ -73,20 +66,12 @@ class _Call:
     def __init__(self, hidden, weight, bias, tokens, mask, temperature, vocab_size, softcap, scale, *rest) -> None:
         product_dtype, logits_dtype, num_active, max_chunk_bytes, backend = rest
         projection = Projection(hidden, weight, bias, product_dtype, logits_dtype)
-        self.mask = mask
-        self.active = find_active(mask, num_active)
+        self.unmasked = unmasked_tokens(mask, num_active)
         transform = LogitTransform(vocab_size, temperature, softcap, scale)
-        self.rows_of = row_maker(transform, tokens, self.active)
-        self.head = head_maker(projection, transform, self.active, max_chunk_bytes)(hidden, weight, bias)
+        self.rows_of = row_maker(transform, tokens, self.unmasked)
+        make_head = head_maker(projection, transform, self.unmasked, Chunking(num_active, max_chunk_bytes))
+        self.head = make_head(hidden, weight, bias)
         self.kernels = KERNELS[backend]()
-
-    def put(self, values: Tensor) -> Tensor:
-        """(1, n) -> (B, T)."""
-        return self.active.put(values, self.mask.shape)
-
-    def take(self, values: Tensor) -> Tensor:
-        """(B, T) -> (1, n)."""
-        return self.active.take(values)[None]
 
 
 @torch.library.custom_op(
@@ -97,11 +82,13 @@ class _Call:
 def linear_statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`RowStatistics` of a head's logits, each (B, T) float32; an empty tensor for an entropy not asked for."""
     *common, entropy = arguments
-    call = _Call(*common)
+    call, tokens = _Call(*common), common[3]
     statistics = statistics_of_head(call.kernels, call.head, call.rows_of, entropy=entropy)
-    log_probs = call.put(statistics.log_probs)
-    entropies = log_probs.new_empty(0) if statistics.entropy is None else call.put(statistics.entropy)
-    return log_probs, entropies, call.put(statistics.maximum), call.put(statistics.sum)
+    log_probs, entropies, maximum, total = (
+        tokens.new_empty(0, dtype=torch.float32) if values is None else call.unmasked.put(values, tokens.shape)
+        for values in statistics
+    )
+    return log_probs, entropies, maximum, total
 
 
 @linear_statistics.register_fake
@@ -123,18 +110,16 @@ def linear_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias for those of log-prob and entropy (B, T); empty where not needed."""
     *common, saved, grad_log_probs, grad_entropy, needs = arguments
     call = _Call(*common)
-
+    take = call.unmasked.take_row
     log_probs, entropy, maximum, total = saved
-    statistics = RowStatistics(
-        call.take(log_probs), call.take(entropy) if entropy.numel() else None, call.take(maximum), call.take(total)
-    )
+    statistics = RowStatistics(take(log_probs), take(entropy) if entropy.numel() else None, take(maximum), take(total))
     gradients = gradients_of_head(
         call.kernels,
         call.head,
         call.rows_of,
         statistics,
-        call.take(grad_log_probs),
-        None if grad_entropy is None else call.take(grad_entropy),
+        take(grad_log_probs),
+        None if grad_entropy is None else take(grad_entropy),
         tuple(needs),
     )
     hidden, weight, bias = (  # an empty tensor of its own for each: outputs of an operator may not alias

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from epo_kernels.autograd import TWICE, differentiable_once, refuse_transforms
-from epo_kernels.fused.rows import RowKernels, RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.fused.rows import RowKernels, RowLoss, Rows, RowStatistics, StatisticsKernels, Terms
 from epo_kernels.inputs import LogitTransform
 
 
@@ -40,7 +40,7 @@ def fused_loss(kernels: RowKernels, rows: Rows, terms: Terms, *, inplace: bool) 
 
 
 def fused_statistics(
-    kernels: RowKernels, rows: Rows, *, entropy: bool, inplace: bool = False
+    kernels: StatisticsKernels, rows: Rows, *, entropy: bool, inplace: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy of the rows, both differentiable in `rows.logits`.
 
@@ -98,7 +98,7 @@ class FusedStatistics(torch.autograd.Function):
         mask: Tensor,
         temperature: Tensor | None,
         transform: LogitTransform,
-        kernels: RowKernels,
+        kernels: StatisticsKernels,
         entropy: bool,
         inplace: bool,
     ) -> tuple[Tensor, Tensor | None]:

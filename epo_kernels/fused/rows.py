@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from epo_kernels.declaration import KLType, LossAggMode, Penalty, RowPolicyLoss
-from epo_kernels.inputs import LogitTransform, Scalar
+from epo_kernels.declaration import KLType, Penalty, RowPolicyLoss
+from epo_kernels.inputs import Aggregation, LogitTransform, Scalar, TokenInputs
+
+OUTSIDE = -1  # a token of no vocabulary
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class Rows:
     tokens: Tensor
     mask: Tensor
     transform: LogitTransform
+
+    @classmethod
+    def of(cls, logits: Tensor, inputs: TokenInputs) -> Rows:
+        """The logits (B, T, V) of these tokens."""
+        return cls(logits, kernel_tokens(inputs), inputs.mask, inputs.transform)
+
+
+def kernel_tokens(inputs: TokenInputs) -> Tensor:
+    """Tokens (B, T) as kernels take them: an invalid one is outside of every vocabulary."""
+    return inputs.tokens if inputs.invalid is None else inputs.tokens.masked_fill(inputs.invalid, OUTSIDE)
 
 
 @dataclass(frozen=True)
@@ -71,26 +83,6 @@ class Terms:
         return replace(self, **changed)
 
 
-@dataclass(frozen=True)
-class Weighing:
-    """What the token weights are made of; see `epo_kernels.aggregation.token_weights`.
-
-    Attributes:
-        loss_agg_mode: as in EPOConfig.
-        sequence_ids: (B, T) int64 for packed batches; None where a row is a sequence.
-        num_sequences: B, or the number of packed sequences.
-        max_length: the constant length of "seq-mean-token-sum-norm".
-        normalizer, loss_scale: numbers or 0-d tensors.
-    """
-
-    loss_agg_mode: LossAggMode
-    sequence_ids: Tensor | None
-    num_sequences: int
-    max_length: int | None
-    normalizer: Scalar | None
-    loss_scale: Scalar
-
-
 class Prepared(NamedTuple):
     """What a loss launch needs beside its arguments; the first three go into `Terms`.
 
@@ -107,9 +99,9 @@ class Prepared(NamedTuple):
 class RowStatistics(NamedTuple):
     """(B, T) float32, contiguous; log_probs and entropy are 0 where the mask is 0.
 
-    z = rate y, with the `RowKernels.rate` of the kernels: maximum is that of y, before anything is rounded, and sum is
-    Σ e^(z - max z), kept and not its logarithm, whose rounding every p would share. A row wholly -inf has maximum -inf
-    and sum 0; one with NaN or +inf has sum NaN.
+    z = maximum_scale y (`StatisticsKernels.maximum_scale`): maximum is that of y, before anything is rounded, and sum
+    is Σ e^(z - max z), kept and not its logarithm, whose rounding every p would share. A row wholly -inf has maximum
+    -inf and sum 0; one with NaN or +inf has sum NaN.
     entropy is None where it wasn't asked for.
     """
 
@@ -131,8 +123,8 @@ class RowLoss(NamedTuple):
     loss: Tensor
 
 
-class RowKernels(Protocol):
-    """The three modes, and two small operations beside them. Nothing syncs; batches of no tokens are allowed.
+class StatisticsKernels(Protocol):
+    """Row statistics, their gradient, and what goes with them. Nothing syncs; batches of no tokens are allowed.
 
     `out` is (B, T, V) of the logits' dtype, any strides; it may be `rows.logits` itself.
     """
@@ -156,17 +148,21 @@ class RowKernels(Protocol):
         element of out: 0 in masked rows and past vocab_size.
         """
 
-    def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
-        """Token-scope loss; writes ∂loss/∂logits to out, every element, unless out is None."""
-
-    def prepare(self, mask: Tensor, weighing: Weighing, coefficients: tuple[Scalar, ...]) -> Prepared:
-        """Weights of a mask (B, T), and coefficients in the order of COEFFICIENTS, on the device.
-
-        Plainly: `fused.PlainHelpers`.
-        """
-
-    def rate(self, transform: LogitTransform) -> Scalar:
-        """What a difference of maxima is multiplied by to be one of z; (B, T) where the temperature is."""
+    def maximum_scale(self, transform: LogitTransform) -> Scalar:
+        """Factor from the units of `RowStatistics.maximum` to those of z; (B, T) where the temperature is."""
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         """gradient (B, T, V) *= factor in float32, factor 0-d on its device; touches no memory where factor is 1."""
+
+
+class RowKernels(StatisticsKernels, Protocol):
+    """All three modes, and the preparation of a loss."""
+
+    def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
+        """Token-scope loss; writes ∂loss/∂logits to out, every element, unless out is None."""
+
+    def prepare(self, mask: Tensor, aggregation: Aggregation, coefficients: tuple[Scalar, ...]) -> Prepared:
+        """Weights of a mask (B, T), and coefficients in the order of COEFFICIENTS, on the device.
+
+        In plain PyTorch: `fused.backend.PlainHelpers`.
+        """

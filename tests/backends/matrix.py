@@ -195,7 +195,7 @@ class BackendMatrix:
         ],
     )
     def test_bad_bounds_are_counted_and_make_the_loss_nan(self, cfg, count, monkeypatch):
-        monkeypatch.setattr("epo_kernels.inputs.checks_values", lambda device: False)  # as on CUDA
+        monkeypatch.setattr("epo_kernels.inputs.checks.checks_values", lambda device: False)  # as on CUDA
         turns = torch.arange(5).expand(3, 5) // 2 + 3 * torch.arange(3)[:, None]
         lower, upper = torch.full((3, 5), 0.5), torch.full((3, 5), 1.0)
         case = busy_case(cfg, vocab=20, segment_ids=turns, entropy_bounds=(lower, upper))
@@ -356,8 +356,8 @@ class BackendMatrix:
         log_probs, entropy, maximum, total = (
             torch.stack(values) for values in zip(*(kernels.statistics(p, entropy=True) for p in parts), strict=True)
         )
-        owner = torch.where(tokens < 290, tokens // 100, -1)
-        whole = reference.merge_statistics(log_probs, entropy, maximum, total, kernels.rate(transforms[0]), owner)
+        scale = kernels.maximum_scale(transforms[0])
+        whole = reference.merge_statistics(log_probs, entropy, maximum, total, scale, tokens // 100, tokens < 290)
         merged = RowStatistics(*(torch.where(mask, value, 0) for value in whole))
         expected = kernels.statistics(Rows(logits, tokens, mask, transforms[3]), entropy=True)
         assert_close(merged.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -412,7 +412,7 @@ class BackendMatrix:
         assert (error <= allowed + rounding).all()
 
     def test_invalid_tokens_are_counted_and_make_the_loss_nan(self, monkeypatch):
-        monkeypatch.setattr("epo_kernels.inputs.checks_values", lambda device: False)
+        monkeypatch.setattr("epo_kernels.inputs.checks.checks_values", lambda device: False)
         case = busy_case(vocab=30)
         case["mask"][0, :4] = True
         case["tokens"][0, :4] = torch.tensor([30, -1, 2**40, -(2**62)])

@@ -12,7 +12,7 @@ from epo_kernels.backends.cpu import CpuRows
 from epo_kernels.backends.native import native
 from epo_kernels.declaration import COEFFICIENTS
 from epo_kernels.fused.rows import Rows, Terms
-from epo_kernels.inputs import LogitTransform
+from epo_kernels.inputs import LogitTransform, TokenInputs
 from tests.backends.autograd_matrix import AutogradMatrix
 from tests.backends.matrix import DTYPES, BackendMatrix, assert_no_worse, busy_case
 from tests.cases import assert_identical, run
@@ -87,7 +87,8 @@ def test_every_instruction_set_is_as_accurate_as_eager(rows, instructions, dtype
 
     def eager(logits):
         leaf = logits.detach().requires_grad_()
-        log_probs, entropy = ek.reference.masked_log_probs_and_entropy(leaf, given.transform, given.tokens, given.mask)
+        tokens = TokenInputs(given.mask.shape, given.transform, given.tokens, given.mask, None)
+        log_probs, entropy = ek.reference.masked_log_probs_and_entropy(leaf, tokens)
         total = (log_probs * terms.weights + entropy * terms.advantages).sum()
         return log_probs, entropy, torch.autograd.grad(total, leaf)[0]
 

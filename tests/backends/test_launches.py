@@ -50,7 +50,7 @@ class Kernel:
 
 @pytest.fixture
 def launched(monkeypatch):
-    monkeypatch.setattr("epo_kernels.inputs.checks_values", lambda device: False)  # as on CUDA
+    monkeypatch.setattr("epo_kernels.inputs.checks.checks_values", lambda device: False)  # as on CUDA
     mode = Launches()
     for name in [name for name in vars(triton_kernels) if name.endswith("_kernel")]:
         monkeypatch.setattr(triton_kernels, name, Kernel(name, getattr(triton_kernels, name), mode.names))

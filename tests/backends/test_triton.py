@@ -17,8 +17,8 @@ from epo_kernels import backends
 from epo_kernels.backends import triton
 from epo_kernels.declaration import COEFFICIENTS
 from epo_kernels.fused import backend as fused
-from epo_kernels.fused.rows import Rows, Terms, Weighing
-from epo_kernels.inputs import LogitTransform
+from epo_kernels.fused.rows import Rows, Terms
+from epo_kernels.inputs import Aggregation, LogitTransform
 from tests.backends.autograd_matrix import AutogradMatrix
 from tests.backends.matrix import BackendMatrix, busy_case
 from tests.cases import MODES, run
@@ -113,7 +113,9 @@ def counted_bytes(monkeypatch, tensor):
 def protocol_arguments(kernels, case, vocab_size):
     """(rows, terms) of a case, as the kernels see them."""
     rows = Rows(case["logits"], case["tokens"] % vocab_size, case["mask"], LogitTransform(vocab_size, 1.0, None, None))
-    prepared = kernels.prepare(rows.mask, Weighing("token-mean", None, 3, None, None, 1.0), (0.2,) * len(COEFFICIENTS))
+    prepared = kernels.prepare(
+        rows.mask, Aggregation("token-mean", None, 3, None, None, 1.0), (0.2,) * len(COEFFICIENTS)
+    )
     terms = Terms(
         **{name: value for name, value in prepared._asdict().items() if name != "extras"},
         **dict.fromkeys(("old_log_probs", "ref_log_probs", "is_weights", "lower", "upper")),
@@ -186,11 +188,11 @@ def test_prepare_equals_plain_pytorch(shape, mode):
     ids = torch.arange(shape[1]).div(7, rounding_mode="floor")[None] if shape[0] == 1 else None
     strided = mask.t().contiguous().t()
     for normalizer in (None, 11.0, torch.tensor(7, dtype=torch.int64)):
-        weighing = Weighing(mode, ids, 1 if ids is not None else shape[0], 600, normalizer, torch.tensor(0.3))
+        aggregation = Aggregation(mode, ids, 1 if ids is not None else shape[0], 600, normalizer, torch.tensor(0.3))
         values = (float("inf"), torch.tensor(0.1), torch.tensor(0.7, dtype=torch.float64))
         values += tuple(0.3 * i for i in range(len(COEFFICIENTS) - len(values)))
-        own = triton.TritonRows().prepare(strided, weighing, values)
-        plain = fused.PlainHelpers().prepare(strided, weighing, values)
+        own = triton.TritonRows().prepare(strided, aggregation, values)
+        plain = fused.PlainHelpers().prepare(strided, aggregation, values)
         for name in own._fields:
             assert_close(getattr(own, name), getattr(plain, name), rtol=2e-7, atol=0, msg=name)
 
@@ -198,9 +200,9 @@ def test_prepare_equals_plain_pytorch(shape, mode):
 def test_packed_sequences_are_weighed_by_their_own_lengths():
     mask = torch.rand(1, 9000) < 0.5
     ids = torch.arange(9000)[None] // 1300
-    weighing = Weighing("seq-mean-token-mean", ids, 7, None, None, 1.0)
+    aggregation = Aggregation("seq-mean-token-mean", ids, 7)
     zeros = (0.0,) * len(COEFFICIENTS)
-    own, plain = (helper.prepare(mask, weighing, zeros) for helper in (triton.TritonRows(), fused.PlainHelpers()))
+    own, plain = (helper.prepare(mask, aggregation, zeros) for helper in (triton.TritonRows(), fused.PlainHelpers()))
     assert_close(own.weights, plain.weights, rtol=2e-7, atol=0)
     assert_close(own.extras, plain.extras)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import evidence, evidence_page
+from bench import evidence, evidence_page, experiments
 from epo_kernels.train.config import load_config
 
-BEFORE = evidence.Outcome(
-    arm=evidence.RL,
+BEFORE = experiments.Outcome(
+    arm=experiments.RL,
     seed=0,
     when="before",
     episodes=4,
@@ -28,20 +28,20 @@ BEFORE = evidence.Outcome(
 AFTER = replace(BEFORE, when="after", successes=[True, True, True, None], episodes=3)
 
 
-def outcomes(arms=tuple(evidence.ARMS), seeds=(0, 1)):
+def outcomes(arms=tuple(experiments.ARMS), seeds=(0, 1)):
     return [replace(one, arm=arm, seed=seed) for arm in arms for seed in seeds for one in (BEFORE, AFTER)]
 
 
 def test_page_is_in_step_with_the_results():
-    results = {name: found for name in evidence.EXPERIMENTS if (found := evidence.read(name))}
+    results = {name: found for name in experiments.EXPERIMENTS if (found := experiments.read(name))}
     assert evidence_page.page(results) == evidence.PAGE.read_text(), "run: python -m bench.evidence --report"
 
 
-@pytest.mark.parametrize("name", evidence.EXPERIMENTS)
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
 def test_committed_results_are_whole(name):
-    experiment, found = evidence.EXPERIMENTS[name], evidence.read(name)
+    experiment, found = experiments.EXPERIMENTS[name], experiments.read(name)
     for seed in experiment.seeds:
-        for arm in evidence.ARMS:
+        for arm in experiments.ARMS:
             moments = [o.when for o in found if (o.arm, o.seed) == (arm, seed)]
             assert moments == ["before", "after"], f"{arm}, seed {seed}"
         # All arms of a seed begin with one policy.
@@ -49,30 +49,30 @@ def test_committed_results_are_whole(name):
     assert all(len(o.successes) >= 128 for o in found)
 
 
-@pytest.mark.parametrize("name", evidence.EXPERIMENTS)
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
 def test_what_is_fixed_beforehand(name, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RUNS", tmp_path)
-    experiment = evidence.EXPERIMENTS[name]
+    experiment = experiments.EXPERIMENTS[name]
     assert len(experiment.seeds) >= 3
-    config = evidence.config_of(name, evidence.RL, 0)
+    config = evidence.config_of(name, experiments.RL, 0)
     assert config.evaluate.episodes >= 128
-    assert (config.evaluate.panels, config.evaluate.decoding) == ([evidence.PANEL], [evidence.DECODING])
+    assert (config.evaluate.panels, config.evaluate.decoding) == ([experiments.PANEL], [experiments.DECODING])
     assert config.loss.entropy_coeff > 0
     assert config.loss.penalty != "none"
-    assert evidence.config_of(name, evidence.NO_ENTROPY, 0).loss.entropy_coeff == 0
+    assert evidence.config_of(name, experiments.NO_ENTROPY, 0).loss.entropy_coeff == 0
     preset = load_config(experiment.preset, [])
-    is_earlier = experiment.overrides != evidence.PRIMARY  # a series made before the preset became what it is
+    is_earlier = experiment.overrides != experiments.PRIMARY  # a series made before the preset became what it is
     same = (preset.steps, preset.optim, preset.algorithm) == (config.steps, config.optim, config.algorithm)
     assert same != is_earlier
 
 
 def test_more_cloning_gets_what_rl_spent(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RUNS", tmp_path)
-    place = evidence.folder("practice", evidence.RL, 1)
+    place = evidence.folder("practice", experiments.RL, 1)
     place.mkdir(parents=True)
     spent = [{"start": 0.0, "run": 2.0}, {"start": 10.0, "run": 10.0}, {"start": 3.0, "run": 5.0}]  # stopped twice
     (place / "cost.jsonl").write_text("".join(json.dumps(cost) + "\n" for cost in spent))
-    config = evidence.config_of("practice", evidence.CLONING, 1)
+    config = evidence.config_of("practice", experiments.CLONING, 1)
     epochs = load_config("practice", []).model.warm_start.epochs
     assert config.steps == 0
     assert config.model.warm_start.epochs == pytest.approx(epochs * 3, abs=1)
@@ -108,17 +108,17 @@ def test_a_killed_run_begins_anew(tmp_path):
 
 
 def test_difference_leaves_lost_episodes_out():
-    value, low, high = evidence.difference([(BEFORE, AFTER)])
+    value, low, high = experiments.difference([(BEFORE, AFTER)])
     assert value == pytest.approx(200 / 3)
     assert 0 <= low <= value <= high == 100
-    twice = evidence.difference([(BEFORE, AFTER), (BEFORE, AFTER)])
+    twice = experiments.difference([(BEFORE, AFTER), (BEFORE, AFTER)])
     assert twice[0] == pytest.approx(value)
     assert twice[2] - twice[1] < high - low
 
 
 def test_page_shows_every_arm_and_seed():
     text = evidence_page.page({"practice": outcomes()})
-    for arm in evidence.ARMS:
+    for arm in experiments.ARMS:
         for seed in (0, 1):
             assert f"| {arm} | {seed} | 25.0 (4.6 to 69.9) | 100.0 (43.9 to 100.0) | +66.7 (" in text
     assert "No results are committed yet." in text  # of the other experiment
@@ -126,17 +126,19 @@ def test_page_shows_every_arm_and_seed():
 
 
 def test_page_names_what_is_missing(monkeypatch):
-    monkeypatch.setitem(evidence.EXPERIMENTS, "practice", replace(evidence.EXPERIMENTS["practice"], seeds=(0, 1, 2)))
-    text = evidence_page.page({"practice": [o for o in outcomes() if (o.arm, o.seed) != (evidence.CLONING, 1)]})
+    monkeypatch.setitem(
+        experiments.EXPERIMENTS, "practice", replace(experiments.EXPERIMENTS["practice"], seeds=(0, 1, 2))
+    )
+    text = evidence_page.page({"practice": [o for o in outcomes() if (o.arm, o.seed) != (experiments.CLONING, 1)]})
     assert "still to run are RL with EPO, seed 2; more cloning, seed 1; more cloning, seed 2; RL without" in text
     assert "| RL with EPO against more cloning | +0.0 (+0.0 to +0.0) |" in text  # of seed 0, which both have
 
 
 def test_records_survive_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     (tmp_path / "practice.json").write_text(json.dumps([asdict(one) for one in outcomes()]))
-    assert evidence.read("practice") == outcomes()
-    assert evidence.read("scienceworld") == []
+    assert experiments.read("practice") == outcomes()
+    assert experiments.read("scienceworld") == []
 
 
 def test_plot_is_a_picture(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench.cases import GPU
-from bench.implementations import implementations
 from bench.peers import load
+from bench.roster import implementations
 from bench.truth import CONTRACTS
 
 

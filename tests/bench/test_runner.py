@@ -10,8 +10,9 @@ import torch
 
 from bench import measure, runner
 from bench.cases import Case
-from bench.implementations import Implementation, implementations, missing_memory, ours
+from bench.implementations import Implementation, missing_memory, ours
 from bench.measure import CpuStopwatch, Lap, interleaved
+from bench.roster import implementations
 from bench.runner import DeviceLost, measure_case
 
 CPU = torch.device("cpu")

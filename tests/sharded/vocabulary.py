@@ -15,8 +15,8 @@ from torch.testing import assert_close
 
 import epo_kernels as ek
 from epo_kernels import backends, inputs
-from epo_kernels.fused import sharded
 from epo_kernels.fused.backend import FusedBackend
+from epo_kernels.shard import gather
 from tests.backends.matrix import BUSY, assert_no_worse, busy_case, moved
 from tests.cases import POLICY_VARIANTS, metrics_of, policy_config, run, to_packed
 from tests.eager_rows import EagerRows
@@ -48,7 +48,7 @@ def own_columns(total, rank, world, kind):
 
 def assert_same_on_all_ranks(*values):
     for value in values:
-        for other in sharded.gather(value.detach(), dist.group.WORLD):
+        for other in gather(value.detach(), dist.group.WORLD):
             assert_close(other, value.detach(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -115,7 +115,7 @@ def case_padding_of_the_head_is_never_read(rank, world):
 def case_bad_bounds_are_counted_and_make_the_loss_nan(rank, world):
     case, columns = busy_case(vocab=12), own_columns(12, rank, world, "even")
     case["entropy_bounds"][0][0, 0] = math.nan
-    with mock.patch("epo_kernels.inputs.checks_values", return_value=False):
+    with mock.patch("epo_kernels.inputs.checks.checks_values", return_value=False):
         out, gradient = run_columns(case, FUSED, columns)
     assert out.loss.isnan()
     assert out.metrics.invalid_tokens == 1
@@ -385,7 +385,7 @@ def case_invalid_tokens_are_counted(rank, world):
         case["vocab_size"] = 37
         case["tokens"][1:] %= 37
         case["tokens"][0, 4] = 3
-        with mock.patch.object(inputs, "checks_values", return_value=False):  # as on CUDA
+        with mock.patch.object(inputs.checks, "checks_values", return_value=False):  # as on CUDA
             ours, gradient = run_columns(case, backend, columns)
             whole, expected = run(case)
         assert metrics_of(ours)["invalid_tokens"] == 4

@@ -1,0 +1,26 @@
+"""Who is measured in a case: this library, eager PyTorch, and other libraries."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from bench.cases import Case
+from bench.implementations import COMPILED, EAGER, Implementation, compiled, ours
+from bench.peers import peers
+
+OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
+def implementations(case: Case, device: torch.device) -> list[Implementation]:
+    """Everything that a case is measured with on this kind of device, ours first."""
+    contract = "loss" if case.gradient else "scores"
+    found = [
+        Implementation(f"ours:{backend}", contract, partial(ours, case, backend), ours=True)
+        for backend in OURS[device.type]
+    ]
+    found.append(Implementation(EAGER, contract, partial(ours, case, "reference"), eager_memory=True))
+    if case.compiled:
+        found.append(Implementation(COMPILED, contract, partial(compiled, case), "of eager", eager_memory=True))
+    return found + (peers(case, device) if case.peers else [])

@@ -1,0 +1,312 @@
+"""A language-model head applied in chunks: its logits, and the gradients of hidden states, weight and bias.
+
+Products multiply by the vocabulary's rows of the head only, so its padding may contain anything, NaN and inf included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epo_kernels.fused.rows import Rows, RowStatistics, StatisticsKernels
+from epo_kernels.fused.sharded import PartialSums
+from epo_kernels.inputs import LogitTransform, without_autocast
+from epo_kernels.shard import Shard
+
+ROW_MULTIPLE = 128  # rows of a matrix product's tile
+_TILE_COLUMNS = 256
+_CAST_TILE_BYTES = 32 << 20  # float32 copies of narrower operands, on the CPU
+_FLOAT16_EXPONENT = 15  # ∂logits of a chunk are scaled to below 2^this; float16 ends at 2^16
+_SMALLEST_GRADIENT = 2.0**-80  # smaller ones than this aren't scaled any further
+
+Needs = tuple[bool, bool, bool]  # whether hidden states, weight and bias want a gradient
+
+
+def chunk_rows(num_rows: int, row_bytes: int, max_chunk_bytes: int, hidden_size: int, num_processors: int) -> int:
+    """Tokens of one chunk.
+
+    A multiple of 128 within the budget: on a CPU the largest; on a GPU, of those in the upper half of the range, the
+    one whose ∂hidden product (chunk, V) @ (V, D), cut into tiles of 128 by 256, fills its last wave best. Fewer than
+    128 only where not even those fit.
+
+    Args:
+        num_rows: tokens in all.
+        row_bytes: live bytes of one token.
+        max_chunk_bytes: the budget.
+        hidden_size: D.
+        num_processors: multiprocessors of the GPU, 1 on a CPU.
+    """
+    budget = max(max_chunk_bytes // row_bytes, 1)
+    if budget < ROW_MULTIPLE:
+        return budget
+    most = min(budget // ROW_MULTIPLE, math.ceil(max(num_rows, 1) / ROW_MULTIPLE))
+    columns = math.ceil(hidden_size / _TILE_COLUMNS)
+
+    def filling(multiple: int) -> float:
+        waves = multiple * columns / num_processors
+        return waves / math.ceil(waves)
+
+    return ROW_MULTIPLE * max(range((most + 1) // 2, most + 1), key=lambda multiple: (filling(multiple), multiple))
+
+
+@dataclass(frozen=True)
+class UnmaskedTokens:
+    """The n tokens that count, in order: their places in (B, T), each (n,) int64."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def __getitem__(self, part: slice) -> UnmaskedTokens:
+        return UnmaskedTokens(self.rows[part], self.columns[part])
+
+    def take(self, values: Tensor) -> Tensor:
+        """(B, T, ...) -> (n, ...)."""
+        return values[self.rows, self.columns]
+
+    def take_row(self, values: Tensor) -> Tensor:
+        """(B, T) -> (1, n)."""
+        return self.take(values)[None]
+
+    def put(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """(1, n) -> (B, T), 0 elsewhere; differentiable."""
+        return values.new_zeros(shape).index_put((self.rows, self.columns), values[0])
+
+
+def unmasked_tokens(mask: Tensor, num_active: int | None) -> UnmaskedTokens:
+    """The places where the mask (B, T) is True. Syncs once, unless their number is given."""
+    places = mask.nonzero() if num_active is None else torch.nonzero_static(mask, size=num_active, fill_value=0)
+    return UnmaskedTokens(places[:, 0], places[:, 1])
+
+
+class Head:
+    """A head applied to the unmasked tokens, chunk by chunk, into one buffer that every chunk reuses.
+
+    Args:
+        hidden: (B, T, D).
+        weight: (V, D).
+        bias: (V,) or None.
+        product_dtype, logits_dtype: see `Projection`.
+        vocab_size: entries of the whole vocabulary; only those rows of the weight are multiplied by.
+        unmasked: the tokens that count.
+        max_chunk_bytes: bound on a chunk's logits, hidden states and their gradients.
+        shard: see `Chunking`. Chunks are those of the widest rank, and so the same on all.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        vocab_size: int,
+        product_dtype: torch.dtype,
+        logits_dtype: torch.dtype,
+        unmasked: UnmaskedTokens,
+        max_chunk_bytes: int,
+        shard: Shard | None = None,
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden.detach(), weight.detach(), bias
+        self.unmasked = unmasked
+        self.shard = shard
+        self.logits_dtype = logits_dtype
+        self.vocabulary = slice(vocab_size if shard is None else shard.own_vocabulary(vocab_size))
+        self.product_weight = self.weight[self.vocabulary].to(product_dtype)
+        self._product_bias = None if bias is None else bias.detach()[self.vocabulary].to(logits_dtype)
+        width, hidden_size = weight.shape
+        widest = width if shard is None else max(shard.widths)
+        row_bytes = widest * logits_dtype.itemsize
+        if logits_dtype != product_dtype:  # ∂logits is cast for the two products
+            row_bytes += widest * product_dtype.itemsize
+        # Hidden states, and their gradient, which may be float32.
+        row_bytes += hidden_size * (product_dtype.itemsize + max(product_dtype.itemsize, 4))
+        processors = _processors(hidden.device) if shard is None else 1  # ranks may have different chips
+        self._rows = chunk_rows(len(unmasked), row_bytes, max_chunk_bytes, hidden_size, processors)
+        self._buffer = hidden.new_empty(min(self._rows, len(unmasked)), width, dtype=logits_dtype)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each chunk's place among the unmasked tokens, hidden (c, D), and logits (c, V), which the next overwrites.
+
+        Logits past the vocabulary are unspecified.
+        """
+        for start in range(0, len(self.unmasked), self._rows):
+            part = slice(start, min(start + self._rows, len(self.unmasked)))
+            hidden = self.unmasked[part].take(self.hidden).to(self.product_weight.dtype)
+            logits = self._buffer[: len(hidden)]
+            self._project(hidden, logits[:, self.vocabulary])
+            yield part, hidden, logits
+
+    def _project(self, hidden: Tensor, logits: Tensor) -> None:
+        weight = self.product_weight.t()
+        if self.logits_dtype == hidden.dtype:
+            torch.mm(hidden, weight, out=logits)
+        elif hidden.is_cuda:
+            torch.mm(hidden, weight, out_dtype=self.logits_dtype, out=logits)
+        else:
+            wide = hidden.to(self.logits_dtype)
+            with without_autocast(hidden.device):
+                for tile in _tiles(weight.shape[1], wide.shape[1] * wide.element_size()):
+                    logits[:, tile] = wide @ weight[:, tile].to(wide.dtype)
+        if self._product_bias is not None:
+            logits.add_(self._product_bias)
+
+
+class HeadGradients:
+    """∂hidden, ∂weight and ∂bias, added up chunk by chunk; None where none is wanted.
+
+    Of a shard's columns ∂hidden is a part: float32, added up over the ranks, and rounded once.
+
+    float16 is too narrow for gradients before they are multiplied by their upstream. ∂hidden of float16 hidden states
+    is float32 until the end. Where the products take float16, ∂logits are multiplied by a power of two that brings the
+    chunk's largest just below float16's largest. The scale never rises from chunk to chunk; where it falls, ∂weight,
+    in which all chunks add up, falls with it.
+    """
+
+    def __init__(self, head: Head, needs: Needs, kernels: StatisticsKernels) -> None:
+        self._head, self._kernels = head, kernels
+        self.scales = head.product_weight.dtype == torch.float16
+        self._scale: Tensor | None = None  # of ∂weight
+        wide = torch.promote_types(head.product_weight.dtype, torch.float32)
+        self._hidden = self._weight = self._bias = None
+        if needs[0]:
+            dtype = torch.float32 if head.hidden.dtype == torch.float16 else head.hidden.dtype
+            self._hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=torch.contiguous_format)
+        if needs[1]:
+            self._weight = torch.zeros_like(head.weight, dtype=wide)
+        if needs[2]:
+            self._bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide)
+        self._sums = PartialSums(head.shard) if head.shard is not None and needs[0] else None
+
+    def add_rows(
+        self,
+        part: slice,
+        hidden: Tensor,
+        rows: Rows,
+        statistics: RowStatistics,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+    ) -> None:
+        """Add a chunk's gradients: hidden (c, D), upstream gradients (1, c). Overwrites the rows' logits."""
+        if self.scales:
+            scale = self._lowered(_float16_scale(rows.transform, statistics, grad_log_probs, grad_entropy))
+            grad_log_probs = grad_log_probs * scale
+            grad_entropy = None if grad_entropy is None else grad_entropy * scale
+        self._kernels.gradient(rows, statistics, grad_log_probs, grad_entropy, rows.logits)
+        self.add(part, hidden, rows.logits[0])
+
+    def add(self, part: slice, hidden: Tensor, grad_logits: Tensor) -> None:
+        """Add a chunk's gradients: hidden (c, D), and grad_logits (c, V) already multiplied by the scale."""
+        vocabulary, weight = self._head.vocabulary, self._head.product_weight
+        if self._bias is not None:
+            self._bias[vocabulary] += self._unscaled(grad_logits[:, vocabulary].sum(dim=0, dtype=self._bias.dtype))
+        grad_logits = grad_logits.to(hidden.dtype)[:, vocabulary]  # cast whole, which keeps rows aligned
+        if self._sums is not None:
+            wide = torch.promote_types(grad_logits.dtype, torch.float32)
+            self._put(self._sums.exchange(part, self._unscaled(_wide_product(grad_logits, weight, wide))))
+        elif self._hidden is not None:
+            wide = torch.float32 if self.scales else grad_logits.dtype
+            self._put([(part, self._unscaled(_wide_product(grad_logits, weight, wide)))])
+        if self._weight is not None:
+            _add_product(self._weight[vocabulary], grad_logits.t(), hidden)
+
+    def complete(self) -> None:
+        """After the last chunk: wait for what other ranks add."""
+        if self._sums is not None:
+            self._put(self._sums.finish())
+
+    def finish(self, factor: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients times factor, in the dtypes of their inputs; they are given away, so call this once."""
+        head = self._head
+        of_weight = factor
+        if self._scale is not None:
+            of_weight = self._scale.reciprocal() if factor is None else factor / self._scale
+        return (
+            self._multiplied(self._hidden, head.hidden, factor),
+            self._multiplied(self._weight, head.weight, of_weight),
+            self._multiplied(self._bias, head.bias, factor),
+        )
+
+    def _multiplied(self, gradient: Tensor | None, value: Tensor | None, factor: Tensor | None) -> Tensor | None:
+        if gradient is None or value is None or factor is None:
+            return gradient if gradient is None or value is None else gradient.to(value.dtype)
+        if gradient.dtype == value.dtype:
+            self._kernels.scale(gradient[(None,) * (3 - gradient.dim())], factor)
+            return gradient
+        # Multiplied before it is rounded, in the pass that rounds it.
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=value.dtype))
+
+    def _lowered(self, scale: Tensor) -> Tensor:
+        """The scale from here on: this one, or a smaller one before."""
+        if self._scale is not None:
+            scale = torch.minimum(scale, self._scale)
+            if self._weight is not None:
+                self._kernels.scale(self._weight[None], scale / self._scale)
+        self._scale = scale
+        return scale
+
+    def _unscaled(self, values: Tensor) -> Tensor:
+        return values if self._scale is None else values.div_(self._scale)
+
+    def _put(self, parts: Iterable[tuple[slice, Tensor]]) -> None:
+        assert self._hidden is not None
+        for part, grad_hidden in parts:
+            places = self._head.unmasked[part]
+            self._hidden[places.rows, places.columns] = grad_hidden.to(self._hidden.dtype)
+
+
+def _float16_scale(
+    transform: LogitTransform, statistics: RowStatistics, grad_log_probs: Tensor, grad_entropy: Tensor | None
+) -> Tensor:
+    """The power of two, 0-d float32, that brings the largest gradient of some rows' logits close below 2^15. No sync.
+
+    |∂ℓ/∂x| = |∂z/∂x (a (1[v=y] - p) - b p (log p + H))| <= |∂z/∂x| (|a| + |b| (1/e + H)), where |∂z/∂x| <= scale/τ.
+    """
+    largest = grad_log_probs.abs()
+    if grad_entropy is not None:
+        assert statistics.entropy is not None
+        largest = largest + grad_entropy.abs() * (math.exp(-1.0) + statistics.entropy)
+    largest = largest * abs(1.0 if transform.scale is None else transform.scale) / transform.temperature
+    # What isn't finite stays so under any scale, and has no say in that of other rows.
+    finite = torch.where(largest.isfinite(), largest, 0.0).amax().clamp(min=_SMALLEST_GRADIENT)
+    return torch.ldexp(torch.ones_like(finite), _FLOAT16_EXPONENT - torch.frexp(finite).exponent)
+
+
+def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in a dtype that may be wider than theirs."""
+    with without_autocast(left.device):
+        if dtype == right.dtype:
+            return left @ right
+        if right.is_cuda:
+            return torch.mm(left, right, out_dtype=dtype)
+        total = left.new_zeros(left.shape[0], right.shape[1], dtype=dtype)
+        for tile in _tiles(right.shape[0], right.shape[1] * dtype.itemsize):
+            total.addmm_(left[:, tile].to(dtype), right[tile].to(dtype))
+        return total
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, added up in the dtype of total, which may be wider than the operands'."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    elif right.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        wide = right.to(total.dtype)
+        for tile in _tiles(total.shape[0], wide.shape[0] * wide.element_size()):
+            total[tile].addmm_(left[tile].to(total.dtype), wide)
+
+
+def _tiles(length: int, line_bytes: int) -> Iterator[slice]:
+    lines = max(_CAST_TILE_BYTES // max(line_bytes, 1), 1)
+    for start in range(0, length, lines):
+        yield slice(start, min(start + lines, length))
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

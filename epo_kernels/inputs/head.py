@@ -1,0 +1,112 @@
+"""The language-model head of the linear losses, and the chunks in which it is applied."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epo_kernels.inputs import checks
+from epo_kernels.inputs.checks import LOGIT_DTYPES, as_integer, check_tensor, compute_dtype
+from epo_kernels.inputs.layout import Layout
+from epo_kernels.shard import Shard
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A language-model head: logits = hidden weightᵀ + bias.
+
+    Attributes:
+        hidden: (B, T, D), any strides; a packed batch is (1, N, D).
+        weight: (V, D), any strides.
+        bias: (V,) or None.
+        product_dtype: dtype in which both enter a product: what they promote to, or that of autocast. Autocast leaves
+            float64 alone, and products whose logits are asked for in another dtype than its own.
+        logits_dtype: dtype in which logits are kept: the products' own, or a wider one.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    product_dtype: torch.dtype
+    logits_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How a head is applied to its tokens.
+
+    Attributes:
+        num_active: number of tokens whose mask is 1, where the caller knows it.
+        max_chunk_bytes: bound on the memory of a chunk of tokens.
+        shard: the part of a vocabulary that weight and bias are; None where they are all of it.
+    """
+
+    num_active: int | None
+    max_chunk_bytes: int
+    shard: Shard | None = None
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the dtypes of a product's operands are its own; nothing on devices without autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast casts products to, None where it is off."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def as_projection(
+    layout: Layout, hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
+) -> tuple[Projection, Layout]:
+    """The head, with hidden already checked as rows (B, T, D), and the layout with the dtype of its logits' statistics.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it is.
+    """
+    width = hidden.shape[-1]
+    if not isinstance(weight, Tensor) or weight.dtype not in LOGIT_DTYPES:
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a float32, float16, bfloat16 or float64 tensor, got {kind}")
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(
+            f"weight must be (vocabulary, {width}) beside hidden's width {width}, got {tuple(weight.shape)}"
+        )
+    check_tensor("weight", weight, weight.shape, hidden.device)
+    if bias is not None:
+        check_tensor("bias", bias, weight.shape[:1], hidden.device)
+    product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    cast_to = autocast_dtype(hidden.device)
+    if cast_to is not None and product_dtype != torch.float64 and logits_dtype in (None, cast_to):
+        product_dtype = cast_to
+    allowed = dict.fromkeys((product_dtype, torch.promote_types(product_dtype, torch.float32)))
+    if logits_dtype is None:
+        logits_dtype = product_dtype
+    if logits_dtype not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise ValueError(f"logits_dtype must be {names} where products are in {product_dtype}, got {logits_dtype}")
+    projection = Projection(hidden, weight, bias, product_dtype, logits_dtype)
+    return projection, replace(layout, dtype=compute_dtype(logits_dtype))
+
+
+def as_chunking(num_active: int | None, max_chunk_bytes: int, mask: Tensor, shard: Shard | None) -> Chunking:
+    """Both numbers, checked against a checked mask (B, T).
+
+    Raises:
+        ValueError: one of them isn't an int, or makes no sense for the mask.
+    """
+    if num_active is not None:
+        num_active = as_integer("num_active", num_active, 0, mask.numel(), " (the number of tokens)")
+        if checks.checks_values(mask.device) and int(mask.sum()) != num_active:
+            raise ValueError(
+                f"num_active must be {int(mask.sum())}, the number of tokens whose mask is 1, got {num_active}"
+            )
+    return Chunking(num_active, as_integer("max_chunk_bytes", max_chunk_bytes, 1), shard)
