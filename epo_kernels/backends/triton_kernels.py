@@ -366,7 +366,7 @@ def policy_loss(log_prob, old_log_prob, advantage, c, POLICY_LOSS: tl.constexpr)
     else:
         tl.static_assert(POLICY_LOSS == "dppo_tv" or POLICY_LOSS == "dppo_kl")
         pg, slope, clipped, dual_clipped = dppo(log_prob, old, ratio, advantage, c, POLICY_LOSS == "dppo_kl")
-    return pg, slope, log_ratio, ratio, clipped, dual_clipped
+    return pg, tl.where(pg == pg, slope, float("nan")), log_ratio, ratio, clipped, dual_clipped
 
 
 @triton.jit
@@ -439,7 +439,7 @@ def token_loss(
         sums = slot(sums, "kl_loss", weight * kl)
     loss = tl.where(valid, loss, float("nan"))
     # Clamps stop the gradient of a NaN as they stop others; here it must reach the row.
-    grad_log_prob = tl.where(loss == loss, grad_log_prob, float("nan"))
+    grad_log_prob = tl.where(valid & (log_prob == log_prob), grad_log_prob, float("nan"))
 
     finite = (tl.abs(loss) < float("inf")) & (tl.abs(entropy) < float("inf"))
     sums = slot(sums, "tokens", 1.0)
