@@ -304,7 +304,7 @@ class BackendMatrix:
         gradient[0, 1] = 0
         assert gradient.isfinite().all()
 
-    @pytest.mark.parametrize("policy", ("ppo", *TOKEN_POLICIES))
+    @pytest.mark.parametrize("policy", ["ppo", *TOKEN_POLICIES])
     def test_policy_losses_at_their_edges(self, policy):
         """One odd token beside a sound one: loss, gradient and metrics are those of the reference."""
         logits = torch.tensor([[[0.0, 1.0, -1.0, 0.5], [0.3, -0.2, 0.1, 0.4]]])
