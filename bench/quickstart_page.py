@@ -18,8 +18,8 @@ _INTRODUCTION = """\
 `make train` with the seeds 0 to 4, all runs that were made; tuning used seeds from 100 on. The task is ScienceWorld's
 `lifespan-longest-lived`: walk outside, then focus on the animal that lives longest, of three in sight. The
 demonstrations (`epo_kernels/train/frozen/quickstart`, made by `make quickstart-data`) focus on each of the three once,
-so imitation wins a third of the episodes and cannot win more. The panel is all 63 held-out variations. The arms and
-controls of the other experiments do not apply here.
+so perfect imitation wins a third of sampled episodes. The panel is all 63 held-out variations. The arms and controls
+of the other experiments were not run here.
 """
 _TUNING = """\
 How the settings were found, every run. The first rows cloned only, and measured on held-out variations how much
