@@ -146,7 +146,7 @@ def _policy_apart(
     terms: Mapping[str, Any],
 ) -> tuple[EPOOutput, EPOOutput]:
     """The policy loss in the aggregation that verl fixes for it, and the other terms in that of the config."""
-    own = replace(cfg, loss_agg_mode="seq-mean-token-mean")
+    own = replace(cfg, loss_agg_mode="seq-mean-token-mean", penalty="none")
     if name == "geo_mean":  # verl takes the plain mean over a micro-batch's rows, on every rank
         own_scale: dict[str, Any] = {"normalizer": batch.mask.shape[0]}
     else:
