@@ -170,7 +170,7 @@ def clip_range(actor: Any) -> tuple[float, float]:
 
 
 def check_shares(policy_loss: Any) -> None:
-    """Raise ValueError where a share of tokens of verl's PolicyLossConfig is not one."""
+    """Raise ValueError where a share of tokens in verl's PolicyLossConfig is not in (0, 1]."""
     for name in ("clip_cov_ratio", "kl_cov_ratio"):
         share = getattr(policy_loss, name)
         if share is not None and not 0 < share <= 1:

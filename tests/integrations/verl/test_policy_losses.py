@@ -99,7 +99,7 @@ def test_a_real_update_equals_verls(workers, name, mode):
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_the_band_adds_the_same_to_each(workers, name):
-    """The gradient that a gate adds to entropy bonus and KL is that with the vanilla loss."""
+    """What a gate changes in the gradient, and the penalty, do not depend on the policy loss."""
 
     def added(policy_loss):
         keys = {**KEYS[name], **KL, "entropy_coeff": 0.3}
@@ -134,7 +134,7 @@ def test_an_unknown_policy_loss_is_refused_with_the_list():
 
 
 @pytest.mark.parametrize(("name", "value"), [("clip_cov_ratio", 0.0), ("kl_cov_ratio", 1.5)])
-def test_a_share_of_tokens_that_is_none_is_refused(name, value):
+def test_a_share_of_tokens_out_of_range_is_refused(name, value):
     epo = {"policy_loss": name.removesuffix("_ratio")}
     with pytest.raises(ValueError, match=rf"policy_loss.{name} must be in \(0, 1\], got {value}"):
         verl_config.PolicyLossConfig(loss_mode="epo", epo=epo, **{name: value})
