@@ -172,7 +172,7 @@ def _draw_profile(run: Run) -> Markup | None:
     steps, grid = _entropies(run)
     if not steps:
         return None
-    series = []
+    series: list[Series] = []
     for index in dict.fromkeys((len(steps) - 1, 0)):  # the last step, then the first
         known = [(turn, value) for turn, value in enumerate(grid[index], 1) if value is not None]
         bounds = [_bounds(run)[index][turn - 1] for turn, _ in known] if not series else []
