@@ -7,7 +7,6 @@ from epo_kernels.train.config.groups import (
     CheckpointConfig,
     CriticConfig,
     EvaluateConfig,
-    LossConfig,
     ModelConfig,
     OptimConfig,
     RolloutConfig,
@@ -19,6 +18,7 @@ from epo_kernels.train.config.groups import (
     epo_config,
 )
 from epo_kernels.train.config.load import load_config
+from epo_kernels.train.config.loss import LossConfig
 from epo_kernels.train.config.presets import preset_names
 from epo_kernels.train.config.resume import differences, is_among, only_rounding, read_settings
 from epo_kernels.train.config.tree import flatten, to_yaml

@@ -1,28 +1,11 @@
 """The driver's settings: one dataclass per group, each with the checks between its own settings."""
 
-import inspect
-import re
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-import torch
-
 import epo_kernels as ek
-from epo_kernels.config import (
-    BandScope,
-    Divergence,
-    KLType,
-    LossAggMode,
-    Penalty,
-    PolicyLossName,
-    RatioGradient,
-    RatioScope,
-)
-from epo_kernels.controller import ControllerRule
-from epo_kernels.defaults import BAND
-from epo_kernels.history import HistoryScope, HistoryWeighting
-from epo_kernels.schedule import SCHEDULES
 from epo_kernels.shaping import ShapingRule
+from epo_kernels.train.config.loss import LossConfig
 from epo_kernels.train.envs import EnvConfig
 from epo_kernels.train.envs.registry import suite_class
 from epo_kernels.train.setting import (
@@ -44,22 +27,6 @@ from epo_kernels.train.setting import (
 FROM_SCRATCH: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
-}
-
-
-# Defaults of `ek.EntropyController`, and the settings of the group loss that its arguments come from.
-_CONTROLLER = {name: one.default for name, one in inspect.signature(ek.EntropyController).parameters.items()}
-_CONTROLLER_SETTINGS = {
-    "target": "entropy_target",
-    "rule": "entropy_rule",
-    "entropy_coeff": "entropy_coeff",
-    "coeff_min": "entropy_coeff_min",
-    "coeff_max": "entropy_coeff_max",
-    "delta": "entropy_coeff_delta",
-    "kp": "entropy_kp",
-    "ki": "entropy_ki",
-    "target_high": "entropy_target_high",
-    "lr": "entropy_coeff_lr",
 }
 
 
@@ -299,150 +266,6 @@ class CriticConfig:
     minibatches: int = setting(1, "optimizer updates per pass", at_least(1))
     minibatch_size: int = setting(0, "samples per update; 0: use minibatches", at_least(0))
     warmup_steps: int = setting(0, "steps at the start that train only the critic", at_least(0))
-
-
-@dataclass
-class LossConfig:
-    """The loss (`epo_kernels.EPOConfig`), its entropy band, and corrections for rollout mismatch.
-
-    The defaults of the band are those of `epo_kernels.defaults.BandDefaults`: the paper's hinge.
-    """
-
-    policy_loss: str = setting(ek.EPOConfig.policy_loss, "policy-gradient loss", one_of(*get_args(PolicyLossName)))
-    clip_ratio_low: float = setting(
-        ek.EPOConfig.clip_ratio_low,
-        "ppo, cispo, gspo: the ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]; gmpo clips its log; "
-        "dppo: allowed divergence",
-    )
-    clip_ratio_high: float = setting(ek.EPOConfig.clip_ratio_high, "above clip_ratio_low: DAPO's clip-higher")
-    clip_ratio_c: float | None = setting(
-        ek.EPOConfig.clip_ratio_c,
-        "ppo, gspo: dual-clip bound for negative advantages; dppo: bound of the ratio; null disables",
-    )
-    ratio_scope: str | None = setting(
-        ek.EPOConfig.ratio_scope,
-        "tokens that share a ratio (segment: a turn); null: the policy loss's own",
-        one_of(*get_args(RatioScope)),
-    )
-    ratio_gradient: str = setting(
-        ek.EPOConfig.ratio_gradient,
-        "gradient of a shared ratio: each token's own (verl) or that of the mean (TRL)",
-        one_of(*get_args(RatioGradient)),
-    )
-    sapo_tau_pos: float = setting(ek.EPOConfig.sapo_tau_pos, "sapo: temperature for positive advantages")
-    sapo_tau_neg: float = setting(ek.EPOConfig.sapo_tau_neg, "sapo: temperature for other advantages")
-    dppo_divergence: str = setting(
-        ek.EPOConfig.dppo_divergence, "dppo: divergence of the trust region", one_of(*get_args(Divergence))
-    )
-    vespo_k_pos: float = setting(ek.EPOConfig.vespo_k_pos, "vespo: exponent k for nonnegative advantages")
-    vespo_lambda_pos: float = setting(ek.EPOConfig.vespo_lambda_pos, "vespo: decay lambda for nonnegative advantages")
-    vespo_k_neg: float = setting(ek.EPOConfig.vespo_k_neg, "vespo: exponent k for negative advantages")
-    vespo_lambda_neg: float = setting(ek.EPOConfig.vespo_lambda_neg, "vespo: decay lambda for negative advantages")
-    entropy_coeff: float = setting(
-        BAND.entropy_coeff,
-        "weight of the entropy bonus and the band penalty (lambda); with entropy_target, its initial value",
-    )
-    entropy_target: float | None = setting(
-        None, "target entropy per token (nats), for which each update adjusts entropy_coeff; null: constant coefficient"
-    )
-    entropy_rule: str = setting(
-        "step",
-        "how entropy_target adjusts entropy_coeff: step (TRL's adaptive entropy), pi (EntroPIC) or boxed (AEnt)",
-        one_of(*get_args(ControllerRule)),
-    )
-    entropy_coeff_min: float = setting(_CONTROLLER["coeff_min"], "lower bound of entropy_coeff under entropy_target")
-    entropy_coeff_max: float = setting(_CONTROLLER["coeff_max"], "upper bound of entropy_coeff under entropy_target")
-    entropy_coeff_delta: float = setting(_CONTROLLER["delta"], "entropy_rule=step: size of a step", NOT_NEGATIVE)
-    entropy_kp: float = setting(_CONTROLLER["kp"], "entropy_rule=pi: proportional gain", NOT_NEGATIVE)
-    entropy_ki: float = setting(_CONTROLLER["ki"], "entropy_rule=pi: integral gain", NOT_NEGATIVE)
-    entropy_target_high: float | None = setting(
-        None, "entropy_rule=boxed: entropy above which the coefficient falls; null: entropy_target"
-    )
-    entropy_coeff_lr: float = setting(
-        _CONTROLLER["lr"], "entropy_rule=boxed: change of the coefficient per nat outside the box", NOT_NEGATIVE
-    )
-    kl_coeff: float = setting(
-        ek.EPOConfig.kl_coeff, "weight of the KL to the reference policy (the one before RL); 0 disables"
-    )
-    kl_type: str = setting(ek.EPOConfig.kl_type, "KL estimator", one_of(*get_args(KLType)))
-    kl_bias_correction: bool = setting(
-        ek.EPOConfig.kl_bias_correction, "multiply the KL by the ratio, for an unbiased off-policy gradient"
-    )
-    penalty: str = setting(
-        BAND.penalty, "penalty for entropy outside the band; none: no band", one_of(*get_args(Penalty))
-    )
-    penalty_alpha: float = setting(BAND.penalty_alpha, "size of the penalty (alpha)")
-    smooth_coeff: float = setting(BAND.smooth_coeff, "weight of the penalty within the entropy term (k)")
-    band_scope: str = setting(
-        BAND.band_scope,
-        "compare each token's entropy with the band, or a turn's mean entropy",
-        one_of(*get_args(BandScope)),
-    )
-    loss_agg_mode: str = setting(
-        ek.EPOConfig.loss_agg_mode, "aggregation of token losses", one_of(*get_args(LossAggMode))
-    )
-    band_low: float = setting(
-        BAND.band_low, "lower bound of the band, as a multiple of the historical mean entropy (kappa_l)"
-    )
-    band_high: float = setting(
-        BAND.band_high, "upper bound of the band, as a multiple of the historical mean entropy (kappa_r)"
-    )
-    history_scope: str = setting(
-        BAND.history_scope, "mean over each turn index, or over all turns", one_of(*get_args(HistoryScope))
-    )
-    history_weighting: str = setting(
-        BAND.history_weighting, "tokens, or steps, have equal weight in the mean", one_of(*get_args(HistoryWeighting))
-    )
-    history_window: int | None = setting(
-        BAND.history_window, "most recent steps in the history; null: all", at_least(1)
-    )
-    history_includes_current: bool = setting(
-        BAND.history_includes_current,
-        "include the current step in the history; false: earlier steps only (the paper's second version)",
-    )
-    phase_schedule: str = setting(
-        BAND.phase_schedule, "schedule of the penalty weight over training", one_of(*SCHEDULES)
-    )
-    phase_horizon: int | None = setting(
-        BAND.phase_horizon,
-        "steps that phase_schedule spans; null: schedule_steps. The published code uses 150",
-        at_least(1),
-    )
-    rollout_is: str = setting(
-        "auto",
-        "importance weights for the mismatch between rollout and training; auto: token for vllm, else none",
-        one_of("auto", "none", "token", "turn"),
-    )
-    rollout_is_cap: float = setting(2.0, "importance weights are truncated to this value; inf disables", at_least(1))
-
-    def check(self) -> None:
-        require(
-            0 <= self.band_low <= self.band_high,
-            "loss.band_low and loss.band_high must satisfy 0 <= band_low <= band_high, got "
-            f"{self.band_low} and {self.band_high}",
-        )
-        require(
-            self.penalty == "none" or self.entropy_coeff != 0 or self.entropy_target is not None,
-            f"loss.penalty must be none with loss.entropy_coeff=0, which disables it, got {self.penalty!r}. Set "
-            "loss.penalty=none, loss.entropy_coeff, or loss.entropy_target",
-        )
-        self.controller()
-
-    def controller(self, device: torch.device | str = "cpu") -> ek.EntropyController | None:
-        """What adjusts entropy_coeff; None without a target.
-
-        Raises:
-            ConfigError: settings that EntropyController refuses.
-        """
-        if self.entropy_target is None:
-            return None
-        values = {argument: getattr(self, name) for argument, name in _CONTROLLER_SETTINGS.items()}
-        try:
-            return ek.EntropyController(**values, device=device)
-        except (TypeError, ValueError) as error:
-            known = rf"\b({'|'.join(_CONTROLLER_SETTINGS)})\b"
-            message = re.sub(known, lambda found: f"loss.{_CONTROLLER_SETTINGS[found[0]]}", str(error))
-            raise ConfigError(message) from error
 
 
 @dataclass
