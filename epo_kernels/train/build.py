@@ -53,8 +53,6 @@ def build(
     """The parts of a run, open inside the `with`: environments may be processes, and the run's folder is locked.
 
     Args:
-        config: checked.
-        display: where progress shows.
         dry: build everything without cloning or training, and write nothing.
         stop: asked at every move of a bar whether to go on.
         ranks: the processes that train together, of which the first writes the run's folder; None: this one alone.

@@ -156,7 +156,6 @@ def launched(fsdp: bool, device: str) -> Iterator[Ranks]:
     """The ranks of a `torchrun`, or this process alone without one.
 
     Args:
-        fsdp: see `Ranks`.
         device: model.device of the configuration; a GPU for each rank where it is "auto" or "cuda" and there are any.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))

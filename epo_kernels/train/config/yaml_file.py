@@ -13,14 +13,6 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from epo_kernels.train.setting import ConfigError
 
-_BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-    codecs.BOM_UTF8: "utf-8-sig",
-}
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -72,7 +64,7 @@ def parse_settings(text: str, name: str) -> Layer:
 
 
 def _decode(data: bytes, name: str) -> str:
-    encoding = next((known for mark, known in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

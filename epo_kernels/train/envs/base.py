@@ -106,24 +106,6 @@ class EnvConfig:
     options: Any = setting(None, "the environment's own settings: an instance of its suite's Options")
 
 
-# What used to be settings of all environments belongs to one of them.
-MOVED_SETTINGS = {
-    "env.practice": "env.options",
-    **{
-        f"env.{name}": f"env.options.{name}"
-        for name in (
-            "task_names",
-            "ood_task_names",
-            "simplification",
-            "tick_limit",
-            "progress_reward",
-            "jvm_memory",
-            "admissible_commands",
-        )
-    },
-}
-
-
 def clean_action(action: str | None) -> str:
     """Any model's output as one printable line of at most MAX_ACTION characters, harmless to send to an engine."""
     printable = (action or "").encode("utf-8", "ignore").decode()

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,8 +120,6 @@ class EnvironmentPool:
     """`size` slots over the environments of `suite`, which are made when first needed.
 
     Args:
-        suite: where environments come from.
-        size: number of slots.
         step_timeout: seconds a step may take.
         start_timeout: seconds a reset may take, the making of the environment included.
         max_failures: episodes in a row that may be lost before `reset` raises.
@@ -181,18 +179,8 @@ class EnvironmentPool:
 
         Ends whatever episode these slots are in.
         """
-        for slot, task in enumerate(self._fitting(tasks)):
+        for slot, task in enumerate(tasks):
             self._prefetched[slot] = (task, self.reset(slot, task))
-
-    def reset_all(self, tasks: Sequence[Task]) -> list[Observation | EnvironmentFailure]:
-        """Begin an episode in slots 0, 1, ... and wait for all; a failure stands in the place of its observation."""
-        futures = [self.reset(slot, task) for slot, task in enumerate(self._fitting(tasks))]
-        return [_outcome(future) for future in futures]
-
-    def step_all(self, actions: Mapping[int, str]) -> dict[int, StepResult | EnvironmentFailure]:
-        """Play an action in each slot named and wait for all; a failure stands in the place of its result."""
-        futures = {slot: self.step(slot, action) for slot, action in actions.items()}
-        return {slot: _outcome(future) for slot, future in futures.items()}
 
     def close(self) -> None:
         """End all environments. What is still running fails."""
@@ -230,20 +218,8 @@ class EnvironmentPool:
         self._workers[slot].submit(job)
         return job.future
 
-    def _fitting(self, tasks: Sequence[Task]) -> Sequence[Task]:
-        if len(tasks) > self.size:
-            raise ValueError(f"{len(tasks)} tasks don't fit into a pool of {self.size} slots")
-        return tasks
-
     def _watch(self) -> None:
         pause = min(self._step_timeout, self._start_timeout, 2.0) / 10
         while not self._closed.wait(pause):
             for worker in self._workers:
                 worker.expire()
-
-
-def _outcome(future: Future[Any]) -> Any:
-    try:
-        return future.result()
-    except EnvironmentFailure as failure:
-        return failure

@@ -30,11 +30,8 @@ def save_checkpoint(
     An existing checkpoint of this step is left as it is.
 
     Args:
-        folder: of the run's checkpoints.
-        step: the last step done.
         save_policy: writes the policy into the folder it is given.
         state: the rest, for trainer.pt: plain tensors and numbers.
-        keep: how many checkpoints remain.
 
     Raises:
         SaveError: nothing was saved, and nothing that was there before is lost.

@@ -21,9 +21,7 @@ class Progress:
     """What was reported of a phase.
 
     Args:
-        name: of the phase.
         total: amount of work; None: not known, and nothing is reported.
-        unit: of the work, in the plural.
     """
 
     def __init__(self, name: str, total: int | None, unit: str) -> None:

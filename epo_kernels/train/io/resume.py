@@ -113,9 +113,6 @@ def review_differences(saved: str, config: TrainConfig, step: int, is_branch: bo
     A branch may change everything except what defines the weights. A resumed run may change its number of steps, and
     settings that only affect rounding.
 
-    Args:
-        step: of the checkpoint.
-
     Raises:
         ConfigError: other settings changed (with a table of them), or `steps` is below `step`.
     """

@@ -153,11 +153,6 @@ class _TextEncoder:
     Control tokens are the tokenizer's special tokens, its other added tokens that occur in the template's source or in
     what it writes, such as <tool_response>, and the tags of a thought.
 
-    Args:
-        tokenizer: backed by the tokenizers library.
-        template: the source of its chat template.
-        rendered: dialogues as the template writes them.
-
     Attributes:
         written: the control tokens in `rendered`.
     """

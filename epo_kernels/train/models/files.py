@@ -144,7 +144,6 @@ def check_weights(model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
     """Hold a model against its files.
 
     Args:
-        model: just loaded.
         loading: what `from_pretrained` reports of it with `output_loading_info`.
 
     Raises:

@@ -117,9 +117,7 @@ def load_policy(
 
     Args:
         source: a folder or hub id: config.name_or_path, or what a run saved, which has its chat template already.
-        config: of the model.
         prepare: called with the model and the device it is for, before its weights are read (`load_causal_lm`).
-        say: receives a line before what takes time.
 
     Raises:
         ConfigError: nothing to load there, or nothing that can be trained: code of its own, damaged or missing weights,

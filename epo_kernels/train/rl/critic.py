@@ -66,9 +66,7 @@ class Critic:
     """Owns backbone, value head and optimiser. New values are 0: the head starts at 0.
 
     Args:
-        policy: whose backbone is copied.
         config: of the run; `critic`, `optim` and `algorithm.gae` count.
-        ranks: that train together; None: this process alone.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig, ranks: Ranks | None = None) -> None:

@@ -45,10 +45,8 @@ class StepOptimizer:
 
     Args:
         model: whose parameters are trained, except frozen ones.
-        config: of AdamW, the schedule and clipping.
         passes: whose lr, epochs, minibatches and minibatch_size hold.
         steps: that the schedule spans; any after them have its last rate.
-        ranks: whose gradients are added up.
     """
 
     def __init__(

@@ -62,9 +62,6 @@ class StopRule:
     A policy that can think, by its tokenizer or chat template, ends a plain response with the line after its thought.
 
     Args:
-        tokenizer: of the policy.
-        end_ids: tokens that always end a response.
-        response_format: "plain" or "think_action".
         opening: what the prompt has begun of the response, see `Chat`.
 
     Attributes:

@@ -40,8 +40,6 @@ class VllmEngine:
 
     Args:
         policy: whose weights it takes at each `awake`; those of adapters are merged into theirs.
-        stop: when a response is over.
-        config: of the run.
 
     Raises:
         ConfigError: vLLM isn't installed, or can't serve the model, the lengths or the memory asked for.

@@ -58,13 +58,7 @@ class ALFWorldOptions:
 
 
 class ALFWorldEnvironment(Environment):
-    """One engine in a process of its own, started at once. Belongs to one thread at a time.
-
-    Args:
-        config: of the driver.
-        data: the folder that ALFWORLD_DATA names.
-        files: the game of each task.
-    """
+    """One engine in a process of its own, started at once. Belongs to one thread at a time."""
 
     def __init__(self, config: EnvConfig, data: Path, files: dict[Task, Path]) -> None:
         self._config = config

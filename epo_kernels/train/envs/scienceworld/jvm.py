@@ -103,8 +103,6 @@ class Simulator:
 
     Args:
         memory: heap limit, as in "256m".
-        timeout: seconds a call may take.
-        start_timeout: seconds the JVM may take to start.
 
     Raises:
         EnvironmentFailure: Java is missing or the JVM didn't start.
