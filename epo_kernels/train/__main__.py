@@ -27,7 +27,7 @@ from epo_kernels.train.config import (
     to_yaml,
 )
 from epo_kernels.train.io.streams import lasting_streams
-from epo_kernels.train.io.text import printable
+from epo_kernels.train.io.text import one_line, printable
 
 if TYPE_CHECKING:
     from epo_kernels.train.distributed import Ranks
@@ -192,7 +192,7 @@ def _unforeseen(error: Exception, config: TrainConfig, dry: bool, ranks: Ranks) 
     """The message for an unexpected error; writes its traceback to run_dir, or to stderr where that fails."""
     from epo_kernels.train.io.failures import keep_traceback
 
-    brief = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    brief = f"{type(error).__name__}: {one_line(error, 300)}"
     try:
         if not dry:
             kept = keep_traceback(Path(config.run_dir), error, ranks.rank)

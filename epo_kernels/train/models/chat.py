@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from epo_kernels.train.config import ConfigError
+from epo_kernels.train.io.text import one_line
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
 ANOTHER_TEMPLATE = "set model.chat_template to a file with another template, or to plain"
@@ -128,9 +129,9 @@ class Chat:
                 )
             )
         except Exception as error:  # a template may raise anything
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ConfigError(
-                f"the chat template fails on a dialogue of {', '.join(roles)} ({reason}); {ANOTHER_TEMPLATE}"
+                f"the chat template fails on a dialogue of {', '.join(roles)} ({one_line(error, 300)}); "
+                f"{ANOTHER_TEMPLATE}"
             ) from error
 
     def _check_settings(self, template: str) -> None:

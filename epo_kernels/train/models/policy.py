@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from epo_kernels.train.config import FROM_SCRATCH, ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
 from epo_kernels.train.envs import Demonstration
+from epo_kernels.train.io.text import one_line
 from epo_kernels.train.models.attention import require_attention
 from epo_kernels.train.models.chat import PLAIN_TEMPLATE, THOUGHT, THOUGHT_END, Chat
 from epo_kernels.train.models.files import check_config, is_on_hub
@@ -162,7 +163,7 @@ def _load(
     except ConfigError:
         raise
     except Exception as error:  # whatever reading someone's files may raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error, 300)
         if "trust_remote_code" in reason:
             raise ConfigError(
                 "it needs code of its own (auto_map in its JSON files), which is never run; use a version of the model "
@@ -174,8 +175,7 @@ def _load(
                 "or null"
             ) from error
         raise ConfigError(
-            f"transformers can't load it ({reason[:300] or type(error).__name__}); correct its files, or choose "
-            "another model"
+            f"transformers can't load it ({reason}); correct its files, or choose another model"
         ) from error
 
 

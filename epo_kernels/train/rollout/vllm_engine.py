@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epo_kernels.train.config import ConfigError, RolloutConfig, TrainConfig
+from epo_kernels.train.io.text import one_line
 from epo_kernels.train.models.lora import merged_weights
 from epo_kernels.train.models.policy import Policy
 from epo_kernels.train.rollout.engine import Completion, Request, StopRule
@@ -107,20 +108,23 @@ class VllmEngine:
     def _load_first(self) -> None:
         """Copy the weights once, to see that vLLM knows them all: of one that it is given nothing for it only warns."""
         logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
-        warned = _Kept(logging.WARNING)
-        logger.addHandler(warned)
-        logger.propagate = False
+        warned: list[str] = []
+
+        def keep(record: logging.LogRecord) -> bool:
+            warned.append(record.getMessage())
+            return False
+
+        logger.addFilter(keep)
         logger.setLevel(logging.WARNING)
         try:
             self._load(asleep=False)
         except (ValueError, KeyError, AttributeError) as error:
             raise _unserved(error) from error
         finally:
-            logger.removeHandler(warned)
-            logger.propagate = True
+            logger.removeFilter(keep)
             logger.setLevel(logging.NOTSET)
-        if warned.messages:
-            raise _unserved(warned.messages[0])
+        if warned:
+            raise _unserved(warned[0])
 
     def _load(self, asleep: bool) -> None:
         # All of them: of a part, those that vLLM keeps fused would be wrong without a word.
@@ -230,20 +234,9 @@ def _require_same_device(device: torch.device) -> None:
 
 def _unserved(reason: object) -> ConfigError:
     return ConfigError(
-        f"rollout.engine=vllm: vLLM can't serve this model with these settings ("
-        f"{' '.join(str(reason).split())[:400]}); change them, or take rollout.engine=transformers"
+        f"rollout.engine=vllm: vLLM can't serve this model with these settings ({one_line(reason, 400)}); change "
+        "them, or take rollout.engine=transformers"
     )
-
-
-class _Kept(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import ClassVar
 
@@ -222,8 +221,7 @@ class ALFWorldSuite(Suite):
         """Raises ValueError for an unknown split, or where the data hold no game of it."""
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-        columns = [self._columns[split, name] for name in self._names[split]]
-        tasks = [task for row in zip_longest(*columns) for task in row if task is not None]
+        tasks = self.in_turns([self._columns[split, name] for name in self._names[split]])
         if not tasks:
             raise ValueError(f"{self._data} holds no solvable game of {', '.join(self._names[split])} in {split}")
         return tasks
