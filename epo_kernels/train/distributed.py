@@ -31,15 +31,11 @@ TIMEOUT = timedelta(hours=2)  # of waiting for the other ranks: a rollout of the
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together. Alone, nothing here communicates.
-
-    Attributes:
-        fsdp: split the weights of layers (`shard`) instead of keeping all of them on every rank.
-    """
+    """This process among those that train together. Alone, nothing here communicates."""
 
     rank: int = 0
     size: int = 1
-    fsdp: bool = False
+    fsdp: bool = False  # split the weights of layers (`shard`) instead of keeping all of them on every rank
 
     @property
     def is_first(self) -> bool:

@@ -27,14 +27,12 @@ class Rule:
     """The values that a setting accepts.
 
     Attributes:
-        text: what the value must be, to complete "must be ...".
         allows: whether it accepts a value; for a list, called with each element. Never called with None.
-        choices: all accepted values, where they can be listed.
     """
 
-    text: str
+    text: str  # what the value must be, to complete "must be ..."
     allows: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # all accepted values, where they can be listed
 
 
 def at_least(minimum: float) -> Rule:
@@ -74,23 +72,14 @@ def group(settings: type, *, resume: Resume | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Member:
-    """A field of a settings dataclass: a setting, or a group of them.
+    """A field of a settings dataclass: a setting, or a group of them."""
 
-    Attributes:
-        name: without the names of the groups around it.
-        type: resolved; a dataclass for a group.
-        default: its value in a new instance.
-        help: the text of a setting, the first line of a group's docstring.
-        rule: see `setting`.
-        resume: None where the group around it decides.
-    """
-
-    name: str
-    type: Any
-    default: Any
-    help: str
-    rule: Rule | None
-    resume: Resume | None
+    name: str  # without the names of the groups around it
+    type: Any  # resolved; a dataclass for a group
+    default: Any  # its value in a new instance
+    help: str  # the text of a setting, the first line of a group's docstring
+    rule: Rule | None  # see `setting`
+    resume: Resume | None  # None where the group around it decides
 
     @property
     def is_group(self) -> bool:

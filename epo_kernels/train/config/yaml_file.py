@@ -16,17 +16,11 @@ from epo_kernels.train.setting import ConfigError
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one source; later layers override earlier ones.
+    """Settings from one source; later layers override earlier ones."""
 
-    Attributes:
-        settings: nested groups.
-        name: the file's; "" for the command line.
-        lines: {"a.b": line number} of every key.
-    """
-
-    settings: DictConfig
-    name: str
-    lines: dict[str, int]
+    settings: DictConfig  # nested groups
+    name: str  # the file's; "" for the command line
+    lines: dict[str, int]  # {"a.b": line number} of every key
 
     def where(self, setting: str) -> str:
         """The prefix of an error about this setting: its file and line, or "" on the command line."""
