@@ -9,7 +9,7 @@ import copy
 import math
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -92,7 +92,8 @@ def members(settings: type) -> Iterator[Member]:
     for one in fields(settings):
         kind = types[one.name]
         text = (kind.__doc__ or "").splitlines()[0] if is_dataclass(kind) else one.metadata.get("help", "")
-        yield Member(one.name, kind, _default(one), text, one.metadata.get("rule"), one.metadata.get("resume"))
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        yield Member(one.name, kind, default, text, one.metadata.get("rule"), one.metadata.get("resume"))
 
 
 def check_settings(settings: Any, prefix: str = "") -> None:
@@ -142,7 +143,3 @@ def closest(name: str, known: Sequence[str]) -> str | None:
         ends = {key.rsplit(".", 1)[-1]: key for key in known}
         close = [ends[end] for end in get_close_matches(name.rsplit(".", 1)[-1], list(ends), n=1, cutoff=0.7)]
     return close[0] if close else None
-
-
-def _default(one: Field) -> Any:
-    return one.default if one.default_factory is MISSING else one.default_factory()

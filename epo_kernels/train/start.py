@@ -60,7 +60,7 @@ class Start:
             demonstrations = self._demonstrations()
             policy = self.loader.checked(build_from_scratch(demonstrations, model, seed), model.name_or_path)
         else:  # the model first, since demonstrations take minutes and it may be unusable
-            policy = self.loader.load_whole(model.name_or_path)
+            policy = self.loader.load(model.name_or_path, whole=True)
             demonstrations = self._demonstrations()
         if demonstrations and not self.dry:
             self._clone(policy, demonstrations)

@@ -172,14 +172,14 @@ class RolloutConfig:
         found = []
         if self.response_format == "think_action" and self.max_prompt_tokens <= PUBLISHED_PROMPT:
             found.append(
-                f"rollout.max_prompt_tokens={self.max_prompt_tokens} is not above the published {PUBLISHED_PROMPT}, "
-                f"where the authors' runs crashed on long observations (they later used {NEEDED_PROMPT}); here such "
-                f"prompts lose history and the end of the scene. Set rollout.max_prompt_tokens={NEEDED_PROMPT}"
+                f"rollout.max_prompt_tokens={self.max_prompt_tokens} is not above the published {PUBLISHED_PROMPT}; "
+                "longer prompts lose history and the end of the scene here, and crashed the authors' runs. Set "
+                f"rollout.max_prompt_tokens={NEEDED_PROMPT}, as they did later"
             )
         if self.response_format == "think_action" and self.instruction and "<action>" not in self.instruction:
             found.append(
-                "rollout.instruction does not ask for an action inside <action> </action>, which "
-                "rollout.response_format=think_action requires. Add it, or set rollout.instruction=null"
+                "rollout.instruction does not ask for <action> </action>, which rollout.response_format=think_action "
+                "requires. Add it, or set rollout.instruction=null"
             )
         return found
 

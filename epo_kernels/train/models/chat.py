@@ -64,7 +64,9 @@ class Chat:
         self._tokenizer = tokenizer
         self._settings = dict(settings or {})
         template = _template_of(tokenizer)
-        self._check_settings(template)
+        for name in self._settings:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise ConfigError(f"model.chat_template_kwargs.{name}: the chat template has no variable {name!r}")
         prompt = self._scaffold(["user"])
         self.opening = THOUGHT if prompt.texts[-1].rfind(THOUGHT) > prompt.texts[-1].rfind(THOUGHT_END) else ""
         self.writes_date = "strftime_now" in template and "date_string" not in self._settings
@@ -133,11 +135,6 @@ class Chat:
                 f"the chat template fails on a dialogue of {', '.join(roles)} ({one_line(error, 300)}); "
                 f"{ANOTHER_TEMPLATE}"
             ) from error
-
-    def _check_settings(self, template: str) -> None:
-        for name in self._settings:
-            if not re.search(rf"\b{re.escape(name)}\b", template):
-                raise ConfigError(f"model.chat_template_kwargs.{name}: the chat template has no variable {name!r}")
 
     def _check_ordinary_text(self, prompt: _Scaffold) -> None:
         expected = self._tokenizer(_fill(prompt, [_ORDINARY_TEXT]), add_special_tokens=False)["input_ids"]

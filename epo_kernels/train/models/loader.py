@@ -22,17 +22,13 @@ class PolicyLoader:
     ranks: Ranks
     display: Display
 
-    def load(self, source: str | Path) -> Policy:
-        """The policy to train, from a folder or the hub. Under `model.fsdp` each rank reads its shards alone.
+    def load(self, source: str | Path, whole: bool = False) -> Policy:
+        """The policy to train, from a folder or the hub. Under `model.fsdp` each rank reads its shards, unless `whole`.
 
         Raises:
             ConfigError: it can't be loaded or trained under these settings.
         """
-        return self.checked(self._read(source, self.ranks.fsdp), str(source))
-
-    def load_whole(self, source: str | Path) -> Policy:
-        """As `load`, but complete on this process."""
-        return self.checked(self._read(source, split=False), str(source))
+        return self.checked(self._read(source, self.ranks.fsdp and not whole), str(source))
 
     def load_frozen(self, source: str | Path) -> PreTrainedModel:
         """A model that isn't trained; its linear layers have the dtype of matrix products (`hold_products_in`)."""

@@ -163,7 +163,7 @@ def _load(
     except ConfigError:
         raise
     except Exception as error:  # whatever reading someone's files may raise
-        reason = one_line(error, 300)
+        reason = one_line(error)
         if "trust_remote_code" in reason:
             raise ConfigError(
                 "it needs code of its own (auto_map in its JSON files), which is never run; use a version of the model "
@@ -175,7 +175,7 @@ def _load(
                 "or null"
             ) from error
         raise ConfigError(
-            f"transformers can't load it ({reason}); correct its files, or choose another model"
+            f"transformers can't load it ({reason[:300]}); correct its files, or choose another model"
         ) from error
 
 

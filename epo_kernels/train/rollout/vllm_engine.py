@@ -64,7 +64,6 @@ class VllmEngine:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Inside, it samples with the policy's weights as they are now. What is unfinished afterwards is dropped."""
         # The driver's autocast is for training: the engine's weights have their dtype already.
         with torch.autocast(self._device.type, enabled=False):
             self._load(asleep=self._sleeps)
@@ -82,13 +81,11 @@ class VllmEngine:
                     self._engine.sleep(level=2)
 
     def submit(self, requests: Mapping[int, Request]) -> None:
-        """Take requests in, each under a number that none inside has."""
         for number, request in requests.items():
             self._engine.add_request(str(number), {"prompt_token_ids": request.prompt_ids}, self._params(request))
             self._inside.add(str(number))
 
     def advance(self) -> list[tuple[int, Completion]]:
-        """A token more for every request inside; those that are complete, by their numbers."""
         finished = []
         for output in self._engine.step():
             if output.finished:

@@ -98,7 +98,6 @@ class ALFWorldEnvironment(Environment):
 
         Raises:
             RuntimeError: the episode is over.
-            EnvironmentFailure: the engine died or hung.
         """
         if self._done:
             raise RuntimeError("the episode is over (or never began): reset the environment first")
@@ -234,7 +233,6 @@ class ALFWorldSuite(Suite):
 
         Raises:
             ValueError: no such task, or neither wins within the turns.
-            EnvironmentFailure: the engine died or hung.
         """
         with self.borrow() as environment:
             demonstration = self._demonstrate(environment, task)

@@ -110,7 +110,6 @@ class ScienceWorldSuite(Suite):
 
         Raises:
             ValueError: no such task, or no gold path within the limit of ticks.
-            EnvironmentFailure: the JVM died or hung.
         """
         path = self._folder / task.name / f"{task.variation}.json"
         demonstration = read_demonstration(path)
