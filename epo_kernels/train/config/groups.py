@@ -44,19 +44,12 @@ class WarmStartConfig:
 class ModelConfig:
     """The policy model: its weights, precision and adapters."""
 
-    name_or_path: str = setting(
-        "tiny",
-        "local folder, Hub id, or a new model that warm_start trains: tiny (0.5M parameters) | small (26M)",
-    )
+    name_or_path: str = setting("tiny", "local folder, Hub id, or new model for warm_start: tiny (0.5M) | small (26M)")
     chat_template: str | None = setting(
-        None, "null: the tokenizer's | plain (for base models) | a template file | the name of a tokenizer's template"
+        None, "null: the tokenizer's | plain | a template file | one of the tokenizer's by name"
     )
-    chat_template_kwargs: dict[str, Any] = setting(
-        {}, "variables passed to the chat template, such as {enable_thinking: false}"
-    )
-    dtype: str = setting(
-        "float32", "precision of matrix products; the weights stay in float32", one_of("float32", "bfloat16")
-    )
+    chat_template_kwargs: dict[str, Any] = setting({}, "chat template variables, such as {enable_thinking: false}")
+    dtype: str = setting("float32", "precision of matrix products; weights are float32", one_of("float32", "bfloat16"))
     attn_implementation: str | None = setting(
         None,
         "attention kernel; null: transformers' choice. Flash attention needs CUDA and bfloat16, and disables packing",
@@ -64,12 +57,8 @@ class ModelConfig:
         resume="rounding",
     )
     device: str = setting("auto", "auto | cpu | cuda | cuda:1 ...", resume="rounding")
-    threads: int = setting(
-        0, "PyTorch's CPU threads; 0: one per core. Small models are fastest with 1", at_least(0), resume="rounding"
-    )
-    fsdp: bool = setting(
-        True, "under torchrun, shard the layers over the processes (FSDP2); false: each process holds the whole model"
-    )
+    threads: int = setting(0, "PyTorch's CPU threads; 0: one per core (tiny models: 1)", at_least(0), resume="rounding")
+    fsdp: bool = setting(True, "under torchrun, shard the layers (FSDP2); false: a whole model per process")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     lora_rank: int = setting(0, "rank of LoRA adapters (PEFT); 0: train all weights", at_least(0))
     lora_alpha: float = setting(32.0, "LoRA scales its update by lora_alpha / lora_rank", POSITIVE)
@@ -104,9 +93,7 @@ class VllmConfig:
     """Resources of the vLLM engine."""
 
     memory_share: float = setting(
-        0.4,
-        "share of GPU memory for vLLM's weights and KV cache during rollouts",
-        Rule("in (0, 1)", lambda share: 0 < share < 1),
+        0.4, "share of GPU memory for vLLM during rollouts", Rule("in (0, 1)", lambda share: 0 < share < 1)
     )
     sleep: bool = setting(True, "on a GPU, free that memory for training between rollouts")
     cpu_cache_gb: float = setting(1.0, "on a CPU, size of the KV cache in GB", POSITIVE)
@@ -117,13 +104,9 @@ class RolloutConfig:
     """How episodes are played, and what a prompt contains."""
 
     engine: str = setting(
-        "transformers",
-        "generation by the training model itself, or by a copy of it in vLLM",
-        one_of("transformers", "vllm"),
+        "transformers", "who generates: the training model, or its copy", one_of("transformers", "vllm")
     )
-    environments: int = setting(
-        16, "environments that run at once (ScienceWorld: one JVM each)", at_least(1), resume="rounding"
-    )
+    environments: int = setting(16, "environments at once (ScienceWorld: JVMs)", at_least(1), resume="rounding")
     cohorts: int = setting(
         2,
         "transformers engine: groups of environments; one group steps while the policy generates for another",
@@ -133,21 +116,15 @@ class RolloutConfig:
     temperature: float = setting(1.0, "sampling temperature, applied to log-probs and entropies in training too")
     history: int = setting(4, "past actions shown in a prompt", at_least(0))
     history_results: int = setting(1, "how many of them are shown with the environment's response", at_least(0))
-    goal_last: bool = setting(
-        False, "put the goal at the end of the prompt, where two-layer models can copy from it (layout=turn)"
-    )
-    max_prompt_tokens: int = setting(
-        256, "prompt limit; drops the oldest history first, then the end of the scene, never the goal", at_least(1)
-    )
+    goal_last: bool = setting(False, "put the goal last, where two-layer models can copy from it (layout=turn)")
+    max_prompt_tokens: int = setting(256, "prompt limit; drops old history, then the end of the scene", at_least(1))
     max_response_tokens: int = setting(16, "response limit; longer responses are truncated", at_least(1))
     response_format: str = setting(
         "plain",
         "one line after an optional <think> block, or <think>...</think> <action>...</action>",
         one_of("plain", "think_action"),
     )
-    instruction: str | None = setting(
-        None, "first line of every prompt; null: what response_format requires, nothing for plain"
-    )
+    instruction: str | None = setting(None, "first line of every prompt; null: as response_format requires")
     admissible_actions: bool = setting(False, "list the admissible actions in the prompt (practice, alfworld)")
     layout: str = setting(
         "turn",
@@ -194,17 +171,13 @@ class AlgorithmConfig:
     name: str = setting("grpo", "advantage estimator", one_of("grpo", "rloo", "gigpo", "ppo"))
     groups: int = setting(4, "tasks per step", at_least(1))
     group_size: int = setting(8, "episodes per task", at_least(1))
-    normalize_std: bool = setting(
-        True, "grpo, gigpo: divide advantages by the group's standard deviation; false: Dr. GRPO"
-    )
+    normalize_std: bool = setting(True, "grpo, gigpo: divide advantages by the group's deviation; false: Dr. GRPO")
     group_over: str = setting(
         "episodes",
         "grpo, rloo: compare a group's episodes, or all its turns (as in the published code)",
         one_of("episodes", "turns"),
     )
-    step_weight: float = setting(
-        1.0, "gigpo: weight of the comparison between turns from the same state (omega)", NOT_NEGATIVE
-    )
+    step_weight: float = setting(1.0, "gigpo: weight of comparing turns from one state (omega)", NOT_NEGATIVE)
     gae: str = setting(
         "turn",
         "ppo: one action per turn or per token in GAE; published: per token, with the whole return on every turn",
@@ -213,9 +186,7 @@ class AlgorithmConfig:
     gamma: float = setting(1.0, "ppo, gigpo: discount from one action to the next", SHARE)
     lam: float = setting(1.0, "ppo: lambda of GAE; 1: Monte Carlo returns, 0: one-step TD", SHARE)
     whiten: bool = setting(True, "ppo: normalize advantages over a step's tokens to mean 0 and deviation 1")
-    invalid_action_penalty: float = setting(
-        0.0, "subtracted from the reward of an action that the environment does not understand", NOT_NEGATIVE
-    )
+    invalid_action_penalty: float = setting(0.0, "reward lost by an action that is not understood", NOT_NEGATIVE)
     kl_reward_coeff: float = setting(
         0.0,
         "weight of the KL to the reference policy in the reward (estimator: loss.kl_type); loss.kl_coeff puts it in "
@@ -282,15 +253,9 @@ class OptimConfig:
     epochs: int = setting(1, "passes over a step's samples", at_least(1))
     minibatches: int = setting(1, "optimizer updates per pass", at_least(1))
     minibatch_size: int = setting(0, "samples per update (verl's ppo_mini_batch_size); 0: use minibatches", at_least(0))
-    micro_batch_tokens: int = setting(
-        8192, "tokens, padding included, per forward and backward pass", at_least(1), resume="rounding"
-    )
-    packing: bool = setting(
-        True, "pack samples into rows, with shared prompts once, where the model allows it", resume="rounding"
-    )
-    max_skipped_updates: int = setting(
-        5, "consecutive non-finite updates of policy or critic that stop the run", at_least(1), resume="free"
-    )
+    micro_batch_tokens: int = setting(8192, "tokens per forward and backward pass", at_least(1), resume="rounding")
+    packing: bool = setting(True, "pack samples into rows and share prompts, where possible", resume="rounding")
+    max_skipped_updates: int = setting(5, "consecutive non-finite updates that end the run", at_least(1), resume="free")
 
 
 @dataclass
@@ -324,9 +289,7 @@ class WatchConfig:
     entropy_low: float = setting(0.005, "warn below this entropy per token (nats): too little exploration")
     entropy_high: float = setting(4.0, "warn above this entropy per token (nats): the policy generates noise")
     uniform_groups: float = setting(0.9, "warn from this share of zero-variance groups: little learning signal", SHARE)
-    repeated_tokens: float = setting(
-        0.3, "warn from this share of response tokens that repeat earlier ones: degenerate text", SHARE
-    )
+    repeated_tokens: float = setting(0.3, "warn from this share of response tokens that repeat earlier ones", SHARE)
     valid_actions: float = setting(0.1, "warn below this share of actions that the environment understands", SHARE)
     patience: int = setting(3, "consecutive steps before a warning", at_least(1))
     stop: bool = setting(False, "stop the run at the first warning, with a checkpoint")
@@ -364,9 +327,7 @@ class TrainConfig:
         at_least(0),
         resume="free",
     )
-    schedule_steps: int | None = setting(
-        None, "steps that the learning-rate and penalty schedules span; null: the initial steps", at_least(1)
-    )
+    schedule_steps: int | None = setting(None, "steps that schedules span; null: the initial steps", at_least(1))
     resume: str = setting(
         "auto",
         "auto: continue the run in run_dir | a checkpoint folder: rewind to it, or branch | never: require a new "

@@ -59,15 +59,9 @@ class LossConfig:
         "dppo: allowed divergence",
     )
     clip_ratio_high: float = _epo("clip_ratio_high", "above clip_ratio_low: DAPO's clip-higher")
-    clip_ratio_c: float | None = _epo(
-        "clip_ratio_c", "ppo, gspo: dual-clip bound for negative advantages; dppo: bound of the ratio; null disables"
-    )
-    ratio_scope: str | None = _epo(
-        "ratio_scope", "tokens that share a ratio (segment: a turn); null: the policy loss's own"
-    )
-    ratio_gradient: str = _epo(
-        "ratio_gradient", "gradient of a shared ratio: each token's own (verl) or that of the mean (TRL)"
-    )
+    clip_ratio_c: float | None = _epo("clip_ratio_c", "ppo, gspo: dual-clip bound; dppo: ratio bound; null: none")
+    ratio_scope: str | None = _epo("ratio_scope", "tokens that share a ratio (segment: a turn); null: policy_loss's")
+    ratio_gradient: str = _epo("ratio_gradient", "of a shared ratio: each token's own (verl) or the mean's (TRL)")
     sapo_tau_pos: float = _epo("sapo_tau_pos", "sapo: temperature for positive advantages")
     sapo_tau_neg: float = _epo("sapo_tau_neg", "sapo: temperature for other advantages")
     dppo_divergence: str = _epo("dppo_divergence", "dppo: divergence of the trust region")
@@ -75,13 +69,8 @@ class LossConfig:
     vespo_lambda_pos: float = _epo("vespo_lambda_pos", "vespo: decay lambda for nonnegative advantages")
     vespo_k_neg: float = _epo("vespo_k_neg", "vespo: exponent k for negative advantages")
     vespo_lambda_neg: float = _epo("vespo_lambda_neg", "vespo: decay lambda for negative advantages")
-    entropy_coeff: float = _band(
-        "entropy_coeff",
-        "weight of the entropy bonus and the band penalty (lambda); with entropy_target, its initial value",
-    )
-    entropy_target: float | None = setting(
-        None, "target entropy per token (nats), for which each update adjusts entropy_coeff; null: constant coefficient"
-    )
+    entropy_coeff: float = _band("entropy_coeff", "weight of entropy bonus and band penalty (lambda)")
+    entropy_target: float | None = setting(None, "target entropy per token (nats), held by entropy_coeff; null: none")
     entropy_rule: str = setting(
         "step",
         "how entropy_target adjusts entropy_coeff: step (TRL's adaptive entropy), pi (EntroPIC) or boxed (AEnt)",
@@ -92,44 +81,25 @@ class LossConfig:
     entropy_coeff_delta: float = setting(_CONTROLLER["delta"], "entropy_rule=step: size of a step", NOT_NEGATIVE)
     entropy_kp: float = setting(_CONTROLLER["kp"], "entropy_rule=pi: proportional gain", NOT_NEGATIVE)
     entropy_ki: float = setting(_CONTROLLER["ki"], "entropy_rule=pi: integral gain", NOT_NEGATIVE)
-    entropy_target_high: float | None = setting(
-        None, "entropy_rule=boxed: entropy above which the coefficient falls; null: entropy_target"
-    )
-    entropy_coeff_lr: float = setting(
-        _CONTROLLER["lr"], "entropy_rule=boxed: change of the coefficient per nat outside the box", NOT_NEGATIVE
-    )
+    entropy_target_high: float | None = setting(None, "entropy_rule=boxed: upper entropy; null: entropy_target")
+    entropy_coeff_lr: float = setting(_CONTROLLER["lr"], "entropy_rule=boxed: change per nat outside it", NOT_NEGATIVE)
     kl_coeff: float = _epo("kl_coeff", "weight of the KL to the reference policy (the one before RL); 0 disables")
     kl_type: str = _epo("kl_type", "KL estimator")
-    kl_bias_correction: bool = _epo(
-        "kl_bias_correction", "multiply the KL by the ratio, for an unbiased off-policy gradient"
-    )
+    kl_bias_correction: bool = _epo("kl_bias_correction", "multiply the KL by the ratio: unbiased off-policy")
     penalty: str = _band("penalty", "penalty for entropy outside the band; none: no band")
     penalty_alpha: float = _band("penalty_alpha", "size of the penalty (alpha)")
     smooth_coeff: float = _band("smooth_coeff", "weight of the penalty within the entropy term (k)")
     band_scope: str = _band("band_scope", "compare each token's entropy with the band, or a turn's mean entropy")
     loss_agg_mode: str = _epo("loss_agg_mode", "aggregation of token losses")
-    band_low: float = _band(
-        "band_low", "lower bound of the band, as a multiple of the historical mean entropy (kappa_l)"
-    )
-    band_high: float = _band(
-        "band_high", "upper bound of the band, as a multiple of the historical mean entropy (kappa_r)"
-    )
+    band_low: float = _band("band_low", "lower bound of the band, as a multiple of the mean past entropy (kappa_l)")
+    band_high: float = _band("band_high", "upper bound of the band, as a multiple of the mean past entropy (kappa_r)")
     history_scope: str = _band("history_scope", "mean over each turn index, or over all turns")
     history_weighting: str = _band("history_weighting", "tokens, or steps, have equal weight in the mean")
-    history_window: int | None = setting(
-        BAND.history_window, "most recent steps in the history; null: all", at_least(1)
-    )
-    history_includes_current: bool = _band(
-        "history_includes_current",
-        "include the current step in the history; false: earlier steps only (the paper's second version)",
-    )
-    phase_schedule: str = setting(
-        BAND.phase_schedule, "schedule of the penalty weight over training", one_of(*SCHEDULES)
-    )
+    history_window: int | None = setting(BAND.history_window, "latest steps in the history; null: all", at_least(1))
+    history_includes_current: bool = _band("history_includes_current", "include the current step in the history")
+    phase_schedule: str = setting(BAND.phase_schedule, "schedule of the penalty weight", one_of(*SCHEDULES))
     phase_horizon: int | None = setting(
-        BAND.phase_horizon,
-        "steps that phase_schedule spans; null: schedule_steps. The published code uses 150",
-        at_least(1),
+        BAND.phase_horizon, "steps that phase_schedule spans; null: schedule_steps", at_least(1)
     )
     rollout_is: str = setting(
         "auto",
