@@ -104,7 +104,9 @@ class RolloutConfig:
     """How episodes are played, and what a prompt contains."""
 
     engine: str = setting(
-        "transformers", "generation by the training model itself, or by a copy of it in vLLM", one_of("transformers", "vllm")
+        "transformers",
+        "generation by the training model itself, or by a copy of it in vLLM",
+        one_of("transformers", "vllm"),
     )
     environments: int = setting(16, "environments at once (ScienceWorld: JVMs)", at_least(1), resume="rounding")
     cohorts: int = setting(

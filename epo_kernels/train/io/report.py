@@ -175,10 +175,14 @@ def _draw_profile(run: Run) -> Markup | None:
     series: list[Series] = []
     for index in dict.fromkeys((len(steps) - 1, 0)):  # the last step, then the first
         known = [(turn, value) for turn, value in enumerate(grid[index], 1) if value is not None]
-        bounds = [_bounds(run)[index][turn - 1] for turn, _ in known] if not series else []
-        band = [b for b in bounds if b is not None and math.isfinite(b[1])]
-        label = f"step {steps[index]}" + (" and its band" if band else "")
-        series.append(Series(label, known, band if len(band) == len(known) else []))
+        limits = _bounds(run)[index] if not series else []
+        has_band = any(limit is not None and math.isfinite(limit[1]) for limit in limits)
+        band = [
+            limit if (limit := limits[turn - 1]) is not None and math.isfinite(limit[1]) else (value, value)
+            for turn, value in known
+            if has_band
+        ]
+        series.append(Series(f"step {steps[index]}{' and its band' if has_band else ''}", known, band))
     return charts.line_chart("entropy by turn", series, over="turn")
 
 
