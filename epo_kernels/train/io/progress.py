@@ -26,7 +26,7 @@ class Progress:
     total: int | None  # amount of work; None: not known, and nothing is reported
     unit: str  # in the plural
     done: float = 0.0
-    start: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=lambda: time.monotonic())
 
     def line(self) -> str:
         """Done of total, and as soon as something is done the pace and the time left."""
