@@ -209,16 +209,15 @@ def _fail(reason: object, code: int) -> int:
 
 
 def _plan(parts: Parts) -> str:
-    config = parts.config
-    algorithm, optim = config.algorithm, config.optim
-    return "\n".join(
-        [
-            f"would run in {config.run_dir}: steps {parts.step + 1} to {config.steps}"
-            if parts.step < config.steps
-            else f"{config.run_dir} has all its {config.steps} steps already",
-            f"a step: {algorithm.groups} groups of {algorithm.group_size}, {algorithm.groups * algorithm.group_size} "
-            f"episodes in {config.rollout.environments} environments; {optim.epochs * optim.minibatches} updates",
-        ]
+    config, algorithm, optim = parts.config, parts.config.algorithm, parts.config.optim
+    if parts.step >= config.steps:
+        todo = f"{config.run_dir} has all its {config.steps} steps already"
+    else:
+        todo = f"would run in {config.run_dir}: steps {parts.step + 1} to {config.steps}"
+    return (
+        f"{todo}\na step: {algorithm.groups} groups of {algorithm.group_size}, "
+        f"{algorithm.groups * algorithm.group_size} episodes in {config.rollout.environments} environments; "
+        f"{optim.epochs * optim.minibatches} updates"
     )
 
 

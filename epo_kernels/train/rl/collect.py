@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Protocol
 
 import numpy as np
 
@@ -13,15 +12,7 @@ from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.envs import Task
 from epo_kernels.train.io.progress import Report
 from epo_kernels.train.rl.algorithms import drop_groups_without_spread
-
-
-class Player(Protocol):
-    """A `Rollout`, or one shared among ranks."""
-
-    @property
-    def seconds(self) -> dict[str, float]: ...
-
-    def play(self, episodes: Sequence[Episode], report: Report) -> None: ...
+from epo_kernels.train.rollout.shared import SharedRollout
 
 
 @dataclass
@@ -51,7 +42,7 @@ class Collector:
     """
 
     tasks: Sequence[Task]
-    rollout: Player
+    rollout: SharedRollout
     config: TrainConfig
 
     def draw(self, step: int, attempt: int = 0, groups: int | None = None) -> list[Episode]:
