@@ -26,6 +26,7 @@ from epo_kernels.train.config import FROM_SCRATCH, ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
 from epo_kernels.train.envs import Demonstration
 from epo_kernels.train.envs.demonstrations import frozen_folder
+from epo_kernels.train.io.text import one_line
 from epo_kernels.train.models.attention import require_attention
 from epo_kernels.train.models.chat import PLAIN_TEMPLATE, THOUGHT, THOUGHT_END, Chat
 from epo_kernels.train.models.files import check_config, is_on_hub
@@ -118,9 +119,7 @@ def load_policy(
 
     Args:
         source: a folder or hub id: config.name_or_path, or what a run saved, which has its chat template already.
-        config: of the model.
         prepare: called with the model and the device it is for, before its weights are read (`load_causal_lm`).
-        say: receives a line before what takes time.
 
     Raises:
         ConfigError: nothing to load there, or nothing that can be trained: code of its own, damaged or missing weights,
@@ -165,7 +164,7 @@ def _load(
     except ConfigError:
         raise
     except Exception as error:  # whatever reading someone's files may raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if "trust_remote_code" in reason:
             raise ConfigError(
                 "it needs code of its own (auto_map in its JSON files), which is never run; use a version of the model "
@@ -177,8 +176,7 @@ def _load(
                 "or null"
             ) from error
         raise ConfigError(
-            f"transformers can't load it ({reason[:300] or type(error).__name__}); correct its files, or choose "
-            "another model"
+            f"transformers can't load it ({reason[:300]}); correct its files, or choose another model"
         ) from error
 
 

@@ -51,11 +51,8 @@ class Learner:
     """Owns the optimiser.
 
     Args:
-        policy: trained in place.
         reference: frozen model of the KL term, needed where the KL counts in loss or reward. The policy's own model
             where it has adapters: it is then asked without them.
-        config: of the run.
-        ranks: that train together; None: this process alone.
 
     Raises:
         ConfigError: a model whose logits can't be computed from its hidden states; see `check_head`.
