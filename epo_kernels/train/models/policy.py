@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -250,6 +251,23 @@ def precision(model: PreTrainedModel, dtype: str) -> torch.autocast:
     """
     wanted = getattr(torch, dtype)
     return torch.autocast(model.device.type, wanted, enabled=wanted != torch.float32, cache_enabled=False)
+
+
+@contextmanager
+def casts_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `precision` casts each trained weight once and not in every call: for passes between two updates.
+
+    On a CPU the casts of a small model cost as much as its products. The results are the same to the last bit. A model
+    that is split over ranks keeps none, since it would then be whole on each of them.
+    """
+    whole = not any(isinstance(weight, DTensor) for weight in model.parameters())
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(whole)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
 
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
