@@ -30,7 +30,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from bench import experiments
+from bench import experiments, quickstart_page
 from bench.evidence_page import page, plot
 from bench.experiments import ARMS, CLONING, EXPERIMENTS, NO_ENTROPY, RL, Outcome, read
 from epo_kernels.train.__main__ import keep_freed_memory
@@ -226,7 +226,7 @@ def write_page() -> None:
     PAGE.parent.mkdir(exist_ok=True)
     for name, outcomes in results.items():
         plot(outcomes, PAGE.parent / f"evidence_{name}.png")
-    write_atomically(PAGE, page(results))
+    write_atomically(PAGE, page(results, quickstart_page.read()))
 
 
 if __name__ == "__main__":

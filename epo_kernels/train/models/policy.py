@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from epo_kernels.train.config import FROM_SCRATCH, ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
 from epo_kernels.train.envs import Demonstration
+from epo_kernels.train.envs.demonstrations import frozen_folder
 from epo_kernels.train.models.attention import require_attention
 from epo_kernels.train.models.chat import PLAIN_TEMPLATE, THOUGHT, THOUGHT_END, Chat
 from epo_kernels.train.models.files import check_config, is_on_hub
@@ -223,16 +224,23 @@ def _is_valid(generation: GenerationConfig) -> bool:
 
 
 def build_from_scratch(demonstrations: Sequence[Demonstration], config: ModelConfig, seed: int) -> Policy:
-    """A Qwen2 of `FROM_SCRATCH` with a tokenizer trained on the demonstrations' text. Knows nothing yet."""
+    """A Qwen2 of `FROM_SCRATCH` that knows nothing yet.
+
+    Its tokenizer is the frozen one of `config.warm_start.frozen`, or trained on the demonstrations' text.
+    """
     device = resolve_device(config.device)
     require_attention(config, device)
-    tokenizer = _train_tokenizer(demonstrations)
+    if config.warm_start.frozen is None:
+        tokenizer = train_tokenizer(demonstrations)
+    else:
+        tokenizer = _frozen_tokenizer(frozen_folder(config.warm_start.frozen))
     torch.manual_seed(seed)
     settings = FROM_SCRATCH[config.name_or_path] | {"attn_implementation": config.attn_implementation}
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
             **settings,
+            initializer_range=config.initializer_range,
             num_key_value_heads=2,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
@@ -278,7 +286,15 @@ def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model.eval()
 
 
-def _train_tokenizer(demonstrations: Sequence[Demonstration]) -> PreTrainedTokenizerBase:
+def _frozen_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"model.warm_start.frozen: {folder} has no tokenizer.json; save a tokenizer there, or set it to null"
+        )
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def train_tokenizer(demonstrations: Sequence[Demonstration]) -> PreTrainedTokenizerBase:
     """Byte-level BPE: any text can be encoded. Qwen2's class, since that is what loads a saved Qwen2 again."""
     texts = (
         text

@@ -9,7 +9,9 @@ import pytest
 
 pytest.importorskip("scienceworld", reason="the scienceworld extra isn't installed")
 
+from epo_kernels.train.config import load_config
 from epo_kernels.train.envs import EnvConfig, EnvironmentFailure, Observation, Task, make_suite
+from epo_kernels.train.envs.demonstrations import frozen_folder, read_frozen
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.envs.scienceworld.environment import TASK_NAMES
 from epo_kernels.train.envs.scienceworld.jvm import Simulator, find_java
@@ -314,3 +316,21 @@ def test_a_jvm_that_does_not_start_says_why():
 def test_wrong_settings_are_refused_before_anything_starts(options, message):
     with pytest.raises(ValueError, match=message):
         make_suite(EnvConfig(options=ScienceWorldOptions(**options)))
+
+
+def test_frozen_demonstrations_replay(tmp_path):
+    quickstart = load_config("quickstart", [f"env.cache_dir={tmp_path}"])
+    suite = make_suite(quickstart.env)
+    environment = suite.make()
+    try:
+        for shown in read_frozen(frozen_folder("quickstart"), 186)[::31]:
+            played = [environment.reset(shown.task)]
+            results = [environment.step(action) for action in shown.actions]
+            played += [result.observation for result in results[:-1]]
+            assert played == shown.observations
+            assert results[-1].done
+            assert results[-1].score == shown.score
+            assert sum(result.reward for result in results) == (shown.score == 100)
+    finally:
+        environment.close()
+        suite.close()

@@ -107,7 +107,7 @@ class ScienceWorldEnvironment(Environment):
 
     def _scene(self) -> str:
         self._look = self._simulator.call("freeActionLook")
-        return clean_scene(self._look, self._simulator.call("freeActionInventory"))
+        return clean_scene(self._look, self._simulator.call("freeActionInventory"), self._options.scene)
 
     def _reward(self, action: str, score: int) -> float:
         gain = max(score - self._best_score, 0) / 100

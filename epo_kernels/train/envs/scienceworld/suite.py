@@ -84,6 +84,8 @@ class ScienceWorldSuite(Suite):
                 )
         folder = cache_folder(config.cache_dir) / f"scienceworld-{version}" / f"format-{DEMONSTRATION_FORMAT}"
         self._folder = folder / (self._options.simplification or "plain")
+        if self._options.scene != "full":
+            self._folder /= f"scene-{self._options.scene}"
         self._variations: dict[str, tuple[list[int], list[int]]] = {}
 
     def tasks(self, split: str) -> list[Task]:
