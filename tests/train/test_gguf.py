@@ -201,7 +201,8 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 def test_two_processes_may_convert_at_once(tmp_path, cache):
     file = tmp_path / "tiny.gguf"
     write(file)
-    code = f"from pathlib import Path; from epo_kernels.train.models.gguf import converted; converted(Path({str(file)!r}))"
+    imports = "from pathlib import Path; from epo_kernels.train.models.gguf import converted"
+    code = f"{imports}; converted(Path({str(file)!r}))"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
     assert len(list(cache.iterdir())) == 1

@@ -119,7 +119,8 @@ def load_policy(
     """A policy saved with `save_pretrained`, from the hub, or of a GGUF file.
 
     Args:
-        source: a folder, hub id, GGUF file or smollm2: config.name_or_path, or what a run saved, which has its chat template already.
+        source: a folder, hub id, GGUF file or smollm2: config.name_or_path, or what a run saved, which has its chat
+            template already.
         config: of the model.
         prepare: called with the model and the device it is for, before its weights are read (`load_causal_lm`).
         say: receives a line before what takes time.
