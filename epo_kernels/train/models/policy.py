@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -30,6 +31,7 @@ from epo_kernels.train.io.text import one_line
 from epo_kernels.train.models.attention import require_attention
 from epo_kernels.train.models.chat import PLAIN_TEMPLATE, THOUGHT, THOUGHT_END, Chat
 from epo_kernels.train.models.files import check_config, is_on_hub
+from epo_kernels.train.models.gguf import converted, gguf_file
 from epo_kernels.train.models.loading import Prepare, load_causal_lm
 from epo_kernels.train.models.lora import require_peft, train_adapters_alone
 
@@ -115,10 +117,11 @@ def load_policy(
     prepare: Callable[[PreTrainedModel, torch.device], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Policy:
-    """A policy saved with `save_pretrained`, or from the hub.
+    """A policy saved with `save_pretrained`, from the hub, or of a GGUF file.
 
     Args:
-        source: a folder or hub id: config.name_or_path, or what a run saved, which has its chat template already.
+        source: a folder, hub id, GGUF file or smollm2: config.name_or_path, or what a run saved, which has its chat
+            template already.
         prepare: called with the model and the device it is for, before its weights are read (`load_causal_lm`).
 
     Raises:
@@ -152,6 +155,8 @@ def load_policy(
 def _load(
     source: str, prepare: Prepare | None, attn_implementation: str | None, say: Callable[[str], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if file := gguf_file(source):
+        source = str(converted(file, say))
     is_here = not is_on_hub(source, say)
     with suppress(OSError):  # adapters have no config.json, and whatever else it is, the loaders say it better
         check_config(PreTrainedConfig.get_config_dict(source, local_files_only=is_here)[0])
@@ -253,6 +258,23 @@ def precision(model: PreTrainedModel, dtype: str) -> torch.autocast:
     """
     wanted = getattr(torch, dtype)
     return torch.autocast(model.device.type, wanted, enabled=wanted != torch.float32, cache_enabled=False)
+
+
+@contextmanager
+def casts_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `precision` casts each trained weight once and not in every call: for passes between two updates.
+
+    On a CPU the casts of a small model cost as much as its products. The results are the same to the last bit. A model
+    that is split over ranks keeps none, since it would then be whole on each of them.
+    """
+    whole = not any(isinstance(weight, DTensor) for weight in model.parameters())
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(whole)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
 
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

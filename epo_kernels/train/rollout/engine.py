@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from epo_kernels.train.models.chat import THOUGHT_END
+from epo_kernels.train.models.policy import casts_kept
 from epo_kernels.train.rollout.prompts import without_thought
 
 CLOSING_TAG = "</action>"
@@ -118,6 +119,10 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         if not requests:
             return []
+        with casts_kept(self.model):
+            return self._generate(requests)
+
+    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
         device = self.model.device
         draws = torch.from_numpy(
             np.stack([np.random.default_rng(r.seed).random(self.max_tokens) for r in requests])
