@@ -183,6 +183,7 @@ def test_the_documented_keys_give_the_published_loss(turns):
     case["entropy_bounds"] = history.bounds(turns, settings.band_low, settings.band_high)
     out, _ = run(case)
     assert 0 < out.metrics.above_band_tokens < out.metrics.tokens
+    case["cfg"] = ek.EPOConfig(**{**vars(ek.EPOConfig.published_code("scienceworld")), "entropy_coeff": 0.5})
     expected = published_loss(case, [0.5, 0.6, 0.7], turns, 1 - 0.2 * (1 - math.exp(-2 * 60 / 75)), 0.0, 2.0)
     assert out.loss.item() == pytest.approx(expected, rel=1e-7)
 
