@@ -4,12 +4,15 @@ verl works on log-prob and entropy matrices (sequences, time); its formulas belo
 """
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 import epo_kernels as ek
+from epo_kernels.integrations.verl_keys import EPOSettings
 from tests.cases import MODES, random_case, run
 
 F64 = {"dtype": torch.float64}
@@ -122,7 +125,7 @@ def test_dividing_by_global_numbers_equals_verls_data_parallel_loss(mode):
 # ---- the published EPO code -----------------------------------------------------------------------------------------
 
 
-def published_loss(case, history, turns, beta):
+def published_loss(case, history, turns, beta, low=0.8, high=1.2):
     """pg - λ (agg(H) - k agg(βP)) + kl_coeff agg(KL), P = α unless strictly between κ_l H̄ and κ_r H̄ of the turn."""
     cfg, mode, mask = case["cfg"], case["cfg"].loss_agg_mode, case["mask"].tolist()
     log_probs, entropy = matrices(case)
@@ -132,7 +135,7 @@ def published_loss(case, history, turns, beta):
     kl = by_token(low_var_kl, log_probs, case["ref_log_probs"].tolist())
 
     def outside(value, turn):
-        return 0.0 if 0.8 * history[turn] < value < 1.2 * history[turn] else beta * cfg.penalty_alpha
+        return 0.0 if low * history[turn] < value < high * history[turn] else beta * cfg.penalty_alpha
 
     penalty = by_token(outside, entropy, turns.tolist())
     pg, kl, bonus, penalty = (aggregated(matrix, mask, mode, 5) for matrix in (pg, kl, entropy, penalty))
@@ -155,6 +158,34 @@ def test_the_published_loss(env, mode):
     out, _ = run(case)
     assert 0 < out.metrics.below_band_tokens + out.metrics.above_band_tokens < out.metrics.tokens
     assert out.loss.item() == pytest.approx(published_loss(case, means, turns, beta), rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [torch.arange(5).expand(3, 5) // 2, torch.arange(3)[:, None].expand(3, 5)],
+    ids=["turns of a response", "one sample per turn"],
+)
+def test_the_documented_keys_give_the_published_loss(turns):
+    """The table of docs/verl.md, read from the page, in both layouts of turns."""
+    page = (Path(__file__).parents[1] / "docs" / "verl.md").read_text()
+    table = page.split("## Moving from")[1]
+    written = dict(re.findall(r"`policy_loss\.epo\.(\w+)=([\w.]+)`", table))
+    types = {"band_low": float, "band_high": float, "penalty_alpha": float, "smooth_coeff": float}
+    types |= {"num_turns": int, "phase_horizon": int}
+    settings = EPOSettings.of({key: types.get(key, str)(value) for key, value in written.items()})
+    shared = {key: getattr(settings, key) for key in ("penalty", "penalty_alpha", "smooth_coeff", "band_scope")}
+    history = settings.make_history()
+    for step in ([0.4, 0.6, 0.6], [0.6, 0.6, 0.8]):
+        history.update(torch.arange(3), torch.tensor(step, **F64), torch.ones(3))
+        history.commit()
+    beta = ek.phase_weight(60, settings.phase_horizon, settings.phase_schedule)
+    case = random_case(ek.EPOConfig(entropy_coeff=0.5, kl_coeff=0.01, **shared), seed=2, penalty_weight=beta)
+    case["entropy_bounds"] = history.bounds(turns, settings.band_low, settings.band_high)
+    out, _ = run(case)
+    assert 0 < out.metrics.above_band_tokens < out.metrics.tokens
+    case["cfg"] = ek.EPOConfig(**{**vars(ek.EPOConfig.published_code("scienceworld")), "entropy_coeff": 0.5})
+    expected = published_loss(case, [0.5, 0.6, 0.7], turns, 1 - 0.2 * (1 - math.exp(-2 * 60 / 75)), 0.0, 2.0)
+    assert out.loss.item() == pytest.approx(expected, rel=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
