@@ -42,6 +42,7 @@ from epo_kernels.train.setting import (
 
 # Qwen2 configurations of models built from scratch; vLLM supports their head sizes.
 FROM_SCRATCH: dict[str, dict[str, Any]] = {
+    "nano": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2},
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
 }
@@ -79,7 +80,7 @@ class ModelConfig:
 
     name_or_path: str = setting(
         "tiny",
-        "local folder, Hub id, or a new model that warm_start trains: tiny (0.5M parameters) | small (26M)",
+        "local folder, Hub id, or a new model that warm_start trains: nano (0.1M parameters) | tiny (0.5M) | small (26M)",
     )
     chat_template: str | None = setting(
         None, "null: the tokenizer's | plain (for base models) | a template file | the name of a tokenizer's template"
