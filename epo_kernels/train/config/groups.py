@@ -80,7 +80,8 @@ class ModelConfig:
 
     name_or_path: str = setting(
         "tiny",
-        "local folder, Hub id, or a new model that warm_start trains: nano (0.1M parameters) | tiny (0.5M) | small (26M)",
+        "local folder, Hub id, or a new model that warm_start trains, by parameters: nano (0.1M) | tiny (0.5M) | small "
+        "(26M)",
     )
     chat_template: str | None = setting(
         None, "null: the tokenizer's | plain (for base models) | a template file | the name of a tokenizer's template"
