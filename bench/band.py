@@ -14,23 +14,22 @@ NO_TERM = "no entropy term"
 # Walks of 30 rooms; a novice demonstrates, so what night means is learned from reward alone.
 BENCHMARK = (
     "model.name_or_path=nano",
+    "model.warm_start.epochs=10",
     "env.options.length=30",
     "env.options.spare_turns=16",
     "env.options.signs=6",
     "env.options.temptation=0.15",
     "rollout.history=0",
     "rollout.max_response_tokens=4",
-    "algorithm.name=gigpo",
-    "algorithm.gamma=0.95",
-    "algorithm.groups=8",
+    "algorithm.groups=8",  # GRPO, the paper's; GiGPO's credit for each turn learned no faster, see TUNING
     "checkpoint.every=0",
     "evaluate.panels=[iid]",
     "evaluate.decoding=[sampled]",
     "evaluate.every=0",
 )
 REGIMES = {
-    "stable": ("optim.lr=3e-4", "steps=40", "model.warm_start.epochs=10"),
-    "collapse": ("optim.lr=1e-3", "steps=40", "model.warm_start.epochs=10"),
+    "stable": ("steps=40", "optim.lr=5e-4", "optim.min_lr_ratio=0.5"),
+    "collapse": ("steps=50", "optim.lr=3e-3", "optim.min_lr_ratio=1"),
 }
 
 _NONE = ("loss.penalty=none",)
@@ -45,7 +44,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "published indicator": (
         "loss.penalty=indicator",
         "loss.penalty_alpha=0.05",
-        "loss.phase_schedule=official",
+        "loss.phase_schedule=official",  # over the whole training; the published code spreads it over 150 steps
         "loss.history_weighting=step",
         "loss.history_includes_current=true",
     ),
@@ -80,4 +79,28 @@ TUNING_ARMS = {
     tuning_arm(arm, candidate): (*ARMS[arm], candidate)
     for arm, candidates in CANDIDATES.items()
     for candidate in candidates
+}
+
+_LEGEND = """\
+How the regime was found: every run of the arm without an entropy term. A run is 64 episodes a step; before training it
+wins 19.5 % where the demonstrator and the shortcuts are as in the series. The entropy terms' own tuning runs are in the
+tables above.
+
+| setting | seed | success after training (%) | course |
+| --- | --- | --- | --- |
+"""
+TUNING = {
+    "stable": _LEGEND
+    + """\
+| 24 rooms, 6 spare turns, temptation 0.3, 6 steps at lr 3e-4, hinge | 100 | 0.0 | 0.0 before: too hard |
+| GiGPO (gamma 0.95), 30 steps at lr 1e-3, min_lr_ratio 0.5 | 100 | 78.1 | 0 at step 4, recovered by step 20 |
+| GiGPO (gamma 0.95), 40 steps at lr 5e-4, min_lr_ratio 0.5 | 100 | 75.0 | rises to 88 in training |
+| GRPO, 40 steps at lr 5e-4, min_lr_ratio 0.5: the regime | 100 | 71.1 | rises to 92 in training |
+""",
+    "collapse": _LEGEND
+    + """\
+| GiGPO (gamma 0.95), 40 steps at a constant lr of 3e-3 | 100 | 7.0 | 94 at step 14, 3 at step 35 |
+| GiGPO, 40 steps at lr 2e-3, temptation 0.3, 7 cloning epochs | 100 | 0.0 | 0.0 before; ends by taking the gold |
+| GiGPO, 40 steps at a constant lr of 3e-3 | 101 | | stopped while cloning, for GRPO |
+""",
 }

@@ -120,7 +120,7 @@ for _regime, _settings in band.REGIMES.items():
         "practice",
         f"The entropy band, {_regime} regime",
         2,
-        "",
+        band.TUNING[_regime],
         seeds=band.SEEDS,
         overrides=(*band.BENCHMARK, *_settings),
         arms=band.ARMS,
