@@ -21,7 +21,7 @@ BENCHMARK = (
     "env.options.temptation=0.15",
     "rollout.history=0",
     "rollout.max_response_tokens=4",
-    "algorithm.groups=8",  # GRPO, the paper's; GiGPO's credit for each turn learned no faster, see TUNING
+    "algorithm.groups=8",
     "checkpoint.every=0",
     "evaluate.panels=[iid]",
     "evaluate.decoding=[sampled]",
@@ -29,7 +29,14 @@ BENCHMARK = (
 )
 REGIMES = {
     "stable": ("steps=40", "optim.lr=5e-4", "optim.min_lr_ratio=0.5"),
-    "collapse": ("steps=50", "optim.lr=3e-3", "optim.min_lr_ratio=1"),
+    # With GRPO, steps as large destroyed the policy before it had learned anything.
+    "collapse": (
+        "steps=50",
+        "optim.lr=3e-3",
+        "optim.min_lr_ratio=1",
+        "algorithm.name=gigpo",
+        "algorithm.gamma=0.95",
+    ),
 }
 
 _NONE = ("loss.penalty=none",)
@@ -99,8 +106,10 @@ TUNING = {
 """,
     "collapse": _LEGEND
     + """\
-| GiGPO (gamma 0.95), 40 steps at a constant lr of 3e-3 | 100 | 7.0 | 94 at step 14, 3 at step 35 |
+| GiGPO (gamma 0.95), 40 steps at a constant lr of 3e-3 (the regime has 50) | 100 | 7.0 | 94 at step 14, 3 at 35 |
 | GiGPO, 40 steps at lr 2e-3, temptation 0.3, 7 cloning epochs | 100 | 0.0 | 0.0 before; ends by taking the gold |
-| GiGPO, 40 steps at a constant lr of 3e-3 | 101 | | stopped while cloning, for GRPO |
+| GiGPO, 40 steps at a constant lr of 3e-3 | 101 | | stopped while cloning, to try GRPO |
+| GRPO, constant lr of 3e-3 | 100 | | never learned; noise (4.6 nats) from step 14, stopped at 32 |
+| GRPO, 50 steps at a constant lr of 2e-3 | 100 | 0.0 | 23 at step 23, 0 from step 29 |
 """,
 }
