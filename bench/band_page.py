@@ -24,8 +24,8 @@ A run's end point is its sampled success on the held-out panel after training; i
 training success. Both are summarized by the interquartile mean (IQM) over seeds with a 95 % bootstrap interval over
 seeds. P is the probability that a run of the arm ends higher than one without an entropy term, ties counting half; an
 interval that includes 0.5 shows no difference. A run has collapsed if its success (mean of five steps) fell below half
-of its best so far, and recovered if it ended at 80 % of that best or above. The variances of the entropy are from the
-second half of training: variance of its mean between steps, and between the turns of a step.
+of its best so far, by 10 points or more, and recovered if it ended at 80 % of that best or above. The variances of the
+entropy are from the second half of training: variance of its mean between steps, and between the turns of a step.
 """
 
 

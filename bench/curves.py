@@ -13,6 +13,7 @@ import numpy as np
 WINDOW = 5  # steps of a moving mean: one step of a few dozen episodes is noisy
 TURNS_EVERY = 4  # the entropy by turn is kept for every fourth step, which halves the size of the results
 COLLAPSE, RECOVERY = 0.5, 0.8  # shares of the best success so far
+LOSS = 0.1  # success lost in a collapse, at least: the noise of a policy that rarely succeeds is none
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,27 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def has_collapsed(success: Sequence[float]) -> bool:
-    """Whether smoothed success fell below half of its best so far, at any time."""
-    means = smoothed(success)
-    best = np.maximum.accumulate(means)
-    return bool((means < COLLAPSE * best).any())
+    """Whether smoothed success fell below half of its best so far, and by 0.1 or more, at any time."""
+    return bool(_fallen(smoothed(success)).any())
 
 
 def has_recovered(success: Sequence[float]) -> bool:
     """Whether a collapsed run ended at 80 % of the best success before its collapse, or above."""
     means = smoothed(success)
-    best = np.maximum.accumulate(means)
-    fallen = np.flatnonzero(means < COLLAPSE * best)
-    return bool(len(fallen)) and means[-1] >= RECOVERY * best[fallen[0]]
+    fallen = np.flatnonzero(_fallen(means))
+    return bool(len(fallen)) and means[-1] >= RECOVERY * max(means[: fallen[0]])
 
 
 def late_variances(curve: Curve) -> tuple[float, float]:
     """(between steps, between turns) variance of the entropy over the second half of training."""
     half = len(curve.entropy) // 2
     return float(np.var(curve.entropy[half:])), float(np.mean(curve.turn_variance[half:]))
+
+
+def _fallen(means: Sequence[float]) -> np.ndarray:
+    """Where a run is in collapse."""
+    best = np.maximum.accumulate(means)
+    return (means < COLLAPSE * best) & (means <= best - LOSS)
 
 
 def _variance(turns: Sequence[float | None]) -> float:

@@ -44,6 +44,7 @@ def test_curve_of_the_metrics(tmp_path):
         ([0.8] * 5 + [0.0] * 10, True, False),
         ([0.8] * 5 + [0.0] * 10 + [0.7] * 5, True, True),
         ([0.8] * 5 + [0.0] * 10 + [0.6] * 5, True, False),  # 0.6 is less than 80 % of 0.8
+        ([0.08] * 5 + [0.0] * 10, False, False),  # too little to lose
         ([0.8, 0.0, 0.8, 0.8, 0.8, 0.8, 0.8], False, False),  # one bad step
     ],
 )
