@@ -13,7 +13,7 @@ import numpy as np
 WINDOW = 5  # steps of a moving mean: one step of a few dozen episodes is noisy
 TURNS_EVERY = 4  # the entropy by turn is kept for every fourth step, which halves the size of the results
 COLLAPSE, RECOVERY = 0.5, 0.8  # shares of the best success so far
-LOSS = 0.1  # success lost in a collapse, at least: the noise of a policy that rarely succeeds is none
+MIN_DROP = 0.1  # success lost in a collapse, at least; smaller drops are noise
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def late_variances(curve: Curve) -> tuple[float, float]:
 def _fallen(means: Sequence[float]) -> np.ndarray:
     """Where a run is in collapse."""
     best = np.maximum.accumulate(means)
-    return (means < COLLAPSE * best) & (means <= best - LOSS)
+    return (means < COLLAPSE * best) & (means <= best - MIN_DROP)
 
 
 def _variance(turns: Sequence[float | None]) -> float:
