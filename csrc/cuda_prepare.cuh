@@ -14,11 +14,11 @@ struct Sequences {
 };
 
 // Every block reads all lengths in the same order, so that no block waits for another.
-__device__ inline Sequences read_lengths(const Weighing& weighing) {
+__device__ inline Sequences read_lengths(const Aggregation& aggregation) {
     __shared__ float totals[kThreads], with_tokens[kThreads];
     float total = 0.0f, with = 0.0f;
-    for (std::int64_t i = threadIdx.x; i < weighing.sequences; i += kThreads) {
-        const float length = static_cast<float>(weighing.lengths[i]);
+    for (std::int64_t i = threadIdx.x; i < aggregation.sequences; i += kThreads) {
+        const float length = static_cast<float>(aggregation.lengths[i]);
         total += length;
         with += length > 0.0f ? 1.0f : 0.0f;
     }
@@ -35,35 +35,35 @@ __device__ inline Sequences read_lengths(const Weighing& weighing) {
 }
 
 // w of a token that counts, of a sequence of that length (epo_kernels/aggregation.py).
-__device__ inline float weight_of(const Weighing& weighing, const Sequences& sequences, float length) {
-    const float counted = weighing.mode == AggMode::token_mean ? sequences.total : sequences.with_tokens;
-    float denominator = weighing.normalized ? weighing.normalizer.get() : fmaxf(counted, 1.0f);
-    if (weighing.mode == AggMode::seq_mean_token_mean) denominator *= fmaxf(length, 1.0f);
-    if (weighing.mode == AggMode::seq_mean_token_sum_norm) denominator *= weighing.max_length;
-    return weighing.loss_scale.get() / denominator;
+__device__ inline float weight_of(const Aggregation& aggregation, const Sequences& sequences, float length) {
+    const float counted = aggregation.mode == AggMode::token_mean ? sequences.total : sequences.with_tokens;
+    float denominator = aggregation.normalized ? aggregation.normalizer.get() : fmaxf(counted, 1.0f);
+    if (aggregation.mode == AggMode::seq_mean_token_mean) denominator *= fmaxf(length, 1.0f);
+    if (aggregation.mode == AggMode::seq_mean_token_sum_norm) denominator *= aggregation.max_length;
+    return aggregation.loss_scale.get() / denominator;
 }
 
-__global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Weighing weighing,
+__global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Aggregation aggregation,
                                                    const __grid_constant__ Prepared out) {
-    const Sequences sequences = read_lengths(weighing);
+    const Sequences sequences = read_lengths(aggregation);
     if (blockIdx.x == 0) {
         if (threadIdx.x < kNumCoefficients)
-            out.coefficients[threadIdx.x] = weighing.coefficients[threadIdx.x].get();
+            out.coefficients[threadIdx.x] = aggregation.coefficients[threadIdx.x].get();
         if (threadIdx.x == 0) {
             *out.ticket = 0;
             out.extras[0] = sequences.with_tokens;
             out.extras[1] = 0.0;
         }
     }
-    const std::int64_t count = weighing.batch * weighing.time;
+    const std::int64_t count = aggregation.batch * aggregation.time;
     for (int k = 0; k < kTokensPerBlock / kThreads; ++k) {
         const std::int64_t i = std::int64_t(blockIdx.x) * kTokensPerBlock + k * kThreads + threadIdx.x;
         if (i >= count) return;
-        const std::int64_t b = i / weighing.time, t = i % weighing.time;
+        const std::int64_t b = i / aggregation.time, t = i % aggregation.time;
         float weight = 0.0f;
-        if (weighing.mask.at(b, t)) {
-            const std::int64_t sequence = weighing.sequence_ids ? weighing.sequence_ids.at(b, t) : b;
-            weight = weight_of(weighing, sequences, static_cast<float>(weighing.lengths[sequence]));
+        if (aggregation.mask.at(b, t)) {
+            const std::int64_t sequence = aggregation.sequence_ids ? aggregation.sequence_ids.at(b, t) : b;
+            weight = weight_of(aggregation, sequences, static_cast<float>(aggregation.lengths[sequence]));
         }
         out.weights[i] = weight;
     }

@@ -213,12 +213,12 @@ const char* cuda_loss(const Rows& rows, const Terms& terms, const Matrix& out, c
     });
 }
 
-const char* cuda_prepare(const Weighing& weighing, const Prepared& out, const CudaPlace& place) {
+const char* cuda_prepare(const Aggregation& aggregation, const Prepared& out, const CudaPlace& place) {
     return on_chip(place, [&](const Chip&) {
-        const std::int64_t count = weighing.batch * weighing.time;
+        const std::int64_t count = aggregation.batch * aggregation.time;
         const auto blocks = static_cast<unsigned>(
             std::max<std::int64_t>(1, (count + prepare::kTokensPerBlock - 1) / prepare::kTokensPerBlock));
-        prepare::kernel<<<blocks, prepare::kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(weighing, out);
+        prepare::kernel<<<blocks, prepare::kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(aggregation, out);
         return cudaGetLastError();
     });
 }

@@ -41,8 +41,8 @@ struct Scalar {
     EPO_FN float get() const { return device ? *device : value; }
 };
 
-// What token weights are made of; epo_kernels/aggregation.py says how.
-struct Weighing {
+// How tokens are weighted; the formulas are in epo_kernels/aggregation.py.
+struct Aggregation {
     std::int64_t batch, time, sequences;
     PerToken<const bool> mask;
     PerToken<const std::int64_t> sequence_ids;  // null: a batch row is a sequence
@@ -61,7 +61,7 @@ struct Prepared {
     double* extras;
 };
 
-const char* cuda_prepare(const Weighing& weighing, const Prepared& out, const CudaPlace& place);
+const char* cuda_prepare(const Aggregation& aggregation, const Prepared& out, const CudaPlace& place);
 
 // values[0..count) *= *factor, contiguous; touches no values where the factor is 1.
 const char* cuda_scale(void* values, DType dtype, std::int64_t count, const float* factor, const CudaPlace& place);

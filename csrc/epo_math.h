@@ -237,7 +237,8 @@ struct BandValue {
     bool below, above, invalid;
 };
 
-EPO_FN BandValue hold_against_band(float entropy, float lower, float upper, Penalty penalty, float alpha) {
+EPO_FN BandValue band_penalty(float entropy, float lower, float upper, const Coefficients& c, Penalty penalty) {
+    const float alpha = c.penalty_alpha;
     BandValue band{0.0f, 0.0f, 1.0f, entropy < lower, entropy > upper, !(lower <= upper)};
     const bool outside = !(lower < entropy && entropy < upper);  // at the very bounds too
     if (penalty == Penalty::gate) band.gate = outside ? alpha : 1.0f;
@@ -264,7 +265,7 @@ EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& tok
     loss.total = loss.pg;
 
     BandValue band{0.0f, 0.0f, 1.0f, false, false, false};
-    if (token.has_band) band = hold_against_band(entropy, token.lower, token.upper, choices.penalty, c.penalty_alpha);
+    if (token.has_band) band = band_penalty(entropy, token.lower, token.upper, c, choices.penalty);
     loss.penalty = band.penalty;
     loss.below = band.below;
     loss.above = band.above;

@@ -396,34 +396,34 @@ void cuda_prepare(const Array& mask, const Array& lengths, const MaybeArray& seq
     epo::Rows like{};  // the sizes that per_token looks at
     like.batch = mask.shape[0];
     like.time = mask.shape[1];
-    epo::Weighing weighing{};
-    weighing.batch = like.batch;
-    weighing.time = like.time;
-    weighing.mask = per_token<const bool>(mask, "mask", "bool", like);
+    epo::Aggregation aggregation{};
+    aggregation.batch = like.batch;
+    aggregation.time = like.time;
+    aggregation.mask = per_token<const bool>(mask, "mask", "bool", like);
     if (sequence_ids)
-        weighing.sequence_ids = per_token<const std::int64_t>(*sequence_ids, "sequence_ids", "int64", like);
+        aggregation.sequence_ids = per_token<const std::int64_t>(*sequence_ids, "sequence_ids", "int64", like);
     else if (lengths.shape != Shape{like.batch})
         refuse("lengths must be one a batch row where there are no sequence_ids, got sizes " + text(lengths.shape));
     if (lengths.shape.size() != 1) refuse("lengths must have one size, got " + text(lengths.shape));
     expect_contiguous(lengths, "lengths", "int64", lengths.shape);
-    weighing.sequences = lengths.shape[0];
-    weighing.lengths = static_cast<const std::int64_t*>(lengths.data());
-    weighing.mode = choice<epo::AggMode>("loss_agg_mode", epo::kAggModeNames, mode);
-    weighing.normalized = normalizer.has_value();
-    if (normalizer) weighing.normalizer = scalar(*normalizer, "normalizer");
-    weighing.loss_scale = scalar(loss_scale, "loss_scale");
-    weighing.max_length = static_cast<float>(max_length);
+    aggregation.sequences = lengths.shape[0];
+    aggregation.lengths = static_cast<const std::int64_t*>(lengths.data());
+    aggregation.mode = choice<epo::AggMode>("loss_agg_mode", epo::kAggModeNames, mode);
+    aggregation.normalized = normalizer.has_value();
+    if (normalizer) aggregation.normalizer = scalar(*normalizer, "normalizer");
+    aggregation.loss_scale = scalar(loss_scale, "loss_scale");
+    aggregation.max_length = static_cast<float>(max_length);
     if (coefficients.size() != epo::kNumCoefficients)
         refuse("coefficients must be " + std::to_string(epo::kNumCoefficients) + ", got " +
                std::to_string(coefficients.size()));
     for (std::size_t i = 0; i < coefficients.size(); ++i)
-        weighing.coefficients[i] = scalar(coefficients[i], "a coefficient");
+        aggregation.coefficients[i] = scalar(coefficients[i], "a coefficient");
     expect_contiguous(coefficients_out, "coefficients_out", "float32", {epo::kNumCoefficients});
     expect_contiguous(ticket, "ticket", "int32", {1});
     expect_contiguous(extras, "extras", "float64", {2});
     const epo::Prepared out{results(weights, "weights", like), static_cast<float*>(coefficients_out.data()),
                             static_cast<int*>(ticket.data()), static_cast<double*>(extras.data())};
-    raise_if(epo::cuda_prepare(weighing, out, place_of(device, stream)));
+    raise_if(epo::cuda_prepare(aggregation, out, place_of(device, stream)));
 }
 
 void cuda_scale(const Array& values, const Array& factor, int device, std::uintptr_t stream) {

@@ -36,15 +36,8 @@ def policy_config(name, **settings):
     return ek.EPOConfig(**{**clips, **POLICY_VARIANTS[name], **settings})
 
 
-# Policy losses of single tokens, beside "ppo", with bounds that random cases lie on both sides of.
-TOKEN_POLICIES = {
-    "cispo": {"policy_loss": "cispo"},
-    "cispo-unbounded-below": {"policy_loss": "cispo", "clip_ratio_low": 1.5},
-    "sapo": {"policy_loss": "sapo", "sapo_tau_pos": 0.7, "sapo_tau_neg": 2.0},
-    "reinforce": {"policy_loss": "reinforce"},
-    "dppo-tv": {"policy_loss": "dppo", "clip_ratio_low": 0.03, "clip_ratio_high": 0.01, "clip_ratio_c": 1.1},
-    "dppo-kl": {"policy_loss": "dppo", "dppo_divergence": "kl", "clip_ratio_low": 0.03, "clip_ratio_c": None},
-}
+# Those that row kernels compute, beside "ppo".
+TOKEN_POLICIES = [name for name in POLICY_VARIANTS if name != "ppo" and policy_config(name).is_per_token]
 
 
 def random_case(cfg=None, seed=0, batch=3, time=5, vocab=7, dtype=torch.float64, **arguments):

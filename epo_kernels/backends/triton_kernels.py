@@ -12,7 +12,7 @@ A program takes rows pid, pid + programs, ... of the logits, one after the other
 
 Everything is relative to the maximum of y = softcap(scale x), before the division by the temperature: (y - m) is exact
 where it matters, so an offset that the dtype represents exactly changes nothing. Exponentials and logarithms are those
-of base 2, which the hardware has: rate = log2(e) / temperature takes y - m to log2 of a weight.
+of base 2, which the hardware has: log2(e) / temperature turns y - m into log2 of a weight.
 
 An aligned bf16 row of two sweeps costs 2 exponentials and 28 instructions an element (sm_90, disassembled).
 
@@ -154,12 +154,12 @@ def lane_sums(values):
 @triton.jit
 def add_tile(m, s, u, y, inverse, ENTROPY: tl.constexpr):
     """(m, s, u) of lanes after a tile. u counts in bits: Σ log2(e^(z-m)) e^(z-m). inverse: 1 / temperature."""
-    rate = inverse * LOG2E
+    to_bits = inverse * LOG2E
     new_m = tl.maximum(m, tl.max(tl.max(y, axis=2), axis=0))
     base = tl.where(new_m == float("-inf"), 0.0, new_m)
-    move = (m - base) * rate
+    move = (m - base) * to_bits
     shrink = tl.exp2(move)
-    bits = (y - base[None, :, None]) * rate
+    bits = (y - base[None, :, None]) * to_bits
     weights = tl.exp2(bits)
     if ENTROPY:
         u = shrink * (u + tl.maximum(move, LOWEST) * s) + lane_sums(tl.maximum(bits, LOWEST) * weights)
@@ -301,7 +301,7 @@ def clipped_ratio(ratio, c):
 
 @triton.jit
 def ppo(ratio, saturated, advantage, c):
-    """(pg, ∂pg/∂log_prob, clipped, dual_clipped), as do the next four. saturated: the ratio is clamped, without slope.
+    """(pg, ∂pg/∂log_prob, clipped, dual_clipped), as do the next three. saturated: the ratio is clamped, without slope.
 
     Ties, bounds and NaN: reference.py.
     """
@@ -366,7 +366,7 @@ def policy_loss(log_prob, old_log_prob, advantage, c, POLICY_LOSS: tl.constexpr)
     else:
         tl.static_assert(POLICY_LOSS == "dppo_tv" or POLICY_LOSS == "dppo_kl")
         pg, slope, clipped, dual_clipped = dppo(log_prob, old, ratio, advantage, c, POLICY_LOSS == "dppo_kl")
-    return pg, slope, log_ratio, ratio, clipped, dual_clipped
+    return pg, tl.where(pg == pg, slope, float("nan")), log_ratio, ratio, clipped, dual_clipped
 
 
 @triton.jit
@@ -389,8 +389,9 @@ def kl_penalty(log_prob, ref_log_prob, KL_TYPE: tl.constexpr):
 
 
 @triton.jit
-def band_penalty(entropy, lower, upper, alpha, PENALTY: tl.constexpr):
+def band_penalty(entropy, lower, upper, c, PENALTY: tl.constexpr):
     """(P, ∂P/∂H, factor of the bonus)."""
+    alpha = c.penalty_alpha
     inside = (lower < entropy) & (entropy < upper)
     below = tl.where(entropy < lower, lower - entropy, 0.0)
     above = tl.where(entropy > upper, entropy - upper, 0.0)
@@ -421,7 +422,7 @@ def token_loss(
 
     penalty, penalty_slope, gate = 0.0, 0.0, 1.0
     if lower is not None:
-        penalty, penalty_slope, gate = band_penalty(entropy, lower, upper, c.penalty_alpha, PENALTY)
+        penalty, penalty_slope, gate = band_penalty(entropy, lower, upper, c, PENALTY)
         sums = slot(sums, "below_band_tokens", (entropy < lower).to(tl.float32))
         sums = slot(sums, "above_band_tokens", (entropy > upper).to(tl.float32))
         valid = valid & (lower <= upper)
@@ -439,7 +440,7 @@ def token_loss(
         sums = slot(sums, "kl_loss", weight * kl)
     loss = tl.where(valid, loss, float("nan"))
     # Clamps stop the gradient of a NaN as they stop others; here it must reach the row.
-    grad_log_prob = tl.where(loss == loss, grad_log_prob, float("nan"))
+    grad_log_prob = tl.where(valid & (log_prob == log_prob), grad_log_prob, float("nan"))
 
     finite = (tl.abs(loss) < float("inf")) & (tl.abs(entropy) < float("inf"))
     sums = slot(sums, "tokens", 1.0)

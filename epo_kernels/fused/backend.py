@@ -81,9 +81,9 @@ class FusedBackend:
             log_probs, entropy = self._statistics(logits, inputs, entropy=True, inplace=inplace)
             assert entropy is not None
             return reference.loss_of_statistics(log_probs, entropy, inputs)
-        prepared = self._prepare(inputs)
+        rows, prepared = Rows.of(logits, inputs), self._prepare(inputs)
         terms = terms_of(_for_rows(inputs), prepared)
-        result = ops.fused_loss(self.kernels, Rows.of(logits, inputs), terms, inplace=inplace)
+        result = ops.fused_loss(self.kernels, rows, terms, inplace=inplace)
         return _output(result, prepared, inputs)
 
     def log_probs_and_entropy(

@@ -11,7 +11,8 @@ Importing it does four things, each by a hook that verl resolves at run time:
   `model.fused_kernel_options.impl_backend=epo`): `linear_log_probs_and_entropy`, so logits never exist.
 
 Clip, dual clip, entropy_coeff, KL, aggregation mode and rollout weights are verl's own keys, and are normalised over
-micro-batches and data-parallel ranks as verl normalises them: with penalty "none" the loss is verl's vanilla one.
+micro-batches and data-parallel ranks as verl normalises them: with penalty "none" the loss is verl's own policy loss of
+the name in `policy_loss.epo.policy_loss`, by default "vanilla" (`epo_kernels.integrations.verl_policy`).
 
 A training step is one call of verl's `update_actor`: its entropies, of every epoch and mini-batch as the update itself
 computes them, make one step of the history, summed over the data-parallel group. The band of a step knows the steps
@@ -35,10 +36,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
-from epo_kernels.functional import epo_loss_from_log_probs, linear_log_probs_and_entropy
+from epo_kernels.functional import linear_log_probs_and_entropy
 from epo_kernels.heads import Head, check_head, head_of
-from epo_kernels.integrations.verl_keys import KEYS, LOSS_MODE, RESPONSE_MASK, EPOSettings
-from epo_kernels.reference import EPOOutput
+from epo_kernels.integrations.verl_keys import KEYS, LOSS_MODE, RESPONSE_MASK, EPOSettings, check_shares
 from epo_kernels.schedule import phase_weight
 
 try:
@@ -52,6 +52,8 @@ try:
     from verl.workers import engine_workers
     from verl.workers.utils.losses import ppo_loss
     from verl.workers.utils.padding import no_padding_2_padding
+
+    from epo_kernels.integrations.verl_policy import PolicyBatch, VerlLoss, verl_loss
 
     if tuple(map(int, verl.__version__.split(".")[:2])) < (0, 9):
         raise ImportError(f"this is verl {verl.__version__}")
@@ -75,7 +77,9 @@ class EPOPolicyLossConfig(verl_config.PolicyLossConfig):
     epo: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        EPOSettings.of(self.epo)
+        settings = EPOSettings.of(self.epo)
+        if self.loss_mode == LOSS_MODE and settings.verl_policy_loss in ("clip_cov", "kl_cov"):
+            check_shares(self)
         if self.epo and self.loss_mode != LOSS_MODE:
             raise ValueError(
                 f"{KEYS} is set, but not used: actor_rollout_ref.actor.policy_loss.loss_mode is {self.loss_mode!r}, "
@@ -135,17 +139,17 @@ class EngineLoss:
             }
             if torch.is_grad_enabled():  # verl may ask for the loss in evaluation, too
                 self.history.update(turns, entropy, mask)
-        out = epo_loss_from_log_probs(
-            log_probs,
+        weights = padded.get("rollout_is_weights", None)
+        out = verl_loss(
+            settings.verl_policy_loss,
+            PolicyBatch(log_probs, padded["old_log_probs"], padded["advantages"], mask, weights),
             entropy,
-            padded["old_log_probs"],
-            padded["advantages"],
-            mask,
+            actor,
             self._config,
+            actor.loss_agg_mode,
+            batch_info,
             ref_log_probs=padded["ref_log_prob"] if actor.use_kl_loss else None,
-            is_weights=padded.get("rollout_is_weights", None),
             **band,
-            **_normalization(actor.loss_agg_mode, **batch_info),
         )
         metrics = self._metrics(out)
         if "entropy" in model_output:
@@ -190,11 +194,11 @@ class EngineLoss:
             )
         return turns
 
-    def _metrics(self, out: EPOOutput) -> dict[str, Any]:
+    def _metrics(self, out: VerlLoss) -> dict[str, Any]:
         """verl's names and aggregation for what verl has, and `epo/*`; verl puts "actor/" before what lacks it."""
-        sums = out.metrics.to_floats()
+        sums = out.sums
         tokens = max(sums["tokens"], 1.0)
-        total, mean = {"actor/pg_loss": sums["pg_loss"]}, _policy_metrics(sums)
+        total, mean = {"actor/pg_loss": sums["pg_loss"]}, dict(out.policy_metrics)
         if self._actor.use_kl_loss:
             total["kl_loss"] = sums["kl_loss"]
             mean["kl_coef"] = self._actor.kl_loss_coef
@@ -276,22 +280,6 @@ def turns_of_mask(mask: Tensor) -> Tensor:
     return starts.cumsum(dim=1) - 1
 
 
-def _normalization(
-    loss_agg_mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None,
-    loss_scale_factor: int | None = None,
-) -> dict[str, Any]:
-    """What verl's `agg_loss` divides by, as arguments of the library. Gradients are averaged over the ranks later."""
-    normalizer = batch_num_tokens if loss_agg_mode == "token-mean" else global_batch_size
-    if loss_agg_mode == "token-sum":
-        normalizer = 1
-    if normalizer is None and dp_size > 1:
-        raise ValueError(f"verl gave no size of the global batch, with {dp_size} data-parallel ranks")
-    return {"normalizer": normalizer, "loss_scale": float(dp_size), "max_length": loss_scale_factor}
-
-
 @register_policy_loss(LOSS_MODE)
 def policy_loss(
     old_log_prob: Tensor,
@@ -302,7 +290,7 @@ def policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The clipped policy gradient alone: the caller adds entropy and KL, so no band can be held here.
+    """The policy loss of `EPOSettings.policy_loss` alone: the caller adds entropy and KL, so no band can be held here.
 
     All per-token arguments are (B, T); see verl's `register_policy_loss`.
 
@@ -316,29 +304,18 @@ def policy_loss(
             "other than EPOTrainingWorker) passes neither entropies nor turns to its policy loss. Set "
             f"{KEYS}.penalty=none"
         )
-    out = epo_loss_from_log_probs(
-        log_prob,
+    out = verl_loss(
+        settings.verl_policy_loss,
+        PolicyBatch(log_prob, old_log_prob, advantages, response_mask.bool(), rollout_is_weights),
         torch.zeros_like(log_prob),  # of no account, as its coefficient is 0
-        old_log_prob,
-        advantages,
-        response_mask,
+        config,
         settings.loss_config(config, loss_agg_mode),
+        loss_agg_mode,
+        config.global_batch_info,
         entropy_coeff=0.0,
         kl_coeff=0.0,
-        is_weights=rollout_is_weights,
-        **_normalization(loss_agg_mode, **config.global_batch_info),
     )
-    return out.loss, _policy_metrics(out.metrics.to_floats())
-
-
-def _policy_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """What verl's policy losses report: means over the tokens of a micro-batch, 0 where it has none."""
-    tokens = max(sums["tokens"], 1.0)
-    return {
-        "actor/pg_clipfrac": sums["clipped_tokens"] / tokens,
-        "actor/ppo_kl": sums["ppo_kl_sum"] / tokens,
-        "actor/pg_clipfrac_lower": sums["dual_clipped_tokens"] / tokens,
-    }
+    return out.loss, out.policy_metrics
 
 
 _patch_forward = monkey_patch.patch_forward_with_backends

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from epo_kernels.config import BandScope, EPOConfig, KLType, Penalty
+from epo_kernels.config import BandScope, EPOConfig, KLType, Penalty, PolicyLossName
 from epo_kernels.defaults import BAND
 from epo_kernels.history import EntropyHistory, HistoryScope, HistoryWeighting
 from epo_kernels.schedule import phase_weight
@@ -29,6 +29,23 @@ KL_TYPES: dict[str, KLType] = {
     "k3": "k3",
 }
 
+# verl's names of policy losses, and the library's policy loss that computes each.
+POLICY_LOSSES: dict[str, PolicyLossName] = {
+    "vanilla": "ppo",
+    "dppo_tv": "dppo",
+    "dppo_kl": "dppo",
+    "gspo": "gspo",
+    "sapo": "sapo",
+    "gpg": "reinforce",
+    "geo_mean": "gmpo",
+    "cispo": "cispo",
+    "clip_cov": "ppo",
+    "kl_cov": "ppo",
+}
+# The library's names where verl has another.
+POLICY_LOSS_ALIASES = {"ppo": "vanilla", "dppo": "dppo_tv", "reinforce": "gpg", "gmpo": "geo_mean"}
+UNBOUNDED = 1e30  # above every ratio: the library bounds log-ratios at 20
+
 
 @dataclass(frozen=True)
 class EPOSettings:
@@ -37,6 +54,9 @@ class EPOSettings:
     The defaults are `epo_kernels.defaults.BandDefaults`, the paper's hinge. A step's band only knows earlier steps.
 
     Attributes:
+        policy_loss: verl's name of a policy loss (`POLICY_LOSSES`), or the library's (`POLICY_LOSS_ALIASES`). Its
+            parameters are verl's keys: clip_ratio_low, clip_ratio_high, clip_ratio_c, tau_pos, tau_neg, and under
+            policy_loss clip_cov_ratio, clip_cov_lb, clip_cov_ub, kl_cov_ratio and ppo_kl_coef.
         penalty, penalty_alpha, smooth_coeff, band_scope: as in `EPOConfig`.
         band_low: κ_l: the band's lower bound as a share of the history's mean entropy.
         band_high: κ_r.
@@ -49,6 +69,7 @@ class EPOSettings:
         phase_horizon: steps it spans; None: verl's total_training_steps.
     """
 
+    policy_loss: str = "vanilla"
     penalty: Penalty = BAND.penalty
     penalty_alpha: float = BAND.penalty_alpha
     smooth_coeff: float = BAND.smooth_coeff
@@ -64,6 +85,12 @@ class EPOSettings:
     phase_horizon: int | None = BAND.phase_horizon
 
     def __post_init__(self) -> None:
+        if self.policy_loss not in (*POLICY_LOSSES, *POLICY_LOSS_ALIASES):
+            aliases = ", ".join(f"{own} ({name})" for own, name in POLICY_LOSS_ALIASES.items())
+            raise ValueError(
+                f"{KEYS}.policy_loss must be one of {', '.join(POLICY_LOSSES)}, or the library's names {aliases}; got "
+                f"{self.policy_loss!r}"
+            )
         EPOConfig(**self._loss_keys())
         self.make_history().bounds(torch.zeros(0, dtype=torch.int64), self.band_low, self.band_high)
         phase_weight(0, 1 if self.phase_horizon is None else self.phase_horizon, self.phase_schedule)
@@ -84,6 +111,11 @@ class EPOSettings:
                 raise ValueError(f"{KEYS}.{key} is no key of EPO; {hint}")
         return cls(**(keys or {}))
 
+    @property
+    def verl_policy_loss(self) -> str:
+        """verl's name of the policy loss."""
+        return POLICY_LOSS_ALIASES.get(self.policy_loss, self.policy_loss)
+
     def make_history(self) -> EntropyHistory:
         return EntropyHistory(self.num_turns, self.history_window, self.history_scope, self.history_weighting)
 
@@ -103,11 +135,8 @@ class EPOSettings:
                 f"actor_rollout_ref.actor.kl_loss_type must be one of {', '.join(KL_TYPES)} with "
                 f"policy_loss.loss_mode={LOSS_MODE}, got {actor.kl_loss_type!r}"
             )
-        low, high = (actor.clip_ratio if own is None else own for own in (actor.clip_ratio_low, actor.clip_ratio_high))
         return EPOConfig(
-            clip_ratio_low=low,
-            clip_ratio_high=high,
-            clip_ratio_c=actor.clip_ratio_c,
+            **self._policy_keys(actor),
             entropy_coeff=actor.entropy_coeff,
             kl_coeff=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
             kl_type=KL_TYPES[actor.kl_loss_type] if actor.use_kl_loss else "k3",
@@ -115,5 +144,34 @@ class EPOSettings:
             **self._loss_keys(),
         )
 
+    def _policy_keys(self, actor: Any) -> dict[str, Any]:
+        """The policy loss and its parameters, from verl's keys."""
+        name = self.verl_policy_loss
+        low, high = clip_range(actor)
+        return {
+            "policy_loss": POLICY_LOSSES[name],
+            # verl's kl_cov has no clip, and the dual clip is of its vanilla loss and the bound of dppo's ratio alone.
+            "clip_ratio_low": 1.0 if name == "kl_cov" else low,
+            "clip_ratio_high": UNBOUNDED if name == "kl_cov" else high,
+            "clip_ratio_c": actor.clip_ratio_c if name in ("vanilla", "dppo_tv", "dppo_kl") else None,
+            "sapo_tau_pos": actor.tau_pos,
+            "sapo_tau_neg": actor.tau_neg,
+            "dppo_divergence": "kl" if name == "dppo_kl" else "tv",
+        }
+
     def _loss_keys(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("penalty", "penalty_alpha", "smooth_coeff", "band_scope")}
+
+
+def clip_range(actor: Any) -> tuple[float, float]:
+    """ε_low and ε_high of verl's ActorConfig."""
+    low, high = (actor.clip_ratio if own is None else own for own in (actor.clip_ratio_low, actor.clip_ratio_high))
+    return low, high
+
+
+def check_shares(policy_loss: Any) -> None:
+    """Raise ValueError where a share of tokens in verl's PolicyLossConfig is not in (0, 1]."""
+    for name in ("clip_cov_ratio", "kl_cov_ratio"):
+        share = getattr(policy_loss, name)
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"actor_rollout_ref.actor.policy_loss.{name} must be in (0, 1], got {share!r}")

@@ -27,7 +27,7 @@ from epo_kernels.train.config import (
     to_yaml,
 )
 from epo_kernels.train.io.streams import lasting_streams
-from epo_kernels.train.io.text import printable
+from epo_kernels.train.io.text import one_line, printable
 
 if TYPE_CHECKING:
     from epo_kernels.train.distributed import Ranks
@@ -192,7 +192,7 @@ def _unforeseen(error: Exception, config: TrainConfig, dry: bool, ranks: Ranks) 
     """The message for an unexpected error; writes its traceback to run_dir, or to stderr where that fails."""
     from epo_kernels.train.io.failures import keep_traceback
 
-    brief = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    brief = f"{type(error).__name__}: {one_line(error, 300)}"
     try:
         if not dry:
             kept = keep_traceback(Path(config.run_dir), error, ranks.rank)
@@ -209,16 +209,15 @@ def _fail(reason: object, code: int) -> int:
 
 
 def _plan(parts: Parts) -> str:
-    config = parts.config
-    algorithm, optim = config.algorithm, config.optim
-    return "\n".join(
-        [
-            f"would run in {config.run_dir}: steps {parts.step + 1} to {config.steps}"
-            if parts.step < config.steps
-            else f"{config.run_dir} has all its {config.steps} steps already",
-            f"a step: {algorithm.groups} groups of {algorithm.group_size}, {algorithm.groups * algorithm.group_size} "
-            f"episodes in {config.rollout.environments} environments; {optim.epochs * optim.minibatches} updates",
-        ]
+    config, algorithm, optim = parts.config, parts.config.algorithm, parts.config.optim
+    if parts.step >= config.steps:
+        todo = f"{config.run_dir} has all its {config.steps} steps already"
+    else:
+        todo = f"would run in {config.run_dir}: steps {parts.step + 1} to {config.steps}"
+    return (
+        f"{todo}\na step: {algorithm.groups} groups of {algorithm.group_size}, "
+        f"{algorithm.groups * algorithm.group_size} episodes in {config.rollout.environments} environments; "
+        f"{optim.epochs * optim.minibatches} updates"
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
@@ -53,8 +53,6 @@ def build(
     """The parts of a run, open inside the `with`: environments may be processes, and the run's folder is locked.
 
     Args:
-        config: checked.
-        display: where progress shows.
         dry: build everything without cloning or training, and write nothing.
         stop: asked at every move of a bar whether to go on.
         ranks: the processes that train together, of which the first writes the run's folder; None: this one alone.
@@ -66,17 +64,19 @@ def build(
         yield _Builder(config, display, dry, stop or StopRequest(), ranks or Ranks(), stack).parts()
 
 
+@dataclass
 class _Builder:
     """One call of `build`. What it opens is closed with `stack`, also where a later part fails."""
 
-    def __init__(
-        self, config: TrainConfig, display: Display, dry: bool, stop: StopRequest, ranks: Ranks, stack: ExitStack
-    ) -> None:
-        self._display = display
-        self._dry = dry
-        self._stop = stop
-        self._ranks = ranks
-        self._stack = stack
+    config: TrainConfig
+    display: Display
+    dry: bool
+    stop: StopRequest
+    ranks: Ranks
+    stack: ExitStack
+
+    def __post_init__(self) -> None:
+        config = self.config
         require_peft(config.model)
         require_wandb(config.tracking)
         require_vllm(config.rollout)
@@ -86,13 +86,13 @@ class _Builder:
         self._take_folder()
         self._origin = find_origin(config)
         self._start = self._first_step()
-        if not ranks.is_first:  # writes where nobody looks
-            self._run_dir = copy_records(self._run_dir, Path(stack.enter_context(TemporaryDirectory())))
-        ranks.wait()  # from here on the first rank changes the run's folder
-        self._config = self._continued(config)
+        if not self.ranks.is_first:  # writes where nobody looks
+            self._run_dir = copy_records(self._run_dir, Path(self.stack.enter_context(TemporaryDirectory())))
+        self.ranks.wait()  # from here on the first rank changes the run's folder
+        self.config = self._continued(config)
 
     def parts(self) -> Parts:
-        config, display, ranks = self._config, self._display, self._ranks
+        config, display, ranks = self.config, self.display, self.ranks
         display.say(opening(config, ranks))
         suite = self._suite()
         tasks = _tasks(suite, "train")
@@ -106,9 +106,9 @@ class _Builder:
         with display.bar("starting the engine", None):
             engine = self._engine(policy)
         rollout = self._rollout(suite, policy, engine)
-        if not self._dry:
+        if not self.dry:
             self._clean_folder()
-        reference = None if self._dry else reference_model(policy, self._origin, config, ranks, loader, display.say)
+        reference = None if self.dry else reference_model(policy, self._origin, config, ranks, loader, display.say)
         parts = Parts(
             config=config,
             ranks=ranks,
@@ -130,7 +130,7 @@ class _Builder:
         if self._origin:
             parts.restore(self._origin)
         self._warn_of_room(parts)
-        if not self._dry:
+        if not self.dry:
             parts.save()  # the start is frozen: a run killed from here on continues from the same weights
             self._open_records(parts)
         return parts
@@ -140,10 +140,10 @@ class _Builder:
 
         def take() -> None:
             check_usable(self._run_dir)
-            if not self._dry:
-                self._stack.enter_context(held(self._run_dir, self._display.say))
+            if not self.dry:
+                self.stack.enter_context(held(self._run_dir, self.display.say))
 
-        self._ranks.on_first(take)
+        self.ranks.on_first(take)
 
     def _first_step(self) -> int:
         if self._origin is None:
@@ -156,38 +156,38 @@ class _Builder:
             saved = origin.state["config"]
             config = keep_horizon(saved, config)
             for text in review_differences(saved, config, origin.step, origin.is_branch):
-                self._display.say(text)
+                self.display.say(text)
         return config
 
     def _suite(self) -> Suite:
-        environment = self._config.env
-        if self._dry:  # what is missing in the cache is made for this once
-            folder = self._stack.enter_context(TemporaryDirectory())
+        environment = self.config.env
+        if self.dry:  # what is missing in the cache is made for this once
+            folder = self.stack.enter_context(TemporaryDirectory())
             environment = replace(environment, cache_dir=borrow_cache(environment.cache_dir, folder))
         try:
             suite = make_suite(environment)
         except (ImportError, ValueError) as error:
             raise ConfigError(str(error)) from error
-        self._stack.callback(suite.close)
+        self.stack.callback(suite.close)
         return suite
 
     def _policy(self, suite: Suite, loader: PolicyLoader) -> Policy:
         if self._origin:
             return loader.load(self._origin.checkpoint / "actor")
-        return Start(self._config, suite, loader, self._display, self._stop, self._dry).policy(self._ranks)
+        return Start(self.config, suite, loader, self.display, self.stop, self.dry).policy(self.ranks)
 
     def _engine(self, policy: Policy) -> Engine | StreamingEngine:
-        rollout = self._config.rollout
+        rollout = self.config.rollout
         stop = StopRule(policy.tokenizer, policy.end_ids, rollout.response_format, policy.chat.opening)
         if rollout.engine == "transformers":
             limit = rollout.max_response_tokens
             return TransformersEngine(policy.model, policy.pad_id, stop, rollout.temperature, limit)
-        engine = VllmEngine(policy, stop, self._config)
-        self._stack.callback(engine.close)
+        engine = VllmEngine(policy, stop, self.config)
+        self.stack.callback(engine.close)
         return engine
 
     def _rollout(self, suite: Suite, policy: Policy, engine: Engine | StreamingEngine) -> SharedRollout:
-        env, rollout = self._config.env, self._config.rollout
+        env, rollout = self.config.env, self.config.rollout
         pool = EnvironmentPool(
             suite,
             rollout.environments,
@@ -195,7 +195,7 @@ class _Builder:
             start_timeout=env.start_timeout,
             max_failures=env.max_failures,
         )
-        self._stack.callback(pool.close)
+        self.stack.callback(pool.close)
         own = Rollout(
             pool,
             policy,
@@ -205,7 +205,7 @@ class _Builder:
             cohorts=rollout.cohorts,
             response_format=rollout.response_format,
         )
-        return SharedRollout(own, self._ranks, None if isinstance(engine, StreamingEngine) else policy.model)
+        return SharedRollout(own, self.ranks, None if isinstance(engine, StreamingEngine) else policy.model)
 
     def _clean_folder(self) -> None:
         """Remove from the run's folder what the steps to come will write."""
@@ -220,22 +220,20 @@ class _Builder:
     def _warn_of_room(self, parts: Parts) -> None:
         parameters = list(parts.policy.model.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        other = 0 if self._config.model.lora_rank else sum(p.numel() for p in parameters) - trained
+        other = 0 if self.config.model.lora_rank else sum(p.numel() for p in parameters) - trained
         if parts.critic:
             trained *= 2  # its backbone is the policy's
-        warning = room_warning(self._run_dir / "checkpoints", trained, other, self._config.checkpoint.keep)
-        if warning and self._ranks.is_first:
-            self._display.say(f"warning: {warning}")
+        warning = room_warning(self._run_dir / "checkpoints", trained, other, self.config.checkpoint.keep)
+        if warning and self.ranks.is_first:
+            self.display.say(f"warning: {warning}")
 
     def _open_records(self, parts: Parts) -> None:
         """Open the tracker, have the collapse watch see earlier steps, and write config.yaml."""
-        config, say = self._config, self._display.say
-        is_shown = config.tracking.wandb != "disabled" and self._ranks.is_first
+        config, say = self.config, self.display.say
+        is_shown = config.tracking.wandb != "disabled" and self.ranks.is_first
         boards = [WeightsAndBiases(self._run_dir, config, say)] if is_shown else []
         tracker = Tracker(self._run_dir, parts.step, *boards)
-        self._stack.push(
-            lambda _, error, __: tracker.close(failed=error is not None and not isinstance(error, Stopped))
-        )
+        self.stack.push(lambda _, error, __: tracker.close(failed=error is not None and not isinstance(error, Stopped)))
         tracker.extend(config.steps)
         if tracker.lost:
             say(f"warning: metrics.jsonl was damaged and is repaired; no line is left for steps {tracker.lost}")

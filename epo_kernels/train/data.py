@@ -102,7 +102,6 @@ def samples_of(episodes: Sequence[Episode], layout: str) -> list[Sample]:
     """Training examples of episodes, in order.
 
     Args:
-        episodes: played.
         layout: "turn": each turn on its own. "episode": turns whose prompt is the whole sequence before it and
             something more share one sequence; where a prompt window moved on, another sequence begins.
     """
@@ -196,8 +195,6 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, row_width: int | N
     """Indices of samples in batches whose rows have at most `max_tokens` tokens, padding included (or one row).
 
     Args:
-        samples: of a minibatch.
-        max_tokens: of a batch.
         row_width: rows are packed up to this many tokens; None: each sample has a row, with others alike in length.
     """
     if row_width is None:

@@ -31,15 +31,11 @@ TIMEOUT = timedelta(hours=2)  # of waiting for the other ranks: a rollout of the
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together. Alone, nothing here communicates.
-
-    Attributes:
-        fsdp: split the weights of layers (`shard`) instead of keeping all of them on every rank.
-    """
+    """This process among those that train together. Alone, nothing here communicates."""
 
     rank: int = 0
     size: int = 1
-    fsdp: bool = False
+    fsdp: bool = False  # split the weights of layers (`shard`) instead of keeping all of them on every rank
 
     @property
     def is_first(self) -> bool:
@@ -156,7 +152,6 @@ def launched(fsdp: bool, device: str) -> Iterator[Ranks]:
     """The ranks of a `torchrun`, or this process alone without one.
 
     Args:
-        fsdp: see `Ranks`.
         device: model.device of the configuration; a GPU for each rank where it is "auto" or "cuda" and there are any.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -87,21 +86,14 @@ def compare(records: Sequence[Record]) -> list[Comparison]:
         both = zip(before.successes, after.successes, strict=False)
         tasks = [index for index, outcomes in enumerate(both) if None not in outcomes]
         if tasks:
-            comparisons.append(_comparison(panel, decoding, before, after, tasks))
+            intervals = [_interval(before, after, name, tasks) for name in ("successes", "scores")]
+            comparisons.append(Comparison(panel, decoding, len(tasks), *intervals))
     return comparisons
 
 
-def _comparison(panel: str, decoding: str, before: Record, after: Record, tasks: list[int]) -> Comparison:
-    def column(values: list[Any]) -> list[float]:
-        return [float(values[index]) for index in tasks]
-
-    return Comparison(
-        panel,
-        decoding,
-        len(tasks),
-        paired_interval(column(before.successes), column(after.successes)),
-        paired_interval(column(before.scores), column(after.scores)),
-    )
+def _interval(before: Record, after: Record, name: str, tasks: list[int]) -> tuple[float, float, float]:
+    first, second = ([float(getattr(record, name)[index]) for index in tasks] for record in (before, after))
+    return paired_interval(first, second)
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

@@ -28,33 +28,25 @@ class Parts:
     """The parts of a run, connected. `build` constructs them.
 
     Attributes:
-        run_dir: the run's folder; on ranks other than the first, a temporary one.
-        tasks: to train on.
-        panels: evaluation tasks by panel.
-        collector: plays a step's episodes.
-        rollout: plays any episodes.
-        critic: with PPO.
-        start: the step before the first one; that of its checkpoint for a branch.
-        step: the last one done.
         tracker, watch: absent in a dry run.
     """
 
     config: TrainConfig
     ranks: Ranks
     display: Display
-    run_dir: Path
+    run_dir: Path  # the run's folder; on ranks other than the first, a temporary one
     suite: Suite
-    tasks: Sequence[Task]
-    panels: Mapping[str, Sequence[Task]]
+    tasks: Sequence[Task]  # to train on
+    panels: Mapping[str, Sequence[Task]]  # evaluation tasks by panel
     policy: Policy
     engine: Engine | StreamingEngine
-    rollout: SharedRollout
-    collector: Collector
+    rollout: SharedRollout  # plays any episodes
+    collector: Collector  # plays a step's episodes
     history: ek.EntropyHistory
     learner: Learner
-    critic: Critic | None
-    start: int
-    step: int
+    critic: Critic | None  # with PPO
+    start: int  # the step before the first one; that of its checkpoint for a branch
+    step: int  # the last one done
     tracker: Tracker = field(init=False)
     watch: CollapseWatch = field(init=False)
 

@@ -9,7 +9,7 @@ import copy
 import math
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -27,14 +27,12 @@ class Rule:
     """The values that a setting accepts.
 
     Attributes:
-        text: what the value must be, to complete "must be ...".
         allows: whether it accepts a value; for a list, called with each element. Never called with None.
-        choices: all accepted values, where they can be listed.
     """
 
-    text: str
+    text: str  # what the value must be, to complete "must be ..."
     allows: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # all accepted values, where they can be listed
 
 
 def at_least(minimum: float) -> Rule:
@@ -74,23 +72,14 @@ def group(settings: type, *, resume: Resume | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Member:
-    """A field of a settings dataclass: a setting, or a group of them.
+    """A field of a settings dataclass: a setting, or a group of them."""
 
-    Attributes:
-        name: without the names of the groups around it.
-        type: resolved; a dataclass for a group.
-        default: its value in a new instance.
-        help: the text of a setting, the first line of a group's docstring.
-        rule: see `setting`.
-        resume: None where the group around it decides.
-    """
-
-    name: str
-    type: Any
-    default: Any
-    help: str
-    rule: Rule | None
-    resume: Resume | None
+    name: str  # without the names of the groups around it
+    type: Any  # resolved; a dataclass for a group
+    default: Any  # its value in a new instance
+    help: str  # the text of a setting, the first line of a group's docstring
+    rule: Rule | None  # see `setting`
+    resume: Resume | None  # None where the group around it decides
 
     @property
     def is_group(self) -> bool:
@@ -103,7 +92,8 @@ def members(settings: type) -> Iterator[Member]:
     for one in fields(settings):
         kind = types[one.name]
         text = (kind.__doc__ or "").splitlines()[0] if is_dataclass(kind) else one.metadata.get("help", "")
-        yield Member(one.name, kind, _default(one), text, one.metadata.get("rule"), one.metadata.get("resume"))
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        yield Member(one.name, kind, default, text, one.metadata.get("rule"), one.metadata.get("resume"))
 
 
 def check_settings(settings: Any, prefix: str = "") -> None:
@@ -153,7 +143,3 @@ def closest(name: str, known: Sequence[str]) -> str | None:
         ends = {key.rsplit(".", 1)[-1]: key for key in known}
         close = [ends[end] for end in get_close_matches(name.rsplit(".", 1)[-1], list(ends), n=1, cutoff=0.7)]
     return close[0] if close else None
-
-
-def _default(one: Field) -> Any:
-    return one.default if one.default_factory is MISSING else one.default_factory()

@@ -1,13 +1,15 @@
 """The policy before RL: loaded or built, cloned from demonstrations, given adapters, and read by every rank."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from epo_kernels.train.config import FROM_SCRATCH, TrainConfig
+from epo_kernels.train.config import FROM_SCRATCH, ConfigError, TrainConfig
 from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.envs import Demonstration, Suite
+from epo_kernels.train.envs.demonstrations import frozen_folder, read_frozen
 from epo_kernels.train.header import about_policy
 from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.stopping import StopRequest
@@ -18,28 +20,19 @@ from epo_kernels.train.rl.warm_start import clone, cloning_samples, demonstrate
 from epo_kernels.train.rollout.dialogue import make_prompts
 
 
+@dataclass
 class Start:
-    """Makes the starting policy of a run that has no checkpoint.
+    """Makes the starting policy of a run that has no checkpoint."""
 
-    Args:
-        config: of the run.
-        suite: shows the demonstrations.
-        loader: of policies.
-        display: where progress shows.
-        stop: asked at every move of a bar.
-        dry: read one demonstration at most, clone nothing and write nothing.
-    """
+    config: TrainConfig
+    suite: Suite
+    loader: PolicyLoader
+    display: Display
+    stop: StopRequest
+    dry: bool  # read one demonstration at most, clone nothing and write nothing
 
-    def __init__(
-        self, config: TrainConfig, suite: Suite, loader: PolicyLoader, display: Display, stop: StopRequest, dry: bool
-    ) -> None:
-        self._config = config
-        self._suite = suite
-        self._loader = loader
-        self._display = display
-        self._stop = stop
-        self._dry = dry
-        self._from_scratch = config.model.name_or_path in FROM_SCRATCH
+    def __post_init__(self) -> None:
+        self._from_scratch = self.config.model.name_or_path in FROM_SCRATCH
 
     def policy(self, ranks: Ranks) -> Policy:
         """The starting policy on every rank.
@@ -47,54 +40,61 @@ class Start:
         A pretrained model that needs no cloning is read by each rank. Any other is made by the first rank, and saved
         for the others to read.
         """
-        model = self._config.model
+        model = self.config.model
         if ranks.fsdp and not self._from_scratch and not model.warm_start.demonstrations:
-            return self._with_adapters(self._loader.load(model.name_or_path))
-        if self._dry or ranks.size == 1:
+            return self._with_adapters(self.loader.load(model.name_or_path))
+        if self.dry or ranks.size == 1:
             return self._make()
-        folder = Path(self._config.run_dir) / "start"
+        folder = Path(self.config.run_dir) / "start"
         if ranks.is_first:
             self._make().save(folder)
         ranks.wait()
-        policy = self._loader.load(folder)
+        policy = self.loader.load(folder)
         ranks.wait()
         if ranks.is_first:
             shutil.rmtree(folder, ignore_errors=True)
         return policy
 
     def _make(self) -> Policy:
-        model, seed = self._config.model, self._config.seed
+        model, seed = self.config.model, self.config.seed
         if self._from_scratch:
             demonstrations = self._demonstrations()
-            policy = self._loader.checked(build_from_scratch(demonstrations, model, seed), model.name_or_path)
+            policy = self.loader.checked(build_from_scratch(demonstrations, model, seed), model.name_or_path)
         else:  # the model first, since demonstrations take minutes and it may be unusable
-            policy = self._loader.load_whole(model.name_or_path)
+            policy = self.loader.load(model.name_or_path, whole=True)
             demonstrations = self._demonstrations()
-        if demonstrations and not self._dry:
+        if demonstrations and not self.dry:
             self._clone(policy, demonstrations)
-        if model.lora_rank and not self._dry and (self._from_scratch or demonstrations):
+        if model.lora_rank and not self.dry and (self._from_scratch or demonstrations):
             policy = self._as_base(policy)
         return self._with_adapters(policy)
 
     def _demonstrations(self) -> list[Demonstration]:
-        count = self._config.model.warm_start.demonstrations
-        count = min(count, 1) if self._dry else count
+        count = self.config.model.warm_start.demonstrations
+        count = min(count, 1) if self.dry else count
         if not count:
             return []
-        self._display.say(f"demonstrations: {count} episodes of {self._suite.name}")
-        with self._display.bar("demonstrations", count, "episodes", self._stop.check) as report:
-            return demonstrate(self._suite, count, report)
+        if frozen := self.config.model.warm_start.frozen:
+            folder = frozen_folder(frozen)
+            self.display.say(f"demonstrations: {count} episodes of {folder}")
+            try:
+                return read_frozen(folder, count)
+            except ValueError as error:
+                raise ConfigError(f"model.warm_start.frozen: {error}") from error
+        self.display.say(f"demonstrations: {count} episodes of {self.suite.name}")
+        with self.display.bar("demonstrations", count, "episodes", self.stop.check) as report:
+            return demonstrate(self.suite, count, report)
 
     def _clone(self, policy: Policy, demonstrations: list[Demonstration]) -> None:
         """Train the policy on the demonstrations, in place."""
-        config, say = self._config, self._display.say
+        config, say = self.config, self.display.say
         epochs = config.model.warm_start.epochs
         prompts = make_prompts(policy.chat, config.rollout)
         limit = config.rollout.max_response_tokens
         samples = cloning_samples(demonstrations, policy, prompts, limit, config.rollout.layout)
         say(f"cloning: {len(samples)} turns for {epochs} epochs; {about_policy(policy)}")
         with (
-            self._display.bar("cloning", epochs, "epochs", self._stop.check) as report,
+            self.display.bar("cloning", epochs, "epochs", self.stop.check) as report,
             precision(policy.model, config.model.dtype),
         ):
             losses = clone(policy, samples, config.model.warm_start, config.seed, report)
@@ -102,13 +102,13 @@ class Start:
 
     def _as_base(self, policy: Policy) -> Policy:
         """The policy, saved and read back from run_dir/base: checkpoints contain adapters only and refer to it."""
-        base = (Path(self._config.run_dir) / "base").resolve()
+        base = (Path(self.config.run_dir) / "base").resolve()
         policy.save(base)
-        return load_policy(str(base), self._config.model)
+        return load_policy(str(base), self.config.model)
 
     def _with_adapters(self, policy: Policy) -> Policy:
-        if self._config.model.lora_rank:
+        if self.config.model.lora_rank:
             if not self._from_scratch:  # building from scratch has seeded already
-                torch.manual_seed(self._config.seed)
-            add_adapters(policy.model, self._config.model)
+                torch.manual_seed(self.config.seed)
+            add_adapters(policy.model, self.config.model)
         return policy

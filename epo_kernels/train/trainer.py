@@ -27,7 +27,6 @@ from epo_kernels.train.rl.post_mortem import NonFiniteError, save_batch
 class Trainer:
     """
     Args:
-        parts: of the run.
         stop: asked at every move of a rollout's bar, and before each step, whether to go on.
     """
 

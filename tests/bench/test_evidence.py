@@ -37,12 +37,6 @@ def outcomes(arms=tuple(experiments.ARMS), seeds=(0, 1)):
     return [replace(one, arm=arm, seed=seed) for arm in arms for seed in seeds for one in (BEFORE, AFTER)]
 
 
-def test_page_is_in_step_with_the_results():
-    results = {name: found for name in experiments.EXPERIMENTS if (found := experiments.read(name))}
-    curves = {name: found for name in results if (found := evidence.curves_of(name))}
-    assert evidence_page.page(results, curves) == evidence.PAGE.read_text(), "run: python -m bench.evidence --report"
-
-
 @pytest.mark.parametrize("name", LIFT)
 def test_committed_results_are_whole(name):
     experiment, found = experiments.EXPERIMENTS[name], experiments.read(name)

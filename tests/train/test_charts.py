@@ -9,8 +9,6 @@ from epo_kernels.train.io.charts import (
     line_chart,
     number,
     percent,
-    profile,
-    stacked_chart,
     ticks,
 )
 
@@ -55,9 +53,7 @@ def test_one_step_and_equal_values_are_drawn_too():
     for chart in (
         line_chart("t", [Series("a", [(1, 0.0)])]),
         line_chart("t", [Series("a", [(1, -2.0), (2, -2.0)])]),
-        stacked_chart("t", [1], [("a", [0.0]), ("b", [2.0])]),
         heat_map("t", [1], [[0.5]]),
-        profile("t", [("a", [0.5])], [None]),
     ):
         assert "nan" not in chart
         assert "inf" not in chart

@@ -271,6 +271,7 @@ def test_a_collapse_is_told_and_stops_the_run_where_asked(whole_run, tmp_path, c
 SCIENCEWORLD = [
     "quickstart",
     "env.max_turns=4",
+    "model.warm_start.frozen=null",
     "model.warm_start.demonstrations=1",
     "model.warm_start.epochs=1",
     "rollout.environments=4",

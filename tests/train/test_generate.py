@@ -1,7 +1,11 @@
+import copy
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
+from epo_kernels.train.models.policy import casts_kept, precision
 from epo_kernels.train.rollout.engine import Request, StopRule, _choose
 from tests.train.conftest import engine_of
 
@@ -53,6 +57,31 @@ def test_equal_prompts_are_read_once_and_drawn_from_apart(cloned, monkeypatch):
     for one, other in zip(alone, together, strict=True):
         assert other.token_ids == one.token_ids
         assert other.log_probs == pytest.approx(one.log_probs, abs=1e-5)
+
+
+def test_kept_casts_change_nothing_and_do_not_outlive_an_update(cloned):
+    model = copy.deepcopy(cloned.model)
+    ids = torch.arange(12)[None]
+
+    def logits(kept):
+        with torch.no_grad(), precision(model, "bfloat16"), casts_kept(model) if kept else nullcontext():
+            return [model(ids).logits for _ in range(2)]
+
+    plain = logits(kept=False)
+    assert all(torch.equal(one, plain[0]) for one in logits(kept=True))
+    with precision(model, "bfloat16"):
+        with torch.no_grad(), casts_kept(model):
+            model(ids)
+        with casts_kept(model):  # casts without a graph would cut the weights off
+            model(ids).logits.sum().backward()
+        assert all(weight.grad is not None for weight in model.parameters())
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.1)
+            with casts_kept(model):
+                updated = model(ids).logits
+        assert torch.equal(updated, logits(kept=False)[0])
+        assert not torch.equal(updated, plain[0])
 
 
 def test_log_probs_are_those_of_a_plain_forward_pass(cloned):

@@ -292,7 +292,7 @@ def test_a_dry_run_builds_and_plays_nothing(tmp_path, capsys):
 @pytest.mark.scienceworld
 def test_a_dry_run_keeps_no_demonstration(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert main(["quickstart", f"run_dir={tmp_path / 'run'}", "--dry-run"]) == 0
+    assert main(["quickstart", "model.warm_start.frozen=null", f"run_dir={tmp_path / 'run'}", "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == []
 
 

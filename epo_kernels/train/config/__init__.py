@@ -7,7 +7,6 @@ from epo_kernels.train.config.groups import (
     CheckpointConfig,
     CriticConfig,
     EvaluateConfig,
-    LossConfig,
     ModelConfig,
     OptimConfig,
     RolloutConfig,
@@ -19,37 +18,8 @@ from epo_kernels.train.config.groups import (
     epo_config,
 )
 from epo_kernels.train.config.load import load_config
+from epo_kernels.train.config.loss import LossConfig
 from epo_kernels.train.config.presets import preset_names
 from epo_kernels.train.config.resume import differences, is_among, only_rounding, read_settings
 from epo_kernels.train.config.tree import flatten, to_yaml
 from epo_kernels.train.setting import ConfigError
-
-__all__ = [
-    "FROM_SCRATCH",
-    "AlgorithmConfig",
-    "CheckpointConfig",
-    "ConfigError",
-    "CriticConfig",
-    "EvaluateConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "RolloutConfig",
-    "TrackingConfig",
-    "TrainConfig",
-    "VllmConfig",
-    "WarmStartConfig",
-    "WatchConfig",
-    "describe_settings",
-    "differences",
-    "epo_config",
-    "flatten",
-    "is_among",
-    "load_config",
-    "only_rounding",
-    "option_as_setting",
-    "preset_names",
-    "preset_titles",
-    "read_settings",
-    "to_yaml",
-]

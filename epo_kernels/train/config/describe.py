@@ -38,12 +38,7 @@ def preset_titles() -> dict[str, str]:
 
 
 def option_as_setting(option: str, following: Sequence[str]) -> str:
-    """The error for an option that does not exist, such as --steps 5: how to write the setting that is meant.
-
-    Args:
-        option: with its dashes.
-        following: the next word of the command line, if there is one.
-    """
+    """The error for an option that does not exist, such as --steps 5: how to write the setting that is meant."""
     given, equals, value = option.lstrip("-").partition("=")
     given, known = given.replace("-", "_"), known_settings()
     if group := [name for name in known if name.startswith(f"{given}.")]:

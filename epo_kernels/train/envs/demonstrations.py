@@ -4,11 +4,15 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from epo_kernels.train.envs.base import Demonstration, Environment, Observation, Task
+
+FROZEN = "demonstrations.jsonl"
 
 
 def cache_folder(configured: str | None) -> Path:
@@ -70,14 +74,58 @@ def read_demonstration(path: Path) -> Demonstration | None:
     except FileNotFoundError:
         return None
     try:
-        record = json.loads(text)
-        return Demonstration(
-            task=Task(**record["task"]),
-            observations=[observation_of(seen) for seen in record["observations"]],
-            actions=list(record["actions"]),
-            score=float(record["score"]),
-        )
+        return _demonstration(text)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} holds no demonstration ({error}); delete the file, and it is written again"
         ) from error
+
+
+def frozen_folder(name: str) -> Path:
+    """The folder of frozen demonstrations called `name`: one shipped with the package, else a path."""
+    shipped = Path(str(files("epo_kernels.train"))) / "frozen" / name
+    return shipped if shipped.is_dir() else Path(name)
+
+
+def freeze(folder: Path, demonstrations: Sequence[Demonstration]) -> None:
+    """Write `folder`/demonstrations.jsonl, one line each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(_record(demonstration), ensure_ascii=False) for demonstration in demonstrations]
+    (folder / FROZEN).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_frozen(folder: Path, count: int) -> list[Demonstration]:
+    """The first `count` demonstrations of a folder that `freeze` wrote.
+
+    Raises:
+        ValueError: there is no such file, it has fewer, or a line of it is no demonstration.
+    """
+    try:
+        lines = (folder / FROZEN).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{folder / FROZEN} cannot be read ({error})") from error
+    if len(lines) < count:
+        raise ValueError(f"{folder / FROZEN} has {len(lines)} demonstrations, {count} are needed")
+    demonstrations = []
+    for number, line in enumerate(lines[:count], start=1):
+        try:
+            demonstrations.append(_demonstration(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / FROZEN}, line {number} is no demonstration ({error})") from error
+    return demonstrations
+
+
+def _record(demonstration: Demonstration) -> dict[str, object]:
+    """As JSON, without the fields of observations that are empty."""
+    seen = [{name: value for name, value in asdict(o).items() if value} for o in demonstration.observations]
+    return asdict(demonstration) | {"observations": seen}
+
+
+def _demonstration(text: str) -> Demonstration:
+    record = json.loads(text)
+    return Demonstration(
+        task=Task(**record["task"]),
+        observations=[observation_of(seen) for seen in record["observations"]],
+        actions=list(record["actions"]),
+        score=float(record["score"]),
+    )

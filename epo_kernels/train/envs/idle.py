@@ -28,11 +28,12 @@ class IdleEnvironments(Generic[E]):
             yield environment
         except EnvironmentFailure:
             environment.close()
+            environment = None
             raise
-        except BaseException:
-            self._give_back(environment)
-            raise
-        self._give_back(environment)
+        finally:
+            if environment is not None:
+                with self._lock:
+                    self._idle.append(environment)
 
     def close(self) -> None:
         """End those that are idle. It goes on lending."""
@@ -40,7 +41,3 @@ class IdleEnvironments(Generic[E]):
             idle, self._idle = self._idle, []
         for environment in idle:
             environment.close()
-
-    def _give_back(self, environment: E) -> None:
-        with self._lock:
-            self._idle.append(environment)

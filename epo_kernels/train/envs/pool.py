@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,43 +116,29 @@ def _as_failure(error: Exception) -> EnvironmentFailure:
     return failure
 
 
+@dataclass
 class EnvironmentPool:
     """`size` slots over the environments of `suite`, which are made when first needed.
-
-    Args:
-        suite: where environments come from.
-        size: number of slots.
-        step_timeout: seconds a step may take.
-        start_timeout: seconds a reset may take, the making of the environment included.
-        max_failures: episodes in a row that may be lost before `reset` raises.
 
     Close it, or use it as a context manager: environments may be processes.
     """
 
-    def __init__(
-        self,
-        suite: Suite,
-        size: int,
-        *,
-        step_timeout: float = 30.0,
-        start_timeout: float = 120.0,
-        max_failures: int = 100,
-    ) -> None:
-        if size < 1:
-            raise ValueError(f"a pool needs at least one slot, not {size}")
-        self.size = size
-        self.replaced = 0  # environments that failed and were replaced
-        self._suite = suite
-        self._step_timeout = step_timeout
-        self._start_timeout = start_timeout
-        self._max_failures = max_failures
+    suite: Suite
+    size: int
+    step_timeout: float = 30.0  # seconds a step may take
+    start_timeout: float = 120.0  # seconds a reset may take, the making of the environment included
+    max_failures: int = 100  # episodes in a row that may be lost before `reset` raises
+    replaced: int = field(default=0, init=False)  # environments that failed and were replaced
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a pool needs at least one slot, not {self.size}")
         self._failures = 0  # in a row
-        self._acted = [False] * size  # since the slot's last reset
-        self._workers = [self._worker(slot) for slot in range(size)]
+        self._acted = [False] * self.size  # since the slot's last reset
+        self._workers = [self._worker(slot) for slot in range(self.size)]
         self._prefetched: dict[int, tuple[Task, Future[Observation]]] = {}
         self._closed = threading.Event()
-        self._watchdog = threading.Thread(target=self._watch, name="environment-watchdog", daemon=True)
-        self._watchdog.start()
+        threading.Thread(target=self._watch, name="environment-watchdog", daemon=True).start()
 
     def reset(self, slot: int, task: Task) -> Future[Observation]:
         """Begin an episode in `slot`; where this very reset was prefetched, its future.
@@ -168,31 +154,21 @@ class EnvironmentPool:
         elif self._acted[slot]:  # its last episode was played
             self._failures = 0
         self._acted[slot] = False
-        return self._submit(slot, lambda e: e.reset(task), self._start_timeout, "env.start_timeout")
+        return self._submit(slot, lambda e: e.reset(task), self.start_timeout, "env.start_timeout")
 
     def step(self, slot: int, action: str) -> Future[StepResult]:
         """Play an action in `slot`."""
         self._prefetched.pop(slot, None)
         self._acted[slot] = True
-        return self._submit(slot, lambda e: e.step(action), self._step_timeout, "env.step_timeout")
+        return self._submit(slot, lambda e: e.step(action), self.step_timeout, "env.step_timeout")
 
     def prefetch(self, tasks: Sequence[Task]) -> None:
         """Begin to reset slots 0, 1, ... to `tasks`, while something else is done: the next `reset` finds it ready.
 
         Ends whatever episode these slots are in.
         """
-        for slot, task in enumerate(self._fitting(tasks)):
+        for slot, task in enumerate(tasks):
             self._prefetched[slot] = (task, self.reset(slot, task))
-
-    def reset_all(self, tasks: Sequence[Task]) -> list[Observation | EnvironmentFailure]:
-        """Begin an episode in slots 0, 1, ... and wait for all; a failure stands in the place of its observation."""
-        futures = [self.reset(slot, task) for slot, task in enumerate(self._fitting(tasks))]
-        return [_outcome(future) for future in futures]
-
-    def step_all(self, actions: Mapping[int, str]) -> dict[int, StepResult | EnvironmentFailure]:
-        """Play an action in each slot named and wait for all; a failure stands in the place of its result."""
-        futures = {slot: self.step(slot, action) for slot, action in actions.items()}
-        return {slot: _outcome(future) for slot, future in futures.items()}
 
     def close(self) -> None:
         """End all environments. What is still running fails."""
@@ -201,7 +177,7 @@ class EnvironmentPool:
         endings = [worker.abandon(failure) for worker in self._workers]
         for ending in endings:
             if ending is not None:
-                ending.join(timeout=self._step_timeout)
+                ending.join(timeout=self.step_timeout)
 
     def __enter__(self) -> "EnvironmentPool":
         return self
@@ -214,14 +190,14 @@ class EnvironmentPool:
         self.replaced += 1
         self._failures += 1
         self._workers[slot] = self._worker(slot)
-        if self._failures >= self._max_failures:
+        if self._failures >= self.max_failures:
             raise EnvironmentFailure(
                 f"{self._failures} episodes in a row were lost to their environments (env.max_failures); "
                 f"the last: {failure}"
             ) from failure
 
     def _worker(self, slot: int) -> _Worker:
-        return _Worker(self._suite.make, f"environment-{slot}")
+        return _Worker(self.suite.make, f"environment-{slot}")
 
     def _submit(self, slot: int, call: Callable[[Environment], Any], limit: float, hint: str) -> Future[Any]:
         if self._closed.is_set():
@@ -230,20 +206,8 @@ class EnvironmentPool:
         self._workers[slot].submit(job)
         return job.future
 
-    def _fitting(self, tasks: Sequence[Task]) -> Sequence[Task]:
-        if len(tasks) > self.size:
-            raise ValueError(f"{len(tasks)} tasks don't fit into a pool of {self.size} slots")
-        return tasks
-
     def _watch(self) -> None:
-        pause = min(self._step_timeout, self._start_timeout, 2.0) / 10
+        pause = min(self.step_timeout, self.start_timeout, 2.0) / 10
         while not self._closed.wait(pause):
             for worker in self._workers:
                 worker.expire()
-
-
-def _outcome(future: Future[Any]) -> Any:
-    try:
-        return future.result()
-    except EnvironmentFailure as failure:
-        return failure

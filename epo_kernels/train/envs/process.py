@@ -47,11 +47,7 @@ class ProcessEnvironment(Environment):
         return StepResult(**result | {"observation": observation_of(result["observation"])})
 
     def call(self, method: str, **arguments: Any) -> Any:
-        """What another method of `kind` returns. Arguments and result are JSON values.
-
-        Raises:
-            EnvironmentFailure: the process died, didn't answer within env.start_timeout, or the method raised.
-        """
+        """What another method of `kind` returns. Arguments and result are JSON values."""
         return self._worker.call(method, self._config.start_timeout, "env.start_timeout", **arguments)
 
     def close(self) -> None:

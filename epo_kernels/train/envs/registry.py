@@ -7,7 +7,6 @@ A name is built in, an entry point of the group `epo_kernels.environments` of an
 import re
 import traceback
 from dataclasses import is_dataclass, replace
-from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from epo_kernels.train.envs.base import EnvConfig
 from epo_kernels.train.envs.suite import Suite
-from epo_kernels.train.setting import check_settings
+from epo_kernels.train.setting import check_settings, suggest
 
 GROUP = "epo_kernels.environments"
 # Not entry points of our own: those would be missing until a source tree is installed again.
@@ -38,11 +37,9 @@ def suite_class(name: str) -> type[Suite]:
     addresses = {point.name: point.value for point in entry_points(group=GROUP)}
     if name not in addresses:
         addresses |= BUILT_IN
-        close = get_close_matches(name, addresses, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"env.name must be one of {', '.join(sorted(addresses))}, or a plug-in's my_module:MySuite, "
-            f"got {name!r}{hint}"
+            f"got {name!r}{suggest(name, list(addresses))}"
         )
     return _checked(_load(name, addresses[name]), f"env.name={name}")
 

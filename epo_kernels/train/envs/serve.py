@@ -13,13 +13,7 @@ from typing import Any
 
 
 def open_object(path: list[str], package: str, address: str, arguments: dict[str, Any]) -> Any:
-    """An object of the class at `address`, "module:Class".
-
-    Args:
-        path: where modules are found.
-        package: the folder of epo_kernels.
-        arguments: of the constructor.
-    """
+    """An object of the class at `address`, "module:Class"."""
     sys.path[:] = path
     bare = types.ModuleType("epo_kernels")
     bare.__path__ = [package]

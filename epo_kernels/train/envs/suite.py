@@ -1,8 +1,9 @@
 """The base class of all environments' suites, and of plug-ins."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 from epo_kernels.train.envs.base import Demonstration, EnvConfig, Environment, NoOptions, Task
@@ -39,6 +40,11 @@ class Suite(ABC):
         """The tasks of "train" or a panel, always in the same order. Panels share no task with "train" or each other
         (one of them may be "train" itself).
         """
+
+    @staticmethod
+    def in_turns(columns: Sequence[Sequence[Task]]) -> list[Task]:
+        """The tasks of several types, in turn: any first n of them are balanced."""
+        return [task for row in zip_longest(*columns) for task in row if task is not None]
 
     @abstractmethod
     def make(self) -> Environment:

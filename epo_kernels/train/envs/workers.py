@@ -29,9 +29,6 @@ class Worker:
     Args:
         address: its class, as "module:Class".
         title: what it is, for messages, as in "an ALFWorld engine".
-        start_timeout: seconds it may take to start.
-        variables: additions to the process's environment.
-        arguments: of the class's constructor; JSON values.
 
     Raises:
         EnvironmentFailure: it didn't start.

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, coloured by the page's style sheet: lines with intervals, stacks, heat maps, profiles."""
+"""Charts as inline SVG, coloured by the page's style sheet: lines with intervals, and heat maps."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +14,8 @@ _SEQUENTIAL = ("#1d1147", "#51127c", "#822681", "#b63679", "#e65164", "#fb8861",
 
 @dataclass(frozen=True)
 class Series:
-    """A line over steps, with the interval around it where there is one."""
-
     label: str
-    points: Sequence[tuple[float, float]]  # (step, value)
+    points: Sequence[tuple[float, float]]  # (step or turn, value)
     interval: Sequence[tuple[float, float]] = ()  # (low, high) of each point
 
 
@@ -48,19 +46,21 @@ def percent(value: float) -> str:
     return f"{100 * value:.3g} %"
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`."""
-    span = high - low
-    if span <= 0:
+def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
+    """Round numbers from `low` to `high`; `whole`: no fractions."""
+    if high <= low:
         return [low]
-    raw = span / most
+    raw = (high - low) / most
     size = 10 ** math.floor(math.log10(raw))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= raw)
+    step = max(step, 1) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(title: str, series: Sequence[Series], show: Callable[[float], str] = number) -> Markup:
+def line_chart(
+    title: str, series: Sequence[Series], show: Callable[[float], str] = number, over: str = "step"
+) -> Markup:
     """All series on one pair of axes, from 0 on; a percentage's axis ends at 100 % where it comes near."""
     values = [value for line in series for _, value in line.points]
     values += [value for line in series for pair in line.interval for value in pair]
@@ -72,42 +72,27 @@ def line_chart(title: str, series: Sequence[Series], show: Callable[[float], str
     elif high > 0:
         high *= 1.05
     steps = [step for line in series for step, _ in line.points]
-    x, y = _scales(min(steps), max(steps), low, high)
-    parts = [_axes(x, y, show)]
+    x = Scale(min(steps), max(steps), LEFT, WIDTH - RIGHT)
+    y = Scale(low, high, HEIGHT - BOTTOM, TOP)
+    parts = _axes(x, y, show)
     for index, line in enumerate(series, 1):
+        points = [(x(step), y(value)) for step, value in line.points]
         if line.interval:
-            upper = [(x(step), y(high)) for (step, _), (_, high) in zip(line.points, line.interval, strict=True)]
-            lower = [(x(step), y(low)) for (step, _), (low, _) in zip(line.points, line.interval, strict=True)]
+            upper = [(px, y(top)) for (px, _), (_, top) in zip(points, line.interval, strict=True)]
+            lower = [(px, y(bottom)) for (px, _), (bottom, _) in zip(points, line.interval, strict=True)]
             parts.append(f'<polygon class="f{index} ribbon" points="{_path(upper + lower[::-1])}"/>')
-        parts.append(f'<polyline class="s{index}" points="{_path((x(step), y(v)) for step, v in line.points)}"/>')
-        if len(line.points) <= 40:
+        parts.append(f'<polyline class="s{index}" points="{_path(points)}"/>')
+        if len(points) <= 40:
             parts += [
-                f'<circle class="f{index}" cx="{x(step)}" cy="{y(v)}" r="2.5"><title>step {step:g}: {show(v)}</title>'
+                f'<circle class="f{index}" cx="{px}" cy="{py}" r="2.5"><title>{over} {step:g}: {show(v)}</title>'
                 "</circle>"
-                for step, v in line.points
+                for (px, py), (step, v) in zip(points, line.points, strict=True)
             ]
-    legend = [(f"f{index}", line.label, show(line.points[-1][1])) for index, line in enumerate(series, 1)]
-    return _figure(title, parts, legend)
-
-
-def stacked_chart(title: str, steps: Sequence[float], layers: Sequence[tuple[str, Sequence[float]]]) -> Markup:
-    """Areas upon each other: (label, values at the steps)."""
-    totals = [0.0] * len(steps)
-    high = max(sum(column) for column in zip(*(values for _, values in layers), strict=True))
-    x, y = _scales(steps[0], steps[-1], 0.0, 1.05 * high or 1.0)
-    parts = []
-    for index, (label, values) in enumerate(layers, 1):
-        base, totals = totals, [below + value for below, value in zip(totals, values, strict=True)]
-        top = [(x(step), y(value)) for step, value in zip(steps, totals, strict=True)]
-        bottom = [(x(step), y(value)) for step, value in zip(steps, base, strict=True)]
-        if len(steps) == 1:  # an area needs a width
-            top, bottom = [(LEFT, top[0][1]), (WIDTH - RIGHT, top[0][1])], [(LEFT, bottom[0][1]), (WIDTH - RIGHT, y(0))]
-        parts.append(f'<polygon class="f{index}" points="{_path(top + bottom[::-1])}"><title>{label}</title></polygon>')
-    means = [sum(values) / len(values) for _, values in layers]
-    legend = [
-        (f"f{i}", label, f"{number(mean)} s") for i, ((label, _), mean) in enumerate(zip(layers, means, strict=True), 1)
-    ]
-    return _figure(title, [_axes(x, y, number), *parts], legend)
+    legend = "".join(
+        f'<span class="key"><i class="f{index}"></i>{escape(line.label)} <b>{show(line.points[-1][1])}</b></span>'
+        for index, line in enumerate(series, 1)
+    )
+    return _figure(title, parts, legend, over)
 
 
 Grid = Sequence[Sequence[float | None]]  # a row a step, in it a value a turn; None: nobody got that far
@@ -124,7 +109,7 @@ def heat_map(title: str, steps: Sequence[float], grid: Grid) -> Markup:
         return f'fill="{_colour(scale(value) if high > low else 0.5)}"', f"{number(value)} nats"
 
     stops = "".join(f'<i style="background:{colour}"></i>' for colour in _SEQUENTIAL)
-    key = Markup(f'<span class="ramp">{number(low)}{stops}{number(high)} nats a token</span>')
+    key = f'<span class="ramp">{number(low)}{stops}{number(high)} nats a token</span>'
     return _cells(title, steps, grid, cell, key)
 
 
@@ -141,56 +126,33 @@ def band_map(
     ]
     steps, sides = _condensed(steps, sides)
 
-    def cell(value: float) -> tuple[str, str]:
-        side = 0 if abs(value) < 0.5 else 1 if value > 0 else -1
-        return f'class="{("below", "inside", "above")[side + 1]}"', ("below", "inside", "above")[side + 1]
+    names = ("inside", "above", "below")  # 0, 1, -1
 
-    names = ("below", "inside", "above")
-    key = Markup("".join(f'<span class="key"><i class="{name}"></i>{name}</span>' for name in names))
+    def cell(value: float) -> tuple[str, str]:
+        name = names[round(value)]
+        return f'class="{name}"', name
+
+    key = "".join(f'<span class="key"><i class="{name}"></i>{name}</span>' for name in ("below", "inside", "above"))
     return _cells(title, steps, sides, cell, key)
 
 
-def profile(
-    title: str, series: Sequence[tuple[str, Sequence[float | None]]], band: Sequence[tuple[float, float] | None]
-) -> Markup:
-    """Values over turns, with a band around them: (label, value of turn 1, 2, ...)."""
-    known = [(turn, pair) for turn, pair in enumerate(band, 1) if pair is not None and math.isfinite(pair[1])]
-    values = [v for _, row in series for v in row if v is not None] + [v for _, pair in known for v in pair]
-    turns = max([len(row) for _, row in series])
-    x, y = _scales(1, turns, 0.0, 1.05 * max(values) or 1.0)
-    parts = []
-    if known:
-        edge = [(x(turn), y(high)) for turn, (_, high) in known] + [(x(turn), y(low)) for turn, (low, _) in known[::-1]]
-        parts.append(f'<polygon class="band" points="{_path(edge)}"><title>band</title></polygon>')
-    parts.append(_axes(x, y, number))
-    for index, (_, row) in enumerate(series, 1):
-        points = [(x(turn), y(value)) for turn, value in enumerate(row, 1) if value is not None]
-        parts.append(f'<polyline class="s{index}" points="{_path(points)}"/>')
-        parts += [f'<circle class="f{index}" cx="{px}" cy="{py}" r="2"/>' for px, py in points if turns <= 40]
-    legend = [(f"f{index}", label, "") for index, (label, _) in enumerate(series, 1)]
-    return _figure(title, parts, [*legend, *([("band", "band of the last step", "")] if known else [])], "turn")
-
-
-def _scales(x_low: float, x_high: float, y_low: float, y_high: float) -> tuple[Scale, Scale]:
-    return Scale(x_low, x_high, LEFT, WIDTH - RIGHT), Scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
-
-
-def _axes(x: Scale, y: Scale, show: Callable[[float], str]) -> str:
-    marks = [
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value)}" y2="{y(value)}"/>'
-        f'<text class="y" x="{LEFT - 6}" y="{y(value) + 3.5}">{show(value)}</text>'
-        for value in ticks(y.low, y.high, 4)
+def _axes(x: Scale, y: Scale, show: Callable[[float], str], whole: bool = False) -> list[str]:
+    rows = [(value, y(value)) for value in ticks(y.low, y.high, 4, whole)]
+    return [
+        *(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>'
+            f'<text class="y" x="{LEFT - 6}" y="{at + 3.5}">{show(value)}</text>'
+            for value, at in rows
+        ),
+        *(
+            f'<text class="x" x="{x(value)}" y="{HEIGHT - 8}">{value:g}</text>'
+            for value in ticks(x.low, x.high, 6, whole=True)
+        ),
     ]
-    return "".join([*marks, _steps_axis(x)])
-
-
-def _steps_axis(x: Scale) -> str:
-    whole = [value for value in ticks(x.low, x.high, 6) if value == int(value)]
-    return "".join(f'<text class="x" x="{x(value)}" y="{HEIGHT - 8}">{value:g}</text>' for value in whole)
 
 
 def _cells(
-    title: str, steps: Sequence[float], grid: Grid, cell: Callable[[float], tuple[str, str]], key: Markup
+    title: str, steps: Sequence[float], grid: Grid, cell: Callable[[float], tuple[str, str]], key: str
 ) -> Markup:
     turns = max(map(len, grid))
     width = (WIDTH - LEFT - RIGHT) / len(grid)
@@ -209,12 +171,7 @@ def _cells(
     half = width / 2
     x = Scale(steps[0], steps[-1], LEFT + half, WIDTH - RIGHT - half)
     y = Scale(1, turns, HEIGHT - BOTTOM - height / 2, TOP + height / 2)
-    marks = [
-        f'<text class="y" x="{LEFT - 6}" y="{y(turn) + 3.5}">{turn:g}</text>'
-        for turn in ticks(1, turns, 5)
-        if turn == int(turn)
-    ]
-    return _figure(title, [*parts, *marks, _steps_axis(x)], [], "step", key)
+    return _figure(title, [*_axes(x, y, number, whole=True), *parts], key, "step")
 
 
 def _condensed(steps: Sequence[float], grid: Grid) -> tuple[list[float], list[list[float | None]]]:
@@ -247,19 +204,9 @@ def _path(points: Iterable[tuple[float, float]]) -> str:
     return " ".join(f"{x},{y}" for x, y in points)
 
 
-def _figure(
-    title: str,
-    parts: Sequence[str],
-    legend: Sequence[tuple[str, str, str]],
-    below: str = "step",
-    key: str = "",
-) -> Markup:
-    keys = "".join(
-        f'<span class="key"><i class="{look}"></i>{escape(label)} <b>{value}</b></span>'
-        for look, label, value in legend
-    )
+def _figure(title: str, parts: Sequence[str], legend: str, over: str) -> Markup:
     return Markup(
-        f'<div class="legend">{keys}{key}</div>'
+        f'<div class="legend">{legend}</div>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 8}" role="img" aria-label="{escape(title)}">{"".join(parts)}'
-        f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT + 6}">{below}</text></svg>'
+        f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT + 6}">{over}</text></svg>'
     )

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from epo_kernels.train.config import ConfigError
 from epo_kernels.train.io.failures import RunError
+from epo_kernels.train.io.text import one_line
 
 _NAME = re.compile(r"global_step_(\d+)")
 _UNFINISHED = ".writing_"
@@ -30,11 +31,8 @@ def save_checkpoint(
     An existing checkpoint of this step is left as it is.
 
     Args:
-        folder: of the run's checkpoints.
-        step: the last step done.
         save_policy: writes the policy into the folder it is given.
         state: the rest, for trainer.pt: plain tensors and numbers.
-        keep: how many checkpoints remain.
 
     Raises:
         SaveError: nothing was saved, and nothing that was there before is lost.
@@ -85,7 +83,6 @@ def room_warning(folder: Path, trained: int, other: int, keep: int) -> str | Non
 
 def _save_failed(folder: Path, step: int, error: Exception) -> str:
     present = list_checkpoints(folder)
-    reason = " ".join(str(error).split()) or type(error).__name__
     size = sum(path.stat().st_size for path in present[-1].rglob("*") if path.is_file()) if present else 0
     rest = (
         f"{present[-1]} is whole. Make room (a checkpoint takes {size / 1e6:,.0f} MB, and one more than "
@@ -93,7 +90,7 @@ def _save_failed(folder: Path, step: int, error: Exception) -> str:
         if present
         else "there is no earlier one. Make room, or choose a run_dir on another disk, and begin again"
     )
-    return f"the checkpoint of step {step} could not be written to {folder} ({reason}); {rest}"
+    return f"the checkpoint of step {step} could not be written to {folder} ({one_line(error)}); {rest}"
 
 
 def drop_later_checkpoints(folder: Path, step: int) -> None:
@@ -131,7 +128,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ConfigError(
             f"{path} is not read, since it is damaged or holds more than plain tensors and numbers (weights_only): "
-            f"{' '.join(str(error).split())[:200]}; go on from another checkpoint with resume=FOLDER"
+            f"{one_line(error, 200)}; go on from another checkpoint with resume=FOLDER"
         ) from error
 
 

@@ -54,9 +54,8 @@ class Display:
     ) -> Iterator[Report]:
         """Gives a function to call with the amount done so far, of `total`; it also calls `check`, which may raise.
 
-        Where the amount isn't known, `total` is None and there is nothing to call.
-
-        Without a terminal, a line every `LOG_EVERY` seconds says how far it is, whether or not anything was reported.
+        `total` is None where the amount isn't known. Without a terminal, a line every `LOG_EVERY` seconds says how far
+        it is, whether or not anything was reported.
         """
         task = self._bars.add_task(name, total=total)
         progress = Progress(name, total, unit)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.progress import Report
@@ -15,20 +16,13 @@ BARS = {
 }
 
 
+@dataclass
 class Phases:
-    """
-    Args:
-        display: where bars show.
-        step: the training step.
+    """Seconds spent in each phase of a step."""
 
-    Attributes:
-        seconds: spent in each phase.
-    """
-
-    def __init__(self, display: Display, step: int) -> None:
-        self.seconds: dict[str, float] = {}
-        self._display = display
-        self._step = step
+    display: Display
+    step: int
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -39,7 +33,7 @@ class Phases:
     @contextmanager
     def __call__(self, name: str, samples: int) -> Iterator[Report]:
         """Time one of `BARS`, which is never stopped half done; gives a Report of the number of samples done."""
-        with self.timed(name), self._display.bar(f"step {self._step}, {BARS[name]}", samples, "samples") as report:
+        with self.timed(name), self.display.bar(f"step {self.step}, {BARS[name]}", samples, "samples") as report:
             yield report
 
     def metrics(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 Report = Callable[[float], None]  # gets the amount done so far
 
@@ -17,33 +18,27 @@ def part_of(report: Report, start: float, share: float = 1.0) -> Report:
     return lambda done: report(start + share * done)
 
 
+@dataclass
 class Progress:
-    """What was reported of a phase.
+    """What was reported of a phase."""
 
-    Args:
-        name: of the phase.
-        total: amount of work; None: not known, and nothing is reported.
-        unit: of the work, in the plural.
-    """
-
-    def __init__(self, name: str, total: int | None, unit: str) -> None:
-        self.done = 0.0
-        self._name = name
-        self._total = total
-        self._unit = unit
-        self._start = time.monotonic()
+    name: str
+    total: int | None  # amount of work; None: not known, and nothing is reported
+    unit: str  # in the plural
+    done: float = 0.0
+    start: float = field(default_factory=lambda: time.monotonic())
 
     def line(self) -> str:
         """Done of total, and as soon as something is done the pace and the time left."""
-        spent = time.monotonic() - self._start
-        if self._total is None:
-            return f"{self._name}: {duration(spent)} so far"
-        head = f"{self._name}: {self.done:.4g} of {self._total} {self._unit} after {duration(spent)}"
+        spent = time.monotonic() - self.start
+        if self.total is None:
+            return f"{self.name}: {duration(spent)} so far"
+        head = f"{self.name}: {self.done:.4g} of {self.total} {self.unit} after {duration(spent)}"
         if not self.done:
             return head
         rate = self.done / spent
         pace = f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
-        return f"{head}, {pace}, {duration(max(self._total - self.done, 0) / rate)} left"
+        return f"{head}, {pace}, {duration(max(self.total - self.done, 0) / rate)} left"
 
 
 def duration(seconds: float) -> str:

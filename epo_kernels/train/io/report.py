@@ -15,7 +15,7 @@ from epo_kernels.train.io import charts
 from epo_kernels.train.io.charts import Grid, Series, percent
 from epo_kernels.train.io.text import printable
 from epo_kernels.train.io.tracking import read_episodes, read_evaluation, read_metrics, read_versions, write_atomically
-from epo_kernels.train.io.watch import Alarm, watched
+from epo_kernels.train.io.watch import watched
 
 Metrics = list[dict[str, Any]]
 
@@ -34,14 +34,6 @@ class Run:
 
 Played = tuple[str, dict[str, Any]]  # when, and the episode
 SHOWN_TASKS = 3  # of each panel: the first ones, so that nobody chose them
-PHASES = {  # of timing_s/*
-    "gen_model": "writing",
-    "gen_environment": "environments",
-    "old_log_prob": "old log-probs",
-    "values": "values",
-    "update_critic": "critic's update",
-    "update_actor": "policy's update",
-}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -50,13 +42,18 @@ def write_report(run_dir: Path) -> Path:
     config_text = path.read_text(encoding="utf-8") if path.exists() else ""
     run = Run(read_metrics(run_dir), read_evaluation(run_dir), read_settings(config_text))
     comparisons = sorted(compare(run.records), key=lambda c: (c.panel, c.decoding != "sampled"))
+    record_of = {(r.panel, r.decoding, r.when): r for r in run.records}
+    watch = WatchConfig(**{setting.name: run.settings[f"watch.{setting.name}"] for setting in fields(WatchConfig)})
     html = _template().render(
         title=run_dir.resolve().name,
         subtitle=_subtitle(run),
         headline=_headline(comparisons, run.metrics),
-        comparisons=[(one, *_ends(one, run.records), verdict(one.success)) for one in comparisons],
+        comparisons=[
+            (c, *(record_of[c.panel, c.decoding, when] for when in ("before", "after")), verdict(c.success))
+            for c in comparisons
+        ],
         records=sorted(run.records, key=lambda r: (r.panel, r.decoding, r.step)),
-        alarms=_alarms(run),
+        alarms=watched(run.metrics, watch)[1],
         sections=[
             (heading, [(name, note, chart) for name, note, draw in figures if (chart := draw(run))])
             for heading, figures in SECTIONS.items()
@@ -102,50 +99,31 @@ def _headline(comparisons: Sequence[Comparison], metrics: Metrics) -> str:
     return f"Success {verb} by {abs(difference):.1f} points on {first.episodes} held-out tasks."
 
 
-def _ends(comparison: Comparison, records: Sequence[Record]) -> tuple[Record, Record]:
-    before, after = (
-        next(r for r in records if (r.panel, r.decoding, r.when) == (comparison.panel, comparison.decoding, when))
-        for when in ("before", "after")
-    )
-    return before, after
-
-
-def _alarms(run: Run) -> list[Alarm]:
-    config = WatchConfig(**{setting.name: run.settings[f"watch.{setting.name}"] for setting in fields(WatchConfig)})
-    return watched(run.metrics, config)[1]
-
-
-def _points(metrics: Metrics, name: str) -> list[tuple[float, float]]:
-    return [(entry["training/global_step"], entry[name]) for entry in metrics if entry.get(name) is not None]
-
-
-def _lines(names: dict[str, str], show: Callable[[float], str] = charts.number) -> "Draw":
-    """A chart of the metrics `names` (name: label) that were measured."""
+def _lines(
+    names: dict[str, str],
+    show: Callable[[float], str] = charts.number,
+    interval: Callable[[dict[str, Any]], tuple[float, float]] | None = None,
+) -> "Draw":
+    """A chart of the metrics `names` (name: label) that were measured, with the interval of each line of metrics."""
 
     def draw(run: Run) -> Markup | None:
-        series = [Series(label, points) for name, label in names.items() if (points := _points(run.metrics, name))]
+        series = []
+        for name, label in names.items():
+            known = [line for line in run.metrics if line.get(name) is not None]
+            points = [(line["training/global_step"], line[name]) for line in known]
+            series += [Series(label, points, [interval(line) for line in known] if interval else [])] if known else []
         return charts.line_chart(", ".join(names.values()), series, show) if series else None
 
     return draw
 
 
-def _draw_success(run: Run) -> Markup | None:
-    known = run.lines_with("episode/played")
-    if not known:
-        return None
-    intervals = [wilson(round(e["episode/success_rate"] * e["episode/played"]), e["episode/played"]) for e in known]
-    line = Series("success", _points(known, "episode/success_rate"), intervals)
-    return charts.line_chart("success in training", [line], percent)
+def _of_success(line: dict[str, Any]) -> tuple[float, float]:
+    return wilson(round(line["episode/success_rate"] * line["episode/played"]), line["episode/played"])
 
 
-def _draw_return(run: Run) -> Markup | None:
-    known = run.lines_with("episode/played")
-    if not known:
-        return None
-    halves = [Z_95 * line["episode/reward/std"] / math.sqrt(line["episode/played"]) for line in known]
-    points = _points(known, "episode/reward/mean")
-    intervals = [(value - half, value + half) for (_, value), half in zip(points, halves, strict=True)]
-    return charts.line_chart("return in training", [Series("return", points, intervals)])
+def _of_return(line: dict[str, Any]) -> tuple[float, float]:
+    half = Z_95 * line["episode/reward/std"] / math.sqrt(line["episode/played"])
+    return line["episode/reward/mean"] - half, line["episode/reward/mean"] + half
 
 
 def _draw_panels(run: Run) -> Markup | None:
@@ -194,46 +172,40 @@ def _draw_profile(run: Run) -> Markup | None:
     steps, grid = _entropies(run)
     if not steps:
         return None
-    rows = [(f"step {steps[-1]}", grid[-1])]
-    if len(steps) > 1:
-        rows.append((f"step {steps[0]}", grid[0]))
-    return charts.profile("entropy by turn", rows, _bounds(run)[-1])
-
-
-def _draw_timing(run: Run) -> Markup | None:
-    known = run.lines_with("timing_s/step")
-    if not known:
-        return None
-    layers = [
-        (label, [line.get(f"timing_s/{name}") or 0.0 for line in known])
-        for name, label in PHASES.items()
-        if any(line.get(f"timing_s/{name}") for line in known)
-    ]
-    named = [sum(values[i] for _, values in layers) for i in range(len(known))]
-    layers.append(("rest", [max(line["timing_s/step"] - n, 0.0) for line, n in zip(known, named, strict=True)]))
-    return charts.stacked_chart("seconds of a step", [line["training/global_step"] for line in known], layers)
-
-
-def _share_without_spread(run: Run) -> Markup | None:
-    known = run.lines_with("episode/groups")
-    points = [
-        (line["training/global_step"], line["episode/groups_without_variance"] / line["episode/groups"])
-        for line in known
-    ]
-    title = "groups whose returns are all equal"
-    return charts.line_chart(title, [Series("of groups", points)], percent) if points else None
+    series: list[Series] = []
+    for index in dict.fromkeys((len(steps) - 1, 0)):  # the last step, then the first
+        known = [(turn, value) for turn, value in enumerate(grid[index], 1) if value is not None]
+        limits = _bounds(run)[index] if not series else []
+        has_band = any(limit is not None and math.isfinite(limit[1]) for limit in limits)
+        band = [
+            limit if (limit := limits[turn - 1]) is not None and math.isfinite(limit[1]) else (value, value)
+            for turn, value in known
+            if has_band
+        ]
+        series.append(Series(f"step {steps[index]}{' and its band' if has_band else ''}", known, band))
+    return charts.line_chart("entropy by turn", series, over="turn")
 
 
 Draw = Callable[[Run], Markup | None]
 _MISMATCH = {"training/rollout_probs_diff_mean": "mean", "training/rollout_probs_diff_max": "greatest"}
 _KL = {"actor/ppo_kl": "to the sampling policy", "actor/kl_loss": "to the start (loss term)"}
 _OUT_OF_BAND = {"epo/band_high_share": "above", "epo/band_low_share": "below"}
+_TIMES = {
+    "timing_s/step": "step",
+    "timing_s/gen_model": "writing",
+    "timing_s/gen_environment": "environments",
+    "timing_s/old_log_prob": "old log-probs",
+    "timing_s/values": "values",
+    "timing_s/update_critic": "critic's update",
+    "timing_s/update_actor": "policy's update",
+}
+_SUCCESS, _RETURN = {"episode/success_rate": "success"}, {"episode/reward/mean": "return"}
 _LENGTH = {"response_length/mean": "mean", "response_length/max": "longest"}
 SECTIONS: dict[str, list[tuple[str, str, Draw]]] = {  # (title, note, chart)
     "Reward and success": [
         ("Success on held-out tasks", "the fixed panels, Wilson 95 %", _draw_panels),
-        ("Success in training", "of a step's episodes, Wilson 95 %", _draw_success),
-        ("Return in training", "mean of a step's episodes, normal 95 %", _draw_return),
+        ("Success in training", "of a step's episodes, Wilson 95 %", _lines(_SUCCESS, percent, _of_success)),
+        ("Return in training", "mean of a step's episodes, normal 95 %", _lines(_RETURN, interval=_of_return)),
     ],
     "Entropy": [
         ("Entropy by turn", "a column a step, turns upwards", _draw_entropy_by_turn),
@@ -254,17 +226,13 @@ SECTIONS: dict[str, list[tuple[str, str, Draw]]] = {  # (title, note, chart)
         ("Sampler against learner", "difference of a token's probability", _lines(_MISMATCH)),
     ],
     "Health": [
-        (
-            "Actions understood",
-            "share, by the environment",
-            _lines({"episode/valid_action_ratio": "understood"}, percent),
-        ),
+        ("Actions understood", "share", _lines({"episode/valid_action_ratio": "understood"}, percent)),
         ("Responses cut", "share at the limit of tokens", _lines({"response_length/clip_ratio": "cut"}, percent)),
-        ("Groups that teach nothing", "all returns equal", _share_without_spread),
+        ("Groups that teach nothing", "all returns equal", _lines({"episode/groups_without_variance": "groups"})),
         ("Repeated tokens", "of the responses'", _lines({"response/repeated_token_share": "repeated"}, percent)),
         ("Response length", "tokens", _lines(_LENGTH)),
         ("Episodes lost", "to their environments", _lines({"episode/failed": "lost"})),
-        ("Time of a step", "seconds", _draw_timing),
+        ("Time of a step", "seconds, whole and by part", _lines(_TIMES)),
     ],
 }
 

@@ -12,17 +12,11 @@ from epo_kernels.train.io.tracking import read_json, write_atomically
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run continues from.
+    """What a run continues from."""
 
-    Attributes:
-        checkpoint: its folder.
-        state: its trainer.pt.
-        is_branch: the checkpoint belongs to another run.
-    """
-
-    checkpoint: Path
-    state: dict[str, Any]
-    is_branch: bool
+    checkpoint: Path  # its folder
+    state: dict[str, Any]  # its trainer.pt
+    is_branch: bool  # the checkpoint belongs to another run
 
     @property
     def step(self) -> int:
@@ -112,9 +106,6 @@ def review_differences(saved: str, config: TrainConfig, step: int, is_branch: bo
 
     A branch may change everything except what defines the weights. A resumed run may change its number of steps, and
     settings that only affect rounding.
-
-    Args:
-        step: of the checkpoint.
 
     Raises:
         ConfigError: other settings changed (with a table of them), or `steps` is below `step`.

@@ -115,7 +115,6 @@ class Tracker:
     """Writes a run's records.
 
     Args:
-        run_dir: the run's folder.
         step: the step the run goes on from; what an earlier process wrote of later steps is dropped, since these steps
             are made again.
         boards: that show the numbers too, beside TensorBoard; closed with the tracker.

@@ -43,8 +43,11 @@ class CollapseWatch:
 
     def _signs(self, metrics: Mapping[str, Any]) -> dict[str, str]:
         """What shows in these metrics, by name; a figure that was not measured shows nothing."""
-        config, found = self._config, {}
-        entropy = metrics.get("actor/entropy")
+        config = self._config
+        entropy, groups = metrics.get("actor/entropy"), metrics.get("episode/groups")
+        uniform = metrics["episode/groups_without_variance"] / groups if groups else None
+        repeated, valid = metrics.get("response/repeated_token_share"), metrics.get("episode/valid_action_ratio")
+        found = {}
         if entropy is not None and entropy < config.entropy_low:
             found["entropy_low"] = (
                 f"entropy {entropy:.4f} nats a token is below {config.entropy_low:g} (watch.entropy_low): the policy "
@@ -55,21 +58,17 @@ class CollapseWatch:
                 f"entropy {entropy:.2f} nats a token is above {config.entropy_high:g} (watch.entropy_high): the policy "
                 "writes noise; lower loss.entropy_coeff, or let the band restore it (loss.penalty=hinge, alpha > 1)"
             )
-        groups = metrics.get("episode/groups")
-        share = metrics["episode/groups_without_variance"] / groups if groups else 0.0
-        if groups and share >= config.uniform_groups:
+        if uniform is not None and uniform >= config.uniform_groups:
             found["uniform_groups"] = (
-                f"{share:.0%} of groups have returns that are all equal (watch.uniform_groups "
-                f"{config.uniform_groups:.0%}): nothing to learn from; take tasks of another difficulty, larger groups "
-                "(algorithm.group_size) or a higher rollout.temperature"
+                f"{uniform:.0%} of groups have equal returns (watch.uniform_groups {config.uniform_groups:.0%}): "
+                "nothing to learn from; take easier or harder tasks, a larger algorithm.group_size or a higher "
+                "rollout.temperature"
             )
-        repeated = metrics.get("response/repeated_token_share")
         if repeated is not None and repeated >= config.repeated_tokens:
             found["repeated_tokens"] = (
                 f"{repeated:.0%} of response tokens repeat earlier ones (watch.repeated_tokens "
                 f"{config.repeated_tokens:.0%}): the policy loops; lower optim.lr or set loss.kl_coeff"
             )
-        valid = metrics.get("episode/valid_action_ratio")
         if valid is not None and valid < config.valid_actions:
             cut = metrics.get("response_length/clip_ratio") or 0.0
             found["valid_actions"] = (

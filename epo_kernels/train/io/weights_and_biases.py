@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from epo_kernels.train.config import ConfigError, TrackingConfig, TrainConfig, flatten
+from epo_kernels.train.io.text import one_line
 from epo_kernels.train.io.tracking import read_json, write_atomically
 
 INSTALL = 'pip install --constraint constraints.txt "epo-kernels[wandb]"'
@@ -84,9 +85,9 @@ class WeightsAndBiases:
                     settings=wandb.Settings(console="off", silent=True, finish_timeout=FINISH_TIMEOUT),
                 )
             except wandb.errors.UsageError as error:
-                raise ConfigError(f"tracking.wandb={tracking.wandb}: {_one_line(error)}") from error
+                raise ConfigError(f"tracking.wandb={tracking.wandb}: {one_line(error)}") from error
             except Exception as error:  # a server that isn't reached, a service that doesn't start
-                self._say(f"warning: W&B doesn't start in mode {mode}: {_one_line(error)}")
+                self._say(f"warning: W&B doesn't start in mode {mode}: {one_line(error)}")
                 wandb.teardown()  # its service holds the run's id otherwise
                 continue
             self._say(f"W&B: kept in {run.dir}; `wandb sync` sends it" if mode == "offline" else f"W&B: {run.url}")
@@ -98,12 +99,8 @@ class WeightsAndBiases:
             try:
                 act(self._run)
             except Exception as error:  # whatever breaks in there, the run is worth more
-                self._say(f"warning: W&B failed, and the run goes on without: {_one_line(error)}")
+                self._say(f"warning: W&B failed, and the run goes on without: {one_line(error)}")
                 self._run = None
 
     def _keep(self) -> None:
         write_atomically(self._path, json.dumps({"id": self._id, "sent": self._sent}) + "\n")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

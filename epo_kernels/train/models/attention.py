@@ -18,9 +18,6 @@ def require_attention(config: ModelConfig, device: torch.device) -> None:
 
     Without the package, transformers would download a kernel from the Hub and run it.
 
-    Args:
-        device: where the model will run.
-
     Raises:
         ConfigError: the device or a package is missing.
     """

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from epo_kernels.train.config import ConfigError
+from epo_kernels.train.io.text import one_line
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
 ANOTHER_TEMPLATE = "set model.chat_template to a file with another template, or to plain"
@@ -63,7 +64,9 @@ class Chat:
         self._tokenizer = tokenizer
         self._settings = dict(settings or {})
         template = _template_of(tokenizer)
-        self._check_settings(template)
+        for name in self._settings:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise ConfigError(f"model.chat_template_kwargs.{name}: the chat template has no variable {name!r}")
         prompt = self._scaffold(["user"])
         self.opening = THOUGHT if prompt.texts[-1].rfind(THOUGHT) > prompt.texts[-1].rfind(THOUGHT_END) else ""
         self.writes_date = "strftime_now" in template and "date_string" not in self._settings
@@ -128,15 +131,10 @@ class Chat:
                 )
             )
         except Exception as error:  # a template may raise anything
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ConfigError(
-                f"the chat template fails on a dialogue of {', '.join(roles)} ({reason}); {ANOTHER_TEMPLATE}"
+                f"the chat template fails on a dialogue of {', '.join(roles)} ({one_line(error, 300)}); "
+                f"{ANOTHER_TEMPLATE}"
             ) from error
-
-    def _check_settings(self, template: str) -> None:
-        for name in self._settings:
-            if not re.search(rf"\b{re.escape(name)}\b", template):
-                raise ConfigError(f"model.chat_template_kwargs.{name}: the chat template has no variable {name!r}")
 
     def _check_ordinary_text(self, prompt: _Scaffold) -> None:
         expected = self._tokenizer(_fill(prompt, [_ORDINARY_TEXT]), add_special_tokens=False)["input_ids"]
@@ -152,11 +150,6 @@ class _TextEncoder:
 
     Control tokens are the tokenizer's special tokens, its other added tokens that occur in the template's source or in
     what it writes, such as <tool_response>, and the tags of a thought.
-
-    Args:
-        tokenizer: backed by the tokenizers library.
-        template: the source of its chat template.
-        rendered: dialogues as the template writes them.
 
     Attributes:
         written: the control tokens in `rendered`.

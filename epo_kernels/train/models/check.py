@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from epo_kernels.train.config import ConfigError, RolloutConfig, TrainConfig
 from epo_kernels.train.data import MiniBatch, Sample
+from epo_kernels.train.io.text import one_line
 from epo_kernels.train.models.policy import Policy, precision, response_hidden, response_logits
 
 THOUGHT_TOKENS = 128  # that a thought may well take
@@ -213,7 +214,7 @@ def _agree(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 def _cannot(model: PreTrainedModel, what: str, engine_alone: bool) -> ConfigError:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from epo_kernels.train.config import ConfigError
+from epo_kernels.train.io.text import one_line
 
 HUB_TIMEOUT = 5.0  # seconds
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -54,7 +55,7 @@ def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
             "`hf auth login`)"
         ) from error
     except Exception as error:  # whatever the HTTP library raises
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         if not is_cached:
             raise ConfigError(
                 f"there is no folder {source}, and {constants.ENDPOINT} can't be reached ({reason}); download the "
@@ -144,7 +145,6 @@ def check_weights(model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
     """Hold a model against its files.
 
     Args:
-        model: just loaded.
         loading: what `from_pretrained` reports of it with `output_loading_info`.
 
     Raises:

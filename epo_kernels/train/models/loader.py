@@ -1,5 +1,6 @@
 """Loads a run's policies: split over its ranks where it asks for that, and checked against its settings."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,34 +14,25 @@ from epo_kernels.train.models.loading import hold_products_in
 from epo_kernels.train.models.policy import Policy, load_policy
 
 
+@dataclass
 class PolicyLoader:
-    """
-    Args:
-        config: of the run.
-        ranks: that train together.
-        display: where progress and warnings show.
-    """
+    """Reads and checks policies for a run."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, display: Display) -> None:
-        self._config = config
-        self._ranks = ranks
-        self._display = display
+    config: TrainConfig
+    ranks: Ranks
+    display: Display
 
-    def load(self, source: str | Path) -> Policy:
-        """The policy to train, from a folder or the hub. Under `model.fsdp` each rank reads its shards alone.
+    def load(self, source: str | Path, whole: bool = False) -> Policy:
+        """The policy to train, from a folder or the hub. Under `model.fsdp` each rank reads its shards, unless `whole`.
 
         Raises:
             ConfigError: it can't be loaded or trained under these settings.
         """
-        return self.checked(self._read(source, self._ranks.fsdp), str(source))
-
-    def load_whole(self, source: str | Path) -> Policy:
-        """As `load`, but complete on this process."""
-        return self.checked(self._read(source, split=False), str(source))
+        return self.checked(self._read(source, self.ranks.fsdp and not whole), str(source))
 
     def load_frozen(self, source: str | Path) -> PreTrainedModel:
         """A model that isn't trained; its linear layers have the dtype of matrix products (`hold_products_in`)."""
-        return self._read(source, self._ranks.fsdp, frozen=True).model.requires_grad_(False)
+        return self._read(source, self.ranks.fsdp, frozen=True).model.requires_grad_(False)
 
     def checked(self, policy: Policy, source: str) -> Policy:
         """The policy, if it can do what the settings ask of it; prints warnings.
@@ -49,14 +41,14 @@ class PolicyLoader:
             ConfigError: it can't.
         """
         try:
-            for warning in check_policy(policy, self._config):
-                self._display.say(f"warning: {source}: {warning}")
+            for warning in check_policy(policy, self.config):
+                self.display.say(f"warning: {source}: {warning}")
         except ConfigError as error:
             raise ConfigError(f"model.name_or_path={source}: {error}") from error
         return policy
 
     def _read(self, source: str | Path, split: bool, frozen: bool = False) -> Policy:
-        dtype = getattr(torch, self._config.model.dtype)
+        dtype = getattr(torch, self.config.model.dtype)
         narrow = frozen and dtype != torch.float32
 
         def prepare(model: PreTrainedModel, device: torch.device) -> None:
@@ -65,8 +57,8 @@ class PolicyLoader:
             if narrow:
                 hold_products_in(model, dtype)
             if split:
-                self._ranks.shard(model.get_decoder(), device)
+                self.ranks.shard(model.get_decoder(), device)
 
-        with self._display.bar(f"loading {source}", None):
+        with self.display.bar(f"loading {source}", None):
             early = prepare if split or narrow else None
-            return load_policy(str(source), self._config.model, early, self._display.say)
+            return load_policy(str(source), self.config.model, early, self.display.say)

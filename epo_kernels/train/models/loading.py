@@ -32,8 +32,6 @@ def load_causal_lm(
     Args:
         source: a folder or hub id, of a model or of adapters.
         prepare: changes the model before its weights are read; afterwards where they can't be read in parts.
-        attn_implementation: as in `from_pretrained`; None for transformers' choice.
-        local_files_only: the hub isn't asked.
         say: receives a warning of weights that the model doesn't use.
 
     Raises:

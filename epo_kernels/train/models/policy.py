@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -25,9 +26,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from epo_kernels.train.config import FROM_SCRATCH, ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
 from epo_kernels.train.envs import Demonstration
+from epo_kernels.train.envs.demonstrations import frozen_folder
+from epo_kernels.train.io.text import one_line
 from epo_kernels.train.models.attention import require_attention
 from epo_kernels.train.models.chat import PLAIN_TEMPLATE, THOUGHT, THOUGHT_END, Chat
 from epo_kernels.train.models.files import check_config, is_on_hub
+from epo_kernels.train.models.gguf import converted, gguf_file
 from epo_kernels.train.models.loading import Prepare, load_causal_lm
 from epo_kernels.train.models.lora import require_peft, train_adapters_alone
 
@@ -113,13 +117,12 @@ def load_policy(
     prepare: Callable[[PreTrainedModel, torch.device], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Policy:
-    """A policy saved with `save_pretrained`, or from the hub.
+    """A policy saved with `save_pretrained`, from the hub, or of a GGUF file.
 
     Args:
-        source: a folder or hub id: config.name_or_path, or what a run saved, which has its chat template already.
-        config: of the model.
+        source: a folder, hub id, GGUF file or smollm2: config.name_or_path, or what a run saved, which has its chat
+            template already.
         prepare: called with the model and the device it is for, before its weights are read (`load_causal_lm`).
-        say: receives a line before what takes time.
 
     Raises:
         ConfigError: nothing to load there, or nothing that can be trained: code of its own, damaged or missing weights,
@@ -152,6 +155,8 @@ def load_policy(
 def _load(
     source: str, prepare: Prepare | None, attn_implementation: str | None, say: Callable[[str], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if file := gguf_file(source):
+        source = str(converted(file, say))
     is_here = not is_on_hub(source, say)
     with suppress(OSError):  # adapters have no config.json, and whatever else it is, the loaders say it better
         check_config(PreTrainedConfig.get_config_dict(source, local_files_only=is_here)[0])
@@ -164,7 +169,7 @@ def _load(
     except ConfigError:
         raise
     except Exception as error:  # whatever reading someone's files may raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if "trust_remote_code" in reason:
             raise ConfigError(
                 "it needs code of its own (auto_map in its JSON files), which is never run; use a version of the model "
@@ -176,8 +181,7 @@ def _load(
                 "or null"
             ) from error
         raise ConfigError(
-            f"transformers can't load it ({reason[:300] or type(error).__name__}); correct its files, or choose "
-            "another model"
+            f"transformers can't load it ({reason[:300]}); correct its files, or choose another model"
         ) from error
 
 
@@ -219,16 +223,23 @@ def _is_valid(generation: GenerationConfig) -> bool:
 
 
 def build_from_scratch(demonstrations: Sequence[Demonstration], config: ModelConfig, seed: int) -> Policy:
-    """A Qwen2 of `FROM_SCRATCH` with a tokenizer trained on the demonstrations' text. Knows nothing yet."""
+    """A Qwen2 of `FROM_SCRATCH` that knows nothing yet.
+
+    Its tokenizer is the frozen one of `config.warm_start.frozen`, or trained on the demonstrations' text.
+    """
     device = resolve_device(config.device)
     require_attention(config, device)
-    tokenizer = _train_tokenizer(demonstrations)
+    if config.warm_start.frozen is None:
+        tokenizer = train_tokenizer(demonstrations)
+    else:
+        tokenizer = _frozen_tokenizer(frozen_folder(config.warm_start.frozen))
     torch.manual_seed(seed)
     settings = FROM_SCRATCH[config.name_or_path] | {"attn_implementation": config.attn_implementation}
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
             **settings,
+            initializer_range=config.initializer_range,
             num_key_value_heads=2,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
@@ -249,6 +260,23 @@ def precision(model: PreTrainedModel, dtype: str) -> torch.autocast:
     return torch.autocast(model.device.type, wanted, enabled=wanted != torch.float32, cache_enabled=False)
 
 
+@contextmanager
+def casts_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `precision` casts each trained weight once and not in every call: for passes between two updates.
+
+    On a CPU the casts of a small model cost as much as its products. The results are the same to the last bit. A model
+    that is split over ranks keeps none, since it would then be whole on each of them.
+    """
+    whole = not any(isinstance(weight, DTensor) for weight in model.parameters())
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(whole)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
+
+
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Ready for sampling and training: without dropout, for good, since both must see one distribution."""
     # A copy even on the same device: loaded weights lie in the mapped file at odd addresses, and matrix products round
@@ -257,7 +285,15 @@ def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model.eval()
 
 
-def _train_tokenizer(demonstrations: Sequence[Demonstration]) -> PreTrainedTokenizerBase:
+def _frozen_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"model.warm_start.frozen: {folder} has no tokenizer.json; save a tokenizer there, or set it to null"
+        )
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def train_tokenizer(demonstrations: Sequence[Demonstration]) -> PreTrainedTokenizerBase:
     """Byte-level BPE: any text can be encoded. Qwen2's class, since that is what loads a saved Qwen2 again."""
     texts = (
         text

@@ -55,7 +55,6 @@ def assign_advantages(
         episodes: played; `Sample.episode` counts them.
         samples: with old_log_probs; with entropy where shape isn't none; with ref_log_probs where kl_reward_coeff
             isn't 0; with values for PPO.
-        config: what to compute.
         kl_type: estimator of the KL in the reward: k1, k2, k3 or abs.
     """
     token_kl = _token_kl(samples, config.kl_reward_coeff, kl_type)

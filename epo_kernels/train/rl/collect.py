@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Protocol
 
 import numpy as np
 
@@ -13,15 +12,7 @@ from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.envs import Task
 from epo_kernels.train.io.progress import Report
 from epo_kernels.train.rl.algorithms import drop_groups_without_spread
-
-
-class Player(Protocol):
-    """A `Rollout`, or one shared among ranks."""
-
-    @property
-    def seconds(self) -> dict[str, float]: ...
-
-    def play(self, episodes: Sequence[Episode], report: Report) -> None: ...
+from epo_kernels.train.rollout.shared import SharedRollout
 
 
 @dataclass
@@ -42,6 +33,7 @@ class Collected:
         return {"episode/draws": self.draws, "episode/groups_dropped": len(dropped)}
 
 
+@dataclass
 class Collector:
     """Draws tasks by lot and plays a group of episodes of each.
 
@@ -49,20 +41,19 @@ class Collector:
     same are dropped, and as many drawn anew, up to that many times; then what there is must do.
     """
 
-    def __init__(self, tasks: Sequence[Task], rollout: Player, config: TrainConfig) -> None:
-        self._tasks = tasks
-        self._rollout = rollout
-        self._config = config
+    tasks: Sequence[Task]
+    rollout: SharedRollout
+    config: TrainConfig
 
     def draw(self, step: int, attempt: int = 0, groups: int | None = None) -> list[Episode]:
         """Episodes not yet played: `group_size` of each of so many tasks (None: algorithm.groups)."""
-        config = self._config
+        config = self.config
         most, size = config.algorithm.groups, config.algorithm.group_size
         groups = most if groups is None else groups
         generator = np.random.default_rng([config.seed, Draw.TASKS, step, *([attempt] if attempt else [])])
-        chosen = generator.choice(len(self._tasks), groups, replace=groups > len(self._tasks))
+        chosen = generator.choice(len(self.tasks), groups, replace=groups > len(self.tasks))
         return [
-            Episode(self._tasks[task], group, (config.seed, Draw.EPISODE, step, group * size + member))
+            Episode(self.tasks[task], group, (config.seed, Draw.EPISODE, step, group * size + member))
             for group, task in enumerate(chosen, start=attempt * most)
             for member in range(size)
         ]
@@ -73,13 +64,13 @@ class Collector:
         Where every episode is lost to its environment, others are drawn, until the pool gives up with an
         EnvironmentFailure.
         """
-        algorithm, collected = self._config.algorithm, Collected()
+        algorithm, collected = self.config.algorithm, Collected()
         for attempt in count():
             missing = algorithm.groups - len({episode.group for episode in collected.kept})
             drawn = self.draw(step, attempt, missing)
             with bar(len(drawn)) as report:
-                self._rollout.play(drawn, report)
-            for name, spent in self._rollout.seconds.items():
+                self.rollout.play(drawn, report)
+            for name, spent in self.rollout.seconds.items():
                 collected.seconds[name] = collected.seconds.get(name, 0.0) + spent
             collected.draws += 1
             collected.episodes += drawn

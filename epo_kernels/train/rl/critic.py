@@ -66,9 +66,7 @@ class Critic:
     """Owns backbone, value head and optimiser. New values are 0: the head starts at 0.
 
     Args:
-        policy: whose backbone is copied.
         config: of the run; `critic`, `optim` and `algorithm.gae` count.
-        ranks: that train together; None: this process alone.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig, ranks: Ranks | None = None) -> None:
@@ -135,12 +133,8 @@ class Critic:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _backward(self, samples: list[Sample], report: Report = ignore) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Add the gradient of one minibatch's mean loss.
-
-        Returns:
-            (loss, clipped, nonfinite, states): the mean loss; how many states were clipped, and how many had a loss
-            that isn't finite; the number of states.
-        """
+        """Add the gradient of one minibatch's mean loss; returns it, and how many states were clipped, had a loss that
+        isn't finite, and there were."""
         level = self._config.algorithm.gae
         count = float(sum(int(value_states(sample, level).sum()) for sample in samples))
         sums = torch.zeros(3)  # loss, clipped, nonfinite

@@ -22,7 +22,7 @@ from epo_kernels.train.io.progress import Report, ignore, part_of
 from epo_kernels.train.io.stopwatch import Stopwatch
 from epo_kernels.train.models.check import row_width_of
 from epo_kernels.train.models.lora import without_adapters
-from epo_kernels.train.models.policy import Policy, checkpointing, response_hidden
+from epo_kernels.train.models.policy import Policy, casts_kept, checkpointing, response_hidden
 from epo_kernels.train.rl.optimizer import StepOptimizer
 from epo_kernels.train.rl.post_mortem import Circumstances, NonFiniteError
 
@@ -51,11 +51,8 @@ class Learner:
     """Owns the optimiser.
 
     Args:
-        policy: trained in place.
         reference: frozen model of the KL term, needed where the KL counts in loss or reward. The policy's own model
             where it has adapters: it is then asked without them.
-        config: of the run.
-        ranks: that train together; None: this process alone.
 
     Raises:
         ConfigError: a model whose logits can't be computed from its hidden states; see `check_head`.
@@ -85,7 +82,8 @@ class Learner:
         `report` gets the number of samples scored; with a reference each of two passes counts by half.
         """
         share = 1.0 if self._reference is None else 0.5
-        own = self._scores(self._policy.model, samples, part_of(report, 0, share))
+        with casts_kept(self._policy.model):
+            own = self._scores(self._policy.model, samples, part_of(report, 0, share))
         for sample, scores in zip(samples, own, strict=True):
             sample.old_log_probs, sample.entropy = scores
         if self._reference is not None:
@@ -117,7 +115,8 @@ class Learner:
         done = 0
         with watch.timed("update"):
             for minibatch in self._optimizer.minibatches(samples, seed):
-                sums.append(self._backward(minibatch, history, penalty_weight, watch, part_of(report, done)))
+                with casts_kept(self._policy.model):
+                    sums.append(self._backward(minibatch, history, penalty_weight, watch, part_of(report, done)))
                 done += len(minibatch)
                 norm = self._optimizer.apply(sums[-1].loss)
                 if self._controller:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,54 +41,41 @@ def cosine_with_warmup(updates: int, warmup_ratio: float, min_ratio: float) -> C
     return lambda update: factor(update + 1 if update < warmup else max(min(update, updates - 1), warmup))
 
 
+@dataclass
 class StepOptimizer:
-    """AdamW through a run's training steps, each of several minibatches.
+    """AdamW through a run's training steps, each of several minibatches."""
 
-    Args:
-        model: whose parameters are trained, except frozen ones.
-        config: of AdamW, the schedule and clipping.
-        passes: whose lr, epochs, minibatches and minibatch_size hold.
-        steps: that the schedule spans; any after them have its last rate.
-        ranks: whose gradients are added up.
-    """
+    model: nn.Module
+    config: OptimConfig
+    passes: OptimConfig | CriticConfig  # whose lr, epochs, minibatches and minibatch_size hold
+    steps: int  # that the schedule spans; any after them have its last rate
+    ranks: Ranks
+    skipped_in_row: int = field(default=0, init=False)  # updates, from one training step into the next
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: OptimConfig,
-        passes: OptimConfig | CriticConfig,
-        steps: int,
-        ranks: Ranks,
-    ) -> None:
-        self._ranks = ranks
-        self._model = model
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._config = config
-        self._passes = passes
-        self._steps = steps
-        self._steps_done = 0
+    def __post_init__(self) -> None:
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         split = [parameter for parameter in self._parameters if isinstance(parameter, DTensor)]
         whole = [parameter for parameter in self._parameters if not isinstance(parameter, DTensor)]
         self._groups = [group for group in (whole, split) if group]  # no operation takes both kinds at once
         self._adamw = torch.optim.AdamW(
             [{"params": group} for group in self._groups],
-            lr=passes.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
+            lr=self.passes.lr,
+            betas=(self.config.beta1, self.config.beta2),
+            weight_decay=self.config.weight_decay,
         )
+        self._steps_done = 0
         self._norms: list[float] = []
         self._skipped = 0
-        self.skipped_in_row = 0  # updates, from one training step into the next
 
     def minibatches(self, samples: Sequence[Sample], seed: tuple[int, ...]) -> Iterator[list[Sample]]:
         """All epochs' minibatches of a training step, in an order drawn with `seed`; `apply` belongs after each."""
         self._norms, self._skipped = [], 0
-        passes = self._passes
+        passes = self.passes
         a_pass = math.ceil(len(samples) / passes.minibatch_size) if passes.minibatch_size else passes.minibatches
         a_pass = min(a_pass, len(samples))
         updates = a_pass * passes.epochs
         update = self._steps_done * updates
-        factor = cosine_with_warmup(self._steps * updates, self._config.warmup_ratio, self._config.min_lr_ratio)
+        factor = cosine_with_warmup(self.steps * updates, self.config.warmup_ratio, self.config.min_lr_ratio)
         for epoch in range(passes.epochs):
             order = np.random.default_rng([*seed, epoch]).permutation(len(samples))
             for indices in np.array_split(order, a_pass):
@@ -99,7 +87,7 @@ class StepOptimizer:
 
     def apply(self, loss: Tensor) -> float:
         """Update by the gradients there are, unless they or the loss aren't finite. Drops them, returns their norm."""
-        self._ranks.add_gradients(self._parameters)
+        self.ranks.add_gradients(self._parameters)
         norm = self._clip()
         if math.isfinite(norm) and bool(loss.isfinite()):
             self._adamw.step()
@@ -127,14 +115,14 @@ class StepOptimizer:
         adamw: dict[str, Any] = {}
         if self._adamw.state:  # else torch would make a first update of its own, to have moments
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            adamw |= get_optimizer_state_dict(self._model, self._adamw, options=options)
+            adamw |= get_optimizer_state_dict(self.model, self._adamw, options=options)
         return {"adamw": adamw.get("state", {}), "steps_done": self._steps_done, "skipped_in_row": self.skipped_in_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["adamw"]:
-            groups = get_optimizer_state_dict(self._model, self._adamw)["param_groups"]
+            groups = get_optimizer_state_dict(self.model, self._adamw)["param_groups"]
             set_optimizer_state_dict(
-                self._model,
+                self.model,
                 self._adamw,
                 {"state": state["adamw"], "param_groups": groups},
                 options=StateDictOptions(full_state_dict=True),
@@ -152,5 +140,5 @@ class StepOptimizer:
             norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         for group in self._groups:
-            torch.nn.utils.clip_grads_with_norm_(group, self._config.max_grad_norm, total)
+            torch.nn.utils.clip_grads_with_norm_(group, self.config.max_grad_norm, total)
         return float(total)

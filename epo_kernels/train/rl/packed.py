@@ -14,14 +14,12 @@ class PackedSamples:
     """N tokens of S samples, one sample after the other.
 
     Attributes:
-        mask: (N,) bool: what the policy wrote.
         segment_ids: (N,) int64: each turn of each sample has its own number; of no meaning where the mask is False.
-        lengths: tokens of each sample.
     """
 
-    mask: Tensor
+    mask: Tensor  # (N,) bool: what the policy wrote
     segment_ids: Tensor
-    lengths: list[int]
+    lengths: list[int]  # tokens of each sample
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "PackedSamples":

@@ -36,15 +36,8 @@ class Circumstances:
         nonfinite_tokens: int,
         penalty_weight: float | None = None,
     ) -> "Circumstances":
-        return cls(
-            network=network,
-            updates_in_a_row=updates_in_a_row,
-            loss=str(float(loss)),
-            grad_norm=str(grad_norm),
-            nonfinite_tokens=nonfinite_tokens,
-            penalty_weight=penalty_weight,
-            nonfinite_weights=nonfinite_weights(model),
-        )
+        came_to = str(float(loss)), str(grad_norm)
+        return cls(network, updates_in_a_row, *came_to, nonfinite_tokens, penalty_weight, nonfinite_weights(model))
 
 
 def nonfinite_weights(model: nn.Module) -> list[str]:

@@ -21,7 +21,6 @@ def shape_samples(episodes: Sequence[Episode], samples: Sequence[Sample], config
     Args:
         episodes: played; `Sample.episode` counts them.
         samples: scored (old_log_probs, entropy), with advantages.
-        config: the rule and its coefficients.
     """
     if config.shape == "none":
         return

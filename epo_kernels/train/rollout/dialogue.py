@@ -1,6 +1,7 @@
 """Prompts of an episode as one dialogue that grows: what a sample an episode is made of."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from epo_kernels.train.config import RolloutConfig
 from epo_kernels.train.data import Turn
@@ -9,26 +10,23 @@ from epo_kernels.train.models.chat import Chat
 from epo_kernels.train.rollout.prompts import PromptBuilder, Prompts
 
 
+@dataclass
 class DialogueBuilder:
     """Each prompt is the one before it, the response as sampled, and the environment's answer: the same ids, extended.
 
     Ids are joined, never decoded and read again, so that a whole episode can be trained on as the engine saw it. Where
     a dialogue outgrows `max_tokens`, another begins with what `window` makes of the goal and the last actions.
 
-    Args:
-        window: of first prompts, and of those after a dialogue that grew too long.
-        chat: of the policy.
-        max_tokens: limit of a prompt.
-
     Raises:
         ConfigError: a chat template that doesn't show responses as they are.
     """
 
-    def __init__(self, window: PromptBuilder, chat: Chat, max_tokens: int) -> None:
-        chat.require_dialogue()
-        self._window = window
-        self._chat = chat
-        self._max_tokens = max_tokens
+    window: PromptBuilder  # of first prompts, and of those after a dialogue that grew too long
+    chat: Chat
+    max_tokens: int  # of a prompt
+
+    def __post_init__(self) -> None:
+        self.chat.require_dialogue()
 
     def encode(self, states: Sequence[tuple[Observation, Sequence[Turn]]]) -> list[list[int]]:
         """Prompt ids of many (observation, past turns), none longer than the limit.
@@ -37,13 +35,13 @@ class DialogueBuilder:
             PromptTooLong: a goal that doesn't fit.
         """
         prompts = [self._extend(seen, past[-1]) if past else None for seen, past in states]
-        begun = [i for i, ids in enumerate(prompts) if ids is None or len(ids) > self._max_tokens]
-        for index, ids in zip(begun, self._window.encode([states[i] for i in begun]) if begun else [], strict=True):
+        begun = [i for i, ids in enumerate(prompts) if ids is None or len(ids) > self.max_tokens]
+        for index, ids in zip(begun, self.window.encode([states[i] for i in begun]) if begun else [], strict=True):
             prompts[index] = ids
         return [ids for ids in prompts if ids is not None]
 
     def _extend(self, seen: Observation, last: Turn) -> list[int]:
-        ids = self._chat.after_response("\n".join(self._window.observed(seen)))
+        ids = self.chat.after_response("\n".join(self.window.observed(seen)))
         if ids[:1] == last.response_ids[-1:]:  # the policy closed its response as the template would
             ids = ids[1:]
         return last.prompt_ids + last.response_ids + ids
@@ -56,13 +54,13 @@ def make_prompts(chat: Chat, config: RolloutConfig) -> Prompts:
         ConfigError: see `DialogueBuilder`.
     """
     window = PromptBuilder(
-        chat,
-        config.history,
-        config.history_results,
-        config.max_prompt_tokens,
-        config.response_format,
-        config.goal_last,
-        config.instruction,
-        config.admissible_actions,
+        chat=chat,
+        history=config.history,
+        history_results=config.history_results,
+        max_tokens=config.max_prompt_tokens,
+        response_format=config.response_format,
+        goal_last=config.goal_last,
+        instruction=config.instruction,
+        admissible_actions=config.admissible_actions,
     )
     return window if config.layout == "turn" else DialogueBuilder(window, chat, config.max_prompt_tokens)

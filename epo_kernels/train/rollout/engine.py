@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from epo_kernels.train.models.chat import THOUGHT_END
+from epo_kernels.train.models.policy import casts_kept
 from epo_kernels.train.rollout.prompts import without_thought
 
 CLOSING_TAG = "</action>"
@@ -62,9 +63,6 @@ class StopRule:
     A policy that can think, by its tokenizer or chat template, ends a plain response with the line after its thought.
 
     Args:
-        tokenizer: of the policy.
-        end_ids: tokens that always end a response.
-        response_format: "plain" or "think_action".
         opening: what the prompt has begun of the response, see `Chat`.
 
     Attributes:
@@ -107,33 +105,27 @@ class StopRule:
         return next(ends, len(token_ids))
 
 
+@dataclass
 class TransformersEngine:
-    """Samples with the training model itself: left-padded prompts, KV cache, one uniform draw a token.
+    """Samples with the training model itself: left-padded prompts, KV cache, one uniform draw a token."""
 
-    Args:
-        model: causal LM; used as it is, in the mode it is in.
-        pad_id: any valid token; padding is masked.
-        stop: when a response is over.
-        temperature: of sampling, > 0.
-        max_tokens: limit of a response.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, pad_id: int, stop: StopRule, temperature: float, max_tokens: int
-    ) -> None:
-        self._model = model
-        self._pad_id = pad_id
-        self._stop = stop
-        self._temperature = temperature
-        self._max_tokens = max_tokens
+    model: PreTrainedModel  # in the mode it is in
+    pad_id: int  # any valid token; padding is masked
+    stop: StopRule
+    temperature: float
+    max_tokens: int  # of a response
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         if not requests:
             return []
-        device = self._model.device
+        with casts_kept(self.model):
+            return self._generate(requests)
+
+    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
+        device = self.model.device
         draws = torch.from_numpy(
-            np.stack([np.random.default_rng(r.seed).random(self._max_tokens) for r in requests])
+            np.stack([np.random.default_rng(r.seed).random(self.max_tokens) for r in requests])
         ).to(device)
         greedy = torch.tensor([r.greedy for r in requests], device=device)
         prompt_of, prompts = _distinct([r.prompt_ids for r in requests])
@@ -142,8 +134,8 @@ class TransformersEngine:
         rows = list(range(len(requests)))  # the request of each row still in the batch
         live = set(rows)
         cache = None
-        for length in range(self._max_tokens):
-            output = self._model(
+        for length in range(self.max_tokens):
+            output = self.model(
                 input_ids=input_ids,
                 attention_mask=seen,
                 position_ids=position,
@@ -156,14 +148,14 @@ class TransformersEngine:
                 spread = torch.tensor(prompt_of, device=device)
                 cache.batch_select_indices(spread)
                 logits, position, seen = logits[spread], position[spread], seen[spread]
-            log_probs = torch.log_softmax(logits.float() / self._temperature, dim=-1)
+            log_probs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
             tokens = _choose(log_probs, draws[rows, length], greedy[rows])
             chosen = log_probs.gather(1, tokens[:, None])[:, 0]
             for row, token, log_prob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
                 if row in live:
                     completions[row].token_ids.append(token)
                     completions[row].log_probs.append(log_prob)
-                    if self._stop.ends(completions[row].token_ids):
+                    if self.stop.ends(completions[row].token_ids):
                         live.discard(row)
             if not live:
                 break
@@ -182,7 +174,7 @@ class TransformersEngine:
     def _pad(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Left-padded ids, attention mask and positions, each (B, P)."""
         width = max(map(len, prompts))
-        ids = torch.tensor([[self._pad_id] * (width - len(p)) + p for p in prompts])
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts])
         seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         return ids, seen, (seen.cumsum(1) - 1).clamp(min=0)
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from epo_kernels.train.data import Turn
@@ -48,44 +49,24 @@ def without_thought(response: str) -> str:
     return begun.partition(THOUGHT_END)[2].lstrip()
 
 
+@dataclass
 class PromptBuilder:
-    """Goal, the last actions and results, what is seen now; as a user's message in the policy's chat template.
+    """Goal, the last actions and results, what is seen now; as a user's message in the policy's chat template."""
 
-    Args:
-        chat: of the policy.
-        history: how many past actions are shown.
-        history_results: of those, how many (the latest) with the environment's answer; what came of the very last
-            action always shows.
-        max_tokens: limit of the prompt. What is too long loses its oldest actions first, then the end of the answer
-            and of the scene; never the goal.
-        response_format: decides the instruction where none is given: "think_action" explains its tags, "plain" has none
-        goal_last: the goal stands after all else instead of before it.
-        instruction: the prompt's first line; "" for none.
-        admissible_actions: list what can be done now, where the environment says so.
-    """
+    chat: Chat
+    history: int  # past actions shown
+    history_results: int  # of those, the latest with the environment's answer; the very last action always has its own
+    max_tokens: int  # what is too long loses its oldest actions, then the end of answer and scene; never the goal
+    response_format: str  # decides the instruction where none is given
+    goal_last: bool = False
+    instruction: str | None = None  # the prompt's first line; "" for none
+    admissible_actions: bool = False  # list what can be done now, where the environment says so
+    _known: dict[str, list[int]] = field(default_factory=dict)  # ids of messages, the latest used last
+    _known_ids: int = 0
 
-    def __init__(
-        self,
-        chat: Chat,
-        history: int,
-        history_results: int,
-        max_tokens: int,
-        response_format: str,
-        goal_last: bool = False,
-        instruction: str | None = None,
-        admissible_actions: bool = False,
-    ) -> None:
-        self._chat = chat
-        self._goal_last = goal_last
-        self._history = history
-        self._history_results = history_results
-        self._max_tokens = max_tokens
-        if instruction is None:
-            instruction = THINK_ACTION_INSTRUCTION if response_format == "think_action" else ""
-        self._instruction = instruction
-        self._admissible_actions = admissible_actions
-        self._known: dict[str, list[int]] = {}  # ids of messages, the latest used last
-        self._known_ids = 0
+    def __post_init__(self) -> None:
+        if self.instruction is None:
+            self.instruction = THINK_ACTION_INSTRUCTION if self.response_format == "think_action" else ""
 
     def encode(self, states: Sequence[tuple[Observation, Sequence[Turn]]]) -> list[list[int]]:
         """Prompt ids of many (observation, past turns), none longer than the limit.
@@ -93,36 +74,36 @@ class PromptBuilder:
         Raises:
             PromptTooLong: a goal that doesn't fit.
         """
-        prompts = self._look_up([self._message(seen, past, self._history) for seen, past in states])
+        prompts = self._look_up([self._message(seen, past, self.history) for seen, past in states])
         return [
-            ids if len(ids) <= self._max_tokens else self._shorten(*state)
+            ids if len(ids) <= self.max_tokens else self._shorten(*state)
             for ids, state in zip(prompts, states, strict=True)
         ]
 
     def observed(self, seen: Observation) -> list[str]:
         """The answer, the scene, and what can be done, as far as there are any."""
-        actions = f"You can: {', '.join(seen.actions)}." if self._admissible_actions and seen.actions else ""
+        actions = f"You can: {', '.join(seen.actions)}." if self.admissible_actions and seen.actions else ""
         return [text for text in (seen.text, seen.scene, actions) if text]
 
     def _message(self, seen: Observation, past: Sequence[Turn], history: int, kept: float = 1.0) -> str:
         """What the user says, with at most `history` actions and the first `kept` of each text observed."""
-        lines = [self._instruction] if self._instruction else []
-        if not self._goal_last:
+        lines = [self.instruction] if self.instruction else []
+        if not self.goal_last:
             lines.append(seen.goal)
         shown = past[-history:] if history else []
         for age, turn in zip(range(len(shown), 0, -1), shown, strict=True):
             lines.append(f"> {turn.action}")
-            if 1 < age <= self._history_results:  # the answer to the latest action is seen.text
+            if 1 < age <= self.history_results:  # the answer to the latest action is seen.text
                 lines.append(turn.result)
         lines += [text[: int(len(text) * kept)] for text in self.observed(seen) if kept]
-        if self._goal_last:
+        if self.goal_last:
             lines.append(seen.goal)
         return "\n".join(lines)
 
     def _look_up(self, messages: list[str]) -> list[list[int]]:
         """Ids of the prompts that hold these. Most are known: a group's episodes begin alike, and tasks come back."""
         fresh = [message for message in dict.fromkeys(messages) if message not in self._known]
-        for message, ids in zip(fresh, self._chat.prompts(fresh), strict=True):
+        for message, ids in zip(fresh, self.chat.prompts(fresh), strict=True):
             self._known[message] = ids
             self._known_ids += len(ids)
         found = []
@@ -134,21 +115,21 @@ class PromptBuilder:
         return found
 
     def _shorten(self, seen: Observation, past: Sequence[Turn]) -> list[int]:
-        for history in range(min(self._history, len(past)) - 1, -1, -1):
-            ids = self._chat.prompts([self._message(seen, past, history)])[0]
-            if len(ids) <= self._max_tokens:
+        for history in range(min(self.history, len(past)) - 1, -1, -1):
+            ids = self.chat.prompts([self._message(seen, past, history)])[0]
+            if len(ids) <= self.max_tokens:
                 return ids
-        best = self._chat.prompts([self._message(seen, past, 0, kept=0.0)])[0]
-        if len(best) > self._max_tokens:
+        best = self.chat.prompts([self._message(seen, past, 0, kept=0.0)])[0]
+        if len(best) > self.max_tokens:
             raise PromptTooLong(
-                f"the goal alone takes {len(best)} tokens and rollout.max_prompt_tokens is {self._max_tokens}; "
+                f"the goal alone takes {len(best)} tokens and rollout.max_prompt_tokens is {self.max_tokens}; "
                 f"raise it: {seen.goal[:80]!r}"
             )
         low, high = 0.0, 1.0
         for _ in range(8):  # to 1/256 of the text
             middle = (low + high) / 2
-            ids = self._chat.prompts([self._message(seen, past, 0, kept=middle)])[0]
-            if len(ids) <= self._max_tokens:
+            ids = self.chat.prompts([self._message(seen, past, 0, kept=middle)])[0]
+            if len(ids) <= self.max_tokens:
                 best, low = ids, middle
             else:
                 high = middle

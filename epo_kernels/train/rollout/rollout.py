@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -30,6 +30,7 @@ class _Seat:
     pending: Future[Any] | None = None
 
 
+@dataclass
 class Rollout:
     """Plays episodes with the current weights.
 
@@ -39,40 +40,23 @@ class Rollout:
 
     A `StreamingEngine` takes each prompt as soon as its environment has answered, so nobody waits for the slowest. What
     is batched together then follows from the clock; draws don't, but their log-probs may be rounded otherwise.
-
-    Args:
-        pool: of environments.
-        policy: whose tokenizer reads the engine's tokens.
-        engine: what writes.
-        prompts: made of observations.
-        max_turns: of an episode.
-        cohorts: of environments, for an `Engine`.
-        response_format: how an action is found in a response.
     """
 
-    def __init__(
-        self,
-        pool: EnvironmentPool,
-        policy: Policy,
-        engine: Engine | StreamingEngine,
-        prompts: Prompts,
-        *,
-        max_turns: int,
-        cohorts: int,
-        response_format: str,
-    ) -> None:
-        self._pool = pool
-        self._policy = policy
-        self._engine = engine
-        self._prompts = prompts
-        self._max_turns = max_turns
-        self._cohorts = cohorts
-        self._response_format = response_format
-        self.seconds = {"model": 0.0, "environment": 0.0}  # of the last `play`: generating, waiting for environments
+    pool: EnvironmentPool
+    policy: Policy  # whose tokenizer reads the engine's tokens
+    engine: Engine | StreamingEngine
+    prompts: Prompts
+    max_turns: int
+    cohorts: int  # of environments, for an `Engine`
+    response_format: str
+    seconds: dict[str, float] = field(init=False)  # of the last `play`: generating, waiting for environments
+
+    def __post_init__(self) -> None:
+        self.seconds = {"model": 0.0, "environment": 0.0}
 
     def prefetch(self, episodes: Sequence[Episode]) -> None:
         """Begin to reset environments for the next `play` of these episodes, and return at once."""
-        self._pool.prefetch([episode.task for episode in episodes[: self._pool.size]])
+        self.pool.prefetch([episode.task for episode in episodes[: self.pool.size]])
 
     def play(self, episodes: Sequence[Episode], report: Report = ignore) -> None:
         """Play each episode to its end, filling in its turns and outcome.
@@ -82,29 +66,29 @@ class Rollout:
         An episode whose environment fails is marked `failed`, with the reason in `finish`.
         """
         self.seconds = dict.fromkeys(self.seconds, 0.0)
-        with self._engine.awake() if isinstance(self._engine, StreamingEngine) else nullcontext():
+        with self.engine.awake() if isinstance(self.engine, StreamingEngine) else nullcontext():
             self._play(episodes, report)
 
     def _play(self, episodes: Sequence[Episode], report: Report) -> None:
         waiting = deque(episodes)
-        seats = [_Seat(slot) for slot in range(min(self._pool.size, len(episodes)))]
+        seats = [_Seat(slot) for slot in range(min(self.pool.size, len(episodes)))]
         for seat in seats:
             self._seat_next(seat, waiting)
 
         def progress() -> None:
             # Of those under way the share of their turns: where all episodes are as long, they end all at once.
-            under_way = [len(seat.episode.turns) / self._max_turns for seat in seats if seat.episode]
+            under_way = [len(seat.episode.turns) / self.max_turns for seat in seats if seat.episode]
             report(len(episodes) - len(waiting) - len(under_way) + sum(under_way))
 
-        if isinstance(self._engine, StreamingEngine):
-            self._play_as_stream(self._engine, seats, waiting, progress)
+        if isinstance(self.engine, StreamingEngine):
+            self._play_as_stream(self.engine, seats, waiting, progress)
         else:
-            self._play_in_cohorts(self._engine, seats, waiting, progress)
+            self._play_in_cohorts(self.engine, seats, waiting, progress)
 
     def _play_in_cohorts(
         self, engine: Engine, seats: list[_Seat], waiting: deque[Episode], progress: Callable[[], None]
     ) -> None:
-        cohorts = [seats[i :: self._cohorts] for i in range(self._cohorts)]
+        cohorts = [seats[i :: self.cohorts] for i in range(self.cohorts)]
         while any(seat.episode for seat in seats):
             for cohort in cohorts:
                 ready = [seat for seat in cohort if seat.episode and self._collect(seat, waiting)]
@@ -163,7 +147,7 @@ class Rollout:
         seat.episode = waiting.popleft() if waiting else None
         seat.observation = seat.pending = None
         if seat.episode:
-            seat.pending = self._pool.reset(seat.slot, seat.episode.task)
+            seat.pending = self.pool.reset(seat.slot, seat.episode.task)
 
     def _collect(self, seat: _Seat, waiting: deque[Episode]) -> bool:
         """Take in what the environment answered. False where the episode is over and the seat was given to another."""
@@ -195,13 +179,13 @@ class Rollout:
         episode.official_success = result.official_success
         if result.done:
             episode.finish = "done"
-        elif len(episode.turns) >= self._max_turns:
+        elif len(episode.turns) >= self.max_turns:
             episode.finish = "max_turns"
 
     def _requests(self, seats: Sequence[_Seat]) -> list[Request]:
         """What the policy is to answer in seats that have an observation."""
         live = [(s.episode, s.observation) for s in seats if s.episode and s.observation]
-        prompts = self._prompts.encode([(observation, episode.turns) for episode, observation in live])
+        prompts = self.prompts.encode([(observation, episode.turns) for episode, observation in live])
         return [
             Request(prompt, (*episode.seed, len(episode.turns)), episode.greedy)
             for prompt, (episode, _) in zip(prompts, live, strict=True)
@@ -210,19 +194,19 @@ class Rollout:
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
         if not completions:  # of nothing it would make one empty text
             return []
-        return self._policy.read([c.token_ids for c in completions])
+        return self.policy.read([c.token_ids for c in completions])
 
     def _response(self, token_ids: list[int]) -> str:
         """As written, special tokens included, for people to read; only the end token is left out."""
-        ended = token_ids[-1:] and token_ids[-1] in self._policy.end_ids
-        return str(self._policy.tokenizer.decode(token_ids[:-1] if ended else token_ids))
+        ended = token_ids[-1:] and token_ids[-1] in self.policy.end_ids
+        return str(self.policy.tokenizer.decode(token_ids[:-1] if ended else token_ids))
 
     def _act(self, seat: _Seat, request: Request, completion: Completion, text: str) -> None:
         """Play what the policy answered; what the environment says to it is left pending."""
         assert seat.episode is not None
         assert seat.observation is not None
         # What holds no action goes out as an empty one, which no environment understands.
-        action = parse_action(self._policy.chat.opening + text, self._response_format) or ""
+        action = parse_action(self.policy.chat.opening + text, self.response_format) or ""
         turn = Turn(
             seat.observation,
             request.prompt_ids,
@@ -233,7 +217,7 @@ class Rollout:
             finish=completion.finish,
         )
         seat.episode.turns.append(turn)
-        seat.pending = self._pool.step(seat.slot, action)
+        seat.pending = self.pool.step(seat.slot, action)
 
 
 def _tell_when_answered(seat: _Seat, answered: SimpleQueue[_Seat]) -> None:

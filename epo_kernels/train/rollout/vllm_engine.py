@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epo_kernels.train.config import ConfigError, RolloutConfig, TrainConfig
+from epo_kernels.train.io.text import one_line
 from epo_kernels.train.models.lora import merged_weights
 from epo_kernels.train.models.policy import Policy
 from epo_kernels.train.rollout.engine import Completion, Request, StopRule
@@ -40,8 +41,6 @@ class VllmEngine:
 
     Args:
         policy: whose weights it takes at each `awake`; those of adapters are merged into theirs.
-        stop: when a response is over.
-        config: of the run.
 
     Raises:
         ConfigError: vLLM isn't installed, or can't serve the model, the lengths or the memory asked for.
@@ -65,7 +64,6 @@ class VllmEngine:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Inside, it samples with the policy's weights as they are now. What is unfinished afterwards is dropped."""
         # The driver's autocast is for training: the engine's weights have their dtype already.
         with torch.autocast(self._device.type, enabled=False):
             self._load(asleep=self._sleeps)
@@ -83,13 +81,11 @@ class VllmEngine:
                     self._engine.sleep(level=2)
 
     def submit(self, requests: Mapping[int, Request]) -> None:
-        """Take requests in, each under a number that none inside has."""
         for number, request in requests.items():
             self._engine.add_request(str(number), {"prompt_token_ids": request.prompt_ids}, self._params(request))
             self._inside.add(str(number))
 
     def advance(self) -> list[tuple[int, Completion]]:
-        """A token more for every request inside; those that are complete, by their numbers."""
         finished = []
         for output in self._engine.step():
             if output.finished:
@@ -109,20 +105,23 @@ class VllmEngine:
     def _load_first(self) -> None:
         """Copy the weights once, to see that vLLM knows them all: of one that it is given nothing for it only warns."""
         logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
-        warned = _Kept(logging.WARNING)
-        logger.addHandler(warned)
-        logger.propagate = False
+        warned: list[str] = []
+
+        def keep(record: logging.LogRecord) -> bool:
+            warned.append(record.getMessage())
+            return False
+
+        logger.addFilter(keep)
         logger.setLevel(logging.WARNING)
         try:
             self._load(asleep=False)
         except (ValueError, KeyError, AttributeError) as error:
             raise _unserved(error) from error
         finally:
-            logger.removeHandler(warned)
-            logger.propagate = True
+            logger.removeFilter(keep)
             logger.setLevel(logging.NOTSET)
-        if warned.messages:
-            raise _unserved(warned.messages[0])
+        if warned:
+            raise _unserved(warned[0])
 
     def _load(self, asleep: bool) -> None:
         # All of them: of a part, those that vLLM keeps fused would be wrong without a word.
@@ -232,20 +231,9 @@ def _require_same_device(device: torch.device) -> None:
 
 def _unserved(reason: object) -> ConfigError:
     return ConfigError(
-        f"rollout.engine=vllm: vLLM can't serve this model with these settings ("
-        f"{' '.join(str(reason).split())[:400]}); change them, or take rollout.engine=transformers"
+        f"rollout.engine=vllm: vLLM can't serve this model with these settings ({one_line(reason, 400)}); change "
+        "them, or take rollout.engine=transformers"
     )
-
-
-class _Kept(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self, level: int) -> None:
-        super().__init__(level)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from epo_kernels.train.envs import EnvConfig, EnvironmentFailure, Observation, m
 from epo_kernels.train.envs.alfworld.games import DATA, TASK_NAMES, author_games
 from epo_kernels.train.envs.alfworld.suite import ALFWorldOptions
 from epo_kernels.train.envs.pool import EnvironmentPool
+from tests.train.pools import reset_all, step_all
 
 
 @pytest.fixture(scope="module")
@@ -157,17 +158,17 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_reported(sign, told):
     make = suite.make
     suite.make = lambda: made.append(make()) or made[-1]
     with EnvironmentPool(suite, 2, step_timeout=60) as pool:
-        pool.reset_all(tasks)
+        reset_all(pool, tasks)
         victim = made[0].process_id
         os.kill(victim, sign)
-        results = pool.step_all({0: "look", 1: "look"})
+        results = step_all(pool, {0: "look", 1: "look"})
         failures = [result for result in results.values() if isinstance(result, EnvironmentFailure)]
         assert len(failures) == 1, "its neighbour goes on"
         assert told in str(failures[0])
         assert str(victim) in str(failures[0])
-        assert all(isinstance(seen, Observation) for seen in pool.reset_all(tasks))
+        assert all(isinstance(seen, Observation) for seen in reset_all(pool, tasks))
         assert pool.replaced == 1
-        assert all(result.valid for result in pool.step_all({0: "look", 1: "look"}).values())
+        assert all(result.valid for result in step_all(pool, {0: "look", 1: "look"}).values())
     for environment in made:
         assert environment._worker.process.wait(60) == -signal.SIGKILL, "no engine is left behind"
 
@@ -177,10 +178,10 @@ def test_sixteen_side_by_side(suite, environment):
     scripts = [environment.actions("plan", task) for task in tasks]
     won = set()
     with EnvironmentPool(suite, 16, step_timeout=120, start_timeout=300) as pool:
-        assert all(isinstance(seen, Observation) for seen in pool.reset_all(tasks))
+        assert all(isinstance(seen, Observation) for seen in reset_all(pool, tasks))
         for turn in range(max(map(len, scripts))):
             actions = {slot: script[turn] for slot, script in enumerate(scripts) if turn < len(script)}
-            won |= {slot for slot, result in pool.step_all(actions).items() if result.success}
+            won |= {slot for slot, result in step_all(pool, actions).items() if result.success}
     assert won == set(range(16))
 
 

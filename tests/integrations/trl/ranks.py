@@ -18,7 +18,16 @@ def main(model, output):
     theirs.train()
     off = make(model, output, EPOTrainer, entropy_coef=0.0, **common)
     off.train()
-    on = make(model, output, EPOTrainer, entropy_coef=0.1, band_high=1.0, penalty_alpha=5.0, **common)
+    on = make(
+        model,
+        output,
+        EPOTrainer,
+        entropy_coef=0.1,
+        band_high=1.0,
+        penalty_alpha=5.0,
+        history_weighting="token",
+        **common,
+    )
     on.train()
     weights = [trainer.model.lm_head.weight.detach() for trainer in (theirs, off, on)]
     report = {

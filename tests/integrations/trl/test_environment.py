@@ -47,6 +47,7 @@ def test_an_environment_factory(folder, tmp_path, monkeypatch):
         max_steps=2,
         max_completion_length=256,
         entropy_coef=0.1,
+        history_weighting="token",  # its totals count tokens
     )
     call, rest = (tokenizer(text)["input_ids"] for text in (CALL, "done<eos>"))
     batches = []

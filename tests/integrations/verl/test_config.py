@@ -115,6 +115,11 @@ def test_the_keys_arrive_for_every_engine(engine, kind):
         ([*HINGE, f"+{EPO}.penalty_alhpa=2"], "epo.penalty_alhpa is no key of EPO; did you mean 'penalty_alpha'"),
         ([*HINGE, f"+{EPO}.xyz=2"], "epo.xyz is no key of EPO; known: penalty, penalty_alpha"),
         ([*HINGE[:1], f"+{EPO}.penalty=hing"], "penalty must be one of none, hinge"),
+        ([*HINGE, f"+{EPO}.policy_loss=gspi"], "policy_loss must be one of vanilla, dppo_tv, .* got 'gspi'"),
+        (
+            [*HINGE, f"+{EPO}.policy_loss=kl_cov", "actor_rollout_ref.actor.policy_loss.kl_cov_ratio=2.0"],
+            r"policy_loss.kl_cov_ratio must be in \(0, 1\], got 2.0",
+        ),
         ([*HINGE, f"+{EPO}.band_low=3"], "low and high must satisfy"),
         ([*HINGE, f"+{EPO}.num_turns=0"], "num_turns must be an int of at least 1"),
         ([*HINGE, f"+{EPO}.phase_schedule=cosine"], "schedule must be one of"),

@@ -19,7 +19,7 @@ namespace {
 
 int chosen = 0;  // from 1; 0: none
 
-constexpr int kProcessors = 4, kSharedBytes = 3456 + 1024 + 5 * 16 * 1024, kSchedules = 12;  // rings of 5 tiles a warp
+constexpr int kProcessors = 4, kSharedBytes = 4096 + 1024 + 5 * 16 * 1024, kSchedules = 12;  // rings of 5 tiles a warp
 
 template <class T>
 void allow(const std::vector<T>& values) {

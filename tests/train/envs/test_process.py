@@ -7,6 +7,7 @@ import pytest
 
 from epo_kernels.train.envs import EnvConfig, EnvironmentFailure, Observation, ProcessEnvironment, StepResult, Task
 from epo_kernels.train.envs.pool import EnvironmentPool
+from tests.train.pools import reset_all, step_all
 
 MODULE = """
 import sys
@@ -79,7 +80,7 @@ def test_a_pool_replaces_one_that_died(lamp):
             return ProcessEnvironment(lamp, EnvConfig(), colour="red")
 
     with EnvironmentPool(Lamps(), 1, start_timeout=60) as pool:
-        pool.reset_all([Task("light", 0)])
+        reset_all(pool, [Task("light", 0)])
         os.kill(pool._workers[0]._environment.process_id, signal.SIGKILL)
-        assert isinstance(pool.step_all({0: "on"})[0], EnvironmentFailure)
-        assert pool.reset_all([Task("light", 0)]) == [Observation("light", "red", actions=("on", "off"))]
+        assert isinstance(step_all(pool, {0: "on"})[0], EnvironmentFailure)
+        assert reset_all(pool, [Task("light", 0)]) == [Observation("light", "red", actions=("on", "off"))]

@@ -169,8 +169,6 @@ def test_options_of_a_preset_or_file_leave_with_its_environment(tmp_path):
         ("options: {goal: 0}", 3, "env.options.goal must be at least 1, got 0"),
         ("options: {goal: 9}", 3, "env.options.goal must be below the 4 words, got 9"),
         ("options: 3", 3, "env.options is a group of settings (goal, words, tolerant), got the value 3"),
-        ("jvm_memory: 1g", 3, "env.jvm_memory is now env.options.jvm_memory"),
-        ("practice: {length: 3}", 3, "env.practice is now env.options"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, text, line, message):

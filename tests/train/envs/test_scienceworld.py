@@ -9,12 +9,15 @@ import pytest
 
 pytest.importorskip("scienceworld", reason="the scienceworld extra isn't installed")
 
+from epo_kernels.train.config import load_config
 from epo_kernels.train.envs import EnvConfig, EnvironmentFailure, Observation, Task, make_suite
+from epo_kernels.train.envs.demonstrations import frozen_folder, read_frozen
 from epo_kernels.train.envs.pool import EnvironmentPool
 from epo_kernels.train.envs.scienceworld.environment import TASK_NAMES
 from epo_kernels.train.envs.scienceworld.jvm import Simulator, find_java
 from epo_kernels.train.envs.scienceworld.options import SIMPLIFICATIONS, ScienceWorldOptions
 from epo_kernels.train.envs.scienceworld.suite import ScienceWorldSuite
+from tests.train.pools import reset_all, step_all
 
 pytestmark = pytest.mark.scienceworld
 
@@ -214,11 +217,11 @@ def test_two_at_once_do_not_corrupt_each_other(suite):
         scripts = list(threads.map(suite.demonstrate, tasks))
     with EnvironmentPool(suite, 2) as pool:
         for pair in (scripts[:2], scripts[2:]):
-            assert pool.reset_all([script.task for script in pair]) == [script.observations[0] for script in pair]
+            assert reset_all(pool, [script.task for script in pair]) == [script.observations[0] for script in pair]
             last = {}
             for turn in range(max(len(script.actions) for script in pair)):
                 actions = {slot: s.actions[turn] for slot, s in enumerate(pair) if turn < len(s.actions)}
-                for slot, result in pool.step_all(actions).items():
+                for slot, result in step_all(pool, actions).items():
                     last[slot] = result
                     if turn + 1 < len(pair[slot].actions):
                         assert result.observation == pair[slot].observations[turn + 1]
@@ -244,15 +247,15 @@ def test_a_killed_or_hung_jvm_fails_alone_and_is_replaced(suite, blow, message):
     watched = Watched(suite)
     watched.suite = make_suite(EnvConfig(step_timeout=6, cache_dir=suite.config.cache_dir))
     with EnvironmentPool(watched, 2, step_timeout=60) as pool:
-        pool.reset_all([FIND, LIFESPAN])
+        reset_all(pool, [FIND, LIFESPAN])
         kept, hit = (next(e for e in watched.made if goal in e._goal) for goal in ("longest", "non-living"))
         os.kill(hit.process_id, blow)
-        results = pool.step_all({0: "go to kitchen", 1: "go to greenhouse"})
+        results = step_all(pool, {0: "go to kitchen", 1: "go to greenhouse"})
         assert isinstance(results[0], EnvironmentFailure)
         assert message in str(results[0])
         assert results[1].observation.text == "You move to the greenhouse."
         assert isinstance(pool.reset(0, FIND).result(60), Observation)
-        assert pool.step_all({0: "go to kitchen"})[0].observation.text == "You move to the kitchen."
+        assert step_all(pool, {0: "go to kitchen"})[0].observation.text == "You move to the kitchen."
         assert (pool.replaced, len(watched.made)) == (1, 3)
         hit._simulator.process.wait(10)  # raises unless the stopped process was ended as well
         assert kept._simulator.process.poll() is None
@@ -314,3 +317,21 @@ def test_a_jvm_that_does_not_start_says_why():
 def test_wrong_settings_are_refused_before_anything_starts(options, message):
     with pytest.raises(ValueError, match=message):
         make_suite(EnvConfig(options=ScienceWorldOptions(**options)))
+
+
+def test_frozen_demonstrations_replay(tmp_path):
+    quickstart = load_config("quickstart", [f"env.cache_dir={tmp_path}"])
+    suite = make_suite(quickstart.env)
+    environment = suite.make()
+    try:
+        for shown in read_frozen(frozen_folder("quickstart"), 186)[::31]:
+            played = [environment.reset(shown.task)]
+            results = [environment.step(action) for action in shown.actions]
+            played += [result.observation for result in results[:-1]]
+            assert played == shown.observations
+            assert results[-1].done
+            assert results[-1].score == shown.score
+            assert sum(result.reward for result in results) == (shown.score == 100)
+    finally:
+        environment.close()
+        suite.close()

@@ -102,3 +102,14 @@ def test_answers_are_one_bounded_line():
 )
 def test_actions_are_harmless_lines(action, sent):
     assert clean_action(action) == sent
+
+
+def test_a_scene_with_its_animals_alone():
+    look = (
+        "This outside location is called the outside. Here you see: \n\tthe agent\n\ta substance called air\n\tan axe\n"
+        "\ta baby wolf\n\ta fire pit (containing nothing)\n\ta parrot egg\n\ta eggplant\n"
+        "You also see:\n\tA door to the kitchen (that is open)\n"
+    )
+    inventory = "In your inventory, you see:\n\tan orange\n"
+    assert clean_scene(look, inventory, "animals") == "outside: baby wolf, parrot egg. Doors: kitchen."
+    assert "orange" in clean_scene(look, inventory)

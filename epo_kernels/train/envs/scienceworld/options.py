@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from epo_kernels.train.envs.base import check_task_names
-from epo_kernels.train.setting import BELOW_ONE, Rule, at_least, require, setting
+from epo_kernels.train.setting import BELOW_ONE, Rule, at_least, one_of, require, setting
 
 SIMPLIFICATIONS = (
     "easy",
@@ -26,6 +26,7 @@ class ScienceWorldOptions:
     simplification: str = setting("easy", 'comma-separated simplifications; "": none')
     tick_limit: int = setting(100, "simulated moves per episode; the published limit is 100", at_least(1))
     progress_reward: float = setting(0.1, "share of the return that rewards partial score", BELOW_ONE)
+    scene: str = setting("full", "what an observation shows of a room", one_of("full", "animals"))
     jvm_memory: str = setting("256m", "heap limit of each JVM (-Xmx)", SIZE, resume="free")
 
     def check(self) -> None:

@@ -9,7 +9,6 @@ return lies in 0..1 and no partial score outweighs a completion. The best score 
 """
 
 from collections.abc import Callable
-from itertools import zip_longest
 from typing import TYPE_CHECKING, ClassVar
 
 from epo_kernels.train.envs.base import SPLITS, Demonstration, EnvConfig, Task, unknown_task_name
@@ -84,6 +83,8 @@ class ScienceWorldSuite(Suite):
                 )
         folder = cache_folder(config.cache_dir) / f"scienceworld-{version}" / f"format-{DEMONSTRATION_FORMAT}"
         self._folder = folder / (self._options.simplification or "plain")
+        if self._options.scene != "full":
+            self._folder /= f"scene-{self._options.scene}"
         self._variations: dict[str, tuple[list[int], list[int]]] = {}
 
     def tasks(self, split: str) -> list[Task]:
@@ -97,8 +98,7 @@ class ScienceWorldSuite(Suite):
             with self.borrow() as environment:
                 self._variations.update({name: environment.variations(name) for name in missing})
         which = 0 if split == "train" else 1
-        columns = [[Task(name, variation) for variation in self._variations[name][which]] for name in names]
-        return [task for row in zip_longest(*columns) for task in row if task is not None]
+        return self.in_turns([[Task(name, number) for number in self._variations[name][which]] for name in names])
 
     def make(self) -> "ScienceWorldEnvironment":
         from epo_kernels.train.envs.scienceworld.environment import ScienceWorldEnvironment
@@ -112,7 +112,6 @@ class ScienceWorldSuite(Suite):
 
         Raises:
             ValueError: no such task, or no gold path within the limit of ticks.
-            EnvironmentFailure: the JVM died or hung.
         """
         path = self._folder / task.name / f"{task.variation}.json"
         demonstration = read_demonstration(path)

@@ -27,6 +27,7 @@ _INNERMOST = re.compile(r"\(([^()]*)\)")
 _SET_ASIDE = re.compile(r"<(\d+)>")
 _ARTICLE = re.compile(r"(^|[(,] ?)(?:[Aa]n?|the) (?=\w)")
 _DOOR = re.compile(r"A door to the (.+) \(that is (open|closed)\)")
+_ANIMAL = re.compile(r"(baby|juvenile|adult) .+|.+ egg( x\d+)?")
 _PLACE = re.compile(r"This .*?is called the (.+?)\. ")
 
 
@@ -61,10 +62,16 @@ def clean_thing(line: str) -> str:
     return _order_contents(re.sub(r"[. ]+(?=[,)])", "", line))
 
 
-def clean_scene(look: str, inventory: str) -> str:
+def is_animal(thing: str) -> bool:
+    """Whether a cleaned name is that of an animal at one of its stages of life: "baby wolf", "parrot egg"."""
+    return _ANIMAL.fullmatch(thing) is not None
+
+
+def clean_scene(look: str, inventory: str, shown: str = "full") -> str:
     """The look-around and what is carried in one line.
 
-    Example: "kitchen: chair, fridge (closed), table (glass cup). Doors: hallway, outside. You have: orange."
+    Examples: "kitchen: chair, fridge (closed), table (glass cup). Doors: hallway, outside. You have: orange."
+    With shown="animals": "outside: baby wolf, parrot egg. Doors: foundry, kitchen."
     """
     place = _PLACE.match(look)
     if place is None:  # not a room: an answer that this module doesn't know is passed on, not lost
@@ -75,6 +82,8 @@ def clean_scene(look: str, inventory: str) -> str:
             doors.append(door[1] if door[2] == "open" else f"{door[1]} (closed)")
         elif line not in ("", "the agent", "a substance called air", "You also see:"):
             things.append(clean_thing(line))
+    if shown == "animals":
+        return f"{place[1]}: {_list([*filter(is_animal, things)]) or 'nothing'}. Doors: {_list(doors) or 'none'}."
     carried = [clean_thing(line) for line in inventory.splitlines()[1:] if line.strip()]
     return (
         f"{place[1]}: {_list(things) or 'nothing'}. Doors: {_list(doors) or 'none'}. "
