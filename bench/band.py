@@ -112,6 +112,7 @@ TUNING = {
 | GiGPO, 40 steps at a constant lr of 3e-3 | 101 | | stopped while cloning, to try GRPO |
 | GRPO, constant lr of 3e-3 | 100 | | never learned; noise (4.6 nats) from step 14, stopped at 32 |
 | GRPO, 50 steps at a constant lr of 2e-3 | 100 | 0.0 | 23 at step 23, 0 from step 29 |
-| GiGPO, constant lr of 3e-3 | 101 | | 5 before, 0 from step 4; stopped at about 25 |
+| GiGPO, constant lr of 3e-3 | 101 | | 0.8 before, 0 from step 4; stopped at about 25 |
+| GiGPO, 50 steps at a constant lr of 1e-3 | 101 | 53.1 | 0.8 before; no collapse |
 """,
 }
