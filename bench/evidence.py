@@ -1,11 +1,11 @@
-"""Does RL with this driver lift success? `python -m bench.evidence practice | scienceworld`, `--report` for the page.
+"""Does RL lift success? `python -m bench.evidence practice | scienceworld | band`, `--report` for the page.
 
 Fixed before any run: the seeds, the arms, the panel, and the primary figure, which is the success of sampled actions
 on a fixed held-out panel after training, minus that before it, for the same tasks and draws. Every run of every seed
 counts. Its intervals are `paired_interval`'s, over the episodes of one seed and over those of all seeds.
 
 Runs lie in runs/evidence/EXPERIMENT/ARM-SEED, each a run of the driver: what was interrupted goes on, what was killed
-begins anew, what is complete stays. The outcome of each episode goes to bench/results/evidence/EXPERIMENT.json, from
+starts over, what is complete stays. The outcome of each episode goes to bench/results/evidence/EXPERIMENT.json, from
 which docs/evidence.md is made.
 """
 
@@ -31,30 +31,32 @@ from threading import Lock
 from typing import Any
 
 from bench import experiments, quickstart_page
+from bench.band_page import plot_band, scores_of
+from bench.curves import Curve, curve_of, read_curves
 from bench.evidence_page import page, plot
-from bench.experiments import ARMS, CLONING, EXPERIMENTS, NO_ENTROPY, RL, Outcome, read
+from bench.experiments import CLONING, EXPERIMENTS, RL, SERIES, Outcome, chosen, read
 from epo_kernels.train.__main__ import keep_freed_memory
 from epo_kernels.train.config import TrainConfig, load_config
-from epo_kernels.train.io.tracking import read_evaluation, write_atomically
+from epo_kernels.train.io.tracking import read_evaluation, read_metrics, write_atomically
 
 ROOT = Path(__file__).parent.parent
 PAGE, RUNS = ROOT / "docs" / "evidence.md", Path("runs/evidence")
-QUEUE = (RL, NO_ENTROPY, CLONING)  # what RL spent decides how much the last clones
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", nargs="?", choices=EXPERIMENTS)
+    parser.add_argument("experiment", nargs="?", choices=[*EXPERIMENTS, *SERIES])
     parser.add_argument("--report", action="store_true", help="write docs/evidence.md from the results there are")
     parser.add_argument("--only", nargs=2, metavar=("ARM", "SEED"), help="one run, in this process; no results")
     given = parser.parse_args(words)
     if given.report == bool(given.experiment):
-        parser.error(f"give one of {', '.join(EXPERIMENTS)}, or --report")
+        parser.error(f"give one of {', '.join([*EXPERIMENTS, *SERIES])}, or --report")
     if given.only:
         run_one(given.experiment, given.only[0], int(given.only[1]))
         return 0
     if given.experiment:
-        run_all(given.experiment)
+        for name in SERIES.get(given.experiment, [given.experiment]):
+            run_all(name)
     write_page()
     return 0
 
@@ -79,18 +81,31 @@ def run_all(name: str) -> None:
             write_results(name)
         print(f"{name}: {arm}, seed {seed} is complete")
 
+    # More cloning comes last: what RL spent decides its epochs. Else seed by seed, so that an unfinished series has all
+    # arms of the seeds it has.
+    queue = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
+    queue.sort(key=lambda run: run[0] == CLONING)
     with ThreadPoolExecutor(experiment.jobs) as threads:
-        pending = {(arm, seed): threads.submit(run, arm, seed) for arm in QUEUE for seed in experiment.seeds}
+        pending = {(arm, seed): threads.submit(run, arm, seed) for arm, seed in queue}
         for future in pending.values():
             future.result()
 
 
 def write_results(name: str) -> None:
     """The results' file, from the runs that are complete."""
-    runs = [(arm, seed) for seed in EXPERIMENTS[name].seeds for arm in ARMS if is_complete(name, arm, seed)]
-    lines = ",\n".join(json.dumps(asdict(outcome)) for run in runs for outcome in outcomes_of(name, *run))
+    experiment = EXPERIMENTS[name]
+    runs = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms if is_complete(name, arm, seed)]
+    _write_records(name, [outcome for run in runs for outcome in outcomes_of(name, *run)])
+    if experiment.keeps_curves:
+        curves = [curve_of(*run, read_metrics(folder(name, *run))) for run in runs]
+        _write_records(f"{name}_curves", curves)
+
+
+def _write_records(stem: str, records: Sequence[Any]) -> None:
+    """Dataclasses, a line each."""
+    lines = ",\n".join(json.dumps(asdict(record)) for record in records)
     experiments.RESULTS.mkdir(parents=True, exist_ok=True)
-    write_atomically(experiments.RESULTS / f"{name}.json", f"[\n{lines}\n]\n")
+    write_atomically(experiments.RESULTS / f"{stem}.json", f"[\n{lines}\n]\n")
 
 
 def run_one(name: str, arm: str, seed: int) -> None:
@@ -159,7 +174,9 @@ def config_of(name: str, arm: str, seed: int) -> TrainConfig:
 
 def settings(name: str, arm: str, seed: int) -> list[str]:
     experiment = EXPERIMENTS[name]
-    own = [*experiment.overrides, f"seed={seed}", *ARMS[arm]]
+    own = [*experiment.overrides, f"seed={seed}", *experiment.arms[arm]]
+    if experiment.tuned_by:
+        own += chosen(read(experiment.tuned_by), arm)
     if arm == CLONING:
         # From scratch, with the learning rate's schedule spread over all of it: the best that cloning can do with what
         # RL spent, both its evaluations included.
@@ -221,12 +238,21 @@ def outcomes_of(name: str, arm: str, seed: int) -> list[Outcome]:
     ]
 
 
+def curves_of(name: str) -> list[Curve]:
+    """The learning curves of an experiment; empty where it keeps none, or has none yet."""
+    return read_curves(experiments.RESULTS / f"{name}_curves.json")
+
+
 def write_page() -> None:
     results = {name: outcomes for name in EXPERIMENTS if (outcomes := read(name))}
+    curves = {name: found for name in results if (found := curves_of(name))}
     PAGE.parent.mkdir(exist_ok=True)
     for name, outcomes in results.items():
-        plot(outcomes, PAGE.parent / f"evidence_{name}.png")
-    write_atomically(PAGE, page(results, quickstart_page.read()))
+        if name in curves:
+            plot_band(curves[name], scores_of(outcomes), PAGE.parent / f"evidence_{name}.png")
+        elif EXPERIMENTS[name].arms is experiments.ARMS:
+            plot(outcomes, PAGE.parent / f"evidence_{name}.png")
+    write_atomically(PAGE, page(results, curves, quickstart_page.read()))
 
 
 if __name__ == "__main__":

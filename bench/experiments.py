@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from bench import band
 from epo_kernels.train.evaluate import paired_interval
 
 RESULTS = Path(__file__).parent / "results" / "evidence"
@@ -30,6 +33,9 @@ class Experiment:
     tuning: str  # how the settings were found: every run
     seeds: tuple[int, ...] = (0, 1, 2)
     overrides: tuple[str, ...] = PRIMARY
+    arms: Mapping[str, Sequence[str]] = field(default_factory=lambda: ARMS)
+    tuned_by: str | None = None  # the experiment whose best candidate each arm takes
+    keeps_curves: bool = False  # records success and entropy of every step, too
 
 
 _PRACTICE_TUNING = """\
@@ -100,6 +106,28 @@ EXPERIMENTS = {
     ),
     "scienceworld": Experiment("evidence_scienceworld", "ScienceWorld", 2, _SCIENCEWORLD_TUNING),
 }
+for _regime, _settings in band.REGIMES.items():
+    EXPERIMENTS[f"band_{_regime}_tuning"] = Experiment(
+        "practice",
+        f"Tuning of the entropy terms, {_regime} regime",
+        2,
+        "",
+        seeds=band.TUNING_SEEDS,
+        overrides=(*band.BENCHMARK, *_settings),
+        arms=band.TUNING_ARMS,
+    )
+    EXPERIMENTS[f"band_{_regime}"] = Experiment(
+        "practice",
+        f"The entropy band, {_regime} regime",
+        2,
+        band.TUNING[_regime],
+        seeds=band.SEEDS,
+        overrides=(*band.BENCHMARK, *_settings),
+        arms=band.ARMS,
+        tuned_by=f"band_{_regime}_tuning",
+        keeps_curves=True,
+    )
+SERIES = {"band": [f"band_{regime}{part}" for part in ("_tuning", "") for regime in band.REGIMES]}  # in this order
 
 
 @dataclass(frozen=True)
@@ -124,6 +152,34 @@ def read(name: str) -> list[Outcome]:
     """The results of an experiment; empty where it has none yet."""
     path = RESULTS / f"{name}.json"
     return [Outcome(**record) for record in json.loads(path.read_text())] if path.exists() else []
+
+
+def chosen(tuning: Sequence[Outcome], arm: str) -> list[str]:
+    """The best candidate of a band's arm: the highest success after training, mean over the tuning seeds.
+
+    An arm without candidates takes none. The first of equals is taken.
+
+    Raises:
+        ValueError: the tuning series is not complete.
+    """
+    candidates = band.CANDIDATES.get(arm, ())
+    means = [_mean_success(tuning, band.tuning_arm(arm, candidate)) for candidate in candidates]
+    return [candidates[int(np.argmax(means))]] if candidates else []
+
+
+def _mean_success(tuning: Sequence[Outcome], arm: str) -> float:
+    shares = [success_of(o) for o in tuning if o.arm == arm and o.when == "after"]
+    if len(shares) < len(band.TUNING_SEEDS):
+        raise ValueError(
+            f"the tuning of {arm!r} has {len(shares)} runs of {len(band.TUNING_SEEDS)}; "
+            "run `python -m bench.evidence band`, which tunes first"
+        )
+    return float(np.mean(shares))
+
+
+def success_of(outcome: Outcome) -> float:
+    """Share of the episodes played."""
+    return float(np.mean([success for success in outcome.successes if success is not None]))
 
 
 def difference(pairs: Sequence[tuple[Outcome, Outcome]]) -> tuple[float, float, float]:

@@ -192,10 +192,8 @@ def linear_epo_loss(
             beside hidden states that are a DTensor Replicate of the same mesh is computed so too. Other DTensors are
             gathered: their gradients are averaged over the mesh where hidden is plain (a rank's own batch, as under
             FSDP), else every rank keeps its share.
-        (the others): as in `epo_loss`.
 
-    Returns, raises:
-        as `epo_loss`.
+    All other arguments, the result and the errors are those of `epo_loss`.
     """
     arguments = LossArguments.of(locals())
     hidden, weight, bias, group = local_head(hidden, weight, bias, group)
@@ -241,10 +239,8 @@ def epo_loss_from_log_probs(
     Args:
         log_probs: (B, T), or packed (N,), float32 or float64, log-prob of each sampled token; differentiable.
         entropy: like log_probs, float, in nats; differentiable. Its gradient is the bonus' and the band's.
-        (the others): as in `epo_loss`, with log_probs in the place of tokens.
 
-    Returns, raises:
-        as `epo_loss`.
+    All other arguments, the result and the errors are those of `epo_loss`, with log_probs in the place of tokens.
     """
     arguments = LossArguments.of(locals())
     for name, value in (("log_probs", log_probs), ("entropy", entropy)):
@@ -331,12 +327,8 @@ def linear_log_probs_and_entropy(
     Without gradient (under `torch.no_grad`, or where nothing requires it) it scores: one product, 2·N·D·V operations,
     one chunk alive. With gradient the logits are computed again in backward, 8·N·D·V in all.
 
-    Args:
-        hidden, weight, bias, logits_dtype, num_active, max_chunk_bytes, group: as in `linear_epo_loss`.
-        (the others): as in `log_probs_and_entropy`.
-
-    Returns, raises:
-        as `log_probs_and_entropy`.
+    hidden, weight, bias, logits_dtype, num_active, max_chunk_bytes and group are those of `linear_epo_loss`; all other
+    arguments, the result and the errors are those of `log_probs_and_entropy`.
     """
     hidden, weight, bias, group = local_head(hidden, weight, bias, group)
     rows, layout = as_rows(hidden, tokens, cu_seqlens=None, name="hidden")

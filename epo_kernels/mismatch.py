@@ -74,11 +74,11 @@ def rollout_weights(
         - `rollout_is_mean`, `rollout_is_min`, `rollout_is_max`: of the weights.
         - `rollout_is_ratio_mean`: mean ρ, before the bounds.
         - `rollout_is_ratio_fraction_high`, `rollout_is_ratio_fraction_low`: share of tokens whose ρ is above `high`,
-          below `low`: truncated or rejected, by `mode`.
+            below `low`: truncated or rejected, by `mode`.
         - `rollout_is_eff_sample_size`: effective sample size as a share of the tokens, (mean w)² / mean w²; 0
-          where all are rejected.
+            where all are rejected.
         - `rollout_kl_k1`, `rollout_kl_k3`: estimates of KL(q || p) per token: means of log q/p and of
-          p/q - 1 - log p/q (never negative).
+            p/q - 1 - log p/q (never negative).
         - `rollout_probs_diff_mean`, `rollout_probs_diff_max`, `rollout_probs_diff_std`: of |p - q|.
 
         A ratio that is not a number stays NaN, so that the loss shows it.

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import evidence, evidence_page, experiments
+from bench import band, evidence, evidence_page, experiments
 from epo_kernels.train.config import load_config
+from epo_kernels.train.data import Episode
+from epo_kernels.train.envs import Task
+from epo_kernels.train.evaluate import summarize
 
+LIFT = [name for name, one in experiments.EXPERIMENTS.items() if one.arms is experiments.ARMS]
+BAND = [name for name in experiments.EXPERIMENTS if name not in LIFT]
 BEFORE = experiments.Outcome(
     arm=experiments.RL,
     seed=0,
@@ -32,7 +37,7 @@ def outcomes(arms=tuple(experiments.ARMS), seeds=(0, 1)):
     return [replace(one, arm=arm, seed=seed) for arm in arms for seed in seeds for one in (BEFORE, AFTER)]
 
 
-@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+@pytest.mark.parametrize("name", LIFT)
 def test_committed_results_are_whole(name):
     experiment, found = experiments.EXPERIMENTS[name], experiments.read(name)
     for seed in experiment.seeds:
@@ -44,7 +49,7 @@ def test_committed_results_are_whole(name):
     assert all(len(o.successes) >= 128 for o in found)
 
 
-@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+@pytest.mark.parametrize("name", LIFT)
 def test_what_is_fixed_beforehand(name, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RUNS", tmp_path)
     experiment = experiments.EXPERIMENTS[name]
@@ -112,7 +117,7 @@ def test_difference_leaves_lost_episodes_out():
 
 
 def test_page_shows_every_arm_and_seed():
-    text = evidence_page.page({"practice": outcomes()})
+    text = evidence_page.page({"practice": outcomes()}, {})
     for arm in experiments.ARMS:
         for seed in (0, 1):
             assert f"| {arm} | {seed} | 25.0 (4.6 to 69.9) | 100.0 (43.9 to 100.0) | +66.7 (" in text
@@ -124,7 +129,7 @@ def test_page_names_what_is_missing(monkeypatch):
     monkeypatch.setitem(
         experiments.EXPERIMENTS, "practice", replace(experiments.EXPERIMENTS["practice"], seeds=(0, 1, 2))
     )
-    text = evidence_page.page({"practice": [o for o in outcomes() if (o.arm, o.seed) != (experiments.CLONING, 1)]})
+    text = evidence_page.page({"practice": [o for o in outcomes() if (o.arm, o.seed) != (experiments.CLONING, 1)]}, {})
     assert "still to run are RL with EPO, seed 2; more cloning, seed 1; more cloning, seed 2; RL without" in text
     assert "| RL with EPO against more cloning | +0.0 (+0.0 to +0.0) |" in text  # of seed 0, which both have
 
@@ -140,3 +145,97 @@ def test_plot_is_a_picture(tmp_path):
     path: Path = tmp_path / "plot.png"
     evidence_page.plot(outcomes(), path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def tuning(best):
+    """Outcomes of a tuning series where the candidate at that index wins, by arm."""
+    return [
+        replace(AFTER, arm=band.tuning_arm(arm, candidate), seed=seed, successes=[index == best[arm], False])
+        for arm, candidates in band.CANDIDATES.items()
+        for index, candidate in enumerate(candidates)
+        for seed in band.TUNING_SEEDS
+    ]
+
+
+def test_each_arm_of_the_band_takes_its_best_candidate():
+    best = {arm: number % 3 for number, arm in enumerate(band.CANDIDATES)}
+    found = tuning(best)
+    for arm, candidates in band.CANDIDATES.items():
+        assert experiments.chosen(found, arm) == [candidates[best[arm]]]
+    assert experiments.chosen(found, band.NO_TERM) == []
+    with pytest.raises(ValueError, match="the tuning of"):
+        experiments.chosen(found[1:], found[0].arm.partition(",")[0])
+
+
+def test_all_arms_of_the_band_are_tuned_equally():
+    assert {len(candidates) for candidates in band.CANDIDATES.values()} == {3}
+    assert not set(band.SEEDS) & set(band.TUNING_SEEDS)
+    assert len(band.SEEDS) == 10
+
+
+@pytest.mark.parametrize("name", BAND)
+def test_arms_of_the_band_differ_in_the_entropy_term_alone(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    if tuned_by := experiments.EXPERIMENTS[name].tuned_by:
+        (tmp_path / f"{tuned_by}.json").write_text(
+            json.dumps([asdict(one) for one in tuning(dict.fromkeys(band.CANDIDATES, 0))])
+        )
+    arms = {arm: evidence.config_of(name, arm, 0) for arm in experiments.EXPERIMENTS[name].arms}
+    assert len({repr(config.loss) for config in arms.values()}) == len(arms)
+    first = next(iter(arms.values()))
+    for config in arms.values():
+        assert config.loss.kl_coeff == 0
+        assert replace(config, loss=first.loss, run_dir="") == replace(first, run_dir="")
+
+
+def test_a_killed_series_goes_on(tmp_path, monkeypatch):
+    """Complete runs stay as they are, the killed one is repeated, and the results hold all of them."""
+    monkeypatch.setattr(evidence, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    name, arms = "band_tiny", {"first": [], "second": [], "third": []}
+    experiment = replace(experiments.EXPERIMENTS["band_stable"], arms=arms, seeds=(0,), tuned_by=None, jobs=1)
+    monkeypatch.setitem(experiments.EXPERIMENTS, name, experiment)
+    started, dies = [], {"second"}
+
+    def process(command, **_):
+        arm, seed = command[-2], int(command[-1])
+        if evidence.is_complete(name, arm, seed):
+            return
+        started.append(arm)
+        if arm in dies:
+            raise subprocess.CalledProcessError(-9, command)
+        complete(name, arm, seed)
+
+    monkeypatch.setattr(evidence.subprocess, "run", process)
+    monkeypatch.setattr(evidence, "commit", lambda: "abc1234")
+    with pytest.raises(subprocess.CalledProcessError):
+        evidence.run_all(name)
+    assert [o.arm for o in experiments.read(name) if o.when == "after"] == ["first", "third"]
+    dies.clear()
+    evidence.run_all(name)
+    assert started == ["first", "second", "third", "second"]
+    assert [o.arm for o in experiments.read(name) if o.when == "after"] == list(arms)
+    assert [(c.arm, c.success) for c in evidence.curves_of(name)] == [(arm, [0.25, 0.5]) for arm in arms]
+
+
+def complete(name, arm, seed):
+    """Leave what a complete run leaves."""
+    place = evidence.folder(name, arm, seed)
+    place.mkdir(parents=True)
+    (place / "cost.jsonl").write_text(json.dumps({"start": 1.0, "run": 2.0, "load": 1.0, "commit": "abc1234"}) + "\n")
+    episodes = [
+        Episode(Task("walk", index), index, (), turns=[], score=100.0, success=True, finish="done")
+        for index in range(2)
+    ]
+    records = [asdict(summarize(episodes, when, 0, "iid", "sampled")) for when in ("before", "after")]
+    (place / "evaluation.json").write_text(json.dumps(records))
+    steps = [
+        {
+            "training/global_step": number + 1,
+            "episode/success_rate": success,
+            "actor/entropy": 0.1,
+            "epo/entropy_by_turn": [0.1, 0.3, None],
+        }
+        for number, success in enumerate((0.25, 0.5))
+    ]
+    (place / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))

@@ -24,7 +24,8 @@ RUN = quickstart_page.Run(
 
 def test_page_is_in_step_with_the_results():
     results = {name: found for name in experiments.EXPERIMENTS if (found := experiments.read(name))}
-    page = evidence_page.page(results, quickstart_page.read())
+    curves = {name: found for name in results if (found := evidence.curves_of(name))}
+    page = evidence_page.page(results, curves, quickstart_page.read())
     assert page == evidence.PAGE.read_text(), "run: python -m bench.evidence --report"
 
 

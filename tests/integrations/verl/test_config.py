@@ -113,7 +113,7 @@ def test_the_keys_arrive_for_every_engine(engine, kind):
     ("overrides", "message"),
     [
         ([*HINGE, f"+{EPO}.penalty_alhpa=2"], "epo.penalty_alhpa is no key of EPO; did you mean 'penalty_alpha'"),
-        ([*HINGE, f"+{EPO}.xyz=2"], "epo.xyz is no key of EPO; known: penalty, penalty_alpha"),
+        ([*HINGE, f"+{EPO}.xyz=2"], "epo.xyz is no key of EPO; known: policy_loss, penalty"),
         ([*HINGE[:1], f"+{EPO}.penalty=hing"], "penalty must be one of none, hinge"),
         ([*HINGE, f"+{EPO}.policy_loss=gspi"], "policy_loss must be one of vanilla, dppo_tv, .* got 'gspi'"),
         (

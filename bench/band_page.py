@@ -1,0 +1,142 @@
+"""The section of docs/evidence.md on a regime of the entropy band, and its plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bench.aggregates import (
+    Interval,
+    area_under_curve,
+    improvement_interval,
+    interquartile_mean_interval,
+    performance_profile,
+)
+from bench.band import ARMS, NO_TERM, SEEDS, TUNING_ARMS
+from bench.curves import TURNS_EVERY, Curve, has_collapsed, has_recovered, late_variances
+from bench.experiments import Outcome, success_of
+from bench.report import markdown_table
+
+_METHOD = """\
+A run's end point is its sampled success on the held-out panel after training; its area is the mean height of its
+training success. Both are summarized by the interquartile mean (IQM) over seeds with a 95 % bootstrap interval over
+seeds. P is the probability that a run of the arm ends higher than one without an entropy term, ties counting half; an
+interval that includes 0.5 shows no difference. A run has collapsed if its success (mean of five steps) fell below half
+of its best so far, by 10 points or more, and recovered if it ended at 80 % of that best or above. The variances of the
+entropy are from the second half of training: variance of its mean between steps, and between the turns of a step.
+"""
+
+
+def band_section(name: str, outcomes: Sequence[Outcome], curves: Sequence[Curve]) -> str:
+    """Tables of a regime; `outcomes` hold one "after" record a run."""
+    scores = scores_of(outcomes)
+    missing = [f"{arm}, seed {seed}" for arm in ARMS for seed in SEEDS if seed not in scores.get(arm, {})]
+    rows = [_row(arm, scores, [curve for curve in curves if curve.arm == arm]) for arm in ARMS if arm in scores]
+    spent = [outcome.cpu_seconds for outcome in outcomes if outcome.when == "after"]
+    head = ["arm", "runs", "end, IQM (%)", "P(better than no term)", "area, IQM (%)", "collapsed", "recovered"]
+    return "\n\n".join(
+        [
+            *([f"**Not complete**: {len(missing)} runs are still to run."] if missing else []),
+            f"![success, entropy and performance profiles](evidence_{name}.png)",
+            markdown_table([*head, "variance between steps", "between turns"], rows),
+            _METHOD.rstrip(),
+            f"CPU seconds a run: {min(spent):.0f} to {max(spent):.0f}.\n",
+        ]
+    )
+
+
+def tuning_table(outcomes: Sequence[Outcome]) -> str:
+    """Every tuning run: candidate, seed, success before and after."""
+    found = {(o.arm, o.seed, o.when): success_of(o) for o in outcomes}
+    rows = [
+        [arm, str(seed), f"{100 * found[arm, seed, 'before']:.1f}", f"{100 * found[arm, seed, 'after']:.1f}"]
+        for arm in TUNING_ARMS
+        for seed in sorted({o.seed for o in outcomes})
+        if (arm, seed, "after") in found
+    ]
+    return markdown_table(["candidate", "seed", "success before (%)", "after (%)"], rows) + "\n"
+
+
+def scores_of(outcomes: Sequence[Outcome]) -> dict[str, dict[int, float]]:
+    """Success after training, by arm and seed."""
+    scores: dict[str, dict[int, float]] = {}
+    for outcome in outcomes:
+        if outcome.when == "after":
+            scores.setdefault(outcome.arm, {})[outcome.seed] = success_of(outcome)
+    return scores
+
+
+def _row(arm: str, scores: Mapping[str, Mapping[int, float]], curves: Sequence[Curve]) -> list[str]:
+    own = [*scores[arm].values()]
+    areas = [area_under_curve(curve.success) for curve in curves]
+    collapsed = [curve for curve in curves if has_collapsed(curve.success)]
+    variances = np.mean([late_variances(curve) for curve in curves], axis=0)
+    better = "" if arm == NO_TERM or NO_TERM not in scores else _improvement(own, [*scores[NO_TERM].values()])
+    return [
+        arm,
+        str(len(own)),
+        _percent(interquartile_mean_interval({"": own})),
+        better,
+        _percent(interquartile_mean_interval({"": areas})),
+        str(len(collapsed)),
+        str(sum(has_recovered(curve.success) for curve in collapsed)),
+        f"{variances[0]:.2g}",
+        f"{variances[1]:.2g}",
+    ]
+
+
+def _improvement(own: Sequence[float], plain: Sequence[float]) -> str:
+    value, low, high = improvement_interval({"": own}, {"": plain})
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _percent(interval: Interval) -> str:
+    value, low, high = (100 * part for part in interval)
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
+def plot_band(curves: Sequence[Curve], scores: Mapping[str, Mapping[int, float]], path: Path) -> None:
+    """A column an arm: success by step, and entropy by turn over the steps; last, all performance profiles."""
+    from matplotlib.figure import Figure
+
+    arms = {arm: own for arm in ARMS if (own := [curve for curve in curves if curve.arm == arm])}
+    figure = Figure(figsize=(2.4 * (len(arms) + 1), 4.5), layout="constrained")
+    grid = figure.subplots(2, len(arms) + 1, squeeze=False)
+    by_turn = {arm: mean_by_turn(own) for arm, own in arms.items()}
+    highest = max(float(np.nanmax(means)) for means in by_turn.values())
+    for column, (arm, own) in enumerate(arms.items()):
+        above, below = grid[0, column], grid[1, column]
+        for curve in own:
+            above.plot(range(1, len(curve.success) + 1), curve.success, linewidth=0.7, alpha=0.6)
+        above.set_ylim(0, 1)
+        above.set_title(arm, fontsize=9)
+        extent = (0, TURNS_EVERY * len(by_turn[arm]), 0, by_turn[arm].shape[1])
+        image = below.imshow(
+            by_turn[arm].T, origin="lower", aspect="auto", vmin=0, vmax=highest, extent=extent, interpolation="nearest"
+        )
+        below.set_xlabel("step")
+    grid[0, 0].set_ylabel("success in training")
+    grid[1, 0].set_ylabel("turn")
+    figure.colorbar(image, ax=grid[1, -2], label="entropy (nats)")
+    thresholds = np.linspace(0, 1, 101)
+    for arm in arms:
+        profile = performance_profile([*scores[arm].values()], thresholds)
+        grid[0, -1].step(thresholds, profile, where="post", label=arm)
+    grid[0, -1].set_title("share of runs above", fontsize=9)
+    grid[1, -1].axis("off")
+    grid[1, -1].legend(*grid[0, -1].get_legend_handles_labels(), fontsize=8, loc="upper left")
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def mean_by_turn(curves: Sequence[Curve]) -> np.ndarray:
+    """(steps kept, turns) mean entropy over runs; NaN where no run got that far."""
+    steps = max(len(curve.entropy_by_turn) for curve in curves)
+    turns = max(len(row) for curve in curves for row in curve.entropy_by_turn)
+    values = np.full((len(curves), steps, turns), np.nan)
+    for index, curve in enumerate(curves):
+        for step, row in enumerate(curve.entropy_by_turn):
+            values[index, step, : len(row)] = [np.nan if value is None else value for value in row]
+    counts = (~np.isnan(values)).sum(0)
+    return np.where(counts > 0, np.nansum(values, axis=0) / np.maximum(counts, 1), np.nan)
