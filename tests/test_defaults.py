@@ -28,4 +28,4 @@ def test_verl_has_them():
     keys = asdict(EPOSettings())
     expected = {name: value for name, value in asdict(BAND).items() if name not in of_verl_itself}
     assert {name: keys[name] for name in expected} == expected
-    assert set(keys) - set(expected) == {"num_turns", "turns"}
+    assert set(keys) - set(expected) == {"policy_loss", "num_turns", "turns"}

@@ -118,9 +118,11 @@ def _check_file(path: Path) -> None:
 
 def _convert(path: Path, folder: Path) -> None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
         loaded = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever reading someone's file may raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
