@@ -1,26 +1,32 @@
 """The series on the entropy band, fixed before any of its runs: the benchmark, two regimes, the arms, the candidates.
 
 The arms differ in the entropy term alone: no arm has a KL term, which the paper's settings contain. Every arm with an
-entropy term gets the same number of tuning runs, on seeds from 100 on. The candidate whose sampled success on the
-held-out panel is highest after training (mean over the tuning seeds) is taken, by rule and not by hand.
+entropy term gets the same number of tuning runs, on seeds from 100 on. Each arm takes one candidate for both regimes,
+because users do not know beforehand in which regime their run is: the one with the highest sampled success on the
+held-out panel after training, averaged over the tuning seeds of both regimes. The rule decides, nobody's judgment.
 """
 
 from __future__ import annotations
 
 SEEDS = tuple(range(10))
 TUNING_SEEDS = (100, 101)
-NO_TERM = "no entropy term"
+NO_TERM, BONUS, INDICATOR = "no entropy term", "bonus only", "published indicator"
 
-# Walks of 30 rooms; a novice demonstrates, so what night means is learned from reward alone.
+# Walks of 30 rooms, at most 46 turns. A novice demonstrates, so what night means is learned from reward alone. With
+# fewer demonstrations or epochs, some seeds start at a success of 0, where no arm learns anything.
 BENCHMARK = (
+    "steps=60",
     "model.name_or_path=nano",
-    "model.warm_start.epochs=10",
+    "model.warm_start.demonstrations=64",
+    "model.warm_start.epochs=24",
     "env.options.length=30",
     "env.options.spare_turns=16",
     "env.options.signs=6",
     "env.options.temptation=0.15",
     "rollout.history=0",
     "rollout.max_response_tokens=4",
+    "algorithm.name=gigpo",  # one return for 46 turns is too weak a signal: see the tuning runs of GRPO
+    "algorithm.gamma=0.95",
     "algorithm.groups=8",
     "checkpoint.every=0",
     "evaluate.panels=[iid]",
@@ -28,30 +34,23 @@ BENCHMARK = (
     "evaluate.every=0",
 )
 REGIMES = {
-    "stable": ("steps=50", "optim.lr=5e-4", "optim.min_lr_ratio=0.5"),
-    # With GRPO, steps as large destroyed the policy before it had learned anything.
-    "collapse": (
-        "steps=50",
-        "optim.lr=3e-3",
-        "optim.min_lr_ratio=1",
-        "algorithm.name=gigpo",
-        "algorithm.gamma=0.95",
-    ),
+    "stable": ("optim.lr=5e-4", "optim.min_lr_ratio=0.5"),
+    "collapse": ("optim.lr=1.5e-3", "optim.min_lr_ratio=1"),
 }
 
 _NONE = ("loss.penalty=none",)
 _BAND = ("loss.history_weighting=step", "loss.history_includes_current=false")
 _AROUND = ("loss.band_scope=segment", "loss.band_low=0.5", "loss.band_high=2")
-_COEFFS = tuple(f"loss.entropy_coeff={value}" for value in ("3e-4", "1e-3", "3e-3"))
+_COEFFS = tuple(f"loss.entropy_coeff={value}" for value in ("1e-3", "3e-3", "1e-2"))
 _TARGETS = tuple(f"loss.entropy_target={value}" for value in (0.1, 0.2, 0.3))
 ARMS: dict[str, tuple[str, ...]] = {
     NO_TERM: (*_NONE, "loss.entropy_coeff=0"),
-    "bonus only": _NONE,
+    BONUS: _NONE,
     # The published code and the paper compare single tokens with a band from 0 to twice the history's mean.
-    "published indicator": (
+    INDICATOR: (
         "loss.penalty=indicator",
         "loss.penalty_alpha=0.05",
-        "loss.phase_schedule=official",  # over the whole training; the published code spreads it over 150 steps
+        "loss.phase_schedule=official",  # over the whole training; the published code spreads it over 150
         "loss.history_weighting=step",
         "loss.history_includes_current=true",
     ),
@@ -74,7 +73,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "gate": ("loss.penalty=gate", "loss.penalty_alpha=0.1", "loss.phase_schedule=constant", *_BAND, *_AROUND),
     "target entropy": (*_NONE, "loss.entropy_coeff=0", "loss.entropy_rule=step", "loss.entropy_coeff_delta=2e-4"),
 }
-CANDIDATES = {arm: _TARGETS if arm == "target entropy" else _COEFFS for arm in ARMS if arm != NO_TERM}
+CANDIDATES = {arm: _TARGETS if arm == "target entropy" else _COEFFS for arm in ARMS if arm not in (NO_TERM, INDICATOR)}
+# The indicator has no gradient: it trains as the bonus does, and needs no tuning runs of its own.
+TUNED_AS = {INDICATOR: BONUS}
 
 
 def tuning_arm(arm: str, candidate: str) -> str:

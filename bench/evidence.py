@@ -31,6 +31,7 @@ from threading import Lock
 from typing import Any
 
 from bench import experiments, quickstart_page
+from bench.band import INDICATOR
 from bench.band_page import plot_band, scores_of
 from bench.curves import Curve, curve_of, read_curves
 from bench.evidence_page import page, plot
@@ -81,10 +82,10 @@ def run_all(name: str) -> None:
             write_results(name)
         print(f"{name}: {arm}, seed {seed} is complete")
 
-    # More cloning comes last: what RL spent decides its epochs. Else seed by seed, so that an unfinished series has all
-    # arms of the seeds it has.
+    # More cloning comes last, because what RL spent decides its epochs, and so does the arm that repeats another. All
+    # others go seed by seed, so that an unfinished series has all arms of the seeds it has.
     queue = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
-    queue.sort(key=lambda run: run[0] == CLONING)
+    queue.sort(key=lambda run: run[0] in (CLONING, INDICATOR))
     with ThreadPoolExecutor(experiment.jobs) as threads:
         pending = {(arm, seed): threads.submit(run, arm, seed) for arm, seed in queue}
         for future in pending.values():
@@ -176,7 +177,7 @@ def settings(name: str, arm: str, seed: int) -> list[str]:
     experiment = EXPERIMENTS[name]
     own = [*experiment.overrides, f"seed={seed}", *experiment.arms[arm]]
     if experiment.tuned_by:
-        own += chosen(read(experiment.tuned_by), arm)
+        own += chosen([outcome for name in experiment.tuned_by for outcome in read(name)], arm)
     if arm == CLONING:
         # From scratch, with the learning rate's schedule spread over all of it: the best that cloning can do with what
         # RL spent, both its evaluations included.
