@@ -51,7 +51,7 @@ def band_section(name: str, outcomes: Sequence[Outcome], curves: Sequence[Curve]
         [
             *([f"**Not complete**: {len(missing)} runs are still to run."] if missing else []),
             f"![success, entropy and performance profiles](evidence_{name}.png)",
-            markdown_table([*head, "variance between steps", "between turns"], rows),
+            markdown_table([*head, *fates, "variance between steps", "between turns"], rows),
             _METHOD.rstrip(),
             f"CPU seconds a run: {min(spent):.0f} to {max(spent):.0f}.\n",
         ]
