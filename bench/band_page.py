@@ -36,17 +36,8 @@ def band_section(name: str, outcomes: Sequence[Outcome], curves: Sequence[Curve]
     missing = [f"{arm}, seed {seed}" for arm in ARMS for seed in SEEDS if seed not in scores.get(arm, {})]
     rows = [_row(arm, scores, [curve for curve in curves if curve.arm == arm]) for arm in ARMS if arm in scores]
     spent = [outcome.cpu_seconds for outcome in outcomes if outcome.when == "after"]
-    head = [
-        "arm",
-        "runs",
-        "end, IQM (%)",
-        "P(better than no term)",
-        "area, IQM (%)",
-        "collapsed",
-        "recovered",
-        "habit",
-        "noise",
-    ]
+    head = ["arm", "runs", "end, IQM (%)", "P(better than no term)", "area, IQM (%)"]
+    fates = ["collapsed", "recovered", "habit", "noise"]
     return "\n\n".join(
         [
             *([f"**Not complete**: {len(missing)} runs are still to run."] if missing else []),
