@@ -130,7 +130,7 @@ TUNING = {
 | the same, lr 1e-3, temptation 0.3 | 101 | 0.0 | 0.0 | |
 | the same, lr 1e-3, temptation 0.3 | 102 | 18.0 | 0.8 | 83 at step 42, 0 from step 51 |
 | 64 demonstrations, 12 epochs: GiGPO, lr 1.5e-3 | 103 | 1.6 | | 0 from step 3; stopped |
-| 64 demonstrations, 24 epochs: GiGPO, 60 steps at a constant lr of 1.5e-3 | 103 | 32.8 | 0.0 | a habit (0.01 nats) from step 15 |
+| 64 demonstrations, 24 epochs: GiGPO, 60 steps at a constant lr of 1.5e-3 | 103 | 32.8 | 0.0 | a habit from step 15 |
 | the same | 104 | 7.0 | 99.2 | no collapse |
 | the same, bonus of 1e-2 | 103 | 32.8 | 0.0 | noise (5.9 nats) |
 | the same, bonus of 1e-2 | 104 | 7.0 | 0.0 | noise (5.9 nats) |
