@@ -112,7 +112,7 @@ for _regime, _settings in band.REGIMES.items():
         f"Tuning of the entropy terms, {_regime} regime",
         2,
         "",
-        seeds=band.TUNING_SEEDS,
+        seeds=band.TUNING_SEEDS[_regime],
         overrides=(*band.BENCHMARK, *_settings),
         arms=band.TUNING_ARMS,
     )
@@ -170,7 +170,7 @@ def chosen(tuning: Sequence[Outcome], arm: str) -> list[str]:
 
 def _mean_success(tuning: Sequence[Outcome], arm: str) -> float:
     shares = [success_of(o) for o in tuning if o.arm == arm and o.when == "after"]
-    needed = len(band.TUNING_SEEDS) * len(band.REGIMES)
+    needed = sum(map(len, band.TUNING_SEEDS.values()))
     if len(shares) < needed:
         raise ValueError(
             f"the tuning of {arm!r} has {len(shares)} runs of {needed}; "

@@ -153,8 +153,8 @@ def tuning(best):
         replace(AFTER, arm=band.tuning_arm(arm, candidate), seed=seed, successes=[index == best[arm], False])
         for arm, candidates in band.CANDIDATES.items()
         for index, candidate in enumerate(candidates)
-        for seed in band.TUNING_SEEDS
-        for _ in band.REGIMES
+        for seeds in band.TUNING_SEEDS.values()
+        for seed in seeds
     ]
 
 
@@ -171,7 +171,7 @@ def test_each_arm_of_the_band_takes_its_best_candidate():
 
 def test_all_arms_of_the_band_are_tuned_equally():
     assert {len(candidates) for candidates in band.CANDIDATES.values()} == {3}
-    assert not set(band.SEEDS) & set(band.TUNING_SEEDS)
+    assert not set(band.SEEDS) & {seed for seeds in band.TUNING_SEEDS.values() for seed in seeds}
     assert len(band.SEEDS) == 10
 
 
