@@ -1,4 +1,4 @@
-"""What the agents of test_ray.py do: a tool, how a response calls it, and the reward. verl loads this file by its path."""
+"""What the agents of test_ray.py do: a tool, how a response calls it, and the reward. verl loads it by its path."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A rollout of verl without a GPU: transformers samples, in a server of its own beside each trainer's worker.
 
-`actor_rollout_ref.rollout.name=transformers` selects it where VERL_USE_EXTERNAL_MODULES names this module. The hooks are
-verl's `RolloutReplicaRegistry` for the servers and its table of rollout classes for the side that sends the weights.
+`actor_rollout_ref.rollout.name=transformers` selects it where VERL_USE_EXTERNAL_MODULES names this module. It comes in by
+verl's `RolloutReplicaRegistry`, which holds the servers, and by an entry in verl's table of rollout classes, which hold
+the sending side of the weights and have no registry.
 """
 
 from __future__ import annotations
