@@ -205,6 +205,27 @@ def test_a_field_may_hold_the_turn_of_each_token(workers):
     assert [metrics["loss"] for metrics in field] == pytest.approx([metrics["loss"] for metrics in runs])
 
 
+def test_a_sample_that_fills_the_batch_up_may_keep_the_turns_of_another(workers):
+    """verl's trainer appends copies of a sample with a response of one masked token, and leaves other fields whole."""
+    worker, tensors = workers(True), episodes()
+    tensors["turn_ids"] = turns_of_mask(tensors["response_mask"].bool())
+    data = nested(tensors)
+    for name, value in data.items():
+        rows = list(value.unbind())
+        if name == "input_ids" or name == "position_ids":
+            rows[3] = rows[3][: len(data["prompts"][3]) + 1]
+        elif name not in ("prompts", "turn_ids"):
+            rows[3] = rows[3][:1] * 0
+        data[name] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    seen = []
+    for turns in ("response_mask", "turn_ids"):
+        actor = actor_config(epo={**HINGE, "turns": turns}, entropy_coeff=0.1)
+        update(worker, actor, data, micro_batch_size_per_gpu=1, use_dynamic_bsz=False)
+        seen.append(update_again(worker, data, micro_batch_size_per_gpu=1, use_dynamic_bsz=False)["epo/penalty"])
+    assert seen[1] == pytest.approx(seen[0])
+    assert seen[0] > 0
+
+
 def test_turns_that_cannot_be_are_named(workers):
     tensors = episodes()
     for epo, batch, message in (
@@ -215,6 +236,12 @@ def test_turns_that_cannot_be_are_named(workers):
     ):
         with pytest.raises(ValueError, match=message):
             update(workers(), actor_config(epo={**HINGE, **epo}, entropy_coeff=0.1), tensors, **batch)
+    tensors["turn_ids"] = turns_of_mask(tensors["response_mask"].bool())
+    data = nested(tensors)
+    short = [row[:-1] for row in data["turn_ids"].unbind()]
+    data["turn_ids"] = torch.nested.as_nested_tensor(short, layout=torch.jagged)
+    with pytest.raises(ValueError, match="a turn of this batch is -1"):
+        update(workers(True), actor_config(epo={**HINGE, "turns": "turn_ids"}, entropy_coeff=0.1), data)
 
 
 def test_the_band_stands_still_within_a_step_of_several_epochs_and_mini_batches(workers):
