@@ -1,8 +1,8 @@
 """A rollout of verl without a GPU: transformers samples, in a server of its own beside each trainer's worker.
 
-`actor_rollout_ref.rollout.name=transformers` selects it where VERL_USE_EXTERNAL_MODULES names this module. It comes in by
-verl's `RolloutReplicaRegistry`, which holds the servers, and by an entry in verl's table of rollout classes, which hold
-the sending side of the weights and have no registry.
+`actor_rollout_ref.rollout.name=transformers` selects it where VERL_USE_EXTERNAL_MODULES names this module. Two entries
+bring it in: verl's `RolloutReplicaRegistry` has the servers, and verl's table of rollout classes, for which there is no
+registry, the side that sends the weights.
 """
 
 from __future__ import annotations

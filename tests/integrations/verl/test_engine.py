@@ -1,5 +1,8 @@
 """A real update by verl's FSDP engine: against verl's own losses, and against the library on the same logits."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -18,11 +21,13 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 from verl.models.transformers import monkey_patch
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.utils import tensordict_utils
 
 import epo_kernels as ek
-from epo_kernels.integrations.verl import EPOTrainingWorker, turns_of_mask
+from epo_kernels.integrations.verl import EngineLoss, EPOTrainingWorker, turns_of_mask
 from tests.integrations.verl.harness import (
     PROMPT,
     VOCAB,
@@ -35,6 +40,7 @@ from tests.integrations.verl.harness import (
     update_again,
 )
 
+PAGE = Path(__file__).parents[3] / "docs" / "verl.md"
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 POLICY = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 1.5}
 KL = {"use_kl_loss": True, "kl_loss_coef": 0.2}
@@ -203,6 +209,17 @@ def test_a_field_may_hold_the_turn_of_each_token(workers):
     field = update(worker, actor, tensors), update_again(worker, tensors)
     assert_close(worker.epo.history.means(), of_runs, equal_nan=True)
     assert [metrics["loss"] for metrics in field] == pytest.approx([metrics["loss"] for metrics in runs])
+
+
+def test_the_pages_agent_loop_output_brings_its_turn_into_the_batch():
+    (code,) = re.findall(r"```python[^\n]*\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names = {"__name__": "page"}
+    exec(code, names)
+    common = {"prompt_ids": [1], "response_ids": [2, 3], "response_mask": [1, 1], "metrics": AgentLoopMetrics()}
+    outputs = [names["TurnOutput"](turn=turn, **common).as_dict() for turn in (3, 0)]
+    data = tensordict_utils.list_of_dict_to_tensordict(outputs)
+    loss = EngineLoss(actor_config(epo={**HINGE, "turns": "turn", "num_turns": 8}, entropy_coeff=0.1))
+    assert loss._turns(data, data["response_mask"].bool()).tolist() == [[3, 3], [0, 0]]
 
 
 def test_a_sample_that_fills_the_batch_up_may_keep_the_turns_of_another(workers):

@@ -270,7 +270,7 @@ def test_the_band_of_the_steps_before_is_in_the_loss(runs):
 
 
 def shares_and_penalty(ranks, history):
-    """What verl logs of a step: shares of tokens below and above the band, means of its micro-batches, and the hinge."""
+    """What verl logs of a step: the shares of tokens below and above the band, by micro-batch, and the hinge."""
     below, above, hinges, tokens = [], [], [0.0, 0.0], [0, 0]
     for micro_batches in ranks:
         for place, batch in enumerate(micro_batches):
