@@ -1,4 +1,4 @@
-"""What the agents of test_ray.py do: a tool, how a response calls it, and the reward. verl loads it by its path."""
+"""The game of test_ray.py: a tool, how a response calls it, and the reward. verl loads this file by its path."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def next_letter(letter: str) -> str:
 
 @ToolParser.register("first_letter")
 class FirstLetter(ToolParser):
-    """A response whose first character is in the first half of the alphabet asks for the letter after it.
+    """A response that begins with one of the letters a to p, or is empty, calls the tool.
 
-    A model that nobody trained does not write JSON, and turns are what the test is about.
+    An untrained model does not write JSON, and the episodes must have several turns.
     """
 
     async def extract_tool_calls(self, responses_ids, tools=None):
         text = self.tokenizer.decode(responses_ids, skip_special_tokens=True)
-        calls = []
-        if text[:1] in LETTERS[:16]:
-            calls = [FunctionCall(name="next_letter", arguments=json.dumps({"letter": text[:1] or "a"}))]
-        return text, calls
+        letter = text[:1] or "a"
+        if letter not in LETTERS[:16]:
+            return text, []
+        return text, [FunctionCall(name="next_letter", arguments=json.dumps({"letter": letter}))]
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):

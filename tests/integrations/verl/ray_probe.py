@@ -1,7 +1,7 @@
 """What test_ray.py sees of the workers: each closed step of the history goes to a file, and one worker may be killed.
 
-RAY_PROBE_FOLDER: the files rank0_step1.pt and so on are written there. RAY_PROBE_KILL=rank1_step3: that worker kills
-itself inside that training step, after its first micro-batch, by a signal that Python cannot catch.
+RAY_PROBE_FOLDER: the files rank0_step1.pt and so on are written there. RAY_PROBE_KILL=rank1_step3: that worker sends
+itself SIGKILL in that training step, inside the loss of its first micro-batch.
 """
 
 from __future__ import annotations

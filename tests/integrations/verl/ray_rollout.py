@@ -63,7 +63,7 @@ class Replica(RolloutReplica):
     """One server, on the node of the worker that trains beside it."""
 
     async def launch_servers(self):
-        node = await self.workers[0].__ray_call__.remote(lambda worker: ray.get_runtime_context().get_node_id())
+        node = await self.workers[0].__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
         server = ray.remote(Server).options(
             name=server_name(self.replica_rank), scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
         )
@@ -82,9 +82,9 @@ class WeightSender(base.BaseRollout):
         pass
 
     async def update_weights(self, weights, wire_format="named_tensors", global_steps=None, **_):
-        tensors = {name: tensor.float().cpu() for name, tensor in weights}  # every rank takes part in the gathering
+        gathered = dict(weights)  # by all ranks together
         server = ray.get_actor(server_name(int(os.environ["RANK"])))
-        await server.load.remote(tensors, global_steps)
+        await server.load.remote(gathered, global_steps)
 
 
 def server_name(rank: int) -> str:

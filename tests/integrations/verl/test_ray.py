@@ -4,7 +4,8 @@ Two raylets on loopback addresses are two nodes with a logical GPU each. On each
 batch with FSDP2 over gloo, and a server samples episodes of verl's tool agent with the current weights. The first run
 loses a worker inside its third step; the second resumes from the checkpoint of step 2.
 
-What still needs GPUs: NCCL, vLLM or SGLang as the rollout and their transfer of weights, Megatron, flash attention.
+Not tested, because it needs GPUs: NCCL, vLLM or SGLang as the rollout with their weight transfer, Megatron, and flash
+attention.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_prestart_worker_first_driver": "0",
+    "RAY_prestart_worker_first_driver": "0",  # idle workers for every logical CPU would take longer than the steps
 }
 OF_THE_HARNESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", *VERL)
 CHAT = (
@@ -159,7 +160,7 @@ def overrides(folder):
 
 @dataclass
 class Run:
-    """What a run of `main_ppo` left: its exit status, what it printed, and verl's metrics by step."""
+    """What a run of `main_ppo` left: its exit status, its output, and verl's metrics by step."""
 
     status: int
     output: str
@@ -179,20 +180,22 @@ class Runs:
 
 
 def train(folder, address, name, **variables):
+    """A run of `main_ppo`. Ray was started without verl's variables, so the job's runtime environment has them."""
     variables |= VERL | {"RAY_PROBE_FOLDER": str(folder), "VERL_FILE_LOGGER_PATH": str(folder / f"{name}.jsonl")}
     of_workers = [f"+ray_kwargs.ray_init.runtime_env.env_vars.{key}='{value}'" for key, value in variables.items()]
-    process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "verl.trainer.main_ppo", *overrides(folder), *of_workers],
-        cwd=folder,
-        env=os.environ | VERL | {"RAY_ADDRESS": address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-    return Run(process.returncode, process.stdout, {line["step"]: line["data"] for line in lines})
+    log, metrics = folder / f"{name}.log", folder / f"{name}.jsonl"
+    with log.open("w") as output:
+        process = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "verl.trainer.main_ppo", *overrides(folder), *of_workers],
+            cwd=folder,
+            env=os.environ | VERL | {"RAY_ADDRESS": address},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=240,
+            check=False,
+        )
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    return Run(process.returncode, log.read_text(), {line["step"]: line["data"] for line in lines})
 
 
 @pytest.fixture(scope="module")
@@ -225,12 +228,13 @@ def runs(cluster, tmp_path_factory):
 
 def test_a_killed_worker_ends_the_run_with_an_error(runs):
     assert runs.killed.status != 0
-    assert re.search("ActorDiedError|Connection closed by peer", runs.killed.output), runs.killed.output
+    assert "Saving checkpoint to" in runs.killed.output, runs.killed.output[-8000:]
+    assert re.search("ActorDiedError|Connection (closed|reset) by peer", runs.killed.output), runs.killed.output[-8000:]
     assert list(runs.killed.metrics) == [1, 2]
 
 
 def test_the_resumed_run_continues(runs):
-    assert runs.resumed.status == 0, runs.resumed.output
+    assert runs.resumed.status == 0, runs.resumed.output[-8000:]
     assert list(runs.resumed.metrics) == [3]
     for step, record in enumerate(runs.steps(rank=0), start=1):
         saved = torch.load(runs.folder / f"checkpoints/global_step_{step}/actor/epo_entropy_history.pt")
