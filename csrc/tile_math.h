@@ -58,6 +58,19 @@ EPO_FN void add_group(Moments2& run, const float (&y)[N], float outer2) {
     }
 }
 
+// Adds Σ e^t (t - mean)² and Σ e^2t of N values about a maximum that is known; t in nats.
+template <int N>
+EPO_FN void add_spread_group(Spread<float>& run, const float (&y)[N], float outer2, float m, float mean) {
+    EPO_UNROLL
+    for (int i = 0; i < N; ++i) {
+        const float t = (y[i] - m) * outer2;
+        const float e = fast_exp2(t);
+        const float distance = fmaxf(t, kLowestExponent2) * kLn2 - mean;
+        run.variance = fmaf(e * distance, distance, run.variance);
+        run.collision = fmaf(e, e, run.collision);
+    }
+}
+
 // outer: not in base 2.
 EPO_FN RowStats finish2(const Moments2& row, float y_token, float outer) {
     const float log_s = logf(row.s);
