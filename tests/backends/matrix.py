@@ -550,7 +550,9 @@ class BackendMatrix:
         fused = ek.distribution_statistics(**on_device, backend=self.backend)
         for name, own, others, true in zip(truth._fields, fused, eager, truth, strict=True):
             assert own.dtype == torch.float32
-            assert_no_worse(name, own, others, true, torch.finfo(torch.float32).eps * max(true.abs().max().item(), 1))
+            roundings = 2 if name == "varentropy" else 1  # each term is a rounded weight times a rounded square
+            rounding = roundings * torch.finfo(torch.float32).eps * max(true.abs().max().item(), 1)
+            assert_no_worse(name, own, others, true, rounding)
         return fused
 
     @pytest.mark.parametrize("dtype", DTYPES)
