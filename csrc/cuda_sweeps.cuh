@@ -116,8 +116,8 @@ struct RowView {
         return run;
     }
 
-    __device__ Spread<float> spread(float m, float mean) const {
-        Spread<float> run{0.0f, 0.0f};
+    __device__ Spread2 spread(float m, float mean) const {
+        Spread2 run{0.0f, 0.0f};
         for_each_group([&](const auto& y) { add_spread_group(run, y, outer2, m, mean); });
         return run;
     }
@@ -218,13 +218,13 @@ __device__ inline Moments2 block_merge(const Moments2& thread, float outer2) {
 }
 
 // Valid in the first thread.
-__device__ inline Spread<float> block_sum(const Spread<float>& thread) {
-    __shared__ Spread<float> parts[kMostThreads / kLanes];
-    const Spread<float> warp{warp_sum(thread.variance), warp_sum(thread.collision)};
+__device__ inline Spread2 block_sum(const Spread2& thread) {
+    __shared__ Spread2 parts[kMostThreads / kLanes];
+    const Spread2 warp{warp_sum(thread.variance), warp_sum(thread.collision)};
     const int lane = threadIdx.x % kLanes;
     if (lane == 0) parts[threadIdx.x / kLanes] = warp;
     __syncthreads();
-    const Spread<float> part = lane < blockDim.x / kLanes ? parts[lane] : Spread<float>{0.0f, 0.0f};
+    const Spread2 part = lane < blockDim.x / kLanes ? parts[lane] : Spread2{0.0f, 0.0f};
     return {warp_sum(part.variance), warp_sum(part.collision)};
 }
 
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kMostThreads) spread_kernel(const __grid_const
     const Rows& rows = args.rows;
     for (std::int64_t i = blockIdx.x; i < rows.batch * rows.time; i += gridDim.x) {
         const TokenPlace at = place_of(rows, i);
-        Spread<float> spread{0.0f, 0.0f};
+        Spread2 spread{0.0f, 0.0f};
         if (rows.mask.at(at.b, at.t)) {
             const RowView<Element, Softcap> view(rows, at, transform_at(rows, at.b, at.t));
             const float s = args.statistics.sum[i];
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kMostThreads) spread_kernel(const __grid_const
             args.spread.variance[i] = spread.variance;
             args.spread.collision[i] = spread.collision;
         }
-        __syncthreads();  // the block's shared parts are free for the next row
+        __syncthreads();  // the next row's parts go to the same place
     }
 }
 
