@@ -548,7 +548,7 @@ class BackendMatrix:
         on_device = {**moved(arguments, self.device), "logits": logits.to(self.device)}
         eager = ek.distribution_statistics(**on_device, backend="reference")
         fused = ek.distribution_statistics(**on_device, backend=self.backend)
-        # p = weight / sum is two roundings, p² four; a term of the varentropy is a rounded weight times a rounded square.
+        # p = weight / sum is two roundings, p² four; a term of varentropy is a rounded weight times a rounded square.
         roundings = {"varentropy": 2, "collision_prob": 4}
         for name, own, others, true in zip(truth._fields, fused, eager, truth, strict=True):
             assert own.dtype == torch.float32
