@@ -55,7 +55,7 @@ fuzz: venv
 # Against the real packages, each in an environment whose pins it accepts: those of verl and vLLM exclude the others'.
 test-integrations: .venv-integrations/.installed .venv-verl/.installed .venv-vllm/.installed
 	.venv-integrations/bin/python -m pytest -n 2 tests/integrations --ignore-glob='*/verl' --ignore-glob='*/vllm' $(ARGS)
-	.venv-verl/bin/python -m pytest -n 2 tests/integrations/verl $(ARGS)
+	.venv-verl/bin/python -m pytest -n 2 --dist loadfile tests/integrations/verl $(ARGS)
 	.venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/integrations/vllm $(ARGS)
 
 .venv-%/.installed: tests/integrations/install-%.sh $(wildcard tests/integrations/constraints-*.txt) pyproject.toml setup.py \

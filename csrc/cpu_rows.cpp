@@ -178,6 +178,27 @@ void cpu_statistics(const Rows& rows, const Statistics& out, const Machine& mach
     });
 }
 
+void cpu_spread(const Rows& rows, const Statistics& statistics, float* variance, float* collision,
+                const Machine& machine) {
+    const Sweeps& sweeps = sweeps_for(rows, machine);
+    for_each_task(rows, machine, [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+        std::vector<char> scratch;
+        for (std::int64_t i = begin; i < end; ++i) {
+            const Row row(rows, i);
+            Spread<double> spread{0.0, 0.0};
+            if (row.counted()) {
+                const float s = statistics.sum[i];
+                spread = normalized(
+                    sweeps.spread(row.logits(scratch), rows.vocab_size, row.transform(), rows.softcap > 0.0f,
+                                  statistics.maximum[i], mean_exponent(s, statistics.entropy[i])),
+                    double(s));
+            }
+            variance[i] = float(spread.variance);
+            collision[i] = float(spread.collision);
+        }
+    });
+}
+
 void cpu_gradient(const Rows& rows, const Statistics& statistics, const Upstream& upstream, const Matrix& out,
                   const Machine& machine) {
     const Sweeps& sweeps = sweeps_for(rows, machine);

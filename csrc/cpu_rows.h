@@ -16,6 +16,10 @@ struct Machine {
 
 void cpu_statistics(const Rows& rows, const Statistics& out, const Machine& machine);
 
+// variance, collision: (B, T), contiguous. statistics: of whole rows, with their entropy; log_probs are not read.
+void cpu_spread(const Rows& rows, const Statistics& statistics, float* variance, float* collision,
+                const Machine& machine);
+
 // Writes every element of `out` (width of rows.width): 0 in masked rows and past vocab_size.
 void cpu_gradient(const Rows& rows, const Statistics& statistics, const Upstream& upstream, const Matrix& out,
                   const Machine& machine);

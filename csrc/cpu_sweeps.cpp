@@ -20,6 +20,7 @@ namespace {
 
 using epo::GradientLine;
 using epo::Moments;
+using epo::Spread;
 using epo::Transform;
 
 constexpr int kUnroll = 4;
@@ -138,6 +139,40 @@ Moments<double> moments(const void* x, std::int64_t n, const Transform& transfor
     return row;
 }
 
+// Adds Σ e^t (t - mean)² and Σ e^2t of a block.
+template <class Part>
+inline void add_spread(Spread<double>& row, std::int64_t n, float outer, float m, float mean, const Part& part) {
+    Floats variance[kUnroll] = {}, collision[kUnroll] = {};
+    const auto add = [&](std::int64_t i, int k) {
+        const Floats t = above_lowest((part(i) - m) * outer);
+        const Floats e = exp(t), distance = t - mean;
+        variance[k] += e * distance * distance;
+        collision[k] += e * e;
+    };
+    std::int64_t i = 0;
+    for (; i + kGroup <= n; i += kGroup)
+        for (int k = 0; k < kUnroll; ++k) add(i + k * kWidth, k);
+    for (; i < n; i += kWidth) add(i, 0);
+    row.variance += total(variance);
+    row.collision += total(collision);
+}
+
+template <class Element, Form kForm>
+Spread<double> spread(const void* x, std::int64_t n, const Transform& transform, float m, float mean) {
+    const Source<Element, kForm> source{static_cast<const char*>(x), transform};
+    Spread<double> row{0.0, 0.0};
+    const std::int64_t whole = n / kWidth * kWidth;
+    for (std::int64_t start = 0; start < whole; start += kBlock) {
+        const std::int64_t size = whole - start < kBlock ? whole - start : kBlock;
+        add_spread(row, size, transform.outer, m, mean, [&](std::int64_t i) { return source.argument(start + i); });
+    }
+    if (whole < n) {
+        const Floats last = source.partial(whole, static_cast<int>(n - whole));
+        add_spread(row, kWidth, transform.outer, m, mean, [&](std::int64_t) { return last; });
+    }
+    return row;
+}
+
 template <class Element, Form kForm>
 struct Gradient {
     Source<Element, kForm> source;
@@ -196,6 +231,13 @@ Moments<double> any_moments(const void* x, std::int64_t n, const Transform& tran
 }
 
 template <class Element>
+Spread<double> any_spread(const void* x, std::int64_t n, const Transform& transform, bool softcap, float m, float mean) {
+    if (softcap) return spread<Element, Form::softcap>(x, n, transform, m, mean);
+    if (transform.inner < 0.0f) return spread<Element, Form::negative>(x, n, transform, m, mean);
+    return spread<Element, Form::raw>(x, n, transform, m, mean);
+}
+
+template <class Element>
 void any_gradient(const void* x, void* out, std::int64_t n, const Transform& transform, bool softcap, float m,
                   const GradientLine& line, bool stream) {
     if (softcap) return gradient<Element, Form::softcap>(x, out, n, transform, m, line, stream);
@@ -228,7 +270,7 @@ void round(const float* x, void* out) {
 
 template <class Element>
 constexpr epo::Sweeps sweeps_of(const char* name) {
-    return {name, any_moments<Element>, any_gradient<Element>, round<Element>, scale<Element>};
+    return {name, any_moments<Element>, any_spread<Element>, any_gradient<Element>, round<Element>, scale<Element>};
 }
 
 }  // namespace

@@ -15,6 +15,9 @@ struct Sweeps {
     const char* name;
     // Moments of x[0..n), double sums in an order that depends on n alone.
     Moments<double> (*moments)(const void* x, std::int64_t n, const Transform& transform, bool softcap);
+    // Σ e^t (t - mean)² and Σ e^2t of x[0..n) about a maximum that is known.
+    Spread<double> (*spread)(const void* x, std::int64_t n, const Transform& transform, bool softcap, float maximum,
+                             float mean);
     // out[0..n) = gradient line over x[0..n); out may be x. stream: write past the caches.
     void (*gradient)(const void* x, void* out, std::int64_t n, const Transform& transform, bool softcap, float maximum,
                      const GradientLine& line, bool stream);

@@ -182,6 +182,22 @@ const char* cuda_statistics(const Rows& rows, const Statistics& out, const CudaP
     });
 }
 
+const char* cuda_spread(const Rows& rows, const Statistics& statistics, float* variance, float* collision,
+                        const CudaPlace& place) {
+    return on_chip(place, [&](const Chip& chip) {
+        sweeps::Arguments args{};
+        args.rows = rows;
+        args.statistics = statistics;
+        args.spread = {variance, collision};
+        return with_element(rows.dtype, [&](auto element) {
+            using Element = decltype(element);
+            if (rows.softcap > 0.0f)
+                return launch_sweeps<sweeps::spread_kernel<Element, true>>(args, chip, place.stream);
+            return launch_sweeps<sweeps::spread_kernel<Element, false>>(args, chip, place.stream);
+        });
+    });
+}
+
 const char* cuda_gradient(const Rows& rows, const Statistics& statistics, const Upstream& upstream, const Matrix& out,
                           const CudaPlace& place) {
     return on_chip(place, [&](const Chip& chip) {

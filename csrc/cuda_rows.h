@@ -24,6 +24,10 @@ struct LossResults {
 
 const char* cuda_statistics(const Rows& rows, const Statistics& out, const CudaPlace& place);
 
+// See cpu_spread.
+const char* cuda_spread(const Rows& rows, const Statistics& statistics, float* variance, float* collision,
+                        const CudaPlace& place);
+
 const char* cuda_gradient(const Rows& rows, const Statistics& statistics, const Upstream& upstream, const Matrix& out,
                           const CudaPlace& place);
 

@@ -5,7 +5,7 @@
 // backwards (the end of the row is the freshest), and the gradient is stored evict-first. Grids are persistent: block i
 // takes rows i, i + blocks, ..., and adds up its sums in that order.
 //
-// Barriers a row: 2 (statistics 2, gradient 2, loss 3).
+// Barriers a row: 2 (statistics 2, spread 2, gradient 2, loss 3).
 #pragma once
 
 #include "cuda_common.cuh"
@@ -16,10 +16,16 @@ namespace sweeps {
 constexpr int kMostThreads = 640;  // 96 registers each; with 80 one of the kernels spills
 constexpr int kFewThreads = 320;   // 2 blocks a multiprocessor, for rows that are short
 
+// (B, T) float32, contiguous.
+struct SpreadResults {
+    float *variance, *collision;
+};
+
 struct Arguments {
     Rows rows;
     Terms terms;            // loss
-    Statistics statistics;  // statistics: results; gradient: arguments
+    Statistics statistics;  // statistics: results; gradient, spread: arguments
+    SpreadResults spread;   // spread
     Upstream upstream;      // gradient
     LossResults results;    // loss
     Matrix out;             // loss, gradient; data null: none
@@ -69,14 +75,15 @@ struct RowView {
         }
     }
 
-    __device__ Moments2 moments() const {
-        Moments2 run = no_moments<float>();
+    // Calls add with every y of this thread, in arrays whose length is known when it is compiled.
+    template <class Add>
+    __device__ void for_each_group(const Add& add) const {
         if (stride != 1) {
             for (std::int64_t v = threadIdx.x; v < size; v += blockDim.x) {
                 const float one[1] = {at(v)};
-                add_group(run, one, outer2);
+                add(one);
             }
-            return run;
+            return;
         }
         const std::int64_t count = vectors(), step = blockDim.x;
         std::int64_t i = threadIdx.x;
@@ -88,19 +95,30 @@ struct RowView {
             for (int k = 0; k < kInFlight; k += kGroup) {
                 float y[kGroup * kPerVector];
                 unpack<kGroup>(raw + k, y);
-                add_group(run, y, outer2);
+                add(y);
             }
         }
         for (; i < count; i += step) {
             const uint4 raw = vector(i);
             float y[kPerVector];
             unpack<1>(&raw, y);
-            add_group(run, y, outer2);
+            add(y);
         }
         if (const std::int64_t v = edge(); v >= 0) {
             const float one[1] = {at(v)};
-            add_group(run, one, outer2);
+            add(one);
         }
+    }
+
+    __device__ Moments2 moments() const {
+        Moments2 run = no_moments<float>();
+        for_each_group([&](const auto& y) { add_group(run, y, outer2); });
+        return run;
+    }
+
+    __device__ Spread2 spread(float m, float mean) const {
+        Spread2 run{0.0f, 0.0f};
+        for_each_group([&](const auto& y) { add_spread_group(run, y, outer2, m, mean); });
         return run;
     }
 };
@@ -197,6 +215,37 @@ __device__ inline Moments2 block_merge(const Moments2& thread, float outer2) {
     __syncthreads();
     const Moments2 part = lane < blockDim.x / kLanes ? parts[lane] : no_moments<float>();
     return warp_merge(part, outer2);
+}
+
+// Valid in the first thread.
+__device__ inline Spread2 block_sum(const Spread2& thread) {
+    __shared__ Spread2 parts[kMostThreads / kLanes];
+    const Spread2 warp{warp_sum(thread.variance), warp_sum(thread.collision)};
+    const int lane = threadIdx.x % kLanes;
+    if (lane == 0) parts[threadIdx.x / kLanes] = warp;
+    __syncthreads();
+    const Spread2 part = lane < blockDim.x / kLanes ? parts[lane] : Spread2{0.0f, 0.0f};
+    return {warp_sum(part.variance), warp_sum(part.collision)};
+}
+
+template <class Element, bool Softcap>
+__global__ void __launch_bounds__(kMostThreads) spread_kernel(const __grid_constant__ Arguments args) {
+    const Rows& rows = args.rows;
+    for (std::int64_t i = blockIdx.x; i < rows.batch * rows.time; i += gridDim.x) {
+        const TokenPlace at = place_of(rows, i);
+        Spread2 spread{0.0f, 0.0f};
+        if (rows.mask.at(at.b, at.t)) {
+            const RowView<Element, Softcap> view(rows, at, transform_at(rows, at.b, at.t));
+            const float s = args.statistics.sum[i];
+            const float mean = mean_exponent(s, args.statistics.entropy[i]);
+            spread = normalized(block_sum(view.spread(args.statistics.maximum[i], mean)), s);
+        }
+        if (threadIdx.x == 0) {
+            args.spread.variance[i] = spread.variance;
+            args.spread.collision[i] = spread.collision;
+        }
+        __syncthreads();  // the next row's parts go to the same place
+    }
 }
 
 template <class Element, bool Softcap>

@@ -83,6 +83,21 @@ EPO_FN RowStats finish(const Moments<Real>& row, float y_token, float outer) {
     return {float(Real(y_token - row.m) * Real(outer) - log_s), float(log_s - row.u / row.s), row.m, float(row.s)};
 }
 
+// Moments of a row's distribution about a mean that is known, Σ p (log p + H)² and Σ p², or a part of these sums.
+template <class Real>
+struct Spread {
+    Real variance, collision;
+};
+
+// The mean of t = log(p s) over the distribution, from the row's statistics: log p + H = t - mean.
+EPO_FN float mean_exponent(float sum, float entropy) { return logf(sum) - entropy; }
+
+// From Σ e^t (t - mean)² and Σ e^2t.
+template <class Real>
+EPO_FN Spread<Real> normalized(const Spread<Real>& sums, Real s) {
+    return {sums.variance / s, sums.collision / s / s};
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradient of a row's logits
 

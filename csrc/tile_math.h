@@ -26,6 +26,7 @@ EPO_FN float fast_exp2(float x) {
 
 // m = max y, s = Σ 2^t2, u = Σ t2 2^t2.
 using Moments2 = Moments<float>;
+using Spread2 = Spread<float>;
 
 // The sums about another maximum. -inf against -inf keeps its zeros, and NaN in s stays.
 EPO_FN Moments2 about2(const Moments2& part, float m, float outer2) {
@@ -55,6 +56,19 @@ EPO_FN void add_group(Moments2& run, const float (&y)[N], float outer2) {
         const float e = fast_exp2(t);
         run.s += e;
         run.u = fmaf(fmaxf(t, kLowestExponent2), e, run.u);
+    }
+}
+
+// Adds Σ e^t (t - mean)² and Σ e^2t of N values about a maximum that is known; t in nats.
+template <int N>
+EPO_FN void add_spread_group(Spread2& run, const float (&y)[N], float outer2, float m, float mean) {
+    EPO_UNROLL
+    for (int i = 0; i < N; ++i) {
+        const float t = (y[i] - m) * outer2;
+        const float e = fast_exp2(t);
+        const float distance = fmaxf(t, kLowestExponent2) * kLn2 - mean;
+        run.variance = fmaf(e * distance, distance, run.variance);
+        run.collision = fmaf(e, e, run.collision);
     }
 }
 

@@ -25,7 +25,7 @@ from epo_kernels.inputs import (
     check_precise,
 )
 from epo_kernels.placements import local_head, local_logits
-from epo_kernels.reference import EPOOutput, loss_of_given_statistics
+from epo_kernels.reference import DistributionStatistics, EPOOutput, loss_of_given_statistics
 from epo_kernels.shard import Shard, check_replicated, find_shard
 
 if TYPE_CHECKING:
@@ -344,6 +344,96 @@ def linear_log_probs_and_entropy(
     _check_replicated(shard, inputs, hidden=rows)
     log_probs, entropies = chosen.linear_log_probs_and_entropy(projection, inputs, chunking, entropy=entropy)
     return _like_tokens(layout, log_probs, entropies, entropy_grad)
+
+
+@torch.no_grad()
+def distribution_statistics(
+    logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: Scalar = 1.0,
+    vocab_size: int | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float | None = None,
+    backend: str = "auto",
+    group: ProcessGroup | None = None,
+) -> DistributionStatistics:
+    """Entropy, varentropy, top-1 and collision probability of each token's distribution, for logs and filters.
+
+    Without gradients, and not inside `torch.compile(fullgraph=True)`. It reads the logits twice: the losses compute
+    none of this but the entropy.
+
+    Args:
+        logits: (B, T, V), or packed (N, V); see `epo_loss`, as for the arguments not named here.
+        mask: (B, T) or (N,); results are 0 and nothing is read where it is 0. None: every token counts.
+        temperature: number, 0-d tensor, like mask, or one a sequence: (B,).
+
+    Returns:
+        `DistributionStatistics`, each shaped like logits without their last dimension.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `epo_loss`.
+    """
+    logits, group = local_logits(logits, group)
+    tokens = _first_tokens(logits, "logits")
+    rows, layout = as_rows(logits, tokens, cu_seqlens=None, least_width=1 if group is None else 0)
+    chosen, shard, width = _over_ranks(
+        choose_backend(backend, rows.device, rows.dtype), group, rows, rows.shape[-1], mask,
+        function="distribution_statistics", vocab_size=vocab_size,
+    )  # fmt: skip
+    transform = as_transform(layout, width, temperature, vocab_size, logit_softcap, logit_scale)
+    inputs = as_token_inputs(layout, tokens, mask, transform)
+    _check_replicated(shard, inputs)
+    return _distribution(layout, chosen.distribution_statistics(rows, inputs))
+
+
+@torch.no_grad()
+def linear_distribution_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+    num_active: int | None = None,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    mask: Tensor | None = None,
+    temperature: Scalar = 1.0,
+    vocab_size: int | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float | None = None,
+    backend: str = "auto",
+    group: ProcessGroup | None = None,
+) -> DistributionStatistics:
+    """`distribution_statistics` of the logits hidden weightᵀ + bias: 2·N·D·V operations, one chunk of logits alive.
+
+    hidden, weight, bias, logits_dtype, num_active, max_chunk_bytes and group are as in `linear_epo_loss`; all other
+    arguments, the result and the errors are as in `distribution_statistics`.
+    """
+    hidden, weight, bias, group = local_head(hidden, weight, bias, group)
+    tokens = _first_tokens(hidden, "hidden")
+    rows, layout = as_rows(hidden, tokens, cu_seqlens=None, name="hidden")
+    projection, layout = as_projection(layout, rows, weight, bias, logits_dtype)
+    chosen, shard, width = _over_ranks(
+        choose_backend(backend, rows.device, projection.logits_dtype), group, rows, weight.shape[0], mask,
+        function="linear_distribution_statistics", vocab_size=vocab_size,
+        dtype_of_logits=projection.logits_dtype, max_chunk_bytes=max_chunk_bytes,
+    )  # fmt: skip
+    transform = as_transform(layout, width, temperature, vocab_size, logit_softcap, logit_scale)
+    inputs = as_token_inputs(layout, tokens, mask, transform)
+    chunking = as_chunking(num_active, max_chunk_bytes, inputs.mask, shard)
+    _check_replicated(shard, inputs, hidden=rows)
+    return _distribution(layout, chosen.linear_distribution_statistics(projection, inputs, chunking))
+
+
+def _first_tokens(rows: Tensor, name: str) -> Tensor:
+    """Valid tokens for a function to which they make no difference."""
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(rows).__name__}")
+    return torch.zeros(rows.shape[:-1], dtype=torch.int64, device=rows.device)
+
+
+def _distribution(layout: Layout, values: DistributionStatistics) -> DistributionStatistics:
+    return DistributionStatistics(*(value.reshape(layout.shape) for value in values))
 
 
 def _over_ranks(

@@ -518,15 +518,51 @@ def loss_weights(inputs: LossInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return token_weights(inputs.mask, aggregation, lengths, dtype), lengths
 
 
+def transform_at_mask(inputs: TokenInputs) -> LogitTransform:
+    """The transform, with a temperature of 1 where the mask is 0."""
+    transform = inputs.transform
+    if not isinstance(transform.temperature, Tensor) or transform.temperature.dim() == 0:
+        return transform
+    return replace(transform, temperature=torch.where(inputs.mask, transform.temperature, 1.0))
+
+
 def masked_log_probs_and_entropy(logits: Tensor, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
     """`log_probs_and_entropy` of raw logits (B, T, V): 0 where the mask is 0, NaN log-prob for an invalid token."""
-    mask, transform = inputs.mask, inputs.transform
-    if isinstance(transform.temperature, Tensor) and transform.temperature.dim() > 0:
-        transform = replace(transform, temperature=torch.where(mask, transform.temperature, 1.0))
-    z = transform_logits(torch.where(mask[..., None], logits, 0.0), transform)
+    mask = inputs.mask
+    z = transform_logits(torch.where(mask[..., None], logits, 0.0), transform_at_mask(inputs))
     valid = mask & valid_tokens(inputs)
     log_probs, entropy = log_probs_and_entropy(z, torch.where(valid, inputs.tokens, 0))
     return _at(mask, _nan_at(mask & ~valid, log_probs)), _at(mask, entropy)
+
+
+class DistributionStatistics(NamedTuple):
+    """What a token's distribution looks like, each value float32 (float64 for float64 logits), 0 where the mask is 0.
+
+    Attributes:
+        entropy: H = -Σ p log p, in nats.
+        varentropy: Σ p (log p + H)², the variance of -log p, in nats². 0 if all possible tokens are equally probable.
+        max_prob: the probability of the most probable token.
+        collision_prob: Σ p², the probability that two samples agree; its inverse is an effective number of tokens.
+    """
+
+    entropy: Tensor
+    varentropy: Tensor
+    max_prob: Tensor
+    collision_prob: Tensor
+
+
+def distribution_statistics(logits: Tensor, inputs: TokenInputs) -> DistributionStatistics:
+    """The statistics of raw logits (B, T, V), each (B, T)."""
+    mask = inputs.mask
+    z = transform_logits(torch.where(mask[..., None], logits, 0.0), transform_at_mask(inputs))
+    log_probs = z - z.amax(dim=-1, keepdim=True)
+    log_probs = log_probs - log_probs.exp().sum(dim=-1, keepdim=True).log()
+    probs = log_probs.exp()
+    finite = log_probs.masked_fill(log_probs == float("-inf"), 0.0)
+    entropy = -(probs * finite).sum(dim=-1)
+    variance = (probs * (finite + entropy[..., None]).square()).sum(dim=-1)
+    values = entropy, variance, probs.amax(dim=-1), probs.square().sum(dim=-1)
+    return DistributionStatistics(*(_at(mask, value) for value in values))
 
 
 class Band(NamedTuple):

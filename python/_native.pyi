@@ -71,6 +71,18 @@ def cpu_statistics(
 ) -> None:
     """Writes the statistics of the rows. instructions: None takes the best."""
 
+def cpu_spread(
+    rows: Rows,
+    entropy: Array,
+    maximum: Array,
+    sum: Array,
+    variance: Array,
+    collision: Array,
+    threads: int,
+    instructions: str | None = None,
+) -> None:
+    """Writes Σ p (log p + H)² and Σ p² of the rows, from their statistics."""
+
 def cpu_gradient(
     rows: Rows,
     log_probs: Array,
@@ -117,6 +129,16 @@ def cuda_statistics(
     entropy: Array | None,
     maximum: Array,
     sum: Array,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_spread(
+    rows: Rows,
+    entropy: Array,
+    maximum: Array,
+    sum: Array,
+    variance: Array,
+    collision: Array,
     device: int,
     stream: int,
 ) -> None: ...

@@ -285,6 +285,24 @@ void cpu_statistics(const RowsArguments& rows, const Array& log_probs, const May
     epo::cpu_statistics(rows.rows, out, on);
 }
 
+// What a spread reads of the statistics of whole rows.
+epo::Statistics spread_statistics(const RowsArguments& rows, const Array& entropy, const Array& maximum,
+                                  const Array& sum) {
+    return {nullptr, results(entropy, "entropy", rows.rows), results(maximum, "maximum", rows.rows),
+            results(sum, "sum", rows.rows)};
+}
+
+void cpu_spread(const RowsArguments& rows, const Array& entropy, const Array& maximum, const Array& sum,
+                const Array& variance, const Array& collision, int threads,
+                const std::optional<std::string>& instructions) {
+    const epo::Statistics statistics = spread_statistics(rows, entropy, maximum, sum);
+    float* const variances = results(variance, "variance", rows.rows);
+    float* const collisions = results(collision, "collision", rows.rows);
+    const epo::Machine on = machine(threads, instructions);
+    const py::gil_scoped_release release;
+    epo::cpu_spread(rows.rows, statistics, variances, collisions, on);
+}
+
 void cpu_gradient(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy, const Array& maximum,
                   const Array& sum, const Array& grad_log_probs, const MaybeArray& grad_entropy, const Array& out,
                   int threads, const std::optional<std::string>& instructions) {
@@ -342,6 +360,14 @@ void cuda_statistics(const RowsArguments& rows, const Array& log_probs, const Ma
                      const Array& sum, int device, std::uintptr_t stream) {
     const epo::Statistics out = make_statistics(rows, log_probs, entropy, maximum, sum);
     raise_if(epo::cuda_statistics(rows.rows, out, place_of(device, stream)));
+}
+
+void cuda_spread(const RowsArguments& rows, const Array& entropy, const Array& maximum, const Array& sum,
+                 const Array& variance, const Array& collision, int device, std::uintptr_t stream) {
+    const epo::Statistics statistics = spread_statistics(rows, entropy, maximum, sum);
+    float* const variances = results(variance, "variance", rows.rows);
+    float* const collisions = results(collision, "collision", rows.rows);
+    raise_if(epo::cuda_spread(rows.rows, statistics, variances, collisions, place_of(device, stream)));
 }
 
 void cuda_gradient(const RowsArguments& rows, const Array& log_probs, const MaybeArray& entropy, const Array& maximum,
@@ -447,6 +473,8 @@ void bind_cuda(py::module_& module) {
     module.def("cuda_workspace_size", &cuda_workspace_size, py::arg("device"));
     module.def("cuda_statistics", &cuda_statistics, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
                py::arg("maximum"), py::arg("sum"), py::arg("device"), py::arg("stream"));
+    module.def("cuda_spread", &cuda_spread, py::arg("rows"), py::arg("entropy"), py::arg("maximum"), py::arg("sum"),
+               py::arg("variance"), py::arg("collision"), py::arg("device"), py::arg("stream"));
     module.def("cuda_gradient", &cuda_gradient, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
                py::arg("maximum"), py::arg("sum"), py::arg("grad_log_probs"), py::arg("grad_entropy"),
                py::arg("out"), py::arg("device"), py::arg("stream"));
@@ -503,6 +531,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("cpu_instructions", &cpu_instructions);
     module.def("cpu_statistics", &cpu_statistics, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
                py::arg("maximum"), py::arg("sum"), py::arg("threads"), py::arg("instructions") = py::none());
+    module.def("cpu_spread", &cpu_spread, py::arg("rows"), py::arg("entropy"), py::arg("maximum"), py::arg("sum"),
+               py::arg("variance"), py::arg("collision"), py::arg("threads"), py::arg("instructions") = py::none());
     module.def("cpu_gradient", &cpu_gradient, py::arg("rows"), py::arg("log_probs"), py::arg("entropy"),
                py::arg("maximum"), py::arg("sum"), py::arg("grad_log_probs"), py::arg("grad_entropy"),
                py::arg("out"), py::arg("threads"), py::arg("instructions") = py::none());

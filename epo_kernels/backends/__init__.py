@@ -15,7 +15,7 @@ from epo_kernels.backends.cuda import CudaRows
 from epo_kernels.backends.reference import ReferenceBackend
 from epo_kernels.fused.backend import FusedBackend
 from epo_kernels.inputs import Chunking, LossInputs, Projection, TokenInputs
-from epo_kernels.reference import EPOOutput
+from epo_kernels.reference import DistributionStatistics, EPOOutput
 from epo_kernels.shard import Shard
 
 
@@ -42,6 +42,14 @@ class Backend(Protocol):
         self, logits: Tensor, inputs: TokenInputs, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Log-prob and entropy of each token (B, T), both differentiable in logits; no entropy where not asked for."""
+
+    def distribution_statistics(self, logits: Tensor, inputs: TokenInputs) -> DistributionStatistics:
+        """Statistics of each token's distribution, (B, T) each. Called without gradients."""
+
+    def linear_distribution_statistics(
+        self, projection: Projection, inputs: TokenInputs, chunking: Chunking
+    ) -> DistributionStatistics:
+        """`distribution_statistics` of a head's logits."""
 
     def linear_epo_loss(self, projection: Projection, inputs: LossInputs, chunking: Chunking) -> EPOOutput:
         """The whole loss of a head's logits, differentiable in hidden states, weight and bias."""

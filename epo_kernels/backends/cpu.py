@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from epo_kernels.backends.native import array, maybe_array, native, native_maximum_scale, native_rows, native_terms
+from epo_kernels.backends.native import (
+    array,
+    maybe_array,
+    native,
+    native_maximum_scale,
+    native_rows,
+    native_terms,
+    spread_arrays,
+)
 from epo_kernels.declaration import ROW_SUMS
 from epo_kernels.fused.backend import PlainHelpers
-from epo_kernels.fused.rows import RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.fused.rows import RowLoss, Rows, RowStatistics, Spread, Terms
 from epo_kernels.inputs import LogitTransform, Scalar
 
 
@@ -35,6 +43,16 @@ class CpuRows(PlainHelpers):
             self._instructions,
         )
         return RowStatistics(log_probs, entropies if entropy else None, maximum, total)
+
+    def spread(self, rows: Rows, statistics: RowStatistics) -> Spread:
+        spread = Spread(_results(rows), _results(rows))
+        self._native.cpu_spread(
+            native_rows(rows),
+            *spread_arrays(statistics, spread),
+            torch.get_num_threads(),
+            self._instructions,
+        )
+        return spread
 
     def gradient(
         self,

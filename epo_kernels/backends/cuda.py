@@ -16,10 +16,11 @@ from epo_kernels.backends.native import (
     native_rows,
     native_terms,
     number,
+    spread_arrays,
     why_not_built,
 )
 from epo_kernels.declaration import ROW_SUMS
-from epo_kernels.fused.rows import Prepared, RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.fused.rows import Prepared, RowLoss, Rows, RowStatistics, Spread, Terms
 from epo_kernels.inputs import Aggregation, LogitTransform, Scalar
 
 
@@ -79,6 +80,12 @@ class CudaRows:
             *_place(rows.logits),
         )
         return RowStatistics(log_probs, entropies if entropy else None, maximum, total)
+
+    def spread(self, rows: Rows, statistics: RowStatistics) -> Spread:
+        spread = Spread(_results(rows), _results(rows))
+        self.ran = "sweeps"
+        self._native.cuda_spread(native_rows(rows), *spread_arrays(statistics, spread), *_place(rows.logits))
+        return spread
 
     def gradient(
         self,

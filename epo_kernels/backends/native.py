@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from epo_kernels.declaration import NATIVE_NAMES
-from epo_kernels.fused.rows import Rows, Terms
+from epo_kernels.fused.rows import Rows, RowStatistics, Spread, Terms
 from epo_kernels.inputs import LogitTransform, Scalar
 
 
@@ -100,6 +100,12 @@ def native_rows(rows: Rows) -> _native.Rows:
         transform.scale,
         transform.softcap,
     )
+
+
+def spread_arrays(statistics: RowStatistics, spread: Spread) -> tuple[_native.Array, ...]:
+    """What `cpu_spread` and `cuda_spread` read and fill."""
+    assert statistics.entropy is not None
+    return tuple(map(array, (statistics.entropy, statistics.maximum, statistics.sum, *spread)))
 
 
 def native_maximum_scale(transform: LogitTransform) -> Scalar:

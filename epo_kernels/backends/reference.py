@@ -38,6 +38,14 @@ class ReferenceBackend:
         log_probs, entropies = reference.masked_log_probs_and_entropy(self._whole(logits), inputs)
         return log_probs, entropies if entropy else None
 
+    def distribution_statistics(self, logits: Tensor, inputs: TokenInputs) -> reference.DistributionStatistics:
+        return reference.distribution_statistics(self._whole(logits), inputs)
+
+    def linear_distribution_statistics(
+        self, projection: Projection, inputs: TokenInputs, chunking: Chunking
+    ) -> reference.DistributionStatistics:
+        return self.distribution_statistics(self._project(projection, inputs), inputs)
+
     def linear_epo_loss(self, projection: Projection, inputs: LossInputs, chunking: Chunking) -> reference.EPOOutput:
         # Neither chunks nor dropped rows: the whole logits, as the other ways to compute them are tested against.
         return self.epo_loss(self._project(projection, inputs), inputs, inplace=False)

@@ -19,10 +19,10 @@ from torch import Tensor
 from epo_kernels.aggregation import sequence_lengths
 from epo_kernels.declaration import ROW_SUMS
 from epo_kernels.fused.backend import FusedBackend
-from epo_kernels.fused.rows import Prepared, RowLoss, Rows, RowStatistics, Terms
+from epo_kernels.fused.rows import Prepared, RowLoss, Rows, RowStatistics, Spread, Terms
 from epo_kernels.inputs import Aggregation, LogitTransform, Scalar
 
-Mode = Literal["statistics", "gradient", "loss"]
+Mode = Literal["statistics", "spread", "gradient", "loss"]
 
 VECTOR_BYTES = 16  # what a thread loads at once
 ALIGNMENT = 16  # elements: what Triton looks for in pointers and strides before it loads that much at once
@@ -75,7 +75,7 @@ def launch_plan(mode: Mode, width: int, itemsize: int, aligned: bool, heavy: boo
     - A loss whose row fits one tile of 16 warps (8,192 bf16, 4,096 fp32) keeps it in registers, in the fewest warps.
     - Longer rows are read twice, by 8 warps, two programs a multiprocessor, if so many rows fit the L2 cache, so that
       the second sweep reads from it; else by 16 warps, one program.
-    - Statistics and the gradient alone read once: 8 warps, or the fewest that take a row in one tile.
+    - Statistics, their spread and the gradient alone read once: 8 warps, or the fewest that take a row in one tile.
 
     Args:
         mode: of the kernel.
@@ -138,7 +138,7 @@ def row_traffic(
         return RowTraffic(needed=stored, loaded=0, stored=stored, from_l2=0)
     tile = plan.depth * plan.lanes * plan.vector
     statistics = min(-(-vocab_size // tile) * tile, width) * itemsize  # whole tiles, as far as the vocabulary goes
-    sampled = itemsize  # the sampled token's logit is loaded by itself too
+    sampled = 0 if mode == "spread" else itemsize  # the sampled token's logit is loaded by itself too
     if mode == "gradient":
         loaded, from_l2 = width * itemsize, 0
     elif mode == "loss" and writes and not plan.one_tile:
@@ -182,6 +182,14 @@ class TritonRows:
             plan = self._plan_of("statistics", rows, None)
             self._launch("statistics", plan, rows, None, log_probs, entropies, maximum, total)
         return RowStatistics(log_probs, entropies, maximum, total)
+
+    def spread(self, rows: Rows, statistics: RowStatistics) -> Spread:
+        spread = Spread(_per_token(rows), _per_token(rows))
+        if rows.tokens.numel() > 0:
+            plan = self._plan_of("spread", rows, None)
+            known = statistics.entropy, statistics.maximum, statistics.sum
+            self._launch("spread", plan, rows, None, *known, *spread)
+        return spread
 
     def gradient(
         self,

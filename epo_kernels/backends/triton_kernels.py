@@ -529,6 +529,45 @@ def row_statistics_kernel(
 
 
 @triton.jit(do_not_specialize=_TOKEN_ARGUMENTS)
+def row_spread_kernel(
+    logits, logits_b, logits_t, logits_v,  # (B, T, V)
+    tokens, tokens_b, tokens_t,  # unused
+    mask, mask_b, mask_t,  # (B, T) uint8
+    temperature, temperatures, temperature_b, temperature_t,  # a number; in its place (B, T) floats, or None
+    scale, softcap,  # numbers or None
+    rows, length, width, vocab_size,  # B * T, T, V
+    entropies, maximums, totals,  # (B, T) float32, contiguous, of the whole rows
+    variances, collisions,  # (B, T) float32, contiguous
+    DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
+    UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr,  # V strides are 1; the vocabulary is narrower than a row
+):  # fmt: skip
+    """Σ p (log p + H)² and Σ p² of every row whose statistics are known: one read of the logits."""
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        batch, time = i // length, i % length
+        variance, collision = 0.0, 0.0
+        if tl.load(at(mask, batch, time, mask_b, mask_t)) != 0:
+            row = at(logits, batch, time, logits_b, logits_t)
+            to_bits = inverse_of(temperature, temperatures, batch, time, temperature_b, temperature_t) * LOG2E
+            m, s = tl.load(maximums + i), tl.load(totals + i)
+            mean = tl.log2(s) * LN2 - tl.load(entropies + i)  # of log(p s)
+            variance_sums, collision_sums = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+            for start in tl.range(0, vocab_size, DEPTH * LANES * VECTOR, num_stages=STAGES):
+                columns = tile_columns(start, DEPTH, LANES, VECTOR)
+                y = load_tile(
+                    row, columns, logits_v, width, vocab_size, scale, softcap, UNIT_STRIDE, PADDED, "evict_first"
+                )
+                bits = (y - m) * to_bits
+                weights = tl.exp2(bits)
+                distance = tl.maximum(bits, LOWEST) * LN2 - mean
+                variance_sums += lane_sums(weights * distance * distance)
+                collision_sums += lane_sums(weights * weights)
+            variance = tl.sum(variance_sums, axis=0) / s
+            collision = tl.sum(collision_sums, axis=0) / s / s
+        tl.store(variances + i, variance)
+        tl.store(collisions + i, collision)
+
+
+@triton.jit(do_not_specialize=_TOKEN_ARGUMENTS)
 def row_gradient_kernel(
     logits, logits_b, logits_t, logits_v,  # (B, T, V)
     tokens, tokens_b, tokens_t,  # (B, T) int64

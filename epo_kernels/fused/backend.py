@@ -92,6 +92,14 @@ class FusedBackend:
         refuse_transforms(logits)
         return self._statistics(logits, inputs, entropy=entropy, inplace=False)
 
+    def distribution_statistics(self, logits: Tensor, inputs: TokenInputs) -> reference.DistributionStatistics:
+        return linear.distribution_of_rows(self._row_statistics, Rows.of(logits, inputs))
+
+    def linear_distribution_statistics(
+        self, projection: Projection, inputs: TokenInputs, chunking: Chunking
+    ) -> reference.DistributionStatistics:
+        return linear.linear_distribution_statistics(self._row_statistics, projection, inputs, chunking)
+
     def linear_epo_loss(self, projection: Projection, inputs: LossInputs, chunking: Chunking) -> reference.EPOOutput:
         refuse_transforms(projection.hidden, projection.weight, projection.bias)
         if tracing() or needs_two_passes(inputs):

@@ -208,6 +208,32 @@ def linear_log_probs_and_entropy(
     return log_probs, unmasked.put(entropies, mask.shape) * factor if entropy else None
 
 
+def distribution_of_rows(kernels: StatisticsKernels, rows: Rows) -> reference.DistributionStatistics:
+    """(B, T) each, in two reads of the logits."""
+    statistics = kernels.statistics(rows, entropy=True)
+    assert statistics.entropy is not None
+    spread = kernels.spread(rows, statistics)
+    # The greatest p is e^0 / s. A row wholly -inf has a sum of 0, and no probabilities.
+    total = torch.where(statistics.sum > 0, statistics.sum, float("nan"))
+    max_prob = torch.where(rows.mask, total.reciprocal(), 0.0)
+    return reference.DistributionStatistics(statistics.entropy, spread.variance, max_prob, spread.collision)
+
+
+def linear_distribution_statistics(
+    kernels: StatisticsKernels, projection: Projection, inputs: TokenInputs, chunking: Chunking
+) -> reference.DistributionStatistics:
+    """`distribution_of_rows` of a head's logits, (B, T) each: one product, one chunk of logits alive."""
+    mask = inputs.mask
+    unmasked = unmasked_tokens(mask, chunking.num_active)
+    make_head = head_maker(projection, inputs.transform, unmasked, chunking)
+    rows_of = row_maker(inputs.transform, kernel_tokens(inputs), unmasked)
+    values = torch.zeros(4, 1, len(unmasked), dtype=torch.float32, device=mask.device)
+    for part, _, logits in make_head(projection.hidden, projection.weight, projection.bias).chunks():
+        values[:, :, part] = torch.stack(distribution_of_rows(kernels, rows_of(part, logits)))
+    factor = nan_if_miscounted(mask, chunking.num_active)
+    return reference.DistributionStatistics(*(unmasked.put(value, mask.shape) * factor for value in values))
+
+
 def linear_loss(
     kernels: StatisticsKernels,
     projection: Projection,

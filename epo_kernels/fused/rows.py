@@ -111,6 +111,13 @@ class RowStatistics(NamedTuple):
     sum: Tensor
 
 
+class Spread(NamedTuple):
+    """variance: Σ p (log p + H)², collision: Σ p². (B, T) float32, contiguous; 0 where the mask is 0."""
+
+    variance: Tensor
+    collision: Tensor
+
+
 class RowLoss(NamedTuple):
     """log_probs, entropy: (B, T) float32, contiguous; 0 where the mask is 0.
 
@@ -131,6 +138,12 @@ class StatisticsKernels(Protocol):
 
     def statistics(self, rows: Rows, *, entropy: bool) -> RowStatistics:
         """Statistics alone: one read of the logits."""
+
+    def spread(self, rows: Rows, statistics: RowStatistics) -> Spread:
+        """Moments about the entropy: one more read of the logits.
+
+        statistics: of the rows, or of longer rows of which these are a part, with entropy; then the sums are a part.
+        """
 
     def gradient(
         self,

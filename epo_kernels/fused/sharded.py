@@ -23,7 +23,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from epo_kernels import reference
-from epo_kernels.fused.rows import Rows, RowStatistics, StatisticsKernels
+from epo_kernels.fused.rows import Rows, RowStatistics, Spread, StatisticsKernels
 from epo_kernels.inputs import LogitTransform, Scalar, compute_dtype
 from epo_kernels.shard import Shard
 
@@ -60,6 +60,12 @@ class ShardedRows:
         )
         at_mask = (None if value is None else torch.where(rows.mask, value, 0.0) for value in whole)
         return RowStatistics(*at_mask)  # type: ignore[arg-type]
+
+    def spread(self, rows: Rows, statistics: RowStatistics) -> Spread:
+        own = self._own_columns(rows)
+        nothing = torch.zeros_like(statistics.sum)
+        part = Spread(nothing, nothing) if own is None else self._kernels.spread(own, statistics)
+        return Spread(*self._shard.gather(torch.stack(part)).sum(dim=0))  # in the order of the ranks
 
     def gradient(
         self,

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from epo_kernels.functional import linear_log_probs_and_entropy
 from epo_kernels.heads import Head, check_head, head_of
@@ -179,7 +180,7 @@ class EngineLoss:
             if values is None:
                 raise ValueError(f"{KEYS}.turns={name}: the batch has no such field, it has {', '.join(data.keys())}")
             turns = torch.as_tensor(values, device=mask.device)
-            turns = turns.to_padded_tensor(0) if turns.is_nested else turns
+            turns = padded_turns(turns, mask) if turns.is_nested else turns
             turns = turns[:, None].expand(mask.shape) if turns.shape == mask.shape[:1] else turns
             if turns.shape != mask.shape:
                 raise ValueError(
@@ -278,6 +279,17 @@ def turns_of_mask(mask: Tensor) -> Tensor:
     """Turn of each token, (B, T) int64: the runs of True in a row of mask (B, T), from 0."""
     starts = mask & ~F.pad(mask, (1, -1))
     return starts.cumsum(dim=1) - 1
+
+
+def padded_turns(turns: Tensor, mask: Tensor) -> Tensor:
+    """Nested turns (B, T_i), padded with -1 to the width of mask (B, T) or, where a counted row is longer, beyond it.
+
+    Rows without a counted token are all -1: verl fills a batch up with a response of one masked token that keeps the
+    other fields of a real sample, so their lengths differ.
+    """
+    rows = [row if counted else row[:0] for row, counted in zip(turns.unbind(), mask.any(dim=1), strict=True)]
+    padded = pad_sequence(rows, batch_first=True, padding_value=-1)
+    return F.pad(padded, (0, max(mask.shape[1] - padded.shape[1], 0)), value=-1)
 
 
 @register_policy_loss(LOSS_MODE)

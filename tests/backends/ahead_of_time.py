@@ -36,6 +36,7 @@ ITEM_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 KERNELS = {
     "loss": "row_loss_kernel",
     "statistics": "row_statistics_kernel",
+    "spread": "row_spread_kernel",
     "gradient": "row_gradient_kernel",
     "weights": "token_weights_kernel",
     "scale": "scale_kernel",
@@ -64,7 +65,7 @@ def variants() -> Iterator[Variant]:
     widths = (4_096, 32_000, 151_936)
     for dtype, aligned, width in product(("bf16", "fp32"), (True, False), widths):
         yield Variant("loss", dtype, width, aligned)
-    for kernel, dtype, aligned in product(("statistics", "gradient"), ("bf16", "fp32"), (True, False)):
+    for kernel, dtype, aligned in product(("statistics", "spread", "gradient"), ("bf16", "fp32"), (True, False)):
         yield Variant(kernel, dtype, 151_936, aligned)
     for kernel, width in (("loss", 4_096), ("loss", 151_936), ("statistics", 151_936), ("gradient", 151_936)):
         # A float16 loss with a gradient goes through statistics.
@@ -82,6 +83,8 @@ def variants() -> Iterator[Variant]:
             yield Variant("loss", "bf16", width, policy_loss=policy_loss)
     yield Variant("statistics", absent=(*OPTIONAL, "entropies"))
     yield Variant("gradient", absent=(*OPTIONAL, "entropies", "grad_entropies"))
+    yield Variant("spread", "fp16")
+    yield Variant("spread", aligned=False, unit_stride=False, padded=True, absent=())
     for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
         yield Variant("weights", mode=mode)
     yield Variant("scale")
@@ -89,7 +92,7 @@ def variants() -> Iterator[Variant]:
 
 def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     """What the assembler made of one variant."""
-    rows = variant.kernel in ("loss", "statistics", "gradient")
+    rows = variant.kernel in ("loss", "statistics", "spread", "gradient")
     kernel = getattr(triton_kernels, KERNELS[variant.kernel])
     options: dict[str, Any] = {"num_warps": 4 if variant.kernel == "weights" else 8}
     constants: dict[str, Any] = {

@@ -373,6 +373,11 @@ class BackendMatrix:
             out = torch.full_like(part.logits, math.nan)
             kernels.gradient(part, merged, a, b, out)
             assert_close(out, gradient[..., start : start + 100], rtol=1e-4, atol=1e-6, equal_nan=True)
+        spreads = [kernels.spread(part, merged) for part in parts]
+        for own, all_of_it in zip(
+            zip(*spreads, strict=True), kernels.spread(Rows(logits, tokens, mask, transforms[3]), expected), strict=True
+        ):
+            assert_close(sum(own), all_of_it, rtol=1e-4, atol=1e-6)
 
     def test_a_band_of_segments_without_a_penalty_costs_one_pass(self, monkeypatch):
         cfg = ek.EPOConfig(band_scope="segment", entropy_coeff=0.5)
@@ -533,6 +538,75 @@ class BackendMatrix:
                 assert_no_worse("statistics", a, b, c, torch.finfo(torch.float32).eps * c.abs().max().item())
         rounding = torch.finfo(dtype).eps * truth[1].abs().max().item()
         assert_no_worse("gradient", fused[1], eager[1], truth[1], rounding)
+
+    # ---- distribution statistics -------------------------------------------------------------------------------------
+
+    def check_distribution(self, logits, **arguments):
+        """The three-way rule, each statistic for itself; returns those of the backend."""
+        arguments = {"temperature": 0.8, **arguments}
+        truth = ek.distribution_statistics(logits.double(), **arguments, backend="reference")
+        on_device = {**moved(arguments, self.device), "logits": logits.to(self.device)}
+        eager = ek.distribution_statistics(**on_device, backend="reference")
+        fused = ek.distribution_statistics(**on_device, backend=self.backend)
+        # p = weight / sum is two roundings, p² four; a term of varentropy is a rounded weight times a rounded square.
+        roundings = {"varentropy": 2, "collision_prob": 4}
+        for name, own, others, true in zip(truth._fields, fused, eager, truth, strict=True):
+            assert own.dtype == torch.float32
+            rounding = roundings.get(name, 1) * torch.finfo(torch.float32).eps * max(true.abs().max().item(), 1)
+            assert_no_worse(name, own, others, true, rounding)
+        return fused
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("vocab", [1, 2, 1000, 4097])
+    def test_distribution_statistics(self, vocab, dtype):
+        self.check_distribution(3 * torch.randn(2, 4, vocab).to(dtype))
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"logit_softcap": 3.0},
+            {"logit_scale": -1.5},
+            {"vocab_size": 250},
+            {"temperature": torch.linspace(0.5, 2.0, 15).view(3, 5)},
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["rows", "vocab", "time"])
+    def test_distribution_statistics_of_other_rows(self, kind, arguments):
+        self.check_distribution(as_strided(3 * torch.randn(3, 5, 301), kind), **arguments)
+
+    def test_distribution_statistics_of_masked_and_impossible_tokens(self):
+        logits = torch.randn(1, 5, 300)
+        logits[0, 0, 10:] = -INF
+        logits[0, 1] = math.nan  # masked
+        logits[0, 2] = -INF
+        logits[0, 3, 7] = math.nan
+        logits[0, 4, 7] = INF
+        mask = torch.tensor([[True, False, True, True, True]])
+        first = self.check_distribution(logits[:, :2], mask=mask[:, :2])
+        assert all((values[0, 1] == 0).all() for values in first)
+        rest = ek.distribution_statistics(logits.to(self.device), mask=mask.to(self.device), backend=self.backend)
+        assert all(values[0, 2:].isnan().all() for values in rest)
+
+    def test_distributions_that_are_known(self):
+        uniform, certain, two = torch.zeros(8), torch.full((8,), -INF), torch.full((8,), -INF)
+        certain[3], two[:2] = 1.0, 5.0
+        logits = torch.stack([uniform, certain, two])[None].to(self.device)
+        got = torch.stack(ek.distribution_statistics(logits, backend=self.backend))[:, 0].cpu()
+        expected = [[math.log(8), 0.0, math.log(2)], [0.0] * 3, [1 / 8, 1.0, 1 / 2], [1 / 8, 1.0, 1 / 2]]
+        assert_close(got, torch.tensor(expected), rtol=1e-6, atol=1e-6)
+
+    def test_distribution_statistics_of_no_tokens(self):
+        for shape in ((0, 7), (3, 0, 7)):
+            got = ek.distribution_statistics(torch.empty(shape, device=self.device), backend=self.backend)
+            assert all(values.shape == shape[:-1] for values in got)
+
+    def test_distribution_statistics_of_a_head(self):
+        hidden, weight = torch.randn(2, 6, 16), torch.randn(50, 16)
+        mask = torch.rand(2, 6) > 0.3
+        arguments = {"mask": mask.to(self.device), "backend": self.backend, "max_chunk_bytes": 3 * 50 * 4}
+        got = ek.linear_distribution_statistics(hidden.to(self.device), weight.to(self.device), **arguments)
+        expected = ek.distribution_statistics(hidden @ weight.T, mask=mask, backend="reference")
+        assert_close([*map(torch.Tensor.cpu, got)], [*expected], rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize(("vocab", "rounding"), [(600, 0.0), (9001, 1e-6)])
     def test_scoring_agrees_with_training(self, vocab, rounding):

@@ -36,6 +36,7 @@ ITEM_SIZES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, 
 # The arguments that a launch fills, by their places; one of cuda_loss is room to work in.
 RESULTS = {
     "cuda_statistics": range(1, 5),
+    "cuda_spread": (4, 5),
     "cuda_gradient": (7,),
     "cuda_loss": range(2, 8),
     "cuda_prepare": range(9, 14),

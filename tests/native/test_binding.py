@@ -93,6 +93,10 @@ def test_results_that_do_not_fit_are_refused(given):
     for wrong in (torch.empty(3, 2), torch.empty(3, 2).t(), torch.empty(2, 3, dtype=torch.float64)):
         with pytest.raises(ValueError, match="log_probs must"):
             _native.cpu_statistics(rows, array(wrong), *fine[1:], 1)
+    known = [array(torch.ones(2, 3)) for _ in range(3)]
+    _native.cpu_spread(rows, *known, *fine[:2], 1)
+    with pytest.raises(ValueError, match="collision must"):
+        _native.cpu_spread(rows, *known, fine[0], array(torch.empty(3, 2)), 1)
     with pytest.raises(ValueError, match="threads must be 1 or more"):
         _native.cpu_statistics(rows, *fine, 0)
     with pytest.raises(ValueError, match="instructions must be one of"):

@@ -305,6 +305,25 @@ def case_statistics_of_logits(rank, world):
         assert_close(got, (*expected, gradient[..., columns]), rtol=1e-5, atol=1e-5)
 
 
+def case_distribution_statistics(rank, world):
+    logits, hidden, weight = torch.randn(2, 6, 70), torch.randn(2, 6, 16), torch.randn(70, 16)
+    mask = torch.rand(2, 6) > 0.2
+    settings = {"mask": mask, "temperature": 0.7, "vocab_size": 66}
+    whole = ek.distribution_statistics(logits, **settings, backend="reference")
+    whole_of_head = ek.linear_distribution_statistics(hidden, weight, **settings, backend="reference")
+    for kind in ("even", "uneven"):
+        columns = own_columns(70, rank, world, kind)
+        for backend in (FUSED, "reference", *(["triton"] if TRITON and world == 2 else [])):
+            over = {**settings, "backend": backend, "group": dist.group.WORLD}
+            got = ek.distribution_statistics(logits[..., columns], **over)
+            assert_close(got, whole, rtol=1e-5, atol=1e-5)
+            assert_same_on_all_ranks(*got)
+            assert_close(
+                ek.linear_distribution_statistics(hidden, weight[columns], **over),
+                whole_of_head, rtol=1e-5, atol=1e-5,
+            )  # fmt: skip
+
+
 def case_inplace(rank, world):
     case, columns = busy_case(vocab=60), own_columns(60, rank, world, "even")
     for scope in ("token", "segment"):

@@ -2,16 +2,21 @@
 
 verl brings platforms for accelerators alone. Taken by VERL_PLATFORM=cpu and VERL_USE_EXTERNAL_MODULES naming this
 module; VERL_ENGINE_DEVICE=cuda makes it choose the FSDP engine, which asks the platform for everything else.
+
+One function of verl is replaced, since it has no hook: its process group asks for one backend of the CPU and one of the
+accelerator, and torch refuses that where both are the CPU. So name this module before those that import verl's workers.
 """
 
 from __future__ import annotations
 
+import functools
 import types
 from contextlib import nullcontext
 
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
+from verl.utils import distributed
 
 _DEVICE = types.ModuleType("cpu_device")  # torch.cpu has no memory statistics
 _DEVICE.max_memory_allocated = _DEVICE.max_memory_reserved = lambda: 0  # type: ignore[attr-defined]
@@ -22,6 +27,10 @@ _DEVICE.get_rng_state, _DEVICE.set_rng_state = torch.get_rng_state, torch.set_rn
 _DEVICE.is_available = lambda: False  # type: ignore[attr-defined]
 _DEVICE.synchronize = _DEVICE.empty_cache = lambda: None  # type: ignore[attr-defined]
 _DEVICE.current_device = lambda: "cpu"  # type: ignore[attr-defined]
+
+distributed.initialize_global_process_group_ray = functools.partial(
+    distributed.initialize_global_process_group_ray, backend="gloo"
+)
 
 
 @PlatformRegistry.register(platform="cpu")
@@ -78,7 +87,7 @@ class PlatformCPU(PlatformBase):
         pass
 
     def ray_resource_name(self):
-        return "CPU"
+        return "GPU"  # verl counts no other resource; Ray takes the number that a node is started with on trust
 
     def ray_noset_envvars(self):
         return []

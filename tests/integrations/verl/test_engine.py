@@ -1,5 +1,8 @@
 """A real update by verl's FSDP engine: against verl's own losses, and against the library on the same logits."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -18,11 +21,13 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 from verl.models.transformers import monkey_patch
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.utils import tensordict_utils
 
 import epo_kernels as ek
-from epo_kernels.integrations.verl import EPOTrainingWorker, turns_of_mask
+from epo_kernels.integrations.verl import EngineLoss, EPOTrainingWorker, turns_of_mask
 from tests.integrations.verl.harness import (
     PROMPT,
     VOCAB,
@@ -35,6 +40,7 @@ from tests.integrations.verl.harness import (
     update_again,
 )
 
+PAGE = Path(__file__).parents[3] / "docs" / "verl.md"
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 POLICY = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 1.5}
 KL = {"use_kl_loss": True, "kl_loss_coef": 0.2}
@@ -205,6 +211,38 @@ def test_a_field_may_hold_the_turn_of_each_token(workers):
     assert [metrics["loss"] for metrics in field] == pytest.approx([metrics["loss"] for metrics in runs])
 
 
+def test_the_pages_agent_loop_output_brings_its_turn_into_the_batch():
+    (code,) = re.findall(r"```python[^\n]*\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names = {"__name__": "page"}
+    exec(code, names)
+    common = {"prompt_ids": [1], "response_ids": [2, 3], "response_mask": [1, 1], "metrics": AgentLoopMetrics()}
+    outputs = [names["TurnOutput"](turn=turn, **common).as_dict() for turn in (3, 0)]
+    data = tensordict_utils.list_of_dict_to_tensordict(outputs)
+    loss = EngineLoss(actor_config(epo={**HINGE, "turns": "turn", "num_turns": 8}, entropy_coeff=0.1))
+    assert loss._turns(data, data["response_mask"].bool()).tolist() == [[3, 3], [0, 0]]
+
+
+def test_a_sample_that_fills_the_batch_up_may_keep_the_turns_of_another(workers):
+    """verl's trainer appends copies of a sample with a response of one masked token, and leaves other fields whole."""
+    worker, tensors = workers(True), episodes()
+    tensors["turn_ids"] = turns_of_mask(tensors["response_mask"].bool())
+    data = nested(tensors)
+    for name, value in data.items():
+        rows = list(value.unbind())
+        if name == "input_ids" or name == "position_ids":
+            rows[3] = rows[3][: len(data["prompts"][3]) + 1]
+        elif name not in ("prompts", "turn_ids"):
+            rows[3] = rows[3][:1] * 0
+        data[name] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    seen = []
+    for turns in ("response_mask", "turn_ids"):
+        actor = actor_config(epo={**HINGE, "turns": turns}, entropy_coeff=0.1)
+        update(worker, actor, data, micro_batch_size_per_gpu=1, use_dynamic_bsz=False)
+        seen.append(update_again(worker, data, micro_batch_size_per_gpu=1, use_dynamic_bsz=False)["epo/penalty"])
+    assert seen[1] == pytest.approx(seen[0])
+    assert seen[0] > 0
+
+
 def test_turns_that_cannot_be_are_named(workers):
     tensors = episodes()
     for epo, batch, message in (
@@ -215,6 +253,12 @@ def test_turns_that_cannot_be_are_named(workers):
     ):
         with pytest.raises(ValueError, match=message):
             update(workers(), actor_config(epo={**HINGE, **epo}, entropy_coeff=0.1), tensors, **batch)
+    tensors["turn_ids"] = turns_of_mask(tensors["response_mask"].bool())
+    data = nested(tensors)
+    short = [row[:-1] for row in data["turn_ids"].unbind()]
+    data["turn_ids"] = torch.nested.as_nested_tensor(short, layout=torch.jagged)
+    with pytest.raises(ValueError, match="a turn of this batch is -1"):
+        update(workers(True), actor_config(epo={**HINGE, "turns": "turn_ids"}, entropy_coeff=0.1), data)
 
 
 def test_the_band_stands_still_within_a_step_of_several_epochs_and_mini_batches(workers):
