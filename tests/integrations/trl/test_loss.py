@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import epo_kernels as ek
-from epo_kernels.integrations.trl import LOSS_TYPES
+from epo_kernels.integrations.trl_config import FAMILIES
 from tests.integrations.trl.pairs import assert_same, both, loss_and_gradients, make, micro_batch
 
 
@@ -38,14 +38,14 @@ def compare(folder, tmp_path, inputs, accumulated=1, trainer=None, tolerances=No
     return theirs, ours
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", FAMILIES)
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_every_loss_type(folder, tmp_path, loss_type, beta):
     inputs = micro_batch(ref=beta != 0, tools=True)
     compare(folder, tmp_path, inputs, accumulated=3, loss_type=loss_type, beta=beta, temperature=0.7)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", FAMILIES)
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_the_bonus_alone_is_trls(folder, tmp_path, loss_type, beta):
     inputs = micro_batch(ref=beta != 0)
