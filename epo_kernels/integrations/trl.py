@@ -256,7 +256,8 @@ class EPOTrainer(GRPOTrainer):
             is_weights=is_weights,
             accumulated=self.current_gradient_accumulation_steps if self.model.training else 1,
             phase_weight=self.args.phase_weight(self.state.global_step, self.state.max_steps),
-            entropy_coeff=self.entropy_coef if self._controller is None else self._controller.entropy_coeff,
+            # A copy, because the controller moves its own in place before the backward pass.
+            entropy_coeff=self.entropy_coef if self._controller is None else self._controller.entropy_coeff.clone(),
             bounds=self.history.bounds(turns, self.args.band_low, self.args.band_high),
         )
 
