@@ -46,13 +46,13 @@ def _setting(default: Any, text: str) -> Any:
 class EPOTrainerConfig(GRPOConfig):
     """`GRPOConfig` with the settings of the entropy band.
 
-    What TRL names keeps its name and meaning: epsilon, epsilon_high, delta (the dual clip), beta, loss_type,
-    temperature and entropy_coef, which is λ of bonus and penalty. The fields added here configure the band and its
-    history; their defaults are `epo_kernels.defaults.BandDefaults`, the paper's hinge. docs/entropy_control.md compares
-    the penalties.
+    TRL's settings keep their names and meanings; entropy_coef (with use_adaptive_entropy, as it moves) weighs the
+    entropy bonus and the band penalty. The fields added here configure the band and its history; their defaults are
+    `epo_kernels.defaults.BandDefaults`, the paper's hinge. docs/trl.md lists what is supported and how it maps to
+    `EPOConfig`; docs/entropy_control.md compares the penalties.
 
     Raises:
-        ValueError: an option that this loss doesn't serve, or a value out of range; the message names the cure.
+        ValueError: an unsupported option or a value out of range; the message says what to set instead.
     """
 
     entropy_coef: float = _setting(
