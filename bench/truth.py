@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,24 +19,18 @@ import epo_kernels as ek
 from bench.cases import Case
 from bench.inputs import Inputs
 from epo_kernels import reference
+from epo_kernels.config import Divergence
+from epo_kernels.declaration import PolicyLossName
 from epo_kernels.inputs import LossArguments, as_layout, as_loss_inputs
 
 CONFIG = ek.EPOConfig(entropy_coeff=1e-2, kl_coeff=1e-2, penalty="hinge", penalty_alpha=2.0)
 # What group-relative losses without entropy compute: no bonus, no band, no dual clip.
 POLICY_CONFIG = ek.EPOConfig(entropy_coeff=0.0, kl_coeff=1e-2, clip_ratio_c=None)
 
-# Every policy loss by name: fields of EPOConfig. The first is that of all other cases.
+# Every policy loss, and each trust region of dppo, by name: fields of EPOConfig. "ppo" is that of all other cases.
 POLICY_FIELDS: dict[str, dict[str, Any]] = {
-    "ppo": {},
-    "cispo": {"policy_loss": "cispo"},
-    "sapo": {"policy_loss": "sapo"},
-    "reinforce": {"policy_loss": "reinforce"},
-    "dppo_tv": {"policy_loss": "dppo", "dppo_divergence": "tv"},
-    "dppo_kl": {"policy_loss": "dppo", "dppo_divergence": "kl"},
-    "gspo": {"policy_loss": "gspo"},
-    "vespo": {"policy_loss": "vespo"},
-    "gmpo": {"policy_loss": "gmpo"},
-}
+    name: {"policy_loss": name} for name in get_args(PolicyLossName) if name != "dppo"
+} | {f"dppo_{name}": {"policy_loss": "dppo", "dppo_divergence": name} for name in get_args(Divergence)}
 
 # Beyond what bfloat16 logits move a log-prob by. Nearer to a kink of the loss than that (a clip, a bound of the band) a
 # token's gradient is decided by rounding, and a gate would count it as a fault.
@@ -144,7 +138,7 @@ CONTRACTS = {
         partial(_whole_loss, policy=policy),
     )
     for policy, fields in POLICY_FIELDS.items()
-    if fields
+    if policy != "ppo"
 }
 
 
