@@ -9,6 +9,7 @@ import torch
 
 Task = Literal["loss", "linear-loss", "score", "linear-score"]
 
+POLICIES = "policies"  # ends the name of a case in which every policy loss is measured
 SEQUENCE_LENGTH = 1024
 TURN_LENGTH = 128  # tokens of an observation and the response to it
 
@@ -51,6 +52,7 @@ class Case:
         chunk_mb: `max_chunk_bytes` of the linear tasks.
         peers: whether other libraries are measured too.
         compiled: whether eager PyTorch under torch.compile is measured too (compiling takes long).
+        policies: whether every policy loss of this library is measured, and nothing else.
     """
 
     task: Task
@@ -62,6 +64,7 @@ class Case:
     chunk_mb: int = 1024
     peers: bool = False
     compiled: bool = False
+    policies: bool = False
 
     @property
     def name(self) -> str:
@@ -70,6 +73,8 @@ class Case:
             parts.append("segment")
         if self.chunk_mb != 1024:
             parts.append(f"{self.chunk_mb}MB")
+        if self.policies:
+            parts.append(POLICIES)
         return "/".join(parts)
 
     @property
@@ -157,6 +162,7 @@ GPU = (
     Case("linear-loss", "llama-3-8b", 8192, "bf16"),
     Case("linear-loss", "gemma-3-4b", 8192, "bf16"),
     Case("linear-loss", "qwen2.5-7b", 8192, "bf16", band_scope="segment"),
+    Case("loss", "qwen2.5-3b", 8192, "bf16", policies=True),
 )
 CPU = (
     Case("loss", "qwen2.5-3b", 128, "fp32", peers=True, compiled=True),
@@ -173,6 +179,8 @@ CPU = (
     Case("loss", "gemma-3-4b", 128, "fp32"),
     Case("linear-loss", "qwen2.5-0.5b", 256, "bf16"),
     Case("linear-loss", "d64-v151936", 4096, "fp32", chunk_mb=512),
+    Case("loss", "qwen2.5-3b", 128, "fp32", policies=True),
+    Case("linear-loss", "d512-v32000", 512, "fp32", policies=True),
 )
 TINY = (
     Case("loss", "tiny", 64, "fp32", peers=True),
@@ -181,6 +189,8 @@ TINY = (
     Case("linear-loss", "tiny", 64, "fp32", peers=True),
     Case("score", "tiny", 64, "fp32"),
     Case("linear-score", "tiny", 64, "fp32", peers=True),
+    Case("loss", "tiny", 64, "fp32", policies=True),
+    Case("linear-loss", "tiny", 64, "fp32", policies=True),
 )
 STEPS = {
     "gpu": (StepCase(151_936, 64),),

@@ -67,9 +67,12 @@ def with_gradients(
     return {**outputs, **dict(zip(leaves, gradients, strict=True))}
 
 
-def ours(case: Case, backend: str, function: Callable[..., Any] | None = None) -> Run:
-    """A call of this library, and its backward where the case has one. function: takes the place of the library's."""
-    cfg, chunks = config_of(case), {"max_chunk_bytes": case.chunk_mb << 20} if case.linear else {}
+def ours(case: Case, backend: str, function: Callable[..., Any] | None = None, policy: str = "ppo") -> Run:
+    """A call of this library, and its backward where the case has one.
+
+    function: takes the place of the library's. policy: a key of `POLICY_FIELDS`.
+    """
+    cfg, chunks = config_of(case, policy), {"max_chunk_bytes": case.chunk_mb << 20} if case.linear else {}
     if not case.gradient:
         score: Callable[..., Any] = function or (
             ek.linear_log_probs_and_entropy if case.linear else ek.log_probs_and_entropy

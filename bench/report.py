@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.cases import SUITES
+from bench.cases import POLICIES, SUITES
 from bench.implementations import COMPILED, EAGER
 from bench.records import RESULTS, Machine, Record, merged, read, write
 
@@ -29,6 +29,12 @@ _HOW_TO_READ = (
     "copy and the bare matrix products took in the same run for the least bytes and operations of the case. Peers "
     "mostly compute less than the loss; the full tables say what each one yields, its spread, memory and launches."
 )
+_HOW_TO_READ_POLICIES = (
+    "Time of each policy loss relative to `ppo`, measured in the same interleaved rounds: medians, with quartiles in "
+    "parentheses (`ppo`: of its own rounds, which shows the noise). Losses of a token alone take one pass. `gspo`, "
+    "`vespo` and `gmpo` need a statistic of the sequence before the first gradient: two passes over logits, and from "
+    "hidden states 8·N·D·V operations where the others take 6·N·D·V, a ratio of 1.33."
+)
 Cell = str | float | int | None
 
 
@@ -42,6 +48,11 @@ def cases_of(records: Iterable[Record]) -> dict[str, list[Record]]:
 def fastest(records: Iterable[Record]) -> Record | None:
     timed = [record for record in records if record.median_ms is not None]
     return min(timed, key=lambda record: record.median_ms or math.inf, default=None)
+
+
+def without_policies(records: Iterable[Record]) -> list[Record]:
+    """All but the cases in which policy losses are compared with each other."""
+    return [record for record in records if not record.case.endswith(f"/{POLICIES}")]
 
 
 def is_peer(record: Record) -> bool:
@@ -117,7 +128,7 @@ def summary_table(records: Sequence[Record]) -> str:
     """A line a case: ours against floor, eager, torch.compile and the fastest peer that passed its gate."""
     header = ["case", "ours ms", "× floor", "eager ms", "torch.compile ms", "fastest peer", "peak MB, ours / eager"]
     rows: list[list[Cell]] = []
-    for case, own in cases_of(records).items():
+    for case, own in cases_of(without_policies(records)).items():
         ours = fastest(record for record in own if record.ours)
         named = {record.impl: record for record in own}
         peer = fastest(record for record in own if is_peer(record))
@@ -132,6 +143,30 @@ def summary_table(records: Sequence[Record]) -> str:
         figures = (_median(named, EAGER), _median(named, COMPILED))
         rows.append([case, shown, ours.ratio_to_floor, *figures, shown_peer, peaks])
     return markdown_table(header, rows)
+
+
+def policy_table(records: Sequence[Record]) -> str:
+    """A line a policy loss, a column a case and backend: its time over that of ppo. Empty without such cases."""
+    columns: dict[str, dict[str, Record]] = {}
+    for case, own in cases_of(record for record in records if record.case.endswith(f"/{POLICIES}")).items():
+        for record in own:
+            if record.ours:
+                backend, _, policy = record.impl.removeprefix("ours:").partition(" ")
+                columns.setdefault(f"{case.removesuffix(f'/{POLICIES}')} ({backend})", {})[policy] = record
+    policies = dict.fromkeys(policy for column in columns.values() for policy in column)
+    rows = [[policy, *(_relative(column, policy) for column in columns.values())] for policy in policies]
+    return markdown_table(["policy loss", *columns], rows) if rows else ""
+
+
+def _relative(column: dict[str, Record], policy: str) -> str:
+    """Time over that of ppo, with quartiles, or why there is none."""
+    record, ppo = column.get(policy), column.get("ppo")
+    if record is None or ppo is None:
+        return "–"
+    if record.median_ms is None or record.spread_ms is None or not ppo.median_ms:
+        return record.gate.partition(":")[0]
+    low, high = (f"{bound / ppo.median_ms:.2f}" for bound in record.spread_ms)
+    return f"{record.median_ms / ppo.median_ms:.2f} ({low} – {high})"
 
 
 def _median(named: dict[str, Record], impl: str) -> str:
@@ -150,7 +185,11 @@ def performance_page(results: Path = RESULTS) -> str:
     for path in files:
         machine, records = read(path)
         where = f"The full tables are in `bench/results/{path.parent.name}/report.md`."
-        parts += [f"## {machine.machine}", f"{provenance(machine, records)} {where}", summary_table(records)]
+        parts += [f"## {machine.machine}", f"{provenance(machine, records)} {where}"]
+        if without_policies(records):
+            parts.append(summary_table(records))
+        if table := policy_table(records):
+            parts += ["### Policy losses", _HOW_TO_READ_POLICIES, table]
     return "\n\n".join([*parts, _HOW_TO_RERUN])
 
 
@@ -233,6 +272,7 @@ def plots(records: Sequence[Record], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
+    records = without_policies(records)
     points = {
         "roofline": _roofline(records),
         "time_against_vocabulary": _against(records, "loss", _vocabulary, lambda record: record.median_ms),

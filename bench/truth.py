@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,11 +19,18 @@ import epo_kernels as ek
 from bench.cases import Case
 from bench.inputs import Inputs
 from epo_kernels import reference
+from epo_kernels.config import Divergence
+from epo_kernels.declaration import PolicyLossName
 from epo_kernels.inputs import LossArguments, as_layout, as_loss_inputs
 
 CONFIG = ek.EPOConfig(entropy_coeff=1e-2, kl_coeff=1e-2, penalty="hinge", penalty_alpha=2.0)
 # What group-relative losses without entropy compute: no bonus, no band, no dual clip.
 POLICY_CONFIG = ek.EPOConfig(entropy_coeff=0.0, kl_coeff=1e-2, clip_ratio_c=None)
+
+# Every policy loss, and each trust region of dppo, by name: fields of EPOConfig. "ppo" is that of all other cases.
+POLICY_FIELDS: dict[str, dict[str, Any]] = {
+    name: {"policy_loss": name} for name in get_args(PolicyLossName) if name != "dppo"
+} | {f"dppo_{name}": {"policy_loss": "dppo", "dppo_divergence": name} for name in get_args(Divergence)}
 
 # Beyond what bfloat16 logits move a log-prob by. Nearer to a kink of the loss than that (a clip, a bound of the band) a
 # token's gradient is decided by rounding, and a gate would count it as a fault.
@@ -46,8 +54,14 @@ class Contract:
     objective: Objective | None
 
 
-def config_of(case: Case) -> ek.EPOConfig:
-    return ek.EPOConfig(**{**vars(CONFIG), "band_scope": case.band_scope})
+def config_of(case: Case, policy: str = "ppo") -> ek.EPOConfig:
+    """The config of a case. policy: a key of `POLICY_FIELDS`."""
+    return replace(CONFIG, band_scope=case.band_scope, **POLICY_FIELDS[policy])
+
+
+def contract_of(policy: str) -> str:
+    """The contract of this library's loss with that policy loss."""
+    return "loss" if policy == "ppo" else f"{policy} loss"
 
 
 def loss_arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
@@ -63,9 +77,9 @@ def without_last(mask: Tensor) -> Tensor:
     return counted
 
 
-def _whole_loss(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:
+def _whole_loss(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor, policy: str = "ppo") -> Tensor:
     arguments = loss_arguments(case, inputs)
-    return _loss_of_statistics(inputs, inputs.mask, config_of(case), arguments, log_probs, entropy)
+    return _loss_of_statistics(inputs, inputs.mask, config_of(case, policy), arguments, log_probs, entropy)
 
 
 def _policy_loss(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:
@@ -117,6 +131,14 @@ CONTRACTS = {
     ),
     "scores": Contract("log-prob and entropy, no gradient", ("log_probs", "entropy"), None),
     "log-prob scores": Contract("log-prob, no gradient; no entropy", ("log_probs",), None),
+} | {
+    contract_of(policy): Contract(
+        f"the whole loss with policy_loss={fields['policy_loss']!r}, its gradient, log-prob and entropy",
+        ("loss", "log_probs", "entropy"),
+        partial(_whole_loss, policy=policy),
+    )
+    for policy, fields in POLICY_FIELDS.items()
+    if policy != "ppo"
 }
 
 
