@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: venv train train-llm quickstart-data quickstart-evidence evidence test fuzz test-integrations lint docs dist bench bench-gpu bench-compare gpu-check clean
+.PHONY: venv train train-llm quickstart-data quickstart-evidence evidence evidence-llm test fuzz test-integrations lint docs dist bench bench-gpu bench-compare gpu-check clean
 
 venv: $(STAMP)
 
@@ -44,6 +44,10 @@ quickstart-evidence: venv
 # hours)
 evidence: venv
 	$(RUN) -m bench.evidence $(or $(ARGS),scienceworld)
+
+# `make train-llm` with three seeds, and more cloning at equal cost. Interrupted, it goes on.
+evidence-llm: $(VENV)/.installed-llm
+	$(RUN) -m bench.evidence llm
 
 test: venv
 	$(RUN) -m pytest -n 2 $(ARGS)

@@ -34,7 +34,7 @@ from bench import experiments, quickstart_page
 from bench.band_page import plot_band, scores_of
 from bench.curves import Curve, curve_of, read_curves
 from bench.evidence_page import page, plot
-from bench.experiments import CLONING, EXPERIMENTS, RL, SERIES, Outcome, chosen, read
+from bench.experiments import CLONING, EXPERIMENTS, SERIES, Outcome, chosen, read
 from epo_kernels.train.__main__ import keep_freed_memory
 from epo_kernels.train.config import TrainConfig, load_config
 from epo_kernels.train.io.tracking import read_evaluation, read_metrics, write_atomically
@@ -71,7 +71,7 @@ def run_all(name: str) -> None:
 
     def run(arm: str, seed: int) -> None:
         if arm == CLONING:
-            pending[RL, seed].result()
+            pending[experiment.baseline, seed].result()
         command = [sys.executable, "-m", "bench.evidence", name, "--only", arm, str(seed)]
         log = folder(name, arm, seed).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def settings(name: str, arm: str, seed: int) -> list[str]:
     if arm == CLONING:
         # From scratch, with the learning rate's schedule spread over all of it: the best that cloning can do with what
         # RL spent, both its evaluations included.
-        spent = costs(name, RL, seed)
+        spent = costs(name, experiment.baseline, seed)
         cloning = next(cost["start"] for cost in spent if cost["start"])  # 0: stopped before it had cloned
         extra = sum(cost["start"] + cost["run"] for cost in spent) - cloning
         epochs = load_config(experiment.preset, [*experiment.overrides]).model.warm_start.epochs
@@ -217,7 +217,7 @@ def outcomes_of(name: str, arm: str, seed: int) -> list[Outcome]:
     spent = costs(name, arm, seed)
     own = {record.when: record for record in read_evaluation(folder(name, arm, seed))}
     if arm == CLONING:
-        rl = {record.when: record for record in read_evaluation(folder(name, RL, seed))}
+        rl = {record.when: record for record in read_evaluation(folder(name, EXPERIMENTS[name].baseline, seed))}
         own = {"before": rl["before"], "after": own["before"]}
     return [
         Outcome(
@@ -250,7 +250,7 @@ def write_page() -> None:
     for name, outcomes in results.items():
         if name in curves:
             plot_band(curves[name], scores_of(outcomes), PAGE.parent / f"evidence_{name}.png")
-        elif EXPERIMENTS[name].arms is experiments.ARMS:
+        elif CLONING in EXPERIMENTS[name].arms:
             plot(outcomes, PAGE.parent / f"evidence_{name}.png")
     write_atomically(PAGE, page(results, curves, quickstart_page.read()))
 

@@ -15,7 +15,7 @@ from epo_kernels.train.envs import Task
 from epo_kernels.train.evaluate import summarize
 
 LIFT = [name for name, one in experiments.EXPERIMENTS.items() if one.arms is experiments.ARMS]
-BAND = [name for name in experiments.EXPERIMENTS if name not in LIFT]
+BAND = [name for name in experiments.EXPERIMENTS if name.startswith("band_")]
 BEFORE = experiments.Outcome(
     arm=experiments.RL,
     seed=0,
@@ -64,6 +64,27 @@ def test_what_is_fixed_beforehand(name, tmp_path, monkeypatch):
     is_earlier = experiment.overrides != experiments.PRIMARY  # a series made before the preset became what it is
     same = (preset.steps, preset.optim, preset.algorithm) == (config.steps, config.optim, config.algorithm)
     assert same != is_earlier
+
+
+def test_the_language_model_has_its_own_baseline_and_all_held_out_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "RUNS", tmp_path)
+    experiment = experiments.EXPERIMENTS["llm"]
+    config = evidence.config_of("llm", experiment.baseline, 0)
+    assert config.evaluate.episodes == 63
+    assert (config.evaluate.panels, config.evaluate.decoding) == ([experiments.PANEL], [experiments.DECODING])
+    assert (config.loss.entropy_coeff, config.loss.penalty) == (0, "none")
+    place = evidence.folder("llm", experiment.baseline, 0)
+    place.mkdir(parents=True)
+    (place / "cost.jsonl").write_text(json.dumps({"start": 10.0, "run": 20.0}) + "\n")
+    more = evidence.config_of("llm", experiments.CLONING, 0)
+    assert more.steps == 0
+    assert more.model.warm_start.epochs == 3 * config.model.warm_start.epochs
+
+
+def test_the_page_compares_with_the_experiments_own_baseline():
+    text = evidence_page.page({"llm": outcomes(experiments.PLAIN_ARMS)}, {})
+    assert "| RL against more cloning | +0.0 (+0.0 to +0.0) |" in text
+    assert "still to run are RL, seed 2; more cloning, seed 2." in text
 
 
 def test_more_cloning_gets_what_rl_spent(tmp_path, monkeypatch):

@@ -266,14 +266,19 @@ def casts_kept(model: PreTrainedModel) -> Iterator[None]:
 
     On a CPU the casts of a small model cost as much as its products. The results are the same to the last bit. A model
     that is split over ranks keeps none, since it would then be whole on each of them.
+
+    Casts last until the outermost of nested blocks ends. Never nest a block that needs gradients in one that doesn't
+    track them: the casts kept there have no graph.
     """
+    if torch.is_autocast_cache_enabled():
+        yield
+        return
     whole = not any(isinstance(weight, DTensor) for weight in model.parameters())
-    before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(whole)
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(before)
+        torch.set_autocast_cache_enabled(False)
         torch.clear_autocast_cache()
 
 
