@@ -117,7 +117,7 @@ def test_heads_that_are_networks_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=f"{family.__name__} does more"):
             check_head(family(config))
-    with pytest.raises(ValueError, match="RemBertForCausalLM's logits can't be computed from its last hidden states"):
+    with pytest.raises(ValueError, match="RemBertForCausalLM's logits cannot be computed from its last hidden states"):
         check_head(hf.RemBertForCausalLM(hf.RemBertConfig(**SIZES, is_decoder=True, output_embedding_size=48)))
 
 
@@ -139,5 +139,5 @@ def test_weights_that_cannot_be_read_are_not_compared():
 def test_an_output_layer_without_a_floating_weight_is_refused():
     model = make(hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES))
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(97, 32, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"floating-point weight, got torch.uint8: don't quantise it"):
+    with pytest.raises(ValueError, match=r"floating-point weight, got torch.uint8: do not quantise"):
         head_of(model)

@@ -222,15 +222,15 @@ def test_no_gradient_flows_and_a_tensor_may_be_the_coefficient():
         ({"advantages": torch.zeros(3)}, ValueError, "advantages"),
         ({"entropy": torch.zeros(4).long()}, TypeError, "entropy must be floating"),
         ({"mask": torch.full((4,), 2)}, ValueError, "mask must be bool"),
-        ({}, ValueError, "cu_seqlens or segment_ids must be given"),
+        ({}, ValueError, "segment_ids or cu_seqlens must be given"),
         ({"segment_ids": torch.zeros(4).long(), "rule": "empg"}, ValueError, "cu_seqlens must be given"),
         ({"segment_ids": torch.tensor([0, 0, 0, 4])}, ValueError, "segment_ids must be in"),
         ({"cu_seqlens": torch.tensor([0, 4]), "group_ids": torch.zeros(1)}, TypeError, "group_ids must be an int64"),
-        ({"cu_seqlens": torch.tensor([0, 4]), "group_ids": torch.zeros(4).long()}, ValueError, "group_ids must hold"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "group_ids": torch.zeros(4).long()}, ValueError, "group_ids must have"),
         (
             {"cu_seqlens": torch.tensor([0, 4]), "episode_ids": torch.zeros(2).long(), "rule": "empg"},
             ValueError,
-            "episode_ids must hold",
+            "episode_ids must have",
         ),
         (
             {"cu_seqlens": torch.tensor([0, 4]), "rule": "empg", "clarity_weight": math.inf},

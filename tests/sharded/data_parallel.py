@@ -158,7 +158,7 @@ def case_batches_of_their_own_are_averaged(rank, world):
 def case_what_makes_no_sense_is_refused(rank, world):
     mesh, case = init_device_mesh("cpu", (world,)), busy_case(vocab=30)
     split = distribute_tensor(case["logits"], mesh, [Shard(2)])
-    with pytest.raises(ValueError, match="group must be left out beside DTensors"):
+    with pytest.raises(ValueError, match="group must be omitted with DTensors"):
         ek.epo_loss(**{**case, "logits": split, "group": dist.group.WORLD})
     tokens = distribute_tensor(case["tokens"], mesh, [Replicate()])
     with pytest.raises(TypeError, match=r"tokens must be a plain tensor, got a DTensor; give tokens.full_tensor"):

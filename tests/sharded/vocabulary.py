@@ -187,11 +187,11 @@ def case_second_derivatives_and_forward_mode_raise(rank, world):
             return case.loss(backend, cfg, case.hidden * layer, weight, None, group=dist.group.WORLD).loss
 
         (gradient,) = torch.autograd.grad(loss(layer), weight, create_graph=True)
-        with pytest.raises(RuntimeError, match='Use backend="reference", without group='):
+        with pytest.raises(RuntimeError, match='Use backend="reference" without group='):
             torch.autograd.grad(gradient.sum(), layer)
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(layer.detach(), layer.detach())
-            with pytest.raises(RuntimeError, match='Use backend="reference", without group='):
+            with pytest.raises(RuntimeError, match='Use backend="reference" without group='):
                 loss(dual)
 
 
@@ -437,9 +437,9 @@ def case_ranks_that_disagree_all_raise(rank, world):
     mask = case["mask"].clone()
     mask[0, 0] = not odd
     refused(ValueError, "same number of counted tokens", loss(mask=mask))
-    refused(ValueError, "same cfg; this one has EPOConfig", loss(cfg=BUSY if odd else replace(BUSY, kl_coeff=0.5)))
+    refused(ValueError, "same cfg; this rank has EPOConfig", loss(cfg=BUSY if odd else replace(BUSY, kl_coeff=0.5)))
     refused(
-        ValueError, "same dtype; this one has torch.", loss(logits=case["logits"].to((torch.float, torch.half)[odd]))
+        ValueError, "same dtype; this rank has torch.", loss(logits=case["logits"].to((torch.float, torch.half)[odd]))
     )
     refused(ValueError, "same vocab size", loss(vocab_size=11 if odd else None))
     part = {**case, "logits": case["logits"][..., columns].clone().requires_grad_(odd), "group": dist.group.WORLD}
@@ -456,7 +456,7 @@ def case_ranks_in_different_functions_all_raise(rank, world):
         else:
             ek.linear_log_probs_and_entropy(logits, torch.randn(3, 3), tokens, group=group, backend=FUSED)
 
-    refused(ValueError, "same function; this one has", call)
+    refused(ValueError, "same function; this rank has", call)
 
 
 def case_wrong_groups_are_refused(rank, world):
@@ -466,7 +466,7 @@ def case_wrong_groups_are_refused(rank, world):
     if rank == 0:  # a group of one is the whole
         assert_close(run({**case, "group": alone}, FUSED)[1], run(case)[1], rtol=1e-5, atol=1e-6)
     else:
-        refused(TypeError, "with this rank in it", lambda: run({**case, "group": alone}, FUSED))
+        refused(TypeError, "group must be a torch.distributed process group", lambda: run({**case, "group": alone}, FUSED))
 
 
 def case_the_check_finds_what_differs(rank, world):
@@ -496,7 +496,7 @@ def case_compiling_is_refused(rank, world):
     def loss(logits):
         return ek.epo_loss(**{**case, "logits": logits, "group": dist.group.WORLD}, backend=FUSED).loss
 
-    refused(Exception, "group= can't be compiled", lambda: loss(logits))
+    refused(Exception, "torch.compiler.disable", lambda: loss(logits))
 
 
 def case_modules_take_a_group(rank, world):
