@@ -185,7 +185,7 @@ def test_a_saved_state_goes_on_to_the_last_bit(rule):
 
 
 def test_a_state_of_another_rule_is_refused():
-    with pytest.raises(ValueError, match="rule must match .*'step', got 'pi'"):
+    with pytest.raises(ValueError, match=r"rule must match .*'step', got 'pi'"):
         ek.EntropyController(0.3, "pi").load_state_dict(ek.EntropyController(0.3).state_dict())
 
 

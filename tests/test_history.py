@@ -233,7 +233,7 @@ def test_a_state_of_other_settings_is_refused_by_name(settings, name):
     history = ek.EntropyHistory(3)
     with pytest.raises(ValueError, match=f"{name} must match the saved"):
         history.load_state_dict(ek.EntropyHistory(3, **settings).state_dict())
-    with pytest.raises(ValueError, match="num_turns must match the saved history.s 4, got 3"):
+    with pytest.raises(ValueError, match=r"num_turns must match the saved history.s 4, got 3"):
         history.load_state_dict(ek.EntropyHistory(4).state_dict())
 
 

@@ -170,10 +170,10 @@ class AutogradMatrix:
         case = self.case()
         leaf = case["logits"].requires_grad_()
         for logits in (leaf, leaf[:, :, :]):
-            with pytest.raises(ValueError, match=r"inplace=True would overwrite logits that are a leaf"):
+            with pytest.raises(ValueError, match="inplace=True must have logits that are not a leaf"):
                 self.loss(case, logits, inplace=True)
         row = (leaf[:, :1] * 1.0).expand(leaf.shape)
-        with pytest.raises(ValueError, match="elements each have a place in memory"):
+        with pytest.raises(ValueError, match="expanded ones"):
             self.loss(case, row, inplace=True)
 
     @pytest.mark.parametrize("scope", ["token", "segment"])

@@ -466,7 +466,9 @@ def case_wrong_groups_are_refused(rank, world):
     if rank == 0:  # a group of one is the whole
         assert_close(run({**case, "group": alone}, FUSED)[1], run(case)[1], rtol=1e-5, atol=1e-6)
     else:
-        refused(TypeError, "group must be a torch.distributed process group", lambda: run({**case, "group": alone}, FUSED))
+        refused(
+            TypeError, "group must be a torch.distributed process group", lambda: run({**case, "group": alone}, FUSED)
+        )
 
 
 def case_the_check_finds_what_differs(rank, world):
