@@ -326,9 +326,9 @@ def test_from_log_probs_takes_an_entropy_of_16_bits_and_names_what_is_wrong():
     out = from_log_probs(case, (log_probs, entropy))
     assert_close(out.loss, from_log_probs(case, (log_probs, entropy.float())).loss, rtol=0, atol=0)
     for wrong, error, match in (
-        ((case["tokens"], entropy), TypeError, "log_probs must be a floating tensor, got torch.int64"),
+        ((case["tokens"], entropy), TypeError, "log_probs must be a floating-point tensor, got torch.int64"),
         ((log_probs.half(), entropy), TypeError, "log_probs must be float32 or float64, got torch.float16"),
-        ((log_probs, None), TypeError, "entropy must be a floating tensor, got NoneType"),
+        ((log_probs, None), TypeError, "entropy must be a floating-point tensor, got NoneType"),
         ((log_probs, entropy[:, :2]), ValueError, "entropy must have shape"),
         ((log_probs[..., None], entropy), ValueError, "log_probs must be"),
     ):

@@ -525,7 +525,7 @@ def test_errors_name_the_argument() -> None:
         keywords = {"bias": None, **keywords}
         with pytest.raises(ValueError, match=message):
             case.loss("eager", cfg, case.hidden, case.weight, **keywords)
-    with pytest.raises(ValueError, match=r"weight must be \(vocabulary, 6\) beside hidden's width 6, got \(6, 11\)"):
+    with pytest.raises(ValueError, match=r"weight must be \(vocabulary, 6\) to match hidden's width 6, got \(6, 11\)"):
         case.loss("eager", cfg, case.hidden, case.weight.t(), None)
     with pytest.raises(TypeError, match="weight must be a float32"):
         case.loss("eager", cfg, case.hidden, None, None)

@@ -29,7 +29,7 @@ def test_the_native_module_is_built_and_the_default():
     case = busy_case(vocab=100)
     assert_identical(run(case, "auto"), run(case, "cpu"))
     assert ek.backends.choose_backend("auto", torch.device("cpu"), torch.float64).name == "reference"
-    with pytest.raises(RuntimeError, match=r"backend='cpu' computes on logits of torch.float32.*got torch.float64"):
+    with pytest.raises(RuntimeError, match=r"backend='cpu' supports logits of torch.float32.*got torch.float64"):
         run({**case, "logits": case["logits"].double()}, "cpu")
 
 

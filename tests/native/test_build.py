@@ -85,4 +85,4 @@ def test_without_a_compiler_the_package_still_installs_and_says_what_is_missing(
     assert "isn't built (No module named 'epo_kernels._native')" in reason
     assert "install a C++17 compiler" in reason
     assert chosen == "reference"
-    assert "RuntimeError: backend='cpu' can't run here: the native module isn't built" in done.stderr
+    assert "RuntimeError: backend='cpu' cannot run here: the native module is not built" in done.stderr

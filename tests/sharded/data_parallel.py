@@ -161,7 +161,7 @@ def case_what_makes_no_sense_is_refused(rank, world):
     with pytest.raises(ValueError, match="group must be omitted with DTensors"):
         ek.epo_loss(**{**case, "logits": split, "group": dist.group.WORLD})
     tokens = distribute_tensor(case["tokens"], mesh, [Replicate()])
-    with pytest.raises(TypeError, match=r"tokens must be a plain tensor, got a DTensor; give tokens.full_tensor"):
+    with pytest.raises(TypeError, match=r"tokens must be a plain tensor, got a DTensor; pass tokens.full_tensor"):
         ek.epo_loss(**{**case, "tokens": tokens})
 
 

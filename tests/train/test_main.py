@@ -100,7 +100,7 @@ def test_a_used_folder_takes_no_checkpoint_of_another_run(whole_run, tmp_path, c
     before = lines_of(tmp_path)
     foreign = whole_run / "checkpoints" / "global_step_3"
     assert train(f"run_dir={tmp_path}", *WHOLE, f"resume={foreign}") == 2
-    assert "choose another run_dir, or go on with the run that is there by resume=auto" in capsys.readouterr().err
+    assert "choose another run_dir, or continue the existing run with resume=auto" in capsys.readouterr().err
     assert lines_of(tmp_path) == before
 
 
@@ -119,7 +119,8 @@ def test_what_memory_demands_may_change_on_resume(tmp_path, capsys):
     assert train(*settings, "rollout.environments=2", "env.step_timeout=9") == 0
     said = capsys.readouterr().out
     assert (
-        "warning: rollout.environments, optim.micro_batch_tokens changed: the same draws are rounded otherwise" in said
+        "warning: rollout.environments, optim.micro_batch_tokens changed: the same draws are rounded differently"
+        in said
     )
     assert [line["training/global_step"] for line in lines_of(tmp_path)] == [2]
 
@@ -254,7 +255,7 @@ def test_a_line_that_is_lost_for_good_is_told(whole_run, tmp_path, capsys):
     first, second, *rest = path.read_text().splitlines()
     path.write_text("\n".join([first, second[:50], *rest]) + "\n")
     assert train(f"run_dir={tmp_path / 'run'}", *WHOLE) == 0
-    assert "metrics.jsonl was damaged and is repaired; no line is left for steps [2]" in capsys.readouterr().out
+    assert "metrics.jsonl was damaged and has been repaired; steps [2] are missing" in capsys.readouterr().out
     assert [line["training/global_step"] for line in lines_of(tmp_path / "run")] == [1, 3, 4]
 
 
@@ -371,7 +372,7 @@ def test_an_error_that_names_its_reason_needs_no_traceback(tmp_path, capsys):
     quick = ("evaluate.panels=[]", "model.warm_start.epochs=1")
     cut = ("algorithm.mask_truncated=true", "rollout.max_response_tokens=1")
     assert train(f"run_dir={tmp_path}", *quick, *cut) == 1
-    assert capsys.readouterr().err.startswith("error: every response takes all of rollout.max_response_tokens=1")
+    assert capsys.readouterr().err.startswith("error: every response reaches rollout.max_response_tokens=1")
     assert not (tmp_path / "traceback.txt").exists()
 
 

@@ -110,13 +110,13 @@ def test_the_report_is_one_whole_page(finished_run):
         "Entropy by turn",
         "Against its band",
         "Profile and band",
-        "Tokens out of their band",
+        "Tokens outside the band",
         "Band penalty",
         "Phase weight",
         "Clip fraction",
         "KL",
         "Gradient norm",
-        "Time of a step",
+        "Time per step",
     ):
         assert heading in page.text
     assert "Success rose by 62.5 points on 16 held-out tasks." in page.text
@@ -159,7 +159,7 @@ def test_an_interval_that_holds_0_is_said_plainly(finished_run):
         after[name] = before[name]
     path.write_text(json.dumps([before, after]))
     page = Page(write_report(finished_run).read_text())
-    assert "No change of success is shown: +0.0 points, and the interval includes 0." in page.text
+    assert "No significant change in success: +0.0 points, and the interval includes 0." in page.text
     assert "the interval includes 0, so no change is shown" in page.text
 
 

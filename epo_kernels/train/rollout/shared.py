@@ -1,4 +1,4 @@
-"""A rollout that all ranks play together."""
+"""A rollout shared by all ranks."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,11 +14,11 @@ from epo_kernels.train.rollout.rollout import Rollout
 
 @dataclass
 class SharedRollout:
-    """A rollout whose episodes are played by all ranks, each its share; afterwards every rank has all of them."""
+    """A rollout in which each rank plays its share of the episodes; afterwards every rank has all of them."""
 
     rollout: Rollout  # this rank's
     ranks: Ranks
-    model: nn.Module | None  # what the engine samples with, whole while it does; None where it has its own weights
+    model: nn.Module | None  # the engine's model, unsharded while sampling; None if it has its own weights
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -28,10 +28,10 @@ class SharedRollout:
         self.rollout.prefetch(episodes[self.ranks.rank :: self.ranks.size])
 
     def play(self, episodes: Sequence[Episode], report: Report = ignore) -> None:
-        """As `Rollout.play`. What stops one rank stops all, once the others have played.
+        """Like `Rollout.play`. An exception on one rank is raised on all, after the others have finished playing.
 
         Raises:
-            Stopped, EnvironmentFailure: as it does, on all ranks alike.
+            Stopped, EnvironmentFailure: as in `Rollout.play`, on all ranks.
             RuntimeError: another rank failed.
         """
         ranks, size = self.ranks, self.ranks.size

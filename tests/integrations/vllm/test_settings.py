@@ -80,7 +80,7 @@ def test_a_model_that_cannot_be_served():
     config = config_of()
     policy = policy_of(config)
     policy.model.config.max_position_embeddings = 64
-    with pytest.raises(ConfigError, match=r"vLLM can't serve this model.*take rollout\.engine=transformers"):
+    with pytest.raises(ConfigError, match=r"rollout.engine=vllm: .*use rollout\.engine=transformers"):
         engine_of(policy, config)
 
 
@@ -99,7 +99,7 @@ def test_a_weight_that_vllm_does_not_take(monkeypatch, change):
                 yield f"{name}.anew", weight
 
     monkeypatch.setattr(vllm_engine, "merged_weights", others)
-    with pytest.raises(ConfigError, match=r"vLLM can't serve this model.*layers\.1\.mlp\.down_proj\.weight"):
+    with pytest.raises(ConfigError, match=r"rollout.engine=vllm: .*layers\.1\.mlp\.down_proj\.weight"):
         engine_of(policy, config)
     monkeypatch.undo()
     engine = engine_of(policy, config)  # nothing of the one that was refused is in its way
