@@ -84,7 +84,7 @@ def test_an_interrupted_run_is_accounted_for(tmp_path):
         raise KeyboardInterrupt
     with evidence.account(place) as built:
         built()
-        with pytest.raises(RuntimeError, match="another process is at"), evidence.account(place):
+        with pytest.raises(RuntimeError, match="another process is working on"), evidence.account(place):
             pass
     interrupted, complete = map(json.loads, (place / "cost.jsonl").read_text().splitlines())
     assert interrupted["start"] == 0
@@ -130,7 +130,7 @@ def test_page_names_what_is_missing(monkeypatch):
         experiments.EXPERIMENTS, "practice", replace(experiments.EXPERIMENTS["practice"], seeds=(0, 1, 2))
     )
     text = evidence_page.page({"practice": [o for o in outcomes() if (o.arm, o.seed) != (experiments.CLONING, 1)]}, {})
-    assert "still to run are RL with EPO, seed 2; more cloning, seed 1; more cloning, seed 2; RL without" in text
+    assert "**Incomplete**: RL with EPO, seed 2; more cloning, seed 1; more cloning, seed 2; RL without" in text
     assert "| RL with EPO against more cloning | +0.0 (+0.0 to +0.0) |" in text  # of seed 0, which both have
 
 
