@@ -1,4 +1,4 @@
-"""The page on entropy control: its tables are what the library computes, and so are the figures in its text."""
+"""The page on entropy control: its tables and the figures in its text match the library's results."""
 
 import re
 import sys

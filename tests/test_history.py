@@ -1,4 +1,4 @@
-"""EntropyHistory against numbers worked out by hand."""
+"""EntropyHistory against numbers computed by hand."""
 
 import io
 import math
@@ -246,7 +246,7 @@ def _rank(rank, file, results):
             add(history, step)
         history.commit(group=torch.distributed.group.WORLD)
     metrics = ek.LossMetrics(torch.arange(len(METRIC_NAMES), dtype=torch.float64) + rank).all_reduce()
-    add(history, [(5, 1.0)] if rank else [(0, 1.0)])  # rank 1 alone is wrong: both must hear of it
+    add(history, [(5, 1.0)] if rank else [(0, 1.0)])  # only rank 1 is wrong: both must raise
     try:
         history.commit(group=torch.distributed.group.WORLD)
         failed = False

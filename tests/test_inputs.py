@@ -1,4 +1,4 @@
-"""What the loss refuses, in which words, and before any work; what it takes as it is."""
+"""Invalid arguments of the loss are named before any work; valid ones are used unchanged."""
 
 import math
 import warnings
@@ -427,7 +427,7 @@ def test_meta_tensors_pass_by_shape_alone(checked, monkeypatch):
 
 
 def test_bad_values_that_cannot_be_read_make_the_loss_nan(monkeypatch):
-    """Where values aren't read, as on CUDA: a temperature of 0, and borders that don't rise to the number of tokens."""
+    """If values are not read, as on CUDA: a temperature of 0, and boundaries that do not end at the number of tokens."""
     monkeypatch.setattr(inputs.checks, "checks_values", lambda device: False)
     logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
     cfg = ek.EPOConfig()
@@ -522,7 +522,7 @@ def test_messages_are_short_whatever_the_size():
 
 @pytest.mark.parametrize("name", ["old_log_probs", "ref_log_probs"])
 def test_log_probs_of_a_sequence_are_refused(name):
-    """Spread over tokens they would be a wrong ratio, not an error."""
+    """Expanded to tokens they would give a wrong ratio instead of an error."""
     case = {"old_log_probs": torch.zeros(4, 6), "ref_log_probs": torch.zeros(4, 6)} | {name: torch.zeros(4)}
     logits, tokens, ones = torch.randn(4, 6, 7), torch.zeros(4, 6, dtype=torch.int64), torch.ones(4, 6)
     with pytest.raises(ValueError, match=rf"{name} must have the shape of tokens \(4, 6\), got \(4,\)"):
@@ -537,7 +537,7 @@ def test_a_normalizer_of_zero_is_refused_where_tokens_count():
 
 
 def test_more_segments_than_tokens():
-    """Turns told apart by sequence, as the docs build them: 4 sequences of 6 tokens in 4 x 30 segments."""
+    """Separate turns per sequence, as built in the docs: 4 sequences of 6 tokens in 4 x 30 segments."""
     logits, tokens, ones = torch.randn(4, 6, 7), torch.zeros(4, 6, dtype=torch.int64), torch.ones(4, 6)
     turns = torch.arange(6).expand(4, 6) // 2 + 27
     cfg = ek.EPOConfig(penalty="hinge", band_scope="segment")

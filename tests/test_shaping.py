@@ -148,7 +148,7 @@ def test_aem_by_hand():
 
 
 def test_empg_by_hand():
-    """One episode of two turns, A = 1: the first turn gets the clarity of the second, and the mean is taken off."""
+    """One episode of two turns, A = 1: the first turn gets the clarity of the second, and the mean is subtracted."""
     entropy, segments = torch.tensor([[0.2, 0.2, 0.8]]), torch.tensor([[0, 0, 1]])
     shaped = ek.shape_advantages(
         torch.tensor([1.0]), entropy, torch.ones(1, 3), rule="empg", coeff=1.0, clarity_weight=0.1, segment_ids=segments

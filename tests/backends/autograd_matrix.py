@@ -1,4 +1,4 @@
-"""What autograd, torch.compile and others ask of every fused backend: subclass `AutogradMatrix` as `BackendMatrix`."""
+"""Tests of autograd and torch.compile for every fused backend: subclass `AutogradMatrix` as `BackendMatrix`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class AutogradMatrix:
         node = out.loss.grad_fn
         saved, _ = node.saved_tensors
         expected = saved.clone()
-        saved.data[0, 0, 0] = 123.0  # a backward that computed the gradient again, or replaced it, would lose this
+        saved.data[0, 0, 0] = 123.0  # a backward that recomputed or replaced the gradient would lose this
         (gradient,) = torch.autograd.grad(out.loss, logits)
         assert gradient.data_ptr() == saved.data_ptr()
         expected[0, 0, 0] = 123.0
@@ -206,7 +206,7 @@ class AutogradMatrix:
         assert_close(gradient, expected[1], rtol=0, atol=0)
 
     def test_loss_scaling_of_float16(self):
-        """GradScaler by hand: what it multiplies the loss by comes out of the gradient again."""
+        """GradScaler by hand: its scale of the loss is divided out of the gradient."""
         case = self.case(dtype=torch.float16)
         scaler = torch.amp.GradScaler(self.device, init_scale=2.0**12)
         weight = torch.eye(40, device=self.device, requires_grad=True)

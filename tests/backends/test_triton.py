@@ -1,4 +1,4 @@
-"""The Triton kernels under the interpreter, and the rules by which they are launched."""
+"""The Triton kernels in the interpreter, and their launch rules."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The evidence page says what the records say, and what is fixed beforehand stays fixed."""
+"""The evidence page matches the records, and the parts fixed beforehand do not change."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def test_committed_results_are_whole(name):
         for arm in experiments.ARMS:
             moments = [o.when for o in found if (o.arm, o.seed) == (arm, seed)]
             assert moments == ["before", "after"], f"{arm}, seed {seed}"
-        # All arms of a seed begin with one policy.
+        # All arms of a seed start from the same policy.
         assert len({tuple(o.successes) for o in found if o.seed == seed and o.when == "before"}) == 1
     assert all(len(o.successes) >= 128 for o in found)
 
@@ -101,7 +101,7 @@ def test_a_killed_run_begins_anew(tmp_path):
     )
     killed = subprocess.run([sys.executable, "-c", dies], check=False, cwd=evidence.ROOT)
     assert killed.returncode == -9
-    assert len((place / "cost.jsonl").read_text().splitlines()) == 1  # what the killed one spent isn't known
+    assert len((place / "cost.jsonl").read_text().splitlines()) == 1  # the cost of the killed one is unknown
     with evidence.account(place):
         assert not list(place.iterdir())
     assert len((place / "cost.jsonl").read_text().splitlines()) == 1
@@ -189,7 +189,7 @@ def test_arms_of_the_band_differ_in_the_entropy_term_alone(name, tmp_path, monke
 
 
 def test_a_killed_series_goes_on(tmp_path, monkeypatch):
-    """Complete runs stay as they are, the killed one is repeated, and the results hold all of them."""
+    """Complete runs are kept, the killed one is repeated, and the results contain all of them."""
     monkeypatch.setattr(evidence, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     name, arms = "band_tiny", {"first": [], "second": [], "third": []}
@@ -219,7 +219,7 @@ def test_a_killed_series_goes_on(tmp_path, monkeypatch):
 
 
 def complete(name, arm, seed):
-    """Leave what a complete run leaves."""
+    """Write the files of a complete run."""
     place = evidence.folder(name, arm, seed)
     place.mkdir(parents=True)
     (place / "cost.jsonl").write_text(json.dumps({"start": 1.0, "run": 2.0, "load": 1.0, "commit": "abc1234"}) + "\n")

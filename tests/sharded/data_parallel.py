@@ -80,7 +80,7 @@ def _alone(rank):
 
 
 def check_placements(rank, world, hidden_at, weight_at, bias_at=None, expected_gathers=None):
-    """Loss, whole gradients, and the placements they come back in. None: a plain tensor, the same everywhere."""
+    """Loss, whole gradients, and their placements. None: a plain tensor, the same on every rank."""
     mesh = init_device_mesh("cpu", (world,))
     case, cfg = Case(), ek.EPOConfig(**HINGE)
 
@@ -224,7 +224,7 @@ def case_tied_embedding_under_fsdp2(rank, world):
 
 
 def case_mixed_precision_under_fsdp2_leaves_ratios_alone(rank, world):
-    """README's advice: with the weights that made the old log-probs every ratio is 1. FSDP2's default is refused."""
+    """The docs' advice: with the weights that computed the old log-probs every ratio is 1. FSDP2's default raises."""
     case, mesh = Case(torch.float32), init_device_mesh("cpu", (world,))
     ids, tokens, _, advantages, mask = batches(case, rank, world)[0]
     count = torch.tensor(float(mask.sum()))

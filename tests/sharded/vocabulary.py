@@ -1,4 +1,4 @@
-"""Cases of a vocabulary split over ranks: each is called as (rank, world) on every rank, and holds it to the whole."""
+"""Cases of a vocabulary split over ranks: each is called as (rank, world) on every rank, against the whole."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def case_a_rank_of_padding_alone(rank, world):
 
 
 def case_padding_of_the_head_is_never_read(rank, world):
-    """Neither where a rank has some of it, nor where it has nothing else."""
+    """Neither on a rank that has some padding, nor on one that has only padding."""
     for backend in ("eager", "reference"):
         for vocab_size in (V - 1, V - V // world - V % world):
             case, cfg = Case(), ek.EPOConfig(**HINGE)
@@ -216,7 +216,7 @@ def case_frozen_parts_get_no_gradient(rank, world):
 
 
 def case_two_collectives_a_chunk(rank, world):
-    """One all-gather opens the call, then one and one all-reduce a chunk; no all-reduce where nothing flows back."""
+    """One all-gather opens the call, then one and one all-reduce a chunk; no all-reduce without gradients."""
     case, columns = Case(), own_columns(V, rank, world, "even")
     count = int(case.mask.sum())
     gathers, sums = mock.Mock(wraps=dist.all_gather), mock.Mock(wraps=dist.all_reduce)
@@ -414,7 +414,7 @@ def case_invalid_tokens_are_counted(rank, world):
             run_columns(case, backend, columns)
 
 
-# ---- calls that don't fit together -----------------------------------------------------------------------------------
+# ---- calls that do not match -----------------------------------------------------------------------------------------
 
 
 def refused(error, text, call):

@@ -1,4 +1,4 @@
-"""A sample an episode: prompts that grow, and what the learner makes of them against a sample a turn."""
+"""One sample per episode: growing prompts, and their training compared with one sample per turn."""
 
 import copy
 from dataclasses import replace

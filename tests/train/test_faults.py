@@ -1,4 +1,4 @@
-"""Every fault that the driver promises to survive, injected into a real run."""
+"""Every fault that the driver is documented to survive, injected into a real run."""
 
 import errno
 import itertools
@@ -38,7 +38,7 @@ def assert_equal_runs(run_dir, whole):
 
 
 TRAIN = "epo_kernels.train."
-# Moments at which a process is killed, in the order in which one run comes to them, process after process.
+# The points at which a process is killed, in the order in which one run reaches them.
 KILLS = {
     "while it clones": (TRAIN + "start:clone", 1),
     "while the first checkpoint is written": (TRAIN + "io.checkpoint:_flush", 2),
@@ -55,7 +55,7 @@ KILLS = {
 
 
 def test_a_run_killed_again_and_again_goes_on_to_the_last_bit(whole_run, tmp_path):
-    """At every moment of the list, then at random ones: the next process goes on from what the last one left."""
+    """At every listed point, then at random ones: the next process continues from the state left by the last one."""
     arguments = command(f"run_dir={tmp_path}", *WHOLE)
     for moment, fault in KILLS.items():
         assert faults.end_of(faults.start(arguments, (signal.SIGKILL, *fault))) == -9, moment
@@ -136,7 +136,7 @@ def test_output_that_nobody_takes_costs_nothing(whole_run, tmp_path, gone):
 
 
 def failing_where(holds):
-    """PracticeEnvironment.step, but that it raises in a rollout where `holds()`."""
+    """PracticeEnvironment.step, except that it raises in a rollout if `holds()`."""
     play = PracticeEnvironment.step
 
     def step(self, action):

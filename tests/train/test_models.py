@@ -1,4 +1,4 @@
-"""Models of users: what is wrong with a folder is said in one line, before anything is played."""
+"""User models: faults in a folder are reported in one line, before anything is played."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The engine's policy q against the learner's p: weights by hand, and gradients that they put right."""
+"""The engine's policy q against the learner's p: weights by hand, and the gradients they correct."""
 
 import math
 
@@ -25,7 +25,7 @@ def sample_of(ratios, turns, q=0.125):
 
 
 def samples_of(layout):
-    """The same tokens as one sample, or a sample a turn."""
+    """The same tokens as one sample, or as one sample per turn."""
     if layout == "episode":
         return [sample_of(RATIOS, TURNS)]
     return [sample_of(RATIOS[:2], [0, 0]), sample_of(RATIOS[3:], [1, 1, 1])]

@@ -1,4 +1,4 @@
-"""The run's folder: one process at a time, whatever became of the last one; and none that can't be used."""
+"""The run's folder: one process at a time, however the last one ended; and unusable folders are rejected."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Real W&B runs, offline: what they leave in run_dir/wandb is read back."""
+"""Real offline W&B runs, whose files in run_dir/wandb are read back."""
 
 import json
 import shutil

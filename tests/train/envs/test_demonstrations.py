@@ -1,4 +1,4 @@
-"""Demonstrations frozen to files."""
+"""Demonstrations stored in files."""
 
 from pathlib import Path
 

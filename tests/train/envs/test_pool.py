@@ -124,7 +124,7 @@ def test_too_many_lost_episodes_in_a_row_are_an_error(suite):
             pool.reset(0, GOOD).result(10)
             step_all(pool, {0: action})
 
-        for _ in range(3):  # a good one between starts the count anew
+        for _ in range(3):  # a successful one in between resets the count
             episode("raise")
             episode("raise")
             episode("look")

@@ -1,4 +1,4 @@
-"""Environments from outside the package: found by name, with settings and panels of their own, trained."""
+"""Environments from outside the package: found by name, with their own settings and panels, and trained."""
 
 import json
 import re
@@ -102,7 +102,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def modules(tmp_path, monkeypatch):
-    """Modules of a user's own in the folder, which Python forgets afterwards."""
+    """User modules in the folder, unloaded afterwards."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "counting.py").write_text(COUNTING)

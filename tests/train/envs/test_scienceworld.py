@@ -230,7 +230,7 @@ def test_two_at_once_do_not_corrupt_each_other(suite):
 
 
 class Watched:
-    """A suite that remembers what it made."""
+    """A suite that records the environments it created."""
 
     def __init__(self, suite):
         self.suite, self.made = suite, []
