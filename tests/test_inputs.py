@@ -427,7 +427,7 @@ def test_meta_tensors_pass_by_shape_alone(checked, monkeypatch):
 
 
 def test_bad_values_that_cannot_be_read_make_the_loss_nan(monkeypatch):
-    """If values are not read, as on CUDA: a temperature of 0, and boundaries that do not end at the number of tokens."""
+    """If values are not read, as on CUDA: a temperature of 0, and boundaries that do not end at the token count."""
     monkeypatch.setattr(inputs.checks, "checks_values", lambda device: False)
     logits, tokens, ones = torch.randn(6, 7), torch.arange(6), torch.ones(6)
     cfg = ek.EPOConfig()

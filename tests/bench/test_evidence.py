@@ -91,7 +91,7 @@ def test_an_interrupted_run_is_accounted_for(tmp_path):
     assert min(interrupted["run"], complete["start"], complete["run"]) >= 0
 
 
-def test_a_killed_run_begins_anew(tmp_path):
+def test_a_killed_run_starts_over(tmp_path):
     place = tmp_path / "RL-0"
     with evidence.account(place):
         pass
