@@ -83,8 +83,8 @@ class EPOPolicyLossConfig(verl_config.PolicyLossConfig):
             check_shares(self)
         if self.epo and self.loss_mode != LOSS_MODE:
             raise ValueError(
-                f"{KEYS} is set but not used: actor_rollout_ref.actor.policy_loss.loss_mode must be {LOSS_MODE!r}, "
-                f"got {self.loss_mode!r}"
+                f"{KEYS} is set, but not used: actor_rollout_ref.actor.policy_loss.loss_mode is {self.loss_mode!r}, "
+                f"it must be {LOSS_MODE!r}"
             )
 
 

@@ -108,7 +108,7 @@ class EPOSettings:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise ValueError(f"{KEYS}.{key} is not a key of EPO; {hint}")
+                raise ValueError(f"{KEYS}.{key} is no key of EPO; {hint}")
         return cls(**(keys or {}))
 
     @property

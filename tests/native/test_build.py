@@ -82,7 +82,7 @@ def test_without_a_compiler_the_package_still_installs_and_says_what_is_missing(
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     reason, chosen = done.stdout.splitlines()
-    assert "isn't built (No module named 'epo_kernels._native')" in reason
+    assert "is not built (No module named 'epo_kernels._native')" in reason
     assert "install a C++17 compiler" in reason
     assert chosen == "reference"
     assert "RuntimeError: backend='cpu' cannot run here: the native module is not built" in done.stderr

@@ -133,7 +133,7 @@ def test_weights_are_complete_and_finite(folder, change, words):
 def test_layers_that_are_not_used_are_a_warning(folder):
     edit(folder / "config.json", num_hidden_layers=1)
     check(folder, said=(said := []))
-    assert "9 weights of its files are not used" in said[0]
+    assert "9 weights in its files are not used" in said[0]
     assert "num_hidden_layers" in said[0]
 
 
@@ -163,7 +163,7 @@ FILES = {
     "GPTQ": (lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}), "quantized (gptq)"),
     "attention": (
         lambda f: edit(f / "config.json", attn_implementation="flash_attention_2"),
-        "flash_attn isn't installed; install it, or remove attn_implementation",
+        "flash_attn is not installed; install it, or remove attn_implementation",
     ),
     "hub's attention": (lambda f: edit(f / "config.json", attn_implementation="them/kernel"), "never run; remove"),
     "positions": (lambda f: edit(f / "config.json", max_position_embeddings=64), "lower rollout.max_prompt_tokens"),
@@ -316,7 +316,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     said = []
-    with pytest.raises(ConfigError, match=r"can't be reached \(no route\).*give its folder"):
+    with pytest.raises(ConfigError, match=r"cannot be reached \(no route\).*give its folder"):
         check("nobody/nothing", said=said)
     assert asked == [model_files.HUB_TIMEOUT]
     assert said[0].startswith("model: asking ")

@@ -122,7 +122,7 @@ def test_the_report_is_one_whole_page(finished_run):
     assert "Success rose by 62.5 points on 16 held-out tasks." in page.text
     assert "a rise" in page.text
     assert "Warning at step 2" in page.text
-    assert "entropy 0.70 nats a token is above 0.5 (watch.entropy_high)" in page.text
+    assert "entropy 0.70 nats per token is above 0.5 (watch.entropy_high)" in page.text
     assert "band_high: 1.1" in page.text
     assert "torch" in page.text
     assert "nan" not in page.text
@@ -147,7 +147,7 @@ def test_what_a_model_wrote_is_text_and_nothing_else(finished_run):
     assert "<script>alert(1)</script> \\x1b[31m & [bold]" in page.text
     assert "\x1b" not in html
     assert "<think><script>alert(1)</script> \\x1b[31m & [bold]" in page.text, "the response, which was not understood"
-    assert "response 6 tokens, cut" in page.text
+    assert "response 6 tokens, truncated" in page.text
     assert "variation 2" in page.text
     assert "variation 3" not in page.text, "three episodes a panel are enough"
 
@@ -171,7 +171,7 @@ def test_a_run_that_has_only_begun_has_a_report_too(tmp_path):
     tracker.close()
     page = Page(write_report(tmp_path).read_text())
     assert "before" in page.text
-    assert "response 6 tokens, cut" in page.text
+    assert "response 6 tokens, truncated" in page.text
     path = tmp_path / "episodes" / "before_iid_sampled.jsonl"
     old = [json.loads(line) for line in path.read_text().splitlines()]
     for name in ("response", "response_tokens", "finish_reason"):
