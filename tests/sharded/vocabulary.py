@@ -481,13 +481,13 @@ def case_the_check_finds_what_differs(rank, world):
         other[0, 0] += 1e-6 * rank
         refused(
             ValueError,
-            "advantages must be the same on every rank",
+            "advantages must be bit-identical on every rank",
             lambda: run_columns({**case, "advantages": other}, FUSED, columns),
         )
         head = Case()
         head.hidden[0, head.mask[0].nonzero()[0, 0]] += rank
         part = own_columns(V, rank, world, "even")
-        refused(ValueError, "hidden must be the same", lambda: run_part(head, "eager", ek.EPOConfig(), part))
+        refused(ValueError, "hidden must be bit-identical", lambda: run_part(head, "eager", ek.EPOConfig(), part))
 
 
 def case_compiling_is_refused(rank, world):
