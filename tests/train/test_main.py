@@ -195,7 +195,7 @@ def test_a_branch_has_settings_of_its_own(whole_run, tmp_path, capsys):
         ["loss.history_window", "None", "2"],
         ["optim.lr", "0.0003", "0.001"],
     ]
-    assert "had no critic: a new one is trained" in said
+    assert "had no critic: training a new one" in said
     assert "the entropy history starts empty" in said
     lines = lines_of(tmp_path / "branch")
     assert [line["training/global_step"] for line in lines] == [4, 5]
@@ -271,10 +271,10 @@ def test_where_a_run_begins(whole_run, tmp_path):
     assert found(run_dir=whole_run).name == "global_step_4"
     assert found(run_dir=tmp_path) is None
     assert found(run_dir=tmp_path, resume="never") is None
-    with pytest.raises(ConfigError, match="holds a run"):
+    with pytest.raises(ConfigError, match="contains a run"):
         found(run_dir=whole_run, resume="never")
     (tmp_path / "checkpoints" / "global_step_0").mkdir(parents=True)  # killed before config.yaml
-    with pytest.raises(ConfigError, match="holds a run"):
+    with pytest.raises(ConfigError, match="contains a run"):
         found(run_dir=tmp_path, resume="never")
     with pytest.raises(ConfigError, match=r"no trainer\.pt"):
         found(run_dir=tmp_path, resume=str(tmp_path))
