@@ -178,7 +178,7 @@ class EngineLoss:
         else:
             values = tensordict_utils.get(data, name)
             if values is None:
-                raise ValueError(f"{KEYS}.turns={name}: the batch has no such field, only {', '.join(data.keys())}")
+                raise ValueError(f"{KEYS}.turns={name}: the batch has no such field, it has {', '.join(data.keys())}")
             turns = torch.as_tensor(values, device=mask.device)
             turns = padded_turns(turns, mask) if turns.is_nested else turns
             turns = turns[:, None].expand(mask.shape) if turns.shape == mask.shape[:1] else turns

@@ -72,7 +72,7 @@ def build(tmp_path, **environment):
 def test_without_a_compiler_the_package_still_installs_and_says_what_is_missing(tmp_path):
     output, built = build(tmp_path, CXX="/nowhere/c++", EPO_KERNELS_CUDA="off")
     assert not built
-    assert "the native module was not built, other backends remain" in output
+    assert "the native module was not built; other backends remain" in output
     script = (
         # Otherwise this project's editable install would provide its module to the copy.
         "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder)];"
