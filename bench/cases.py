@@ -1,4 +1,4 @@
-"""What is measured: tasks at the shapes of real models. Each suite is in order of importance."""
+"""The measured cases: tasks at the shapes of real models. Each suite is in order of importance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Task = Literal["loss", "linear-loss", "score", "linear-score"]
 
 POLICIES = "policies"  # ends the name of a case in which every policy loss is measured
 SEQUENCE_LENGTH = 1024
-TURN_LENGTH = 128  # tokens of an observation and the response to it
+TURN_LENGTH = 128  # tokens of an observation and its response
 
 
 class Model(NamedTuple):
@@ -27,7 +27,7 @@ MODELS = {
     "qwen2.5-7b": Model(3584, 152_064),
     "qwen3.5": Model(4096, 248_320),
     "gemma-3-4b": Model(2560, 262_208),
-    # No model's, but what others report, or what a machine can hold:
+    # Not from a model: sizes that others report, or that fit a machine.
     "d4096-v131072": Model(4096, 131_072),
     "d1024-v151936": Model(1024, 151_936),
     "d512-v32000": Model(512, 32_000),
@@ -42,17 +42,17 @@ class Case:
     """One row of the report.
 
     Attributes:
-        task: "loss" and "linear-loss" are forward and backward, "score" and "linear-score" log-prob and entropy without
-            gradient; the linear ones start from hidden states and head.
+        task: "loss" and "linear-loss" are forward and backward; "score" and "linear-score" compute log-prob and entropy
+            without gradients. The linear tasks start from hidden states and head.
         model: a key of `MODELS`.
         tokens: N, in sequences of at most 1,024.
-        dtype: a key of `DTYPES`, of logits or of hidden states and head.
-        unmasked: share of the tokens that count, the last of each turn.
+        dtype: a key of `DTYPES`, for logits, or for hidden states and head.
+        unmasked: share of tokens that count, at the end of each turn.
         band_scope: as in EPOConfig.
         chunk_mb: `max_chunk_bytes` of the linear tasks.
         peers: whether other libraries are measured too.
-        compiled: whether eager PyTorch under torch.compile is measured too (compiling takes long).
-        policies: whether every policy loss of this library is measured, and nothing else.
+        compiled: whether eager PyTorch under torch.compile is measured too (compilation is slow).
+        policies: whether every policy loss of this library is measured, and only these.
     """
 
     task: Task
@@ -109,7 +109,7 @@ class Case:
 
     @property
     def counted(self) -> int:
-        """Tokens whose mask is 1."""
+        """Number of tokens whose mask is 1."""
         return self.tokens // self.turn_length * self.counted_a_turn
 
     @property
@@ -122,9 +122,9 @@ class StepCase:
     """A whole training step of a tiny model on the practice environment.
 
     Attributes:
-        vocabulary: entries of the model's head, most of them unknown to its tokenizer.
-        episodes: of one rollout.
-        rounds: steps that are timed.
+        vocabulary: size of the model's head, most of it unused by its tokenizer.
+        episodes: number of episodes per rollout.
+        rounds: number of timed steps.
     """
 
     vocabulary: int

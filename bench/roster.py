@@ -1,4 +1,4 @@
-"""Who is measured in a case: this library, eager PyTorch, and other libraries."""
+"""The implementations measured in a case: this library, eager PyTorch, and other libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def implementations(case: Case, device: torch.device) -> list[Implementation]:
-    """Everything that a case is measured with on this kind of device, ours first."""
+    """Everything measured in a case on this kind of device, ours first."""
     if case.policies:
         return [_policy(case, backend, policy) for backend in OURS[device.type] for policy in POLICY_FIELDS]
     contract = "loss" if case.gradient else "scores"

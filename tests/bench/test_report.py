@@ -1,4 +1,4 @@
-"""Tables say what the records say; README and docs are in step with the committed results."""
+"""Tables match the records; README and docs match the committed results."""
 
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ def test_full_report_drops_nothing():
     assert "Floor 1.16 ms: 4.98 GB." in text
     assert "fails: loss is off by 2.0e-01" in text
     assert "| ours:cuda | 1.31 | 1.28 – 1.34 | 2.00 |" in text
-    # What a budget left out is named.
+    # Cases skipped for the budget are listed.
     assert "- linear-loss/d4096-v131072/8192/bf16/100%" in text.partition("## Not measured")[2]
 
 

@@ -1,4 +1,4 @@
-"""How a case is measured, with a stopwatch that is told what to say."""
+"""How a case is measured, with a fake stopwatch."""
 
 import subprocess
 import sys
@@ -49,7 +49,7 @@ def implementation(name, run, **arguments):
 
 
 class Timed(dict):
-    """Outputs that tell the fake stopwatch how long they took."""
+    """Outputs that carry their duration for the fake stopwatch."""
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_cpu_stopwatch_sees_memory_and_time():
 
 
 def test_peak_memory_counts_what_the_allocator_kept_from_an_earlier_call():
-    """In a process of its own: glibc keeps freed memory here, as it does in a trainer's process."""
+    """In a separate process in which glibc keeps freed memory, as in a trainer's process."""
     script = """
 import ctypes, torch
 from bench.inputs import make_inputs

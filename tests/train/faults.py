@@ -19,7 +19,7 @@ def start(arguments, fault=None, log=os.devnull):
 
 
 def wait_for(path, process, timeout=120):
-    """Until the process has made that file."""
+    """Wait until the process has created that file."""
     deadline = time.monotonic() + timeout
     while not path.exists():
         if not process.is_alive() or time.monotonic() > deadline:

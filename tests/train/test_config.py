@@ -213,7 +213,7 @@ MISTAKES = {
     "a text that is no": (
         "tracking: {wandb_name: no}\n",
         1,
-        "tracking.wandb_name must be text, in quotes if need be, got",
+        "tracking.wandb_name must be text, quoted if necessary, got",
     ),
     "a group without its settings": ("optim:\nlr: 1\n", 1, "got nothing: indent them under it"),
     "settings of a setting": ("run_dir:\n  a: 1\n", 1, "run_dir is a setting, not a group: it has no 'a'"),

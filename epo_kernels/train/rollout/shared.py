@@ -1,4 +1,4 @@
-"""A rollout that all ranks play together."""
+"""A rollout shared by all ranks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +15,11 @@ from epo_kernels.train.rollout.rollout import Rollout
 
 @dataclass
 class SharedRollout:
-    """A rollout whose episodes are played by all ranks, each its share; afterwards every rank has all of them."""
+    """A rollout in which each rank plays its share of the episodes; afterwards every rank has all of them."""
 
     rollout: Rollout  # this rank's
     ranks: Ranks
-    model: (
-        PreTrainedModel | None
-    )  # what the engine samples with, whole while it does; None where it has its own weights
+    model: PreTrainedModel | None  # the engine's model, unsharded while sampling; None if it has its own weights
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -31,10 +29,10 @@ class SharedRollout:
         self.rollout.prefetch(episodes[self.ranks.rank :: self.ranks.size])
 
     def play(self, episodes: Sequence[Episode], report: Report = ignore) -> None:
-        """As `Rollout.play`. What stops one rank stops all, once the others have played.
+        """Like `Rollout.play`. An exception on one rank is raised on all, after the others have finished playing.
 
         Raises:
-            Stopped, EnvironmentFailure: as it does, on all ranks alike.
+            Stopped, EnvironmentFailure: as in `Rollout.play`, on all ranks.
             RuntimeError: another rank failed.
         """
         ranks, size = self.ranks, self.ranks.size
