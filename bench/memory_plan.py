@@ -1,6 +1,6 @@
 """The memory plan against real steps of small models on a CPU, and the paper's presets on several GPUs.
 
-python -m bench.memory_plan prints both tables as docs/distributed.md has them (a minute). Measured: the most bytes of
+python -m bench.memory_plan prints both tables as docs/memory.md has them (a minute). Measured: the most bytes of
 tensors alive at once in the second update of the learner or critic, as PyTorch's dispatcher sees them.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
@@ -96,10 +97,13 @@ CASES = (
 )
 
 
-class ResizedBytes(LiveBytes):
-    """Notices storages that are emptied and filled again too, as FSDP does with the weights that it gathers."""
+class ShardedBytes(LiveBytes):
+    """Under FSDP: of DTensors the local shard, and storages that are emptied and filled again (gathered weights)."""
 
-    def __enter__(self) -> ResizedBytes:
+    def add(self, tensor: torch.Tensor) -> None:
+        super().add(tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
+
+    def __enter__(self) -> ShardedBytes:
         resize = self._resize = torch.UntypedStorage.resize_
 
         def watched(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
@@ -134,9 +138,9 @@ def measured(case: Case) -> int:
         reference = _model(config, ranks, frozen=True) if uses_reference else None
         learner = Learner(policy, reference, config, ranks)
         critic = Critic(policy, config, ranks) if config.algorithm.name == "ppo" else None
-        samples = _samples(ROWS * 4 * case.gpus, MODELS[case.model].vocab_size)
+        samples = _samples(ROWS * 2 * case.gpus, MODELS[case.model].vocab_size)
         history = ek.EntropyHistory(1)
-        counted = ResizedBytes()
+        counted = ShardedBytes()
         with precision(policy.model, config.model.dtype):
             _update(learner, critic, samples, history)
             for tensor in _tensors(policy.model, reference, learner, critic):
@@ -156,19 +160,15 @@ def _update(
 
 
 def _tensors(model: PreTrainedModel, reference: PreTrainedModel | None, *owners: object) -> Iterator[torch.Tensor]:
-    """Weights, and AdamW's moments; of what is split, the local shards."""
+    """Weights, and AdamW's moments."""
     modules = [model, *([reference] if reference else [])]
     for owner in owners:
         if owner is not None:
             modules += [owner._network] if isinstance(owner, Critic) else []
             for moments in owner._optimizer._adamw.state.values():  # type: ignore[attr-defined]
-                yield from map(_local, moments.values())
+                yield from moments.values()
     for module in modules:
-        yield from map(_local, (*module.parameters(), *module.buffers()))
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        yield from (*module.parameters(), *module.buffers())
 
 
 class _Tokenizer:

@@ -67,6 +67,10 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self._sizes.pop(key, 0)
 
 
+_Shape = tuple[int, int, int]  # rows, width, responses
+_counts: dict[tuple[str, str, _Shape, bool], Activations] = {}  # seconds each for a large model
+
+
 @dataclass(frozen=True)
 class Activations:
     """Bytes beside weights and the gradients that exist already.
@@ -92,9 +96,7 @@ class ActivationModel:
     def __init__(
         self, architecture: PreTrainedConfig, model: ModelConfig, width: int, responses: int, casts_kept: bool
     ) -> None:
-        self._one, self._two = (
-            _count(architecture, model, (rows, width, responses), casts_kept) for rows in (1, 2)
-        )
+        self._one, self._two = (_count(architecture, model, (rows, width, responses), casts_kept) for rows in (1, 2))
 
     def at(self, rows: int) -> Activations:
         one, two = self._one, self._two
@@ -102,9 +104,14 @@ class ActivationModel:
         return Activations(one.saved + more * (two.saved - one.saved), one.peak + more * (two.peak - one.peak))
 
 
-def _count(
-    architecture: PreTrainedConfig, model: ModelConfig, shape: tuple[int, int, int], casts_kept: bool
-) -> Activations:
+def _cached_count(architecture: PreTrainedConfig, model: ModelConfig, shape: _Shape, casts_kept: bool) -> Activations:
+    key = architecture.to_json_string(), repr(model), shape, casts_kept
+    if key not in _counts:
+        _counts[key] = _count(architecture, model, shape, casts_kept)
+    return _counts[key]
+
+
+def _count(architecture: PreTrainedConfig, model: ModelConfig, shape: _Shape, casts_kept: bool) -> Activations:
     try:
         with FakeTensorMode():
             policy = build(architecture, model)

@@ -33,7 +33,7 @@ _NAMES = (
     "vocab_size",
     "tie_word_embeddings",
 )
-KNOWN = {
+KNOWN: dict[str, dict[str, Any]] = {
     f"Qwen/Qwen2.5-{size}{suffix}": dict(zip(_NAMES, values, strict=True))
     for size, values in _QWEN2_5.items()
     for suffix in ("", "-Instruct")
@@ -47,6 +47,7 @@ def architecture_of(model: ModelConfig) -> PreTrainedConfig:
         ConfigError: it is none of these, or it can't be trained.
     """
     source = model.name_or_path
+    settings: dict[str, Any]
     if source in FROM_SCRATCH:
         settings = {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "tie_word_embeddings": True}
         found: PreTrainedConfig = Qwen2Config(**FROM_SCRATCH[source], **settings)
@@ -113,6 +114,7 @@ class Parameters:
         layer: of the largest layer.
         largest: of the largest tensor in a layer.
         kv_per_token: numbers that a token's keys and values are, in all layers.
+        attention_width: numbers that a token's queries are, in all layers.
     """
 
     all: Count
@@ -123,6 +125,7 @@ class Parameters:
     layer: int
     largest: int
     kv_per_token: int
+    attention_width: int
 
     @classmethod
     def of(cls, architecture: PreTrainedConfig, model: ModelConfig) -> Parameters:
@@ -153,6 +156,7 @@ class Parameters:
             layer=max(sum(p.numel() for p in layer.parameters() if id(p) not in adapters) for layer in layers),
             largest=max(p.numel() for p in layers.parameters()),
             kv_per_token=2 * len(layers) * heads * head_dim,
+            attention_width=len(layers) * text.num_attention_heads * head_dim,
         )
 
 

@@ -7,7 +7,6 @@ last norm, head and adapters stay whole (`Ranks.shard`). Gradients exist only wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,15 +14,15 @@ import torch
 
 from epo_kernels.functional import MAX_CHUNK_BYTES
 from epo_kernels.fused.head import chunk_rows
-from epo_kernels.train.config import ConfigError, TrainConfig
-from epo_kernels.train.plan.activations import ActivationModel, Activations
+from epo_kernels.train.config import TrainConfig
+from epo_kernels.train.plan.activations import ActivationModel
 from epo_kernels.train.plan.architecture import Parameters, architecture_of
 from epo_kernels.train.setting import require
 
 WEIGHT, MOMENTS = 4, 8  # bytes per parameter
-# FSDP2 has up to three layers gathered at a time (in use, prefetched, and the buffer they were gathered into) and, in
-# the backward pass, a layer's gradient twice: as computed, and in the buffer that is reduced.
-GATHERED, REDUCED = 3, 2
+# FSDP2 has two layers gathered at a time (in use, and prefetched) and, in the backward pass, a layer's gradient twice:
+# as computed, and in the buffer that is reduced.
+GATHERED, REDUCED = 2, 2
 # Of the GPU, for what can't be counted: CUDA context, NCCL and cuBLAS workspaces, what vLLM keeps while it sleeps,
 # fragmentation of the allocator.
 RESERVE = 0.08
@@ -190,5 +189,3 @@ class MemoryPlan:
         if self.config.model.lora_rank:
             temporary = self.parameters.trained.whole
         return {"gradients": WEIGHT * self._trained, "temporaries": WEIGHT * temporary}
-
-
