@@ -206,9 +206,12 @@ def _remains(config: TrainConfig) -> str:
 
 def _unforeseen(error: Exception, config: TrainConfig, dry: bool, ranks: Ranks) -> str:
     """The message for an unexpected error; writes its traceback to run_dir, or to stderr where that fails."""
+    from epo_kernels.train.distributed import is_lost_rank
     from epo_kernels.train.io.failures import keep_traceback
 
     brief = f"{type(error).__name__}: {one_line(error, 300)}"
+    if ranks.size > 1 and is_lost_rank(error):
+        brief = f"rank {ranks.rank} lost another rank, which ended or hangs: its output says why ({brief})"
     try:
         if not dry:
             kept = keep_traceback(Path(config.run_dir), error, ranks.rank)

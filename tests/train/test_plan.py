@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.memory_plan import CASES, LARGE, PAPER, measured, planned
+from bench.memory_plan import BFLOAT16, CASES, PAPER, SMALL, TINY, measured, planned
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import ConfigError, ModelConfig, load_config
 from epo_kernels.train.plan.activations import LiveBytes
@@ -16,8 +16,15 @@ from epo_kernels.train.plan.architecture import Parameters, architecture_of
 from epo_kernels.train.plan.memory import CRITIC, POLICY, ROLLOUT, Machine, MemoryPlan
 from tests.train.models import save_model
 
-# The large model once, where its size matters; `python -m bench.memory_plan` measures all.
-QUICK = [case for case in CASES if case.model != LARGE or case.gpus == 8]
+# Two sizes, each kind of setting once; `python -m bench.memory_plan` measures all cases, a third size among them.
+QUICK = [
+    *(case for case in CASES if case.model == TINY),
+    *(
+        case
+        for case in CASES
+        if case.model == SMALL and (case.of_critic or case.gpus == 2 or BFLOAT16 in case.settings)
+    ),
+]
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: f"{case.model[:12]}-{case.gpus}-{case.name}")
