@@ -121,8 +121,8 @@ class ShardedBytes(LiveBytes):
 
 def planned(case: Case) -> float:
     """Bytes of the phase that `measured` watches."""
-    with _folder(MODELS[case.model]) as folder:
-        plan = MemoryPlan(_config(case, folder), Machine(case.gpus, 80e9, foreach=False))
+    with saved(MODELS[case.model]) as folder:
+        plan = MemoryPlan(config_of(case, folder), Machine(case.gpus, 80e9, foreach=False))
         totals = plan.totals()
     if case.of_critic:
         return totals[CRITIC]
@@ -131,14 +131,10 @@ def planned(case: Case) -> float:
 
 def measured(case: Case) -> int:
     """The most bytes of tensors alive at once in an update that follows another one."""
-    with _folder(MODELS[case.model]) as folder, _ranks(case.gpus) as ranks:
-        config = _config(case, folder)
-        policy = Policy(_model(config, ranks), _Tokenizer(), {})  # type: ignore[arg-type]
-        uses_reference = config.loss.kl_coeff and not config.model.lora_rank
-        reference = _model(config, ranks, frozen=True) if uses_reference else None
-        learner = Learner(policy, reference, config, ranks)
-        critic = Critic(policy, config, ranks) if config.algorithm.name == "ppo" else None
-        samples = _samples(ROWS * 2 * case.gpus, MODELS[case.model].vocab_size)
+    with saved(MODELS[case.model]) as folder, fake_ranks(case.gpus) as ranks:
+        config = config_of(case, folder)
+        policy, reference, learner, critic = learner_and_critic(config, ranks)
+        samples = samples_of(ROWS * 2 * case.gpus, MODELS[case.model].vocab_size)
         history = ek.EntropyHistory(1)
         counted = ShardedBytes()
         with precision(policy.model, config.model.dtype):
@@ -148,6 +144,17 @@ def measured(case: Case) -> int:
             with counted:
                 _update(*((None, critic) if case.of_critic else (learner, None)), samples, history)
         return counted.peak
+
+
+def learner_and_critic(
+    config: TrainConfig, ranks: Ranks
+) -> tuple[Policy, PreTrainedModel | None, Learner, Critic | None]:
+    """The policy of a case, its reference, and what trains it."""
+    policy = Policy(_model(config, ranks), _Tokenizer(), {})  # type: ignore[arg-type]
+    uses_reference = config.loss.kl_coeff and not config.model.lora_rank
+    reference = _model(config, ranks, frozen=True) if uses_reference else None
+    learner = Learner(policy, reference, config, ranks)
+    return policy, reference, learner, Critic(policy, config, ranks) if config.algorithm.name == "ppo" else None
 
 
 def _update(
@@ -177,7 +184,7 @@ class _Tokenizer:
     pad_token_id = 0
 
 
-def _config(case: Case, folder: str) -> TrainConfig:
+def config_of(case: Case, folder: str) -> TrainConfig:
     return load_config(
         "practice",
         [
@@ -204,7 +211,7 @@ def _model(config: TrainConfig, ranks: Ranks, frozen: bool = False) -> PreTraine
     return model
 
 
-def _samples(number: int, vocabulary: int) -> list[Sample]:
+def samples_of(number: int, vocabulary: int) -> list[Sample]:
     """Turns that fill their rows, and whose prompts differ."""
     draw = torch.Generator().manual_seed(0)
     samples = []
@@ -219,14 +226,14 @@ def _samples(number: int, vocabulary: int) -> list[Sample]:
 
 
 @contextmanager
-def _folder(architecture: PreTrainedConfig) -> Iterator[str]:
+def saved(architecture: PreTrainedConfig) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         architecture.save_pretrained(folder)
         yield folder
 
 
 @contextmanager
-def _ranks(gpus: int) -> Iterator[Ranks]:
+def fake_ranks(gpus: int) -> Iterator[Ranks]:
     """Rank 0 of so many whose collectives communicate nothing."""
     if gpus == 1:
         yield Ranks()

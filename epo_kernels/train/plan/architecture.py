@@ -111,6 +111,7 @@ class Parameters:
         linear: in linear layers that aren't tied to the embedding: what a frozen copy has in 16 bits (`load_frozen`).
         head: rows and columns of the output layer.
         outside_decoder: of the output layer that the critic's backbone lacks; 0 where it is tied.
+        layers: how many layers there are.
         layer: of the largest layer.
         largest: of the largest tensor in a layer.
         kv_per_token: numbers that a token's keys and values are, in all layers.
@@ -122,6 +123,7 @@ class Parameters:
     linear: Count
     head: tuple[int, int]
     outside_decoder: int
+    layers: int
     layer: int
     largest: int
     kv_per_token: int
@@ -153,6 +155,7 @@ class Parameters:
             linear=count(w for w in linear if w is not embedding and id(w) not in adapters),
             head=(head.shape[0], head.shape[1]),
             outside_decoder=0 if head is embedding else head.numel(),
+            layers=len(layers),
             layer=max(sum(p.numel() for p in layer.parameters() if id(p) not in adapters) for layer in layers),
             largest=max(p.numel() for p in layers.parameters()),
             kv_per_token=2 * len(layers) * heads * head_dim,
