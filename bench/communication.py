@@ -37,7 +37,13 @@ from epo_kernels.train.plan.work import Work
 GPUS = (2, 4, 8, 16, 32, 64)
 GPUS_OF_A_NODE = 8
 GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
-_KINDS = {"allgather": GATHER, "all_gather": GATHER, "reduce_scatter": SCATTER, "allreduce": REDUCE, "all_reduce": REDUCE}
+_KINDS = {
+    "allgather": GATHER,
+    "all_gather": GATHER,
+    "reduce_scatter": SCATTER,
+    "allreduce": REDUCE,
+    "all_reduce": REDUCE,
+}
 
 
 class Recorder(TorchDispatchMode):
