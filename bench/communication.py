@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import epo_kernels as ek
-from bench.memory_plan import MODELS, Case, config_of, fake_ranks, learner_and_critic, saved, samples_of
+from bench.memory_plan import MODELS, Case, config_of, fake_ranks, learner_and_critic, samples_of, saved
 from epo_kernels.train.config import load_config
 from epo_kernels.train.distributed import Ranks
 from epo_kernels.train.models.lora import merged_weights
@@ -191,7 +191,7 @@ def recorded(case: Case, rows: int) -> Recorder:
 
 def table(preset: str, node: float, network: float, latency: float) -> str:
     lines = [
-        "| GPUs | micro-batches per update | all-gather | reduce-scatter | all-reduce | sent by each GPU | time (model) |",
+        "| GPUs | micro-batches per update | all-gather | reduce-scatter | all-reduce | each GPU sends | time (model) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for gpus in GPUS:
