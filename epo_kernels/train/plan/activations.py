@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from epo_kernels.train.config import ConfigError, ModelConfig
 from epo_kernels.train.data import MiniBatch
@@ -113,8 +113,10 @@ def _cached_count(architecture: PreTrainedConfig, model: ModelConfig, shape: _Sh
 
 def _count(architecture: PreTrainedConfig, model: ModelConfig, shape: _Shape, casts_kept: bool) -> Activations:
     try:
-        with FakeTensorMode():
+        with torch.device("meta"):
             policy = build(architecture, model)
+        with FakeTensorMode():
+            _make_fake(policy)
             decoder = policy.get_decoder()
             for parameter in policy.parameters():  # as in all micro-batches but the first: they add to gradients
                 if parameter.requires_grad:
@@ -135,6 +137,23 @@ def _count(architecture: PreTrainedConfig, model: ModelConfig, shape: _Shape, ca
             f"model.name_or_path={model.name_or_path}: --plan can't count the activations of {type(policy).__name__}, "
             "whose shapes depend on the data (as in a mixture of experts); measure one step on a GPU instead"
         ) from error
+
+
+def _make_fake(policy: PreTrainedModel) -> None:
+    """Put the parameters and buffers of a model on the meta device onto the CPU, as fake tensors; tied ones stay so."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in policy.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(_empty_like(parameter), parameter.requires_grad)
+                module._parameters[name] = made[parameter]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else _empty_like(buffer)
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _batch(rows: int, width: int, responses: int) -> MiniBatch:
