@@ -45,7 +45,7 @@ DRIVER = (
     ("models",),
     ("rollout",),
     ("rl",),
-    ("header",),
+    ("header", "plan"),
     ("start",),
     ("parts",),
     ("build",),

@@ -169,6 +169,11 @@ def launched(fsdp: bool, device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def is_lost_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank ended or doesn't answer: NCCL has a type for it, gloo a text."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def told(failure: Exception | None) -> tuple[str, str | int] | None:
     """The description of an exception that is sent to other ranks."""
     if isinstance(failure, Stopped):

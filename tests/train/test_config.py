@@ -325,7 +325,7 @@ def test_every_setting_is_explained():
     [
         (["practice", "optim.lrr=1"], "error: unknown setting 'optim.lrr'; did you mean 'optim.lr'?\n"),
         (["practice", "quickstart"], "a run starts from one preset, got practice"),
-        (["--print"], "unknown option --print; the options are --print-config, --dry-run and --help"),
+        (["--print"], "unknown option --print; the options are --print-config, --dry-run, --plan and --help"),
     ],
 )
 def test_the_command_line_ends_with_2(arguments, words):

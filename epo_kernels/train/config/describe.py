@@ -46,8 +46,8 @@ def option_as_setting(option: str, following: Sequence[str]) -> str:
     name = given if given in known else closest(given, known)
     if name is None:
         return (
-            f"unknown option {option}; the options are --print-config, --dry-run and --help, and settings are written "
-            "GROUP.KEY=VALUE"
+            f"unknown option {option}; the options are --print-config, --dry-run, --plan and --help, and settings are "
+            "written GROUP.KEY=VALUE"
         )
     if not equals:
         value = following[0] if following and "=" not in following[0] and following[0][:2] != "--" else "VALUE"
