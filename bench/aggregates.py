@@ -1,9 +1,9 @@
 """Aggregate statistics over the seeds of a training experiment, after Agarwal et al. 2021 (arXiv 2108.13264).
 
-The same definitions as in the package rliable. It is not used here: its last release (1.2.0) dates from 2024, and it
-brings arch, pandas, scipy, seaborn and statsmodels for these few lines.
+The definitions match the package rliable, which is not used here: its last release (1.2.0) dates from 2024, and it
+requires arch, pandas, scipy, seaborn and statsmodels for these few lines.
 
-All scores are float64 arrays of one value a run. `Strata` maps a regime to the scores of its runs: resampling keeps
+All scores are float64 arrays with one value per run. `Strata` maps a regime to the scores of its runs: resampling keeps
 the number of runs of every regime, and draws seeds with replacement within it.
 """
 
@@ -108,5 +108,5 @@ def _improvement(first: Array, second: Array) -> Array:
 def _flat(scores: ArrayLike) -> Array:
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or not len(values):
-        raise ValueError(f"scores must be a non-empty list of one value a run, got shape {values.shape}")
+        raise ValueError(f"scores must be a non-empty list with one value per run, got shape {values.shape}")
     return values

@@ -1,4 +1,4 @@
-"""What is measured: tasks at the shapes of real models. Each suite is in order of importance."""
+"""The measured cases: tasks at the shapes of real models. Each suite is in order of importance."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 Task = Literal["loss", "linear-loss", "score", "linear-score"]
 
+POLICIES = "policies"  # ends the name of a case in which every policy loss is measured
 SEQUENCE_LENGTH = 1024
-TURN_LENGTH = 128  # tokens of an observation and the response to it
+TURN_LENGTH = 128  # tokens of an observation and its response
 
 
 class Model(NamedTuple):
@@ -26,7 +27,7 @@ MODELS = {
     "qwen2.5-7b": Model(3584, 152_064),
     "qwen3.5": Model(4096, 248_320),
     "gemma-3-4b": Model(2560, 262_208),
-    # No model's, but what others report, or what a machine can hold:
+    # Not from a model: sizes that others report, or that fit a machine.
     "d4096-v131072": Model(4096, 131_072),
     "d1024-v151936": Model(1024, 151_936),
     "d512-v32000": Model(512, 32_000),
@@ -41,16 +42,17 @@ class Case:
     """One row of the report.
 
     Attributes:
-        task: "loss" and "linear-loss" are forward and backward, "score" and "linear-score" log-prob and entropy without
-            gradient; the linear ones start from hidden states and head.
+        task: "loss" and "linear-loss" are forward and backward; "score" and "linear-score" compute log-prob and entropy
+            without gradients. The linear tasks start from hidden states and head.
         model: a key of `MODELS`.
         tokens: N, in sequences of at most 1,024.
-        dtype: a key of `DTYPES`, of logits or of hidden states and head.
-        unmasked: share of the tokens that count, the last of each turn.
+        dtype: a key of `DTYPES`, for logits, or for hidden states and head.
+        unmasked: share of tokens that count, at the end of each turn.
         band_scope: as in EPOConfig.
         chunk_mb: `max_chunk_bytes` of the linear tasks.
         peers: whether other libraries are measured too.
-        compiled: whether eager PyTorch under torch.compile is measured too (compiling takes long).
+        compiled: whether eager PyTorch under torch.compile is measured too (compilation is slow).
+        policies: whether every policy loss of this library is measured, and only these.
     """
 
     task: Task
@@ -62,6 +64,7 @@ class Case:
     chunk_mb: int = 1024
     peers: bool = False
     compiled: bool = False
+    policies: bool = False
 
     @property
     def name(self) -> str:
@@ -70,6 +73,8 @@ class Case:
             parts.append("segment")
         if self.chunk_mb != 1024:
             parts.append(f"{self.chunk_mb}MB")
+        if self.policies:
+            parts.append(POLICIES)
         return "/".join(parts)
 
     @property
@@ -104,7 +109,7 @@ class Case:
 
     @property
     def counted(self) -> int:
-        """Tokens whose mask is 1."""
+        """Number of tokens whose mask is 1."""
         return self.tokens // self.turn_length * self.counted_a_turn
 
     @property
@@ -117,9 +122,9 @@ class StepCase:
     """A whole training step of a tiny model on the practice environment.
 
     Attributes:
-        vocabulary: entries of the model's head, most of them unknown to its tokenizer.
-        episodes: of one rollout.
-        rounds: steps that are timed.
+        vocabulary: size of the model's head, most of it unused by its tokenizer.
+        episodes: number of episodes per rollout.
+        rounds: number of timed steps.
     """
 
     vocabulary: int
@@ -157,6 +162,7 @@ GPU = (
     Case("linear-loss", "llama-3-8b", 8192, "bf16"),
     Case("linear-loss", "gemma-3-4b", 8192, "bf16"),
     Case("linear-loss", "qwen2.5-7b", 8192, "bf16", band_scope="segment"),
+    Case("loss", "qwen2.5-3b", 8192, "bf16", policies=True),
 )
 CPU = (
     Case("loss", "qwen2.5-3b", 128, "fp32", peers=True, compiled=True),
@@ -173,6 +179,8 @@ CPU = (
     Case("loss", "gemma-3-4b", 128, "fp32"),
     Case("linear-loss", "qwen2.5-0.5b", 256, "bf16"),
     Case("linear-loss", "d64-v151936", 4096, "fp32", chunk_mb=512),
+    Case("loss", "qwen2.5-3b", 128, "fp32", policies=True),
+    Case("linear-loss", "d512-v32000", 512, "fp32", policies=True),
 )
 TINY = (
     Case("loss", "tiny", 64, "fp32", peers=True),
@@ -181,6 +189,8 @@ TINY = (
     Case("linear-loss", "tiny", 64, "fp32", peers=True),
     Case("score", "tiny", 64, "fp32"),
     Case("linear-score", "tiny", 64, "fp32", peers=True),
+    Case("loss", "tiny", 64, "fp32", policies=True),
+    Case("linear-loss", "tiny", 64, "fp32", policies=True),
 )
 STEPS = {
     "gpu": (StepCase(151_936, 64),),

@@ -1,4 +1,4 @@
-"""What changed between two results.json beyond their noise: `make bench-compare BASE=path`."""
+"""Compares two results.json and reports changes beyond their noise: `make bench-compare BASE=path`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench import gate
 from bench.records import RESULTS, Record, read
 from bench.report import markdown_table
 
-# Two runs of the same code differ by this much though the rounds of each agree: clocks, addresses.
+# Two runs of the same code can differ by this much even if the rounds of each agree, due to clocks and addresses.
 SMALLEST_CHANGE = 0.03
 
 
@@ -22,16 +22,16 @@ class Change:
     impl: str
     before_ms: float | None
     after_ms: float | None
-    verdict: str  # faster | slower | same | new | gone | the gate's words where it has changed
+    verdict: str  # faster | slower | same | new | gone | the gate's message if it changed
 
     @property
     def bad(self) -> bool:
-        """Whether this library has lost something."""
+        """Whether this library regressed."""
         return self.impl.startswith("ours") and self.verdict not in ("faster", "same", "new", "passes now")
 
 
 def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
-    """A change a case and implementation, ceilings included: they say whether the machine itself changed."""
+    """One change per case and implementation, including ceilings, which show whether the machine itself changed."""
     old, new = {record.key: record for record in before}, {record.key: record for record in after}
     changes = []
     for key in dict.fromkeys([*old, *new]):
@@ -42,7 +42,7 @@ def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
 
 
 def verdict(was: Record | None, now: Record | None) -> str:
-    """A change of time counts where the quartile ranges lie apart and the medians differ by more than 3 %."""
+    """Times differ if the quartile ranges do not overlap and the medians differ by more than 3 %."""
     if was is None:
         return "new"
     if now is None:
@@ -69,15 +69,15 @@ def table(changes: Sequence[Change]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 where this library became slower, fails its gate or is gone."""
+    """0, or 1 if this library became slower, fails its gate or is gone."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
-    parser.add_argument("base", type=Path, help="results.json or its folder, the older one")
-    parser.add_argument("new", type=Path, nargs="?", help="the newer one (default: that machine's in bench/results)")
+    parser.add_argument("base", type=Path, help="older results.json, or its folder")
+    parser.add_argument("new", type=Path, nargs="?", help="newer one (default: the same machine's in bench/results)")
     options = parser.parse_args(arguments)
     machine, before = read(_file(options.base))
     other, after = read(_file(options.new or RESULTS / machine.folder))
     if not machine.comparable(other):
-        print(f"Not the same machine or versions, so differences may not be the code's:\n  {machine}\n  {other}\n")
+        print(f"The machine or the versions differ, so differences may not be the code's:\n  {machine}\n  {other}\n")
     changes = compare(before, after)
     changed = [change for change in changes if change.verdict != "same"]
     print(f"{len(changes) - len(changed)} of {len(changes)} figures are the same within their noise.")

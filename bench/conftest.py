@@ -1,4 +1,4 @@
-"""Options of the suite, and the session that measures a case once for all of its implementations."""
+"""Command-line options, and the session that measures each case once for all of its implementations."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ DEVICE_LOST_EXIT = 3
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
-    group.addoption("--bench-suite", choices=sorted(SUITES), help="which cases (default: those of the device)")
-    group.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    group.addoption("--bench-suite", choices=sorted(SUITES), help="cases to run (default: those of the device)")
+    group.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda if available")
     group.addoption("--bench-out", type=Path, help="folder for results.json (default: bench/results/<machine>)")
     group.addoption(
-        "--bench-seconds", type=float, default=10.0, help="for a case's timed rounds, of which there are at least three"
+        "--bench-seconds", type=float, default=10.0, help="time for a case's rounds, of which there are at least three"
     )
-    group.addoption("--bench-budget", type=float, help="seconds for all cases; what doesn't fit is skipped")
-    group.addoption("--bench-threads", type=int, default=os.cpu_count(), help="of PyTorch on a CPU (default: all)")
-    group.addoption("--bench-resume", action="store_true", help="leave out what the results already hold")
+    group.addoption("--bench-budget", type=float, help="seconds for all cases; the rest is skipped")
+    group.addoption("--bench-threads", type=int, default=os.cpu_count(), help="PyTorch's CPU threads (default: all)")
+    group.addoption("--bench-resume", action="store_true", help="skip cases that are already in the results")
 
 
 def _device(config) -> torch.device:
@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc):
 
 
 class Session:
-    """Measures each case when its first test asks, with the implementations that are selected, and writes the file."""
+    """Measures each case when its first test runs, with the selected implementations, and writes the file."""
 
     def __init__(self, config, selected: dict[Case, list]) -> None:
         self.device = _device(config)
@@ -68,7 +68,7 @@ class Session:
         self._banned = {record.key for record in before if record.gate.startswith(LOST)}
 
     def measured(self, case: Case, name: str) -> tuple[Record, list[Lap]]:
-        """The record of one implementation, and its rounds, none where it wasn't timed."""
+        """The record of one implementation, and its rounds; no rounds if it was not timed."""
         if case not in self._found:
             self.expect(case.name)
             self._found[case] = self._measure(case)
@@ -78,14 +78,14 @@ class Session:
         return found[name], laps.get(name, [])
 
     def expect(self, case: str) -> None:
-        """Skips a case that needn't or can't be measured any more."""
+        """Skip a case that is not needed or no longer possible."""
         if case in self._done:
-            pytest.skip("the results hold this case already")
+            pytest.skip("the results contain this case already")
         if not self._budget.allows():
             pytest.skip("over the time budget")
 
     def add(self, found: dict[str, Record]) -> None:
-        """Put the records into the file, by name of the implementation."""
+        """Add the records, keyed by implementation, to the file."""
         records.write(self.path, *records.merged(self.path, self.machine, list(found.values())))
 
     def _measure(self, case: Case) -> tuple[dict[str, Record], dict[str, list[Lap]]]:
@@ -95,7 +95,7 @@ class Session:
             found, laps = measure_case(case, chosen, self._watch, self.device, self._seconds)
         except DeviceLost as lost:
             self.add({record.impl: record for record in lost.records})
-            pytest.exit(f"{case.name}: {lost}; run again with --bench-resume to go on", DEVICE_LOST_EXIT)
+            pytest.exit(f"{case.name}: {lost}; run again with --bench-resume to continue", DEVICE_LOST_EXIT)
         self._budget.spent(time.monotonic() - began)
         self.add(found)
         return found, laps
@@ -105,8 +105,8 @@ def _refuse_busy_machine() -> None:
     load, processors = os.getloadavg()[0], os.cpu_count() or 1
     if load > 0.3 * processors:
         pytest.exit(
-            f"load {load:.1f} on {processors} processors: figures of a busy machine aren't worth keeping. Wait until "
-            "it is quiet, or give --bench-out FOLDER to look at them without keeping them",
+            f"load {load:.1f} on {processors} processors: figures from a busy machine are not recorded. Wait until it "
+            "is quiet, or use --bench-out FOLDER to see them without recording them",
             returncode=2,
         )
 

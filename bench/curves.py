@@ -1,4 +1,4 @@
-"""Learning curves of a run: success and entropy at every step, and what is computed from them."""
+"""Learning curves of a run: success and entropy at every step, and statistics computed from them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 
 WINDOW = 5  # steps of a moving mean: one step of a few dozen episodes is noisy
 TURNS_EVERY = 4  # the entropy by turn is kept for every fourth step, which halves the size of the results
-COLLAPSE, RECOVERY = 0.5, 0.8  # shares of the best success so far
-MIN_DROP = 0.05  # success lost in a collapse, at least; smaller drops are noise
+COLLAPSE, RECOVERY = 0.5, 0.8  # relative to the best success so far
+MIN_DROP = 0.05  # minimum loss of success in a collapse; smaller drops are noise
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run: a record of the results' JSON."""
+    """One run: a record in the results' JSON."""
 
     arm: str
     seed: int
@@ -49,7 +49,7 @@ def read_curves(path: Path) -> list[Curve]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Means over WINDOW consecutive values; the mean of all where there are fewer."""
+    """Means over WINDOW consecutive values; the mean of all values if there are fewer."""
     width = min(WINDOW, len(values))
     return [float(np.mean(values[start : start + width])) for start in range(len(values) - width + 1)]
 
@@ -79,7 +79,7 @@ def late_variances(curve: Curve) -> tuple[float, float]:
 
 
 def _fallen(means: Sequence[float]) -> np.ndarray:
-    """Where a run is in collapse."""
+    """Boolean mask of the steps at which a run is in collapse."""
     best = np.maximum.accumulate(means)
     return (means < COLLAPSE * best) & (means <= best - MIN_DROP)
 

@@ -1,12 +1,12 @@
 """Does RL lift success? `python -m bench.evidence practice | scienceworld | band`, `--report` for the page.
 
 Fixed before any run: the seeds, the arms, the panel, and the primary figure, which is the success of sampled actions
-on a fixed held-out panel after training, minus that before it, for the same tasks and draws. Every run of every seed
-counts. Its intervals are `paired_interval`'s, over the episodes of one seed and over those of all seeds.
+on a fixed held-out panel after training, minus the success before it, for the same tasks and draws. Every run of every
+seed counts. Intervals come from `paired_interval`, over the episodes of one seed and over those of all seeds.
 
-Runs lie in runs/evidence/EXPERIMENT/ARM-SEED, each a run of the driver: what was interrupted goes on, what was killed
-starts over, what is complete stays. The outcome of each episode goes to bench/results/evidence/EXPERIMENT.json, from
-which docs/evidence.md is made.
+Runs are in runs/evidence/EXPERIMENT/ARM-SEED, each a run of the driver: interrupted runs resume, killed runs start
+over, complete runs are kept. The outcome of each episode goes to bench/results/evidence/EXPERIMENT.json, from which
+docs/evidence.md is generated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bench.band import INDICATOR
 from bench.band_page import plot_band, scores_of
 from bench.curves import Curve, curve_of, read_curves
 from bench.evidence_page import page, plot
-from bench.experiments import CLONING, EXPERIMENTS, RL, SERIES, Outcome, chosen, read
+from bench.experiments import CLONING, EXPERIMENTS, SERIES, Outcome, chosen, read
 from epo_kernels.train.__main__ import keep_freed_memory
 from epo_kernels.train.config import TrainConfig, load_config
 from epo_kernels.train.io.tracking import read_evaluation, read_metrics, write_atomically
@@ -47,8 +47,8 @@ PAGE, RUNS = ROOT / "docs" / "evidence.md", Path("runs/evidence")
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", choices=[*EXPERIMENTS, *SERIES])
-    parser.add_argument("--report", action="store_true", help="write docs/evidence.md from the results there are")
-    parser.add_argument("--only", nargs=2, metavar=("ARM", "SEED"), help="one run, in this process; no results")
+    parser.add_argument("--report", action="store_true", help="write docs/evidence.md from the existing results")
+    parser.add_argument("--only", nargs=2, metavar=("ARM", "SEED"), help="one run, in this process; writes no results")
     given = parser.parse_args(words)
     if given.report == bool(given.experiment):
         parser.error(f"give one of {', '.join([*EXPERIMENTS, *SERIES])}, or --report")
@@ -63,16 +63,16 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run_all(name: str) -> None:
-    """Every arm of every seed; the results' file grows with each that is complete.
+    """Run every arm of every seed; the results file is extended after each.
 
     Raises:
-        subprocess.CalledProcessError: a run stopped; the same command goes on with it.
+        subprocess.CalledProcessError: a run stopped; the same command resumes it.
     """
     experiment, writing = EXPERIMENTS[name], Lock()
 
     def run(arm: str, seed: int) -> None:
         if arm == CLONING:
-            pending[RL, seed].result()
+            pending[experiment.baseline, seed].result()
         command = [sys.executable, "-m", "bench.evidence", name, "--only", arm, str(seed)]
         log = folder(name, arm, seed).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -82,8 +82,8 @@ def run_all(name: str) -> None:
             write_results(name)
         print(f"{name}: {arm}, seed {seed} is complete")
 
-    # More cloning comes last, because what RL spent decides its epochs, and so does the arm that repeats another. All
-    # others go seed by seed, so that an unfinished series has all arms of the seeds it has.
+    # More cloning comes last, because RL's cost determines its epochs; so does the arm that repeats another. Otherwise
+    # seed by seed, so that an unfinished series has all arms of its seeds.
     queue = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
     queue.sort(key=lambda run: run[0] in (CLONING, INDICATOR))
     with ThreadPoolExecutor(experiment.jobs) as threads:
@@ -93,7 +93,7 @@ def run_all(name: str) -> None:
 
 
 def write_results(name: str) -> None:
-    """The results' file, from the runs that are complete."""
+    """Write the results file from the complete runs."""
     experiment = EXPERIMENTS[name]
     runs = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms if is_complete(name, arm, seed)]
     _write_records(name, [outcome for run in runs for outcome in outcomes_of(name, *run)])
@@ -103,15 +103,15 @@ def write_results(name: str) -> None:
 
 
 def _write_records(stem: str, records: Sequence[Any]) -> None:
-    """Dataclasses, a line each."""
+    """Write dataclasses, one per line."""
     lines = ",\n".join(json.dumps(asdict(record)) for record in records)
     experiments.RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomically(experiments.RESULTS / f"{stem}.json", f"[\n{lines}\n]\n")
 
 
 def run_one(name: str, arm: str, seed: int) -> None:
-    """One run of the driver, from where it was left; what it spent goes to cost.jsonl, a line a process."""
-    # Imported late: the page needs none of it.
+    """Run or resume one run of the driver; its cost goes to cost.jsonl, one line per process."""
+    # Imported late, because the page needs none of it.
     from transformers.utils.logging import disable_progress_bar
 
     from epo_kernels.train.build import build
@@ -138,13 +138,13 @@ def run_one(name: str, arm: str, seed: int) -> None:
 
 @contextmanager
 def account(place: Path) -> Iterator[Callable[[], None]]:
-    """Inside, the one process of a run; what it spent until `built()` and after it goes to cost.jsonl.
+    """Inside the context, measures the cost of a run's only process until `built()` and after it, for cost.jsonl.
 
-    A run whose last process was killed, and so left no account, begins anew: what it spent decides how much the last
-    arm clones.
+    A run whose last process was killed, and so recorded no cost, starts over: its cost determines how long the last arm
+    clones.
 
     Raises:
-        RuntimeError: another process is at this run.
+        RuntimeError: another process is working on this run.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     mark = place.with_suffix(".running")
@@ -152,8 +152,8 @@ def account(place: Path) -> Iterator[Callable[[], None]]:
         try:
             fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RuntimeError(f"another process is at {place}; let it end") from error
-        if mark.stat().st_size:  # no process, but one that never wiped its mark away
+            raise RuntimeError(f"another process is working on {place}; wait for it to end") from error
+        if mark.stat().st_size:  # left by a process that never removed it
             shutil.rmtree(place, ignore_errors=True)
         place.mkdir(exist_ok=True)
         print("its account is still to come", file=running, flush=True)
@@ -169,7 +169,7 @@ def account(place: Path) -> Iterator[Callable[[], None]]:
 
 
 def config_of(name: str, arm: str, seed: int) -> TrainConfig:
-    """The run's settings. Cloning's epochs need RL's run of this seed to be complete."""
+    """The run's settings. The epochs of cloning require RL's run of this seed to be complete."""
     return load_config(EXPERIMENTS[name].preset, [f"run_dir={folder(name, arm, seed)}", *settings(name, arm, seed)])
 
 
@@ -179,10 +179,10 @@ def settings(name: str, arm: str, seed: int) -> list[str]:
     if experiment.tuned_by:
         own += chosen([outcome for name in experiment.tuned_by for outcome in read(name)], arm)
     if arm == CLONING:
-        # From scratch, with the learning rate's schedule spread over all of it: the best that cloning can do with what
-        # RL spent, both its evaluations included.
-        spent = costs(name, RL, seed)
-        cloning = next(cost["start"] for cost in spent if cost["start"])  # 0: stopped before it had cloned
+        # From scratch, with the learning-rate schedule over all epochs: the best use of RL's cost by cloning, both
+        # evaluations included.
+        spent = costs(name, experiment.baseline, seed)
+        cloning = next(cost["start"] for cost in spent if cost["start"])  # 0: stopped before cloning finished
         extra = sum(cost["start"] + cost["run"] for cost in spent) - cloning
         epochs = load_config(experiment.preset, [*experiment.overrides]).model.warm_start.epochs
         own.append(f"model.warm_start.epochs={math.ceil(epochs * (1 + extra / cloning))}")
@@ -203,7 +203,7 @@ def costs(name: str, arm: str, seed: int) -> list[dict[str, Any]]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those it has waited for."""
+    """CPU seconds of this process and of the child processes it has waited for."""
     used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
@@ -214,11 +214,11 @@ def commit() -> str:
 
 
 def outcomes_of(name: str, arm: str, seed: int) -> list[Outcome]:
-    """Before and after of a complete run. More cloning begins where RL does: its "before" is that of RL."""
+    """Before and after of a complete run. More cloning starts where RL does, so its "before" is RL's."""
     spent = costs(name, arm, seed)
     own = {record.when: record for record in read_evaluation(folder(name, arm, seed))}
     if arm == CLONING:
-        rl = {record.when: record for record in read_evaluation(folder(name, RL, seed))}
+        rl = {record.when: record for record in read_evaluation(folder(name, EXPERIMENTS[name].baseline, seed))}
         own = {"before": rl["before"], "after": own["before"]}
     return [
         Outcome(
@@ -240,7 +240,7 @@ def outcomes_of(name: str, arm: str, seed: int) -> list[Outcome]:
 
 
 def curves_of(name: str) -> list[Curve]:
-    """The learning curves of an experiment; empty where it keeps none, or has none yet."""
+    """The learning curves of an experiment; empty if it keeps none, or has none yet."""
     return read_curves(experiments.RESULTS / f"{name}_curves.json")
 
 
@@ -251,7 +251,7 @@ def write_page() -> None:
     for name, outcomes in results.items():
         if name in curves:
             plot_band(curves[name], scores_of(outcomes), PAGE.parent / f"evidence_{name}.png")
-        elif EXPERIMENTS[name].arms is experiments.ARMS:
+        elif CLONING in EXPERIMENTS[name].arms:
             plot(outcomes, PAGE.parent / f"evidence_{name}.png")
     write_atomically(PAGE, page(results, curves, quickstart_page.read()))
 

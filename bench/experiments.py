@@ -15,11 +15,14 @@ from epo_kernels.train.evaluate import paired_interval
 RESULTS = Path(__file__).parent / "results" / "evidence"
 PANEL, DECODING = "iid", "sampled"
 RL, CLONING, NO_ENTROPY = "RL with EPO", "more cloning", "RL without entropy term"
+_NO_STEPS = ["steps=0"]
 ARMS = {  # settings over the preset's; cloning's epochs follow from what RL of the same seed spent
     RL: [],
-    CLONING: ["steps=0"],
+    CLONING: _NO_STEPS,
     NO_ENTROPY: ["loss.entropy_coeff=0", "loss.penalty=none"],
 }
+PLAIN_RL = "RL"
+PLAIN_ARMS = {PLAIN_RL: [], CLONING: _NO_STEPS}  # of a preset without an entropy term
 PRIMARY = ("evaluate.panels=[iid]", "evaluate.decoding=[sampled]", "evaluate.every=0")  # the primary figure alone
 
 
@@ -36,6 +39,11 @@ class Experiment:
     arms: Mapping[str, Sequence[str]] = field(default_factory=lambda: ARMS)
     tuned_by: tuple[str, ...] = ()  # the experiments whose best candidate each arm takes
     keeps_curves: bool = False  # records success and entropy of every step, too
+
+    @property
+    def baseline(self) -> str:
+        """The arm that more cloning starts from and is compared with: the first."""
+        return next(iter(self.arms))
 
 
 _PRACTICE_TUNING = """\
@@ -88,6 +96,11 @@ the last figure that of the primary one:
 Two things helped: a goal near to the action, from where a model of two layers can copy the name of the box; and
 demonstrations of half the training tasks only, so that RL has tasks that nobody showed.
 """
+_LLM_TUNING = """\
+`make train-llm`: SmolLM2-135M on `lifespan-longest-lived`, from the quick start's demonstrations. `make evidence-llm`
+runs three seeds with two arms; **RL** is the preset as it is, which has no entropy term. The panel is all 63 held-out
+variations.
+"""
 EXPERIMENTS = {
     "practice": Experiment("practice", "The practice environment", 2, _PRACTICE_TUNING, seeds=(3, 4, 5)),
     "practice_expert": Experiment(
@@ -105,6 +118,7 @@ EXPERIMENTS = {
         ),
     ),
     "scienceworld": Experiment("evidence_scienceworld", "ScienceWorld", 2, _SCIENCEWORLD_TUNING),
+    "llm": Experiment("llm", "A pretrained language model", 1, _LLM_TUNING, arms=PLAIN_ARMS),
 }
 for _regime, _settings in band.REGIMES.items():
     EXPERIMENTS[f"band_{_regime}_tuning"] = Experiment(

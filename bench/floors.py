@@ -1,7 +1,7 @@
-"""The denominator: the least bytes and operations of a case, over rates that the same run measured.
+"""The denominator: the minimum bytes and operations of a case, at the rates measured in the same run.
 
-Every input is read once and every output written once; the rows of masked tokens are not read, but their gradient is
-written. Matrix products count two operations a multiplication with addition.
+Every input is read once and every output written once; rows of masked tokens are not read, but their gradient is
+written. In matrix products, a multiply-add counts as two operations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class Work(NamedTuple):
     bytes: int
-    flops: int  # of matrix products alone
+    flops: int  # of matrix products only
 
 
 class Ceilings(NamedTuple):
@@ -31,16 +31,16 @@ class Ceilings(NamedTuple):
 
 
 class Ceiling(NamedTuple):
-    """Something bare that is timed beside the implementations."""
+    """A bare operation that is timed together with the implementations."""
 
     name: str
     computes: str
-    run: Callable[[int], object]  # of the round's number, which makes no difference to it
+    run: Callable[[int], object]  # takes the round's number, which it ignores
     work: Work
 
 
 def least_work(case: Case) -> Work:
-    """What any implementation of the case must do, for n of N tokens counted:
+    """The minimum work of any implementation of the case, for n of N tokens counted:
 
     - loss: (n + N) rows of logits; score: n rows
     - linear-loss: three products, 6nDV; linear-score: one, 2nDV; hidden states and head, and their gradients
@@ -56,7 +56,7 @@ def least_work(case: Case) -> Work:
 
 
 def floor_seconds(work: Work, ceilings: Ceilings) -> float:
-    """The larger of the two times: moving the bytes, doing the operations."""
+    """The larger of the times for moving the bytes and for the operations."""
     seconds = work.bytes / ceilings.bytes_per_second
     if work.flops and ceilings.flops_per_second:
         seconds = max(seconds, work.flops / ceilings.flops_per_second)
@@ -66,7 +66,7 @@ def floor_seconds(work: Work, ceilings: Ceilings) -> float:
 def make_ceilings(case: Case, inputs: Inputs) -> list[Ceiling]:
     """A copy of the case's largest input and, in linear tasks, its one or three bare products over all N tokens.
 
-    Where the logits of all tokens are larger than 4 GiB (1 GiB on a CPU), the products are those of fewer tokens.
+    If the logits of all tokens exceed 4 GiB (1 GiB on a CPU), the products use fewer tokens.
     """
     source = inputs.rows[-1].detach()
     target = torch.empty_like(source)
@@ -106,7 +106,7 @@ def _products(case: Case, inputs: Inputs) -> Ceiling:
 
 
 def moved_bytes(case: Case, implementation: str, device: torch.device) -> int | None:
-    """Bytes through device memory by the byte model of the implementation's kernels; None where it has none."""
+    """Bytes through device memory by the byte model of the implementation's kernels; None if it has no model."""
     if implementation != "ours:triton" or case.linear:
         return None
     from epo_kernels.backends.triton import chip_of
@@ -115,7 +115,7 @@ def moved_bytes(case: Case, implementation: str, device: torch.device) -> int | 
 
 
 def triton_bytes(case: Case, chip: Chip) -> int:
-    """What the Triton kernels move for the case's logits: a loss in segment scope is two launches."""
+    """Bytes moved by the Triton kernels for the case's logits: a loss in segment scope takes two launches."""
     from epo_kernels.backends.triton import VECTOR_BYTES, launch_plan, row_traffic
 
     modes: tuple[Mode, ...] = ("loss",) if case.task == "loss" else ("statistics",)

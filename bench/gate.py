@@ -1,4 +1,4 @@
-"""The gate: no implementation is timed before it has computed the right thing on fresh random inputs."""
+"""The gate: an implementation is timed only after it has computed correct results on new random inputs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from bench.cases import Case
 
 PASS = "pass"
-# Largest ‖out - truth‖ / ‖truth‖. float32 lands far below (tf32, near 3e-4, does not); a gradient rounded to bfloat16
-# is off by 1e-3; bfloat16 logits of a bfloat16 product move log-probs by some 1e-3 and gradients by 5e-3 to 1e-2.
+# Maximum ‖out - truth‖ / ‖truth‖. float32 is far below (tf32, near 3e-4, is not); a gradient rounded to bfloat16 is off
+# by 1e-3; bfloat16 logits of a bfloat16 product change log-probs by about 1e-3 and gradients by 5e-3 to 1e-2.
 _EXACT = {"statistics": 1e-4, "gradient": 1e-4}
 _TOLERANCES = {
     ("fp32", False): _EXACT,
@@ -26,17 +26,17 @@ def tolerance(case: Case, output: str) -> float:
 
 
 def error(output: Tensor, truth: Tensor, floor: float = 0.0) -> float:
-    """‖output - truth‖ / max(‖truth‖, floor), NaN where the output holds one."""
+    """‖output - truth‖ / max(‖truth‖, floor), NaN if the output contains NaN."""
     difference = squares = 0.0
     pairs = zip(output.detach().flatten().split(1 << 26), truth.flatten().split(1 << 26), strict=True)
-    for part, true in pairs:  # in parts: a gradient may be larger than what is free
+    for part, true in pairs:  # in parts, because a gradient may exceed the free memory
         difference += (part.double() - true.double()).square().sum().item()
         squares += true.double().square().sum().item()
     return (difference**0.5) / max(squares**0.5, floor, 1e-300)
 
 
 def check(case: Case, outputs: dict[str, Tensor], truth: dict[str, Tensor]) -> str:
-    """ "pass", or what is wrong: missing outputs, wrong shapes, errors above the tolerance."""
+    """ "pass", or a description of the fault: missing outputs, wrong shapes, errors above the tolerance."""
     faults = []
     for name, true in truth.items():
         if name not in outputs:
@@ -46,7 +46,7 @@ def check(case: Case, outputs: dict[str, Tensor], truth: dict[str, Tensor]) -> s
         if output.shape != true.shape:
             faults.append(f"{name} has shape {tuple(output.shape)}, not {tuple(true.shape)}")
             continue
-        # A loss is a mean of terms near 1 that may cancel: it is held against their size.
+        # A loss is a mean of terms near 1 that may cancel, so its error is relative to their size.
         off, allowed = error(output, true, floor=1.0 if name == "loss" else 0.0), tolerance(case, name)
         if not off <= allowed:
             faults.append(f"{name} is off by {off:.1e}, at most {allowed:.0e} is allowed")
@@ -54,5 +54,5 @@ def check(case: Case, outputs: dict[str, Tensor], truth: dict[str, Tensor]) -> s
 
 
 def poison(device: torch.device, size: int) -> None:
-    """Leave NaN in memory that the next allocations are likely to get, so that what is never written shows."""
+    """Fill memory that the next allocations are likely to reuse with NaN, to expose unwritten elements."""
     torch.full((size,), float("nan"), device=device)

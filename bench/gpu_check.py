@@ -1,16 +1,16 @@
 """Everything that needs a GPU, in one call: `make gpu-check OUT=folder`.
 
-On a bare machine with PyTorch and without network: builds the native part in place, runs the GPU tests,
-compute-sanitizer, then the benchmarks in order of importance for as long as the budget lasts. A stage that fails is
-reported and the others still run. Leaves results.json, report.md, plots and log.txt in the folder, prints tables last.
+For a bare machine with PyTorch and without network. Builds the native part in place, runs the GPU tests and
+compute-sanitizer, then the benchmarks in order of importance until the budget is used up. A failed stage is reported
+and the others still run. Writes results.json, report.md, plots and log.txt to the folder, and finally prints tables.
 
 To keep the figures: `python -m bench.report --results folder/results.json --keep`.
 
 Environment:
-    EPO_WHEELS: a folder of wheels to install for this call alone: other libraries, in the versions that peers.py names,
+    EPO_WHEELS: a folder of wheels to install for this call only: other libraries in the versions listed in peers.py,
         and omegaconf for the whole-step benchmark. `pip download --no-deps --only-binary=:all: --python-version 3.12
         -d folder trl==1.16.0 ...` fetches them on a machine with network.
-    EPO_COMMIT: what to record as the commit where there is no repository.
+    EPO_COMMIT: the commit to record if there is no repository.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BUDGET_SECONDS = 560  # of the ten minutes that such a machine gives one command
-REPORT_SECONDS = 20  # kept back for the last stage
-SECONDS = "{seconds}"  # in a command: what it has, less some to end by itself
+BUDGET_SECONDS = 560  # of the ten minutes that such a machine allows per command
+REPORT_SECONDS = 20  # reserved for the last stage
+SECONDS = "{seconds}"  # in a command: its time limit, minus a margin to end by itself
 _LEAVE_SECONDS = 10.0
 _TAIL_LINES = 25
-DEVICE_LOST_EXIT = 3  # of the benchmarks: see conftest.py
+DEVICE_LOST_EXIT = 3  # exit code of the benchmarks: see conftest.py
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Stage:
     """One command.
 
     Attributes:
-        name: in the table.
-        command: None: there is nothing to run, and `note` says why.
-        limit: seconds; less where less of the budget is left.
-        environment: added to the process's.
-        again_on: exit code after which the command is run again, at most twice.
+        name: name in the table.
+        command: None if there is nothing to run; `note` says why.
+        limit: seconds; less if less of the budget is left.
+        environment: added to the process's environment.
+        again_on: exit code after which the command is repeated, at most twice.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Outcome:
 
 
 def run_stages(stages: Sequence[Stage], log: Path, budget: float, kept_back: float = REPORT_SECONDS) -> list[Outcome]:
-    """Run them one after the other, whatever becomes of each. The last one may use what is kept back for it."""
+    """Run the stages in order, even if some fail. The last one may use the reserved time."""
     end = time.monotonic() + budget
     outcomes = []
     for stage in stages:
@@ -113,7 +113,7 @@ def _run_once(stage: Stage, log: Path, limit: float) -> str:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that what it starts can be ended with it
+                start_new_session=True,  # so that its child processes can be ended with it
             )
         except OSError as error:
             return f"failed: {error}"
@@ -140,7 +140,7 @@ def _tail(log: Path) -> str:
 
 
 def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Sequence[str]) -> list[Stage]:
-    """The stages. dry: the same orchestration on a CPU with tiny cases, a minute in all."""
+    """The stages. dry: the same orchestration on a CPU with tiny cases, about a minute in total."""
     python = sys.executable
     device = "cpu" if dry else "cuda"
     wheels = sorted(map(str, Path(os.environ["EPO_WHEELS"]).glob("*.whl"))) if os.environ.get("EPO_WHEELS") else []
@@ -148,8 +148,8 @@ def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Seque
     tests = (
         ("tests/test_schedule.py",) if dry else ("-m", "gpu", "tests", "--ignore=tests/train", "--ignore=tests/bench")
     )
-    kernels = "tests/gpu/test_cuda.py"  # never run on a GPU before: first, and by themselves
-    workers = ("-n", "4") if find_spec("xdist") and not dry else ()  # most of a GPU test is compiling
+    kernels = "tests/gpu/test_cuda.py"  # never run on a GPU before: first and separately
+    workers = ("-n", "4") if find_spec("xdist") and not dry else ()  # GPU tests mostly compile
     base = (python, "-m", "pytest", "-q", "--continue-on-collection-errors", *workers)
     bench: tuple[str, ...] = (
         python,
@@ -186,14 +186,14 @@ def _sanitizer(tool: str, dry: bool, python: str, device: str) -> Stage:
     if dry:
         return Stage(tool, call)
     found = shutil.which("compute-sanitizer")
-    # Without PyTorch's cache every tensor is an allocation of its own, whose bounds the tool knows.
+    # Without PyTorch's cache every tensor is a separate allocation, whose bounds the tool knows.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = (found, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20", *call) if found else None
-    return Stage(tool, command, 75, "compute-sanitizer isn't installed", environment)
+    return Stage(tool, command, 75, "compute-sanitizer is not installed", environment)
 
 
 def architecture() -> str:
-    """The device's compute capability as the build takes it, such as "90a"; "" if unknown: the default list."""
+    """The device's compute capability in the build's format, such as "90a"; "" if unknown: the default list."""
     try:
         query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -204,9 +204,9 @@ def architecture() -> str:
 
 
 def build(package: Path = ROOT / "epo_kernels", folder: Path = ROOT / "build" / "gpu-check", *options: str) -> None:
-    """Put the native module into the package, for this device alone: with CMake as CMakeLists.txt says.
+    """Build the native module into the package, for this device only, with CMake as described in CMakeLists.txt.
 
-    setup.py would do the same, but asks for a setuptools that bare machines may not have.
+    setup.py would do the same, but requires a setuptools version that bare machines may not have.
     """
     import pybind11
 
@@ -234,7 +234,7 @@ def describe() -> None:
 
 
 def missing(names: Sequence[str]) -> list[str]:
-    """Why each of the backends can't run, for those that can't. A build that fails warns, and leaves the others."""
+    """The reasons why backends cannot run, for those that cannot. A failed build warns and keeps the others."""
     import epo_kernels as ek
 
     known = ek.available_backends()
@@ -247,15 +247,13 @@ def stages_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where no stage failed, else 1."""
+    """0 if no stage failed, otherwise 1."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
-    parser.add_argument(
-        "out", type=Path, nargs="?", default=ROOT / "build" / "gpu-check-results", help="folder for what is left"
-    )
-    parser.add_argument("--dry", action="store_true", help="on a CPU with tiny cases: tries the orchestration itself")
-    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds in all")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
-    parser.add_argument("--bench", default="", metavar="ARGS", help="for pytest: --bench='-k linear'")
+    parser.add_argument("out", type=Path, nargs="?", default=ROOT / "build" / "gpu-check-results", help="output folder")
+    parser.add_argument("--dry", action="store_true", help="test the orchestration on a CPU with tiny cases")
+    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="total seconds")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run only these stages")
+    parser.add_argument("--bench", default="", metavar="ARGS", help="arguments for pytest: --bench='-k linear'")
     parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--require", nargs="+", help=argparse.SUPPRESS)
@@ -268,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.require:
         reasons = missing(options.require)
-        print("\n".join(reasons) or "all backends are there")
+        print("\n".join(reasons) or "all backends are available")
         return int(bool(reasons))
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

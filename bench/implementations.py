@@ -1,4 +1,4 @@
-"""What is measured: this library by backend, eager PyTorch, and torch.compile of it."""
+"""The measured implementations: this library by backend, eager PyTorch, and eager PyTorch under torch.compile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Run = Callable[[Inputs], dict[str, Tensor]]
 
 EAGER = "eager"
 COMPILED = "torch.compile"
-# Float32 copies of the logits that eager PyTorch holds at its peak, at least: logits, exponentials, gradients of both.
+# Minimum number of float32 copies of the logits in eager PyTorch at its peak: logits, exponentials, gradients of both.
 _EAGER_COPIES = 6
 
 
@@ -27,12 +27,12 @@ class Implementation:
     """One way to compute a case.
 
     Attributes:
-        name: in the report.
-        contract: a key of `CONTRACTS`: what it must yield.
+        name: name in the report.
+        contract: a key of `CONTRACTS`: the required outputs.
         build: imports what it needs, and returns the function to measure.
-        note: added to what the contract says it computes.
-        ours: whether it is this library's.
-        eager_memory: whether it holds several copies of the logits.
+        note: added to the contract's description.
+        ours: whether it belongs to this library.
+        eager_memory: whether it keeps several copies of the logits.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Implementation:
 
 
 def missing_memory(case: Case, implementation: Implementation, free: int) -> str | None:
-    """Why it isn't tried: a machine that runs out of memory takes the other measurements with it."""
+    """Why it is not tried: a machine that runs out of memory loses the other measurements too."""
     needed = _EAGER_COPIES * 4 * case.tokens * case.vocab_size
     if not implementation.eager_memory or needed <= free:
         return None
@@ -61,15 +61,18 @@ def with_gradients(
     inputs: Inputs,
     upstream: list[Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The outputs, and the gradients of every leaf for the upstream ones of the objective."""
+    """The outputs, and the gradients of every leaf for the upstream gradients of the objective."""
     leaves = inputs.leaves
     gradients = torch.autograd.grad(objective, list(leaves.values()), upstream)
     return {**outputs, **dict(zip(leaves, gradients, strict=True))}
 
 
-def ours(case: Case, backend: str, function: Callable[..., Any] | None = None) -> Run:
-    """A call of this library, and its backward where the case has one. function: takes the place of the library's."""
-    cfg, chunks = config_of(case), {"max_chunk_bytes": case.chunk_mb << 20} if case.linear else {}
+def ours(case: Case, backend: str, function: Callable[..., Any] | None = None, policy: str = "ppo") -> Run:
+    """A call of this library, and its backward if the case has one.
+
+    function: replaces the library's. policy: a key of `POLICY_FIELDS`.
+    """
+    cfg, chunks = config_of(case, policy), {"max_chunk_bytes": case.chunk_mb << 20} if case.linear else {}
     if not case.gradient:
         score: Callable[..., Any] = function or (
             ek.linear_log_probs_and_entropy if case.linear else ek.log_probs_and_entropy
@@ -93,7 +96,7 @@ def ours(case: Case, backend: str, function: Callable[..., Any] | None = None) -
 
 
 def compiled(case: Case) -> Run:
-    """Eager PyTorch as torch.compile makes it: what a user gets who writes the loss down and compiles it."""
+    """Eager PyTorch under torch.compile: the result for a user who writes the loss and compiles it."""
     torch.compiler.reset()  # one code object is compiled for every case, and the number of versions is limited
     function = ek.linear_epo_loss if case.linear else ek.epo_loss
     return ours(case, "reference", torch.compile(function, dynamic=False))

@@ -1,4 +1,4 @@
-"""Random inputs of a case: never zeros, and several sets of them, so that no cache holds the next one."""
+"""Random inputs of a case: never zeros, and several sets, so that no cache contains the next one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Inputs:
     """Arguments for one call. (B, T) unless said otherwise; floats are float32.
 
     Attributes:
-        logits: (B, T, V), None in linear tasks. A leaf that wants a gradient where the task has one.
-        hidden, weight: (B, T, D) and (V, D), None in the others. Likewise.
+        logits: (B, T, V), None in linear tasks. A leaf that requires a gradient if the task has one.
+        hidden, weight: (B, T, D) and (V, D), None in other tasks; leaves in the same way.
         tokens, mask: int64, bool.
-        old_log_probs, ref_log_probs: near the true ones, so that some ratios are clipped and some not.
+        old_log_probs, ref_log_probs: near the true ones, so that some ratios are clipped and others are not.
         advantages: (B,).
-        lower, upper: band bounds with true entropies on both sides of each.
-        turns: segment of each token: a turn of a sequence, int64.
-        upstream: gradients of log-prob and entropy, for what has no loss of its own.
+        lower, upper: band bounds, each with true entropies on both sides.
+        turns: segment of each token (a turn of a sequence), int64.
+        upstream: gradients of log-prob and entropy, for tasks without a loss.
     """
 
     logits: Tensor | None
@@ -43,7 +43,7 @@ class Inputs:
 
     @property
     def rows(self) -> tuple[Tensor, ...]:
-        """What a call starts from: (logits,), or (hidden, weight)."""
+        """The inputs of a call: (logits,), or (hidden, weight)."""
         return tuple(value for value in (self.logits, self.hidden, self.weight) if value is not None)
 
     @property
@@ -53,7 +53,7 @@ class Inputs:
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """What is differentiated, by the name of its gradient among an implementation's outputs."""
+        """The differentiated tensors, by the name of their gradient among an implementation's outputs."""
         named = {"grad_logits": self.logits, "grad_hidden": self.hidden, "grad_weight": self.weight}
         return {name: leaf for name, leaf in named.items() if leaf is not None}
 
@@ -63,7 +63,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device, seed: int, weight: Tensor | None = None) -> Inputs:
-    """A fresh set. weight: that of another set, to share: a head doesn't change from call to call, and is large."""
+    """A new set. weight: shared with another set, because a head is large and does not change from call to call."""
     generator = torch.Generator(device).manual_seed(seed)
     shape, dtype = case.shape, case.torch_dtype
 
@@ -83,7 +83,7 @@ def make_inputs(case: Case, device: torch.device, seed: int, weight: Tensor | No
         logits = normal(*shape, case.vocab_size, scale=SPREAD).to(dtype)
         sampled = logits.gather(-1, tokens[..., None])[..., 0].float()
         logits.requires_grad_(case.gradient)
-    # Of normally distributed logits: log Σ e^z is about log V + SPREAD² / 2, the entropy log V - SPREAD² / 2.
+    # For normally distributed logits, log Σ e^z is about log V + SPREAD² / 2, and the entropy log V - SPREAD² / 2.
     log_probs = sampled - (math.log(case.vocab_size) + SPREAD**2 / 2)
     entropy = math.log(case.vocab_size) - SPREAD**2 / 2
     middle = entropy + normal(*shape, scale=0.1)

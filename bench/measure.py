@@ -19,12 +19,12 @@ Call = Callable[[], object]
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 _MB = 1e6
 _CPU_FLUSH_BYTES = 128 << 20
-# Long enough for the host to queue a whole forward and backward before the device starts it.
+# Long enough for the host to queue a whole forward and backward before the device starts.
 _HEAD_START_CYCLES = 4_000_000
 
 
 class Lap(NamedTuple):
-    """Seconds of one call: on the device, and until the host had queued it (on a CPU the same)."""
+    """Seconds of one call: on the device, and until the host has queued it (on a CPU the same)."""
 
     seconds: float
     host_seconds: float
@@ -35,22 +35,22 @@ class Stopwatch(Protocol):
         """One call, with cold caches."""
 
     def peak_mb(self, call: Call) -> float | None:
-        """Megabytes (1e6) alive at the worst moment of a call beyond what was alive before; None: not to be known."""
+        """Peak memory of a call in megabytes (1e6) beyond what was allocated before; None if unknown."""
 
     def launches(self, call: Call) -> int | None:
-        """Kernels, copies and fills that a call starts on the device; None: not to be known."""
+        """Number of kernels, copies and fills launched by a call; None if unknown."""
 
     def free_bytes(self) -> int:
-        """Memory that a call may take."""
+        """Memory available to a call."""
 
     def close(self) -> None:
-        """Give buffers back."""
+        """Release buffers."""
 
 
 class CudaStopwatch:
-    """Times by device events around a call that waits on the device until the host has queued all of it.
+    """Times with device events around a call that starts only after the host has queued all of it.
 
-    So gaps between launches, which a training step hides, don't count, and what syncs on the way does.
+    Gaps between launches, which a training step hides, are therefore excluded, and syncs within the call are included.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,10 +89,10 @@ class CudaStopwatch:
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 call()
                 torch.cuda.synchronize()
-        except RuntimeError:  # no counters on this machine, which is no reason to give up the times
+        except RuntimeError:  # no profiler counters on this machine; the times are still valid
             return None
         events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        return len(events) or None  # none at all: the profiler sees nothing on this machine
+        return len(events) or None  # none at all: the profiler does not work on this machine
 
     def free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info()
@@ -103,7 +103,7 @@ class CudaStopwatch:
 
 
 class CpuStopwatch:
-    """Times by the wall clock. Memory is the process's resident memory, whose high-water mark Linux can reset."""
+    """Times with the wall clock. Memory is the process's resident memory, whose high-water mark Linux can reset."""
 
     def __init__(self) -> None:
         self._flush = torch.empty(_CPU_FLUSH_BYTES, dtype=torch.uint8)
@@ -141,7 +141,7 @@ class CpuStopwatch:
 
 
 def _return_free_memory() -> None:
-    """Memory that malloc keeps for later stays resident, and a call that is given it again would seem to take none."""
+    """Return malloc's free memory to the system; otherwise a call that reuses it would seem to take none."""
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
         libc.malloc_trim(0)
 
@@ -160,12 +160,12 @@ def stopwatch(device: torch.device) -> Stopwatch:
 def interleaved(
     calls: dict[str, Callable[[int], object]], watch: Stopwatch, seconds: float, least: int = LEAST_ROUNDS
 ) -> dict[str, list[Lap]]:
-    """Rounds in which each call is timed once, each round starting with another one: a drift of clocks meets all alike.
+    """Rounds in which each call is timed once, each starting with another call, to average out clock drift.
 
     Args:
-        calls: {name: function of the round's number}, which takes another input set each round.
-        seconds: how long the rounds may take in all, where that makes fewer than 50 of them.
-        least: number of rounds that are done even so, but for three where they take three times as long.
+        calls: {name: function of the round's number}; uses another input set each round.
+        seconds: time limit for all rounds, of which there are at most 50.
+        least: minimum number of rounds, but three if they take three times as long.
     """
     laps: dict[str, list[Lap]] = {name: [] for name in calls}
     names = list(calls)

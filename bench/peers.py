@@ -1,7 +1,7 @@
-"""Other libraries, where installed, called as their documentation says. Versions in mind are in `VERSIONS`.
+"""Other libraries, if installed, called as documented. The expected versions are in `VERSIONS`.
 
-Most compute less than we do; each one's contract says what it yields, and the gate holds it to that. A wheel is enough:
-kernels are loaded past the packages' own `__init__`, whose imports they don't need.
+Most compute less than we do; each one's contract states its outputs, which the gate checks. A wheel is enough: kernels
+are loaded without the packages' own `__init__`, whose imports they do not need.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.implementations import Implementation, Run, with_gradients
 from bench.inputs import Inputs
 from bench.truth import POLICY_CONFIG, without_last
 
-# What the adapters below were written against.
+# The versions for which the adapters below were written.
 VERSIONS = {
     "trl": "1.16.0",
     "liger-kernel": "0.8.5",
@@ -35,7 +35,7 @@ IGNORED = -100
 
 
 def peers(case: Case, device: torch.device) -> list[Implementation]:
-    """Those that have something to compute in this case, installed or not."""
+    """The peers that apply to this case, installed or not."""
     on_gpu = device.type == "cuda"
     if case.task == "loss":
         rows = [
@@ -68,7 +68,7 @@ def _peer(name: str, contract: str, build: Callable[[], Run], note: str = "") ->
 
 
 def installed() -> dict[str, str]:
-    """{distribution: version} of those that are there."""
+    """{distribution: version} of the installed ones."""
     found = {}
     for name in VERSIONS:
         with contextlib.suppress(PackageNotFoundError):
@@ -105,11 +105,11 @@ def liger_grpo_loss() -> Run:
     cfg = POLICY_CONFIG
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
-        counted = without_last(inputs.mask)[:, :-1].contiguous()  # its logits have one position more than its tokens
+        counted = without_last(inputs.mask)[:, :-1].contiguous()  # its logits have one more position than its tokens
         others = (inputs.old_log_probs, inputs.ref_log_probs, inputs.tokens)
         old, ref, tokens = (values[:, :-1].contiguous() for values in others)
         clips = (1.0, cfg.kl_coeff, cfg.clip_ratio_low, cfg.clip_ratio_high)
-        # inplace=False: the same logits are needed again. "bnpo" is the mean over counted tokens.
+        # inplace=False, because the logits are reused. "bnpo" is the mean over counted tokens.
         loss, *_ = function.apply(
             inputs.logits, old, ref, tokens, inputs.advantages, counted, *clips, False, "bnpo", None, True
         )
@@ -132,13 +132,13 @@ def quack_cross_entropy() -> Run:
 
 
 def trl_chunked(gradient: bool) -> Run:
-    # The module asks the trainer for the head of a sharded model, in backward; here the head is whole.
+    # In backward the module requests the head of a sharded model from the trainer; here the head is whole.
     stubs = {"trl.trainer.utils": {"maybe_gather_lm_head_ctx": lambda *_: contextlib.nullcontext()}}
     function = load("trl.kernels.chunked_logprob", stubs).ChunkedLogProbFunction
     width = 16_384  # columns of a tile
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
-        rows = inputs.mask.flatten().nonzero()[:, 0]  # it has no mask: its caller drops rows
+        rows = inputs.mask.flatten().nonzero()[:, 0]  # it has no mask argument: its caller drops rows
         hidden = _flat(inputs)[rows]
         tokens = inputs.tokens.flatten()[rows]
         arguments = (hidden, inputs.weight, None, tokens, 1.0, width, None, 1.0, ("entropy",))
@@ -167,7 +167,7 @@ def liger_fslce(gradient: bool) -> Run:
 def liger_fused_linear_grpo() -> Run:
     module = import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
     cfg = POLICY_CONFIG
-    # "bnpo" is the mean over counted tokens; with reference log-probs given, no reference model runs.
+    # "bnpo" is the mean over counted tokens; if reference log-probs are given, no reference model runs.
     loss_of = module(
         beta=cfg.kl_coeff,
         epsilon_low=cfg.clip_ratio_low,
@@ -203,7 +203,7 @@ def verl_linear_cross_entropy() -> Run:
     function = load("verl.utils.kernel.linear_cross_entropy", stubs).linear_cross_entropy
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
-        rows = inputs.mask.flatten().nonzero()[:, 0]  # it has no mask: its caller drops rows
+        rows = inputs.mask.flatten().nonzero()[:, 0]  # it has no mask argument: its caller drops rows
         hidden = _flat(inputs)[rows]
         log_probs, entropy = function(hidden, inputs.weight, inputs.tokens.flatten()[rows], 1.0, "none", None)
         return _statistics_of_rows(inputs, rows, log_probs, entropy, gradient=True)
@@ -215,7 +215,7 @@ def cut_cross_entropy() -> Run:
     function = import_module("cut_cross_entropy").linear_cross_entropy
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
-        # Its filter leaves out small gradients: right where a model is sure of itself, wrong on random logits.
+        # Its filter skips small gradients, which is right for a confident model and wrong for random logits.
         loss = function(_flat(inputs), inputs.weight, _labels(inputs), ignore_index=IGNORED, filter_eps=None)
         return with_gradients({"loss": loss}, loss, inputs)
 
@@ -247,7 +247,7 @@ def _labels(inputs: Inputs) -> Tensor:
 
 
 def _statistics(inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> dict[str, Tensor]:
-    """Both statistics (B, T), and their gradients for the given upstream ones."""
+    """Both statistics (B, T), and their gradients for the given upstream gradients."""
     upstream = [torch.where(inputs.mask, gradient, 0.0) for gradient in inputs.upstream]
     outputs = {"log_probs": log_probs, "entropy": entropy}
     return with_gradients(outputs, [log_probs, entropy], inputs, [u.to(log_probs.dtype) for u in upstream])
@@ -256,7 +256,7 @@ def _statistics(inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> dict[str,
 def _statistics_of_rows(
     inputs: Inputs, rows: Tensor, log_probs: Tensor, entropy: Tensor, gradient: bool
 ) -> dict[str, Tensor]:
-    """The same from statistics (n,) of the counted tokens alone."""
+    """The same, from statistics (n,) of the counted tokens."""
 
     def whole(values: Tensor) -> Tensor:
         return values.new_zeros(inputs.tokens.numel()).index_copy(0, rows, values.detach()).view(inputs.tokens.shape)
@@ -271,11 +271,11 @@ def load(module: str, stubs: dict[str, dict[str, Any]] | None = None) -> ModuleT
     """Import a module of an installed package without running the `__init__` of the packages above it.
 
     Args:
-        module: its full name.
-        stubs: {module name: its contents} of modules that take the place of real ones.
+        module: full module name.
+        stubs: {module name: contents} of modules that replace real ones.
 
     Raises:
-        ImportError: the package isn't installed, or the module needs what isn't there.
+        ImportError: the package is not installed, or the module needs one that is not.
     """
     if module in sys.modules:
         return sys.modules[module]
@@ -296,7 +296,7 @@ def load(module: str, stubs: dict[str, dict[str, Any]] | None = None) -> ModuleT
 
 
 def _package(name: str, folder: str) -> None:
-    """A package that is nothing but a folder; where there already is one by that name, that one."""
+    """An empty package with this folder as its path; an existing package of that name is kept."""
     if name not in sys.modules:
         package = ModuleType(name)
         package.__path__ = [folder]

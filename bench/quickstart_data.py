@@ -1,10 +1,10 @@
-"""Make the frozen demonstrations and the tokenizer of `make train` again: make quickstart-data.
+"""Regenerates the frozen demonstrations and the tokenizer of `make train`: make quickstart-data.
 
-Each of the 62 training variations of ScienceWorld's `lifespan-longest-lived` is shown once for each of the three
-animals in sight: the simulator's own gold walk to them, then `focus on` that animal. So a third of the demonstrations
-succeeds, and which animal lives longest is nowhere in them. Everything is played in the real simulator.
+Each of the 62 training variations of ScienceWorld's `lifespan-longest-lived` is demonstrated once for each of the three
+visible animals: the simulator's own gold walk to them, then `focus on` that animal. One third of the demonstrations
+therefore succeed, and they do not reveal which animal lives longest. Everything is played in the real simulator.
 
-The simulator finds another gold walk at each call: the new files are equivalent to the old ones, not the same.
+The simulator finds a different gold walk at each call, so new files are equivalent to the old ones but not identical.
 """
 
 import sys
@@ -30,12 +30,12 @@ def main() -> int:
     freeze(folder, demonstrations)
     train_tokenizer(demonstrations).save_pretrained(folder)
     wins = sum(demonstration.score == 100 for demonstration in demonstrations)
-    print(f"{len(demonstrations)} demonstrations, {wins} of which succeed, and their tokenizer: {folder}")
+    print(f"{len(demonstrations)} demonstrations, {wins} of them successful, and their tokenizer: {folder}")
     return 0
 
 
 def every_choice(suite: Suite, environment: Environment, task: Task) -> list[Demonstration]:
-    """The gold walk of a task, and then each animal in sight."""
+    """The gold walk of a task, followed by each visible animal."""
     gold = suite.demonstrate(task)
     things = gold.observations[-1].scene.split(": ")[1].split(". Doors")[0].split(", ")
     walk = gold.actions[:-1]

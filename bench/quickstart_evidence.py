@@ -1,7 +1,7 @@
 """Does `make train` show learning every time? Its command with five fresh seeds: make quickstart-evidence.
 
-Success before and after of each run goes to bench/results/evidence/quickstart.json, from which docs/evidence.md is
-made. All runs count. Interrupted, the same command goes on with the seeds that are missing.
+Success before and after each run goes to bench/results/evidence/quickstart.json, from which docs/evidence.md is
+generated. All runs count. If interrupted, the same command continues with the missing seeds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def run_one(seed: int) -> Run:
-    """`make train` with a seed.
+    """Run `make train` with a seed.
 
     Raises:
         subprocess.CalledProcessError: the run failed.

@@ -1,4 +1,4 @@
-"""The quick start's part of docs/evidence.md, from bench/results/evidence/quickstart.json."""
+"""The quick start's section of docs/evidence.md, from bench/results/evidence/quickstart.json."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ DECODINGS = ("sampled", "greedy")
 _INTRODUCTION = """\
 ## The quick start
 
-`make train` with the seeds 0 to 4, all runs that were made; tuning used seeds from 100 on. The task is ScienceWorld's
-`lifespan-longest-lived`: walk outside, then focus on the animal that lives longest, of three in sight. The
+`make train` with the seeds 0 to 4, with all runs counted; tuning used seeds from 100 on. The task is ScienceWorld's
+`lifespan-longest-lived`: walk outside, then focus on the animal that lives longest, among three that are visible. The
 demonstrations (`epo_kernels/train/frozen/quickstart`, made by `make quickstart-data`) focus on each of the three once,
-so perfect imitation wins a third of sampled episodes. The panel is all 63 held-out variations. The arms and controls
-of the other experiments were not run here.
+so perfect imitation wins a third of sampled episodes. The panel consists of all 63 held-out variations. The arms and
+controls of the other experiments were not run here.
 """
 _TUNING = """\
-How the settings were found, every run. The first rows cloned only, and measured on held-out variations how much
-probability falls on the three animals in sight; "table" replaced the simulator by a table of its rooms and outcomes:
+How the settings were found, with every run. The first rows cloned only, and measured on held-out variations how much
+probability falls on the three visible animals; "table" replaced the simulator by a table of its rooms and outcomes:
 
 | setting | seed | result |
 | --- | --- | --- |
@@ -44,34 +44,34 @@ probability falls on the three animals in sight; "table" replaced the simulator 
 | table, the same, GiGPO, lr 3e-4, 4 minibatches, 20 steps | 101 | +58.7 (+46.0 to +69.8) |
 | the real simulator, the same, 16 steps: the preset | 100 | +60.3 (+47.6 to +71.4), greedy +76.2 (+63.5 to +87.3) |
 
-Three things helped: a prompt short enough to copy from; initial weights of 0.08 instead of 0.02, with which a
-model of 128 units learns to copy three times as fast; and one task type, so that one order of the animals is to be
-learnt instead of two.
+Three things helped: a prompt short enough to copy from; initial weights of 0.08 instead of 0.02, with which a model of
+128 units learns to copy three times as fast; and a single task type, so that one order of the animals has to be learned
+instead of two.
 """
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a record of the results' JSON. `successes[decoding][when]` is in the order of the panel."""
+    """One run: a record in the results' JSON. `successes[decoding][when]` is in panel order."""
 
     seed: int
     successes: dict[str, dict[str, list[bool | None]]]
-    cpu_seconds: float  # of the whole run, simulators, cloning and evaluations included
-    seconds: float  # by the clock
-    load: float  # tasks that wanted a core of this machine when the run ended (5 minutes' mean)
+    cpu_seconds: float  # of the whole run, including simulators, cloning and evaluations
+    seconds: float  # wall time
+    load: float  # load average of the machine when the run ended (5 minutes' mean)
     date: str
     commit: str
     machine: str
 
 
 def read() -> list[Run]:
-    """The results; empty where there are none yet."""
+    """The results; empty if there are none yet."""
     path = RESULTS / FILE
     return [Run(**record) for record in json.loads(path.read_text())] if path.exists() else []
 
 
 def section(runs: Sequence[Run]) -> str:
-    """The quick start's part of docs/evidence.md."""
+    """The quick start's section of docs/evidence.md."""
     pooled = [[decoding, *_rise(runs, decoding)] for decoding in DECODINGS]
     single = [
         [run.seed, d, _share(run, d, "before"), _share(run, d, "after"), _rise([run], d)[1], f"{run.cpu_seconds:.0f}"]
@@ -95,7 +95,7 @@ def section(runs: Sequence[Run]) -> str:
 
 
 def _rise(runs: Sequence[Run], decoding: str) -> tuple[str, str, str]:
-    """(episodes, points with interval, verdict); episodes that either moment lost are left out."""
+    """(episodes, points with interval, verdict); excludes episodes lost in either evaluation."""
     pairs = [
         (100.0 * first, 100.0 * second)
         for run in runs

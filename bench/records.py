@@ -1,4 +1,4 @@
-"""results.json: a list whose first element is the machine and whose others are one record a case and implementation."""
+"""results.json: a list with the machine first, then one record per case and implementation."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _PACKAGES = ("torch", "triton", "numpy", "transformers")
 
 @dataclass
 class Record:
-    """What was measured of one implementation in one case. None: not measured, and `gate` says why.
+    """The measurements of one implementation in one case. None: not measured; `gate` says why.
 
     Attributes:
         case, impl: names.
-        median_ms: of the rounds.
-        floor_ms: the least time, from the case's bytes and operations and the ceilings of the same run.
+        median_ms: median over the rounds.
+        floor_ms: the minimum time, from the case's bytes and operations and the ceilings of the same run.
         ratio_to_floor: median_ms / floor_ms.
         ratio_to_ours: median_ms / that of this library's fastest backend in the case.
-        peak_mb: memory at the worst moment beyond the inputs, in 1e6 bytes; gradients count.
+        peak_mb: peak memory beyond the inputs, in 1e6 bytes, including gradients.
         gate: "pass", "fails: ..." or "not run: ...".
-        computes: what it yields.
+        computes: description of its outputs.
         spread_ms: first and third quartile of the rounds.
-        rounds: how many.
+        rounds: number of rounds.
         host_ms: median time until the host had queued the call.
-        launches: on the device.
-        kernels: of our CUDA backend, "ring" (one read, one write) or "sweeps".
-        bytes, flops: the least of the case; of a ceiling its own.
-        moved_bytes: what this implementation moves by its own byte model, where it has one.
+        launches: number of launches on the device.
+        kernels: for our CUDA backend, "ring" (one read, one write) or "sweeps".
+        bytes, flops: the case's minimum; for a ceiling, its own.
+        moved_bytes: bytes moved by the implementation's own byte model, if it has one.
         phases_ms: parts of a whole step.
-        date, commit: when it was measured, and of what.
+        date, commit: date and commit of the measurement.
     """
 
     case: str
@@ -81,7 +81,7 @@ class Record:
 class Machine:
     """The machine and versions, the same for every record of a file."""
 
-    machine: str  # what computes: the GPU's or the processor's name
+    machine: str  # name of the GPU or the processor
     device_type: str
     system: str
     processors: int
@@ -90,7 +90,7 @@ class Machine:
     versions: dict[str, str]
 
     def comparable(self, other: Machine) -> bool:
-        """Whether figures of both may stand in one file: all but the peers installed is the same."""
+        """Whether figures of both can be combined in one file: everything but the installed peers is the same."""
         shared = self.versions.keys() & other.versions.keys()
         same = all(self.versions[name] == other.versions[name] for name in shared)
         return same and replace(self, versions={}) == replace(other, versions={})
@@ -127,7 +127,7 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, "+" where the code differs; EPO_COMMIT where there is no repository."""
+    """Short hash of the checked-out commit, with "+" if the code differs; EPO_COMMIT if there is no repository."""
     root = str(Path(__file__).parent.parent)
     head = _output("git", "-C", root, "rev-parse", "--short", "HEAD")
     if head is None:
@@ -149,7 +149,7 @@ def _output(*command: str) -> str | None:
 
 
 def write(path: Path, machine: Machine, records: list[Record]) -> None:
-    """Whole or not at all: a run may be killed at any moment."""
+    """Write atomically, because a run may be killed at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = [asdict(machine), *({k: _rounded(v) for k, v in asdict(record).items()} for record in records)]
     temporary = path.with_suffix(".tmp")
@@ -158,10 +158,10 @@ def write(path: Path, machine: Machine, records: list[Record]) -> None:
 
 
 def read(path: Path) -> tuple[Machine, list[Record]]:
-    """The machine and the records of a file that `write` wrote.
+    """The machine and the records of a file written by `write`.
 
     Raises:
-        ValueError: the file holds something else; the message says what.
+        ValueError: the file contains something else; the message says what.
     """
     try:
         first, *others = json.loads(path.read_text())
@@ -171,11 +171,11 @@ def read(path: Path) -> tuple[Machine, list[Record]]:
                 raise ValueError(f"a record has unknown fields {sorted(unknown)}")
         return Machine(**first), [Record(**entry) for entry in others]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no list of a machine and its records ({error}); measure again") from error
+        raise ValueError(f"{path} is not a list of a machine and its records ({error}); measure again") from error
 
 
 def merged(path: Path, machine: Machine, records: list[Record]) -> tuple[Machine, list[Record]]:
-    """The file's records with the new ones in their places; none of the file's where it is of another machine."""
+    """The file's records, updated with the new ones; only the new ones if the file is from another machine."""
     if not path.exists():
         return machine, records
     before, old = read(path)
@@ -187,7 +187,7 @@ def merged(path: Path, machine: Machine, records: list[Record]) -> tuple[Machine
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to five significant digits; nothing here is known better."""
+    """Floats to five significant digits; no figure is more precise."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, list):

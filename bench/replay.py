@@ -1,7 +1,7 @@
-"""Hands measured rounds to pytest-benchmark: its timer is a clock that stands still but for what was measured.
+"""Passes measured rounds to pytest-benchmark, with a timer that advances only by the measured times.
 
-Rounds are interleaved over implementations and timed by the device, which a timer around one function can't do; tables,
-groups and JSON are pytest-benchmark's own.
+Rounds are interleaved over implementations and timed by the device, which a timer around one function cannot do;
+tables, groups and JSON come from pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def timer() -> float:
 
 
 def replay(benchmark, seconds: list[float]) -> None:
-    """Let the fixture see rounds that took so long; the test needs `@pytest.mark.benchmark(timer=replay.timer)`."""
+    """Report rounds with these times to the fixture; the test needs `@pytest.mark.benchmark(timer=replay.timer)`."""
     rounds = iter(seconds)
 
     def advance() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.cases import SUITES
+from bench.cases import POLICIES, SUITES
 from bench.implementations import COMPILED, EAGER
 from bench.records import RESULTS, Machine, Record, merged, read, write
 
@@ -17,17 +17,24 @@ BEGIN, END = "<!-- performance: begin (python -m bench.report --pages) -->", "<!
 
 _NOTHING_YET = (
     "No figures are committed yet. `make bench` (CPU) and `make bench-gpu` measure and write "
-    "`bench/results/<machine>/results.json`; `python -m bench.report --pages` puts them here."
+    "`bench/results/<machine>/results.json`; `python -m bench.report --pages` inserts them here."
 )
 _HOW_TO_RERUN = (
-    "`make bench` and `make bench-gpu` measure again; `make bench-compare BASE=an/older/results.json` says what "
-    "changed beyond the noise."
+    "`make bench` and `make bench-gpu` repeat the measurements; `make bench-compare BASE=an/older/results.json` "
+    "reports changes beyond the noise."
 )
 _HOW_TO_READ = (
-    "Forward and backward of the whole loss (scores: log-prob and entropy, no gradient); each figure is the median of "
-    "interleaved rounds with cold caches, measured only after its results passed against float64. The floor is what a "
-    "copy and the bare matrix products took in the same run for the least bytes and operations of the case. Peers "
-    "mostly compute less than the loss; the full tables say what each one yields, its spread, memory and launches."
+    "Forward and backward of the whole loss (score cases: log-prob and entropy without gradients). Each figure is the "
+    "median of interleaved rounds with cold caches, measured only after the results passed the gate against float64. "
+    "The floor is the time of a copy and of the bare matrix products, measured in the same run, for the case's minimum "
+    "bytes and operations. Most peers compute less than the whole loss; the full tables list each one's outputs, "
+    "spread, memory and launches."
+)
+_HOW_TO_READ_POLICIES = (
+    "Time of each policy loss relative to `ppo`, measured in the same interleaved rounds: medians, with quartiles in "
+    "parentheses (`ppo`: of its own rounds, which shows the noise). Losses of a token alone take one pass. `gspo`, "
+    "`vespo` and `gmpo` need a statistic of the sequence before the first gradient: two passes over logits, and from "
+    "hidden states 8·N·D·V operations where the others take 6·N·D·V, a ratio of 1.33."
 )
 Cell = str | float | int | None
 
@@ -44,12 +51,17 @@ def fastest(records: Iterable[Record]) -> Record | None:
     return min(timed, key=lambda record: record.median_ms or math.inf, default=None)
 
 
+def without_policies(records: Iterable[Record]) -> list[Record]:
+    """All but the cases in which policy losses are compared with each other."""
+    return [record for record in records if not record.case.endswith(f"/{POLICIES}")]
+
+
 def is_peer(record: Record) -> bool:
     return not (record.ours or record.ceiling or record.impl in (EAGER, COMPILED))
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits, no exponent; a dash for None."""
+    """Rounded to significant digits, without exponent; a dash for None."""
     if value is None:
         return "–"
     if value == 0:
@@ -67,7 +79,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str
 
 
 def provenance(machine: Machine, records: Sequence[Record]) -> str:
-    """Machine, versions, dates, commits: one sentence."""
+    """Machine, versions, dates and commits in one sentence."""
     dates = sorted({record.date[:10] for record in records})
     commits = sorted({record.commit for record in records})
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
@@ -77,7 +89,7 @@ def provenance(machine: Machine, records: Sequence[Record]) -> str:
 
 
 def full_report(machine: Machine, records: Sequence[Record]) -> str:
-    """Every record, a table a case."""
+    """Every record, one table per case."""
     parts = ["# Performance", provenance(machine, records), _HOW_TO_READ]
     for case, own in cases_of(records).items():
         parts += [f"## {case}", _work(own), _case_table(own)]
@@ -114,10 +126,10 @@ def _not_measured(machine: Machine, records: Sequence[Record]) -> list[str]:
 
 
 def summary_table(records: Sequence[Record]) -> str:
-    """A line a case: ours against floor, eager, torch.compile and the fastest peer that passed its gate."""
+    """One line per case: ours against floor, eager, torch.compile and the fastest peer that passed its gate."""
     header = ["case", "ours ms", "× floor", "eager ms", "torch.compile ms", "fastest peer", "peak MB, ours / eager"]
     rows: list[list[Cell]] = []
-    for case, own in cases_of(records).items():
+    for case, own in cases_of(without_policies(records)).items():
         ours = fastest(record for record in own if record.ours)
         named = {record.impl: record for record in own}
         peer = fastest(record for record in own if is_peer(record))
@@ -134,6 +146,30 @@ def summary_table(records: Sequence[Record]) -> str:
     return markdown_table(header, rows)
 
 
+def policy_table(records: Sequence[Record]) -> str:
+    """A line a policy loss, a column a case and backend: its time over that of ppo. Empty without such cases."""
+    columns: dict[str, dict[str, Record]] = {}
+    for case, own in cases_of(record for record in records if record.case.endswith(f"/{POLICIES}")).items():
+        for record in own:
+            if record.ours:
+                backend, _, policy = record.impl.removeprefix("ours:").partition(" ")
+                columns.setdefault(f"{case.removesuffix(f'/{POLICIES}')} ({backend})", {})[policy] = record
+    policies = dict.fromkeys(policy for column in columns.values() for policy in column)
+    rows = [[policy, *(_relative(column, policy) for column in columns.values())] for policy in policies]
+    return markdown_table(["policy loss", *columns], rows) if rows else ""
+
+
+def _relative(column: dict[str, Record], policy: str) -> str:
+    """Time over that of ppo, with quartiles, or why there is none."""
+    record, ppo = column.get(policy), column.get("ppo")
+    if record is None or ppo is None:
+        return "–"
+    if record.median_ms is None or record.spread_ms is None or not ppo.median_ms:
+        return record.gate.partition(":")[0]
+    low, high = (f"{bound / ppo.median_ms:.2f}" for bound in record.spread_ms)
+    return f"{record.median_ms / ppo.median_ms:.2f} ({low} – {high})"
+
+
 def _median(named: dict[str, Record], impl: str) -> str:
     record = named.get(impl)
     if record is None:
@@ -142,7 +178,7 @@ def _median(named: dict[str, Record], impl: str) -> str:
 
 
 def performance_page(results: Path = RESULTS) -> str:
-    """What docs/performance.md has between its markers."""
+    """The section of docs/performance.md between its markers."""
     files = sorted(results.glob("*/results.json"))
     if not files:
         return _NOTHING_YET
@@ -150,11 +186,15 @@ def performance_page(results: Path = RESULTS) -> str:
     for path in files:
         machine, records = read(path)
         where = f"The full tables are in `bench/results/{path.parent.name}/report.md`."
-        parts += [f"## {machine.machine}", f"{provenance(machine, records)} {where}", summary_table(records)]
+        parts += [f"## {machine.machine}", f"{provenance(machine, records)} {where}"]
+        if without_policies(records):
+            parts.append(summary_table(records))
+        if table := policy_table(records):
+            parts += ["### Policy losses", _HOW_TO_READ_POLICIES, table]
     return "\n\n".join([*parts, _HOW_TO_RERUN])
 
 
-HEADLINES = {  # cases that the README names, in words
+HEADLINES = {  # cases shown in the README, with their description
     "loss/qwen2.5-3b/128/fp32/100%": "whole loss from logits, 128 tokens × 151,936",
     "linear-loss/d512-v32000/1024/fp32/100%": "from hidden states, 1,024 tokens × 512 × 32,000",
     "linear-loss/d512-v32000/1024/fp32/15%": "the same, 15 % of tokens unmasked",
@@ -163,7 +203,7 @@ HEADLINES = {  # cases that the README names, in words
 
 
 def headline_table(results: Path = RESULTS) -> str:
-    """What the README has between its markers: ratios of a few cases, machine by machine."""
+    """The section of the README between its markers: ratios of a few cases, by machine."""
     rows: list[list[Cell]] = []
     for path in sorted(results.glob("*/results.json")):
         machine, records = read(path)
@@ -227,12 +267,13 @@ _STYLES = ("o-", "s-", "^-", "d-", "v-", "x-", "*-", "P-")
 
 
 def plots(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Roofline, time against V, memory against N; none without matplotlib, nor where there are no points for one."""
+    """Roofline, time against V, memory against N; omits plots without points, and all plots without matplotlib."""
     if find_spec("matplotlib") is None:
         return []
     import matplotlib
 
     matplotlib.use("Agg")
+    records = without_policies(records)
     points = {
         "roofline": _roofline(records),
         "time_against_vocabulary": _against(records, "loss", _vocabulary, lambda record: record.median_ms),
@@ -240,7 +281,7 @@ def plots(records: Sequence[Record], folder: Path) -> list[Path]:
     }
     labels = {
         "roofline": ("FLOP per byte at least moved", "TFLOP/s"),
-        "time_against_vocabulary": ("vocabulary", "ms a million tokens"),
+        "time_against_vocabulary": ("vocabulary", "ms per million tokens"),
         "memory_against_tokens": ("tokens", "peak MB beyond inputs"),
     }
     return [_plot(folder / f"{name}.png", *labels[name], series) for name, series in points.items() if any(series)]
@@ -262,7 +303,7 @@ def _tokens(case) -> float:
 
 
 def _against(records: Sequence[Record], task: str, x: Callable, y: Callable) -> Series:
-    """Points of the cases of a task in which every token counts, in the band's plain scope."""
+    """Points of a task's cases in which every token counts, in token scope."""
     series: Series = {}
     for record in records:
         case, value = _case(record.case), y(record)
@@ -300,7 +341,7 @@ def _plot(path: Path, x_label: str, y_label: str, series: Series) -> Path:
 
 
 def write_report(results: Path, folder: Path) -> None:
-    """report.md, and the plots that can be made, beside the figures."""
+    """Write report.md and the available plots next to the results."""
     machine, records = read(results)
     drawn = plots(records, folder)
     images = "".join(f"\n![{path.stem.replace('_', ' ')}]({path.name})\n" for path in drawn)
@@ -310,11 +351,11 @@ def write_report(results: Path, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--results", type=Path, help="one results.json (default: all of bench/results)")
-    parser.add_argument("--out", type=Path, help="folder for report.md and plots (default: beside results.json)")
-    parser.add_argument("--pages", action="store_true", help="update README.md and docs/performance.md too")
-    parser.add_argument("--keep", action="store_true", help="copy --results into bench/results, and update the pages")
-    parser.add_argument("--print", action="store_true", help="print the summary, and write nothing")
+    parser.add_argument("--results", type=Path, help="one results.json (default: all in bench/results)")
+    parser.add_argument("--out", type=Path, help="folder for report.md and plots (default: that of results.json)")
+    parser.add_argument("--pages", action="store_true", help="also update README.md and docs/performance.md")
+    parser.add_argument("--keep", action="store_true", help="copy --results into bench/results and update the pages")
+    parser.add_argument("--print", action="store_true", help="print the summary without writing anything")
     options = parser.parse_args(arguments)
     if options.print:
         print(summary_table(read(options.results)[1]))

@@ -1,12 +1,12 @@
-"""What the driver costs beside the engine: `python -m bench.rollout [transformers | vllm]`.
+"""The driver's overhead over the bare engine: `python -m bench.rollout [transformers | vllm]`.
 
-The rollouts of a run's first steps on the preset practice, whose environment is as good as free, with a model as small
-as they come and one of 26M parameters, which is still less than anyone samples with in earnest; and after each the same
-prompts with the same seeds straight into the bare engine: transformers in the driver's batches; vLLM with each
-episode's next prompt as soon as its last response is there, and then once more with all prompts at once, as no agent
-can have them. The driver's laps copy the weights into vLLM, the engine's don't. In turns, so that all see the same
-machine. Ratios are medians of the rounds', by the clock and by the processor's time, which others' load doesn't stretch
-as much. Results go to bench/results/rollout/ENGINE.json. vLLM: in .venv-vllm (make test-integrations).
+Plays the rollouts of a run's first steps on the preset practice, whose environment takes almost no time, with a tiny
+model and with one of 26M parameters, which is still smaller than models in real use. After each rollout, the same
+prompts with the same seeds go directly to the bare engine: transformers in the driver's batches; vLLM with each
+episode's next prompt as soon as its previous response is there, and then again with all prompts at once, which no agent
+could do. The driver's laps copy the weights into vLLM, the engine's do not. Laps alternate, so that all see the same
+machine state. Ratios are medians over rounds, by wall time and by CPU time, which is less affected by the load of other
+processes. Results go to bench/results/rollout/ENGINE.json. vLLM runs in .venv-vllm (make test-integrations).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from epo_kernels.train.parts import Parts
 from epo_kernels.train.rollout.engine import Completion, Engine, Request, StreamingEngine
 
 RESULTS = Path(__file__).parent / "results" / "rollout"
-MODELS = {  # rounds, and settings over the preset's
+MODELS = {  # rounds, and settings that override the preset's
     "tiny": (7, ()),
     "small": (5, ("model.warm_start.epochs=1", "algorithm.groups=4", "rollout.environments=32")),
 }
-GOAL = 0.85  # of the bare engine's tokens a second
+GOAL = 0.85  # of the bare engine's tokens per second
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Lap:
 class Round:
     driver: Lap
     bare: Lap  # prompts in the driver's order
-    at_once: Lap | None  # all prompts queued; None: of an engine that takes batches
+    at_once: Lap | None  # all prompts queued; None for an engine that takes batches
 
 
 def measure(engine: str, model: str, rounds: int, overrides: Sequence[str] = ()) -> list[Round]:
-    """One round before them isn't counted."""
+    """Measure `rounds` rounds after one uncounted warm-up round."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"run_dir={folder}/run", f"rollout.engine={engine}", "evaluate.panels=[]"]
         settings += [f"model.name_or_path={model}", *overrides]
@@ -71,7 +71,7 @@ def _round(parts: Parts, number: int) -> Round:
     if isinstance(parts.engine, StreamingEngine):
         with parts.engine.awake():
             bare = _timed(lambda: _write_stream(parts.engine, [_requests(episode) for episode in episodes]))
-        with parts.engine.awake():  # anew: the cache must not know these prompts yet
+        with parts.engine.awake():  # restarted, so that these prompts are not cached
             everything = [[request] for batch in batches for request in batch]
             return Round(driver, bare, _timed(lambda: _write_stream(parts.engine, everything)))
     return Round(driver, _timed(lambda: _write_batches(parts.engine, batches)), None)
@@ -89,7 +89,7 @@ def _play(parts: Parts, episodes: list[Episode]) -> int:
 
 
 def _batches(episodes: list[Episode], cohorts: int) -> list[list[Request]]:
-    """What cohorts asked for in each turn; every episode had its own environment."""
+    """The requests of the cohorts in each turn; every episode had its own environment."""
     longest = max(len(episode.turns) for episode in episodes)
     asked = [_requests(episode) for episode in episodes]
     return [
@@ -108,7 +108,7 @@ def _write_batches(engine: Engine, batches: list[list[Request]]) -> int:
 
 
 def _write_stream(engine: StreamingEngine, chains: list[list[Request]]) -> int:
-    """Each chain's next request goes in when the one before is complete."""
+    """Submits each chain's next request when the previous one is complete."""
     tokens, places = 0, [0] * len(chains)
     engine.submit({number: requests[0] for number, requests in enumerate(chains)})
     left = sum(map(len, chains))
@@ -130,7 +130,7 @@ def _tokens(completions: Sequence[Completion]) -> int:
 
 
 def ratios_of(rounds: Sequence[Round]) -> dict[str, float]:
-    """The driver's tokens a second over the bare engine's: medians of the rounds'."""
+    """The driver's tokens per second relative to the bare engine's: medians over the rounds."""
     ratios = {}
     for engine, name in (("bare", "ratio"), ("at_once", "at_once_ratio")):
         pairs = [(one.driver, lap) for one in rounds if (lap := getattr(one, engine))]

@@ -1,4 +1,4 @@
-"""Who is measured in a case: this library, eager PyTorch, and other libraries."""
+"""The implementations measured in a case: this library, eager PyTorch, and other libraries."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import torch
 from bench.cases import Case
 from bench.implementations import COMPILED, EAGER, Implementation, compiled, ours
 from bench.peers import peers
+from bench.truth import POLICY_FIELDS, contract_of
 
 OURS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def implementations(case: Case, device: torch.device) -> list[Implementation]:
-    """Everything that a case is measured with on this kind of device, ours first."""
+    """Everything measured in a case on this kind of device, ours first."""
+    if case.policies:
+        return [_policy(case, backend, policy) for backend in OURS[device.type] for policy in POLICY_FIELDS]
     contract = "loss" if case.gradient else "scores"
     found = [
         Implementation(f"ours:{backend}", contract, partial(ours, case, backend), ours=True)
@@ -24,3 +27,9 @@ def implementations(case: Case, device: torch.device) -> list[Implementation]:
     if case.compiled:
         found.append(Implementation(COMPILED, contract, partial(compiled, case), "of eager", eager_memory=True))
     return found + (peers(case, device) if case.peers else [])
+
+
+def _policy(case: Case, backend: str, policy: str) -> Implementation:
+    return Implementation(
+        f"ours:{backend} {policy}", contract_of(policy), partial(ours, case, backend, policy=policy), ours=True
+    )

@@ -24,13 +24,13 @@ from epo_kernels.backends import choose_backend
 
 INPUT_SETS = 3
 SEED = 20
-ADMISSION_SECONDS = 150.0  # for an implementation to be built, compiled and checked
-# A device that an illegal access has made useless answers nothing any more, whoever asks.
+ADMISSION_SECONDS = 150.0  # time limit to build, compile and check an implementation
+# After an illegal access the device is unusable for every implementation.
 LOST = "not run: lost the device"
 
 
 class DeviceLost(RuntimeError):
-    """An implementation has crashed the device; `records` says which. Only a new process can go on."""
+    """An implementation crashed the device; `records` says which. Continue in a new process."""
 
     def __init__(self, records: list[Record]) -> None:
         super().__init__(records[0].gate)
@@ -55,13 +55,13 @@ def measure_case(
     seconds: float,
     input_sets: int = INPUT_SETS,
 ) -> tuple[dict[str, Record], dict[str, list[Lap]]]:
-    """Records of all the implementations and of the case's ceilings, by name, and the rounds of those that were timed.
+    """Records of all implementations and of the case's ceilings, by name, and the rounds of those that were timed.
 
     Args:
-        seconds: how long the timed rounds may take (see `interleaved`).
+        seconds: time limit of the timed rounds (see `interleaved`).
 
     Raises:
-        DeviceLost: an implementation left the device in a state where nothing runs.
+        DeviceLost: an implementation left the device unusable.
     """
     truth = Truth(case, make_inputs(case, device, SEED))
     first = truth.inputs
@@ -89,14 +89,14 @@ def measure_case(
 
 
 def _in_turn(run: Callable[[Inputs], object], sets: Sequence[Inputs]) -> Callable[[int], object]:
-    """A function of the round's number, which takes another input set each round."""
+    """A function of the round's number that uses another input set each round."""
     return lambda number: run(sets[number % len(sets)])
 
 
 def _admit(
     case: Case, implementation: Implementation, inputs: Inputs, truth: Truth, watch: Stopwatch
 ) -> tuple[str, Ready | None]:
-    """The gate's verdict and, where it passed, what the rounds need."""
+    """The gate's verdict and, if it passed, the data for the rounds."""
     if reason := missing_memory(case, implementation, watch.free_bytes()):
         return f"not run: {reason}", None
     true = truth.outputs(implementation.contract)
@@ -109,7 +109,7 @@ def _admit(
                 return verdict, None
             peak_mb, launches = watch.peak_mb(lambda: run(inputs)), watch.launches(lambda: run(inputs))
             return verdict, Ready(run, peak_mb, launches, kernels_that_ran(implementation.name))
-    except Exception as error:  # another library's, of any kind: it is what the report says of it
+    except Exception as error:  # from another library, of any kind: shown in the report
         message = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"[:200]
         if inputs.device.type == "cuda" and not _answers():
             record = _record(case, implementation.name, implementation.computes, f"{LOST} ({message})")
@@ -119,7 +119,7 @@ def _admit(
 
 
 def kernels_that_ran(name: str) -> str | None:
-    """The family of kernels that our CUDA backend has just launched; None for other implementations."""
+    """The family of kernels last launched by our CUDA backend; None for other implementations."""
     if name != "ours:cuda":
         return None
     return choose_backend("cuda", torch.device("cuda")).kernels.ran
@@ -127,7 +127,7 @@ def kernels_that_ran(name: str) -> str | None:
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """TimeoutError where the body takes longer: compiling may go on for minutes. Works in the main thread alone."""
+    """Raise TimeoutError if the body takes longer: compiling may take minutes. Only works in the main thread."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"not built and checked within {seconds:.0f} s")
@@ -175,7 +175,7 @@ def _fill(
     laps: dict[str, list[Lap]],
     device: torch.device,
 ) -> None:
-    """Write what was timed into the records."""
+    """Add the timings to the records."""
     medians = {name: statistics.median(lap.seconds for lap in own) for name, own in laps.items()}
     rates: Ceilings = ceilings_of([(ceiling.work, medians[ceiling.name]) for ceiling in ceilings])
     floor = floor_seconds(least_work(case), rates)
@@ -192,7 +192,7 @@ def _fill(
             record.peak_mb, record.launches = ready[name].peak_mb, ready[name].launches
             record.kernels = ready[name].kernels
             record.moved_bytes = moved_bytes(case, name, device)
-    # Those that aren't timed have a floor too: it is the case's.
+    # Untimed implementations have a floor too, because it belongs to the case.
     for record in found.values():
         record.floor_ms = 1e3 * floor
 
@@ -205,7 +205,7 @@ class Budget:
         self._spent: list[float] = []
 
     def allows(self) -> bool:
-        """Whether a case as long as the mean so far still fits."""
+        """Whether a case of average length so far still fits."""
         expected = statistics.mean(self._spent) if self._spent else 0.0
         return self._end is None or time.monotonic() + expected < self._end
 

@@ -1,6 +1,6 @@
 """Small calls of every fused backend: `compute-sanitizer --tool memcheck python -m bench.sanitize`.
 
-Sizes lie on both sides of what the kernels' plans switch at: one tile, several tiles, rows on chip, clusters, odd ends.
+Sizes are on both sides of the plans' thresholds: one tile, several tiles, rows on chip, clusters, odd ends.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ WIDTHS = (1, 1_000, 32_000, 50_257, 128_256, 151_936, 262_144)
 
 
 def call_everything(backend: str, width: int, dtype: torch.dtype, device: torch.device) -> None:
-    """The whole loss, and statistics with both gradients; one row is masked out.
+    """The whole loss, and statistics with both gradients; one row is masked.
 
     Raises:
-        RuntimeError: a result isn't finite.
+        RuntimeError: a result is not finite.
     """
     generator = torch.Generator(device).manual_seed(width)
     logits = torch.randn(*ROWS, width, generator=generator, device=device).to(dtype).requires_grad_()
@@ -47,14 +47,14 @@ def call_everything(backend: str, width: int, dtype: torch.dtype, device: torch.
     assert entropy is not None
     (of_statistics,) = torch.autograd.grad((log_probs * values[0] + entropy * values[1]).sum(), logits)
     if not all(bool(result.isfinite().all()) for result in (out.loss, of_loss, of_statistics)):
-        raise RuntimeError(f"backend={backend!r}, {width} wide, {dtype}: a result isn't finite")
+        raise RuntimeError(f"backend={backend!r}, {width} wide, {dtype}: a result is not finite")
 
 
 def main() -> int:
-    """0; 1 where a call raised, or no fused backend is there."""
+    """0, or 1 if a call raised or no fused backend is available."""
     parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=60.0, help="the last sizes are left out after that")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time limit, after which sizes are skipped")
     options = parser.parse_args()
     device, began, failures = torch.device(options.device), time.monotonic(), 0
     names = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
@@ -63,7 +63,7 @@ def main() -> int:
         for name in backends:
             for dtype in DTYPES.values() if width == 1_000 else (torch.bfloat16,):
                 if time.monotonic() - began > options.seconds:
-                    print(f"left out for time: {name}, {width}, {dtype}")
+                    print(f"skipped for time: {name}, {width}, {dtype}")
                     continue
                 try:
                     call_everything(name, width, dtype, device)

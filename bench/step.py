@@ -1,8 +1,8 @@
-"""A whole training step by phases: what share of it the loss has, with eager PyTorch and with this library.
+"""A whole training step by phases: the loss's share of it, with eager PyTorch and with this library.
 
-The driver's own pieces on its practice environment: rollout, old log-probs, and an update of one epoch, whose loss is
-cut out by detaching the hidden states, from which the driver makes it: model forward, head and loss with their
-backward, model backward, optimiser.
+Uses the driver's own parts on its practice environment: rollout, old log-probs, and an update of one epoch. The loss is
+separated by detaching the hidden states from which the driver computes it: model forward; head and loss with their
+backward; model backward; optimizer.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Round(NamedTuple):
 
 
 class Step:
-    """A policy and its environments. The learning rate is 0: every call finds the same weights.
+    """A policy and its environments. The learning rate is 0, so every call uses the same weights.
 
     Raises:
-        ImportError: the driver needs a package that isn't there.
+        ImportError: the driver needs a package that is not installed.
     """
 
     def __init__(self, case: StepCase, device: torch.device, folder: str) -> None:
@@ -83,7 +83,7 @@ class Step:
         self._resources.close()
 
     def run(self, backend: str, number: int) -> Round:
-        """The same number plays the same episodes, and so has the same loss."""
+        """The same number plays the same episodes and gives the same loss."""
         from epo_kernels.train.data import micro_batches
 
         phases = Phases(self._device)
@@ -103,7 +103,7 @@ class Step:
         return Round(phases.seconds, loss)
 
     def _play(self, number: int) -> list[Sample]:
-        """A rollout's turns; half of the episodes are to be learned from, half to be unlearned."""
+        """A rollout's turns, half of the episodes with positive and half with negative advantages."""
         from epo_kernels.train.data import Draw, Episode, Sample
 
         tasks = self._parts.tasks
@@ -166,7 +166,7 @@ class Step:
 
 
 def measure_step(case: StepCase, device: torch.device) -> dict[str, list[Round]]:
-    """The rounds for `BACKENDS`, in turns; one round before them isn't counted."""
+    """The rounds for `BACKENDS`, alternating, after one uncounted warm-up round."""
     with tempfile.TemporaryDirectory() as folder:
         step = Step(case, device, folder)
         try:
@@ -182,7 +182,7 @@ def measure_step(case: StepCase, device: torch.device) -> dict[str, list[Round]]
 
 
 def check(rounds: list[Round], true: list[Round]) -> str:
-    """ "pass" where the losses are those of eager PyTorch."""
+    """ "pass" if the losses equal those of eager PyTorch."""
     off = max(abs(own.loss - other.loss) for own, other in zip(rounds, true, strict=True))
     if off <= LOSS_TOLERANCE:
         return gate.PASS
@@ -190,7 +190,7 @@ def check(rounds: list[Round], true: list[Round]) -> str:
 
 
 def records_of(case: StepCase, found: dict[str, list[Round]]) -> dict[str, Record]:
-    """The records of the rounds that were measured."""
+    """The records of the measured rounds."""
     totals = {name: [sum(played.seconds.values()) for played in rounds] for name, rounds in found.items()}
     ours = statistics.median(totals[OURS])
     made = {}
@@ -217,5 +217,5 @@ def records_of(case: StepCase, found: dict[str, list[Round]]) -> dict[str, Recor
 
 
 def loss_share(phases: dict[str, float]) -> float:
-    """Part of a step that scores and losses take; the rest is the model's, the environments' and the optimiser's."""
+    """The share of a step spent on scores and losses; the rest is model, environments and optimizer."""
     return (phases["old log-probs: scores"] + phases["update: loss"]) / sum(phases.values())

@@ -1,4 +1,4 @@
-"""The suite: one test a case and implementation. `-k` chooses: `make bench ARGS="-k 'linear-loss and ours'"`."""
+"""The suite: one test per case and implementation. Select with `-k`: `make bench ARGS="-k 'linear-loss and ours'"`."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def test_case(case, implementation, session, benchmark):
     if record.gate.startswith("not run"):
         pytest.skip(record.gate)
     if record.gate != gate.PASS:
-        # What is wrong with others is shown, and doesn't fail this suite.
+        # Faults of other libraries are shown, but do not fail this suite.
         (pytest.fail if implementation.ours else pytest.xfail)(record.gate)
     benchmark.extra_info.update(vars(record))
     replay.replay(benchmark, [lap.seconds for lap in laps])

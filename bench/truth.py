@@ -1,7 +1,7 @@
-"""What an implementation must compute, in float64 by the library's reference: the contracts and their true outputs.
+"""The correct outputs in float64, from the library's reference: the contracts and their true outputs.
 
-Rows are taken in chunks and only where the mask is 1, so that real sizes fit: statistics first, then the objective's
-derivatives per token, then the gradient.
+Rows are processed in chunks and only where the mask is 1, so that real sizes fit: first the statistics, then the
+objective's per-token derivatives, then the gradient.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,14 +19,21 @@ import epo_kernels as ek
 from bench.cases import Case
 from bench.inputs import Inputs
 from epo_kernels import reference
+from epo_kernels.config import Divergence
+from epo_kernels.declaration import PolicyLossName
 from epo_kernels.inputs import LossArguments, as_layout, as_loss_inputs
 
 CONFIG = ek.EPOConfig(entropy_coeff=1e-2, kl_coeff=1e-2, penalty="hinge", penalty_alpha=2.0)
-# What group-relative losses without entropy compute: no bonus, no band, no dual clip.
+# Group-relative losses without entropy: no bonus, no band, no dual clip.
 POLICY_CONFIG = ek.EPOConfig(entropy_coeff=0.0, kl_coeff=1e-2, clip_ratio_c=None)
 
-# Beyond what bfloat16 logits move a log-prob by. Nearer to a kink of the loss than that (a clip, a bound of the band) a
-# token's gradient is decided by rounding, and a gate would count it as a fault.
+# Every policy loss, and each trust region of dppo, by name: fields of EPOConfig. All other cases use "ppo".
+POLICY_FIELDS: dict[str, dict[str, Any]] = {
+    name: {"policy_loss": name} for name in get_args(PolicyLossName) if name != "dppo"
+} | {f"dppo_{name}": {"policy_loss": "dppo", "dppo_divergence": name} for name in get_args(Divergence)}
+
+# Larger than the change of a log-prob due to bfloat16 logits. Closer to a kink of the loss (a clip, a bound of the
+# band), rounding would decide a token's gradient, and the gate would count it as a fault.
 _KINK_MARGIN = 0.05
 
 Objective = Callable[[Case, Inputs, Tensor, Tensor], Tensor]
@@ -33,11 +41,11 @@ Objective = Callable[[Case, Inputs, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Contract:
-    """What a kind of implementation yields.
+    """The outputs of a kind of implementation.
 
     Attributes:
-        computes: in words, for the report.
-        outputs: names of what it must return, without gradients.
+        computes: description for the report.
+        outputs: names of the required outputs, without gradients.
         objective: (case, inputs, log_probs, entropy) -> scalar whose gradient it must return; None: no gradient.
     """
 
@@ -46,26 +54,32 @@ class Contract:
     objective: Objective | None
 
 
-def config_of(case: Case) -> ek.EPOConfig:
-    return ek.EPOConfig(**{**vars(CONFIG), "band_scope": case.band_scope})
+def config_of(case: Case, policy: str = "ppo") -> ek.EPOConfig:
+    """The config of a case. policy: a key of `POLICY_FIELDS`."""
+    return replace(CONFIG, band_scope=case.band_scope, **POLICY_FIELDS[policy])
+
+
+def contract_of(policy: str) -> str:
+    """The contract of this library's loss with that policy loss."""
+    return "loss" if policy == "ppo" else f"{policy} loss"
 
 
 def loss_arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
-    """Arguments of `ek.epo_loss` beside rows, tokens, old log-probs, advantages, mask and config."""
+    """Arguments of `ek.epo_loss` besides rows, tokens, old log-probs, advantages, mask and config."""
     segments = {"segment_ids": inputs.turns} if case.band_scope == "segment" else {}
     return {"entropy_bounds": (inputs.lower, inputs.upper), "ref_log_probs": inputs.ref_log_probs, **segments}
 
 
 def without_last(mask: Tensor) -> Tensor:
-    """The mask (B, T) less its last column, which implementations that shift the tokens themselves never count."""
+    """The mask (B, T) without its last column, which implementations that shift the tokens themselves never count."""
     counted = mask.clone()
     counted[:, -1] = False
     return counted
 
 
-def _whole_loss(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:
+def _whole_loss(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor, policy: str = "ppo") -> Tensor:
     arguments = loss_arguments(case, inputs)
-    return _loss_of_statistics(inputs, inputs.mask, config_of(case), arguments, log_probs, entropy)
+    return _loss_of_statistics(inputs, inputs.mask, config_of(case, policy), arguments, log_probs, entropy)
 
 
 def _policy_loss(case: Case, inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Tensor:
@@ -117,11 +131,19 @@ CONTRACTS = {
     ),
     "scores": Contract("log-prob and entropy, no gradient", ("log_probs", "entropy"), None),
     "log-prob scores": Contract("log-prob, no gradient; no entropy", ("log_probs",), None),
+} | {
+    contract_of(policy): Contract(
+        f"the whole loss with policy_loss={fields['policy_loss']!r}, its gradient, log-prob and entropy",
+        ("loss", "log_probs", "entropy"),
+        partial(_whole_loss, policy=policy),
+    )
+    for policy, fields in POLICY_FIELDS.items()
+    if policy != "ppo"
 }
 
 
 def _off_kinks(inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Inputs:
-    """Inputs whose ratios, where they decide, and entropies keep `_KINK_MARGIN` from the next clip and bound."""
+    """Inputs whose ratios and entropies keep `_KINK_MARGIN` from the nearest clip or bound, if they matter."""
 
     def moved(values: Tensor, kink: float | Tensor) -> Tensor:
         gap = values - kink
@@ -139,11 +161,11 @@ def _off_kinks(inputs: Inputs, log_probs: Tensor, entropy: Tensor) -> Inputs:
 
 
 class Truth:
-    """True outputs of one input set: float32 gradients, float64 statistics. Those of the last contract are kept.
+    """True outputs of one input set: float32 gradients, float64 statistics. Caches the last contract.
 
     Attributes:
-        inputs: the set, with old log-probs and bounds moved off the loss's kinks.
-        log_probs, entropy: (B, T) float64, 0 where the mask is.
+        inputs: the set, with old log-probs and bounds moved away from the loss's kinks.
+        log_probs, entropy: (B, T) float64, 0 where the mask is 0.
     """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
@@ -157,9 +179,9 @@ class Truth:
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def outputs(self, name: str) -> dict[str, Tensor]:
-        """{output: truth} of a contract, gradients included."""
+        """{output: truth} of a contract, including gradients."""
         if name != self._last[0]:
-            self._last = ("", {})  # gradients are large: not two at a time
+            self._last = ("", {})  # gradients are large: never keep two
             self._last = (name, self._make(CONTRACTS[name]))
         return self._last[1]
 
@@ -174,7 +196,7 @@ class Truth:
         return {**{name: known[name].detach() for name in contract.outputs}, **gradients}
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Places among the flat tokens, logits (c, V) in float64, tokens."""
+        """Indices among the flat tokens, logits (c, V) in float64, tokens."""
         inputs = self._inputs
         for rows in self._rows.split(self._chunk):
             wide = inputs.rows[0].detach().flatten(0, 1)[rows].double()

@@ -1,4 +1,4 @@
-// Which of the compiled sweeps this processor runs.
+// Selects the compiled sweeps for this processor.
 #include <cstring>
 
 #include "cpu_sweeps.h"
@@ -7,7 +7,7 @@ namespace epo {
 namespace {
 
 #if defined(EPO_HAS_X86_SWEEPS)
-// The compiler's own test looks at the operating system's support for the registers too.
+// The compiler's own test also checks the operating system's support for the registers.
 bool runs_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }

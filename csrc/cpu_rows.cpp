@@ -13,14 +13,14 @@
 namespace epo {
 namespace {
 
-// A task is this many elements at least, so that handing it out costs nothing beside it.
+// Minimum number of elements per task, so that scheduling costs are negligible.
 constexpr std::int64_t kTaskElements = 1 << 15;
-// A gradient larger than this doesn't stay in the caches anyway, and is written past them.
+// A larger gradient does not stay in the caches anyway, so it is written with streaming stores.
 constexpr std::int64_t kStreamBytes = 16 << 20;
 
 constexpr std::int64_t kHugePage = 2 << 20;
 
-// Fresh memory is cheaper by the huge page. Only advice, and only where whole pages of the array are concerned.
+// Fresh memory is cheaper in huge pages. Advice only, and only for pages entirely inside the array.
 void advise_huge_pages(void* data, std::int64_t bytes) {
 #if defined(__linux__)
     const auto start = (reinterpret_cast<std::uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
@@ -31,7 +31,7 @@ void advise_huge_pages(void* data, std::int64_t bytes) {
 #endif
 }
 
-// The row of one token. Rows that aren't contiguous are gathered to, and scattered from, a copy.
+// The row of one token. Non-contiguous rows are gathered into a copy and scattered from it.
 class Row {
 public:
     Row(const Rows& rows, std::int64_t index)
@@ -99,7 +99,7 @@ float to_float(const void* x, DType dtype) {
     return half & 0x8000u ? -magnitude : magnitude;
 }
 
-// y of the token. NaN for an invalid token: its log-prob is, and so all that follows from it.
+// y of the token. NaN for an invalid token, which makes its log-prob and everything derived from it NaN.
 float argument_of_token(const Rows& rows, const Row& row, const void* x, const Transform& transform) {
     if (!row.valid()) return NAN;
     const float raw = to_float(static_cast<const char*>(x) + row.token() * size_of(rows.dtype), rows.dtype);
@@ -132,7 +132,7 @@ void write_gradient(const Rows& rows, const Row& row, const void* x, const RowSt
     row.clear(out, rows.vocab_size);
 }
 
-// Rows in tasks whose size depends on the width alone, and so do the partial sums of a task.
+// Tasks of rows; their size, and therefore the order of partial sums, depends only on the width.
 template <class Task>
 void for_each_task(const Rows& rows, const Machine& machine, const Task& task) {
     const std::int64_t count = rows.batch * rows.time;
@@ -151,7 +151,7 @@ const Sweeps& sweeps_for(const Rows& rows, const Machine& machine) {
     return machine.sweeps->of[static_cast<int>(rows.dtype)];
 }
 
-// Whether to write past the caches; advises on fresh memory by the way.
+// Whether to use streaming stores; also advises on fresh memory.
 bool prepare_output(const Rows& rows, const Matrix& out) {
     const std::int64_t bytes = rows.batch * rows.time * rows.width * size_of(rows.dtype);
     if (out.data == rows.logits.data || bytes < kStreamBytes) return false;

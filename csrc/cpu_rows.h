@@ -1,6 +1,6 @@
-// The row kernels on the CPU: what RowKernels in epo_kernels/fused/rows.py asks for.
+// The row kernels on the CPU: the interface of RowKernels in epo_kernels/fused/rows.py.
 //
-// Arguments have been checked. Results don't depend on the number of threads.
+// Arguments have been validated. Results do not depend on the number of threads.
 #pragma once
 
 #include "cpu_sweeps.h"
@@ -8,7 +8,7 @@
 
 namespace epo {
 
-// How a call computes, beside what it computes.
+// Execution options of a call.
 struct Machine {
     int threads;
     const SweepTable* sweeps;

@@ -1,8 +1,8 @@
 // The sweeps of a contiguous row; see cpu_sweeps.h for why this file is compiled several times.
 //
-// The row goes by in blocks that stay in the first-level cache: a block's maximum first, then its exponentials about the
-// maximum so far, whose sums join the row's in double. The gradient walks the blocks backwards, because the row's end is
-// what the caches still hold.
+// The row is processed in blocks that stay in the first-level cache: first a block's maximum, then its exponentials
+// relative to the running maximum, whose sums are added to the row's in double. The gradient walks the blocks
+// backwards, because the caches still contain the row's end.
 #include "cpu_sweeps.h"
 
 #include "vector.h"
@@ -30,7 +30,7 @@ static_assert(kBlock % kGroup == 0, "blocks are whole groups");
 
 inline Floats above_lowest(Floats x) { return larger(splat(epo::kLowestExponent), x); }  // NaN stays NaN
 
-// What y is of the raw logit: itself, its negative (the scale is), or a tanh.
+// How y depends on the raw logit: identity, negation (negative scale), or tanh.
 enum class Form { raw, negative, softcap };
 
 // A row seen as vectors: y of z = outer * y.
@@ -41,7 +41,7 @@ struct Source {
 
     Floats argument(std::int64_t i) const { return of(Element::load(x + i * Element::size)); }
 
-    // The last, partial vector: `count` elements, the rest -inf, which adds 0.
+    // The last, partial vector: `count` elements, padded with -inf, which adds 0.
     Floats partial(std::int64_t i, int count) const {
         alignas(64) char raw[Element::size * kWidth] = {};
         std::memcpy(raw, x + i * Element::size, static_cast<std::size_t>(Element::size * count));
@@ -99,7 +99,7 @@ inline Moments<double> block_moments(std::int64_t n, float outer, float m, const
     return {m, total(s), total(u)};
 }
 
-// Whether something other than -inf is in a block whose maximum came out as -inf: NaN, which comparisons pass over.
+// Whether a block with maximum -inf contains NaN, which comparisons skip.
 template <class Part>
 inline bool holds_nan(std::int64_t n, const Part& part) {
     for (std::int64_t i = 0; i < n; i += kWidth) {
@@ -203,7 +203,7 @@ void gradient(const void* x, void* result, std::int64_t n, const Transform& tran
     const Gradient<Element, kForm> gradient{{static_cast<const char*>(x), transform}, m, line};
     char* const out = static_cast<char*>(result);
     constexpr std::int64_t kVector = kWidth * Element::size;
-    // Stores past the caches must be aligned: a partial vector before the first one.
+    // Streaming stores must be aligned, so a partial vector comes first.
     const std::int64_t misaligned = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out) % kVector);
     std::int64_t head = stream && misaligned ? (kVector - misaligned) / Element::size : 0;
     if (head > n) head = n;

@@ -1,4 +1,4 @@
-// What both CUDA kernel families share: elements, warp reductions, and the sums that leave a launch.
+// Common parts of both CUDA kernel families: elements, warp reductions, and the sums of a launch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -91,7 +91,7 @@ __device__ __forceinline__ Real warp_sum(Real x) {
     return x;
 }
 
-// The moments of all lanes together, in every lane.
+// The moments of all lanes combined, in every lane.
 __device__ __forceinline__ Moments2 warp_merge(const Moments2& lane, float outer2) {
     const Moments2 part = about2(lane, warp_maximum(lane.m), outer2);
     return {part.m, warp_sum(part.s), warp_sum(part.u)};
@@ -100,8 +100,8 @@ __device__ __forceinline__ Moments2 warp_merge(const Moments2& lane, float outer
 // ---------------------------------------------------------------------------------------------------------------------
 // Sums of a launch
 
-// A block's sums go to its place in the workspace; whoever is last adds all of them, each in an order that depends on
-// their number alone, and leaves the ticket at 0. Called by every thread of `count` blocks.
+// A block's sums go to its slot in the workspace; the last block to finish adds all of them, in an order that depends
+// only on their number, and resets the ticket to 0. Called by every thread of `count` blocks.
 __device__ inline void publish_sums(const double* block_sums, double* workspace, int* ticket, int index, int count,
                                     double* sums, float* loss) {
     __shared__ bool last;
@@ -109,10 +109,10 @@ __device__ inline void publish_sums(const double* block_sums, double* workspace,
     if (threadIdx.x < kNumSums) workspace[index * kNumSums + threadIdx.x] = block_sums[threadIdx.x];
     __syncthreads();
     if (threadIdx.x == 0) {
-        // By the thread that takes the ticket: the fences of those that wrote would not be ordered with it.
+        // By the thread that takes the ticket: fences of the writing threads would not be ordered with it.
         __threadfence();  // releases the block's sums
         last = atomicAdd(ticket, 1) == count - 1;
-        __threadfence();  // acquires those of the others
+        __threadfence();  // acquires the sums of the others
     }
     __syncthreads();
     if (!last) return;

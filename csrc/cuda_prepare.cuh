@@ -1,4 +1,4 @@
-// The small launch before a loss: token weights and coefficients, from numbers that may live on the device.
+// The small launch before a loss: token weights and coefficients, from numbers that may be on the device.
 #pragma once
 
 #include "cuda_common.cuh"
@@ -34,7 +34,7 @@ __device__ inline Sequences read_lengths(const Aggregation& aggregation) {
     return {totals[0], with_tokens[0]};
 }
 
-// w of a token that counts, of a sequence of that length (epo_kernels/aggregation.py).
+// Weight w of a counted token in a sequence of that length (epo_kernels/aggregation.py).
 __device__ inline float weight_of(const Aggregation& aggregation, const Sequences& sequences, float length) {
     const float counted = aggregation.mode == AggMode::token_mean ? sequences.total : sequences.with_tokens;
     float denominator = aggregation.normalized ? aggregation.normalizer.get() : fmaxf(counted, 1.0f);

@@ -1,15 +1,16 @@
 // The family for chips with clusters (compute capability 9.0 on): a row stays on chip, one HBM read and one write.
 //
-// A cluster of 1, 2, 4 or 8 blocks takes a row at a time, round and round (persistent). Each *warp* owns a ring of 2 KB
-// tiles in shared memory and works by itself: bulk copies bring its tiles of the row, it takes their statistics as they
-// land, exchanges moments once a row with every warp of the cluster, overwrites its tiles with the gradient, and bulk
-// stores take them out. A tile's slot is refilled with a tile of the next row once its store has been read. So there is
-// no barrier a tile and none a block: what orders a warp's tiles is the warp itself, and what orders a row is one
-// mbarrier that all warps of the cluster send to.
+// A cluster of 1, 2, 4 or 8 persistent blocks processes one row at a time. Each *warp* owns a ring of 2 KB tiles in
+// shared memory and works independently: bulk copies load its tiles of the row, it computes their statistics as they
+// arrive, exchanges moments once per row with every warp of the cluster, overwrites its tiles with the gradient, and
+// bulk stores write them back. A tile's slot is refilled with a tile of the next row once its store has been read.
+// There is
+// no barrier per tile or per block: a warp orders its own tiles, and one mbarrier, to which all warps of the cluster
+// send, orders a row.
 //
-// Exchange: each warp sends its 16 bytes (m, s, u, y_token) to each block of the cluster by st.async, which counts them
-// off on that block's mbarrier. A cluster of one block may not use st.async (undefined where %cluster_nctarank is 1):
-// there each warp's lane 0 stores the message and arrives, and the mbarrier counts warps instead of bytes.
+// Exchange: each warp sends its 16 bytes (m, s, u, y_token) to each block of the cluster with st.async, which
+// decrements that block's mbarrier. A cluster of one block may not use st.async (undefined where %cluster_nctarank is
+// 1): there each warp's lane 0 stores the message and arrives, and the mbarrier counts warps instead of bytes.
 //
 // Two sets of messages take turns: a warp sends for row r+2 only after row r+1 has arrived in full, and a warp sends
 // for row r+1 only after it has read row r. The arrivals of a single block are releases, so there the reads of row r
@@ -66,12 +67,12 @@ struct Arguments {
     int ranks, slots;
 };
 
-// What a warp tells the others of its part of a row.
+// A warp's message to the others about its part of a row.
 struct alignas(16) Message {
     float m, s, u, y_token;
 };
 
-// The tiles that a warp fetches next, those of one row; only its lane 0 looks.
+// The tiles of one row that a warp fetches next; used only by its lane 0.
 struct Fetching {
     std::int64_t row;
     const char* from;
@@ -88,7 +89,7 @@ struct alignas(128) Shared {
 
 constexpr int shared_bytes(int slots) { return int(sizeof(Shared)) + kWarps * slots * kTileBytes; }
 
-// Parts of PTX that CUDA C++ has no name for. Only chips with clusters have them.
+// PTX instructions without a CUDA C++ equivalent. Only chips with clusters have them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 __device__ __forceinline__ unsigned shared_address(const void* at) {
@@ -128,7 +129,7 @@ __device__ __forceinline__ void arrive(std::uint64_t* barrier) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Waits for what this block's threads asked for. An acquire of the cluster would invalidate the L1 at every tile.
+// Waits for data requested by this block's threads. An acquire at cluster scope would invalidate the L1 at every tile.
 __device__ __forceinline__ void wait_for_tile(std::uint64_t* barrier, unsigned parity) {
     asm volatile(
         "{\n"
@@ -141,7 +142,7 @@ __device__ __forceinline__ void wait_for_tile(std::uint64_t* barrier, unsigned p
         : "memory");
 }
 
-// Waits for what other blocks send.
+// Waits for data sent by other blocks.
 __device__ __forceinline__ void wait_for_cluster(std::uint64_t* barrier, unsigned parity) {
     asm volatile(
         "{\n"
@@ -177,7 +178,7 @@ __device__ __forceinline__ void store_tile(char* to, const void* tile, unsigned 
                  : "memory");
 }
 
-// All stores of this thread but the newest `Pending` have been read out of shared memory.
+// All stores of this thread except the newest `Pending` have been read out of shared memory.
 template <int Pending>
 __device__ __forceinline__ void wait_for_stores_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
@@ -189,7 +190,7 @@ __device__ __forceinline__ void show_to_copies() { asm volatile("fence.proxy.asy
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Where a warp is in its ring: slot and the parity of its mbarrier's phase.
+// Position of a warp in its ring: slot, and parity of its mbarrier's phase.
 struct Cursor {
     int slot = 0;
     unsigned parity = 0;
@@ -201,7 +202,7 @@ struct Cursor {
     }
 };
 
-// One warp of the cluster, with its tiles of every row that the cluster takes.
+// One warp of the cluster, with its tiles of every row that the cluster processes.
 template <class Element>
 struct Warp {
     using Stored = typename Element::Stored;
@@ -246,7 +247,7 @@ struct Warp {
     }
     __device__ char* slot(const Cursor& cursor) const { return ring + cursor.slot * kTileBytes; }
 
-    // Turns to the first row from `row` on that this warp has tiles of. Lane 0.
+    // Advances to the first row from `row` on in which this warp has tiles. Lane 0 only.
     __device__ void turn_to(std::int64_t row) {
         for (; row < count; row += clusters) {
             if (!counted(row)) continue;
@@ -259,7 +260,7 @@ struct Warp {
         next.left = 0;
     }
 
-    // Fetches the next tile into the next slot, which is free. Lane 0.
+    // Fetches the next tile into the next free slot. Lane 0 only.
     __device__ void fetch() {
         const int left = next.left;
         if (left <= 0) return;  // no row is left
@@ -311,14 +312,14 @@ struct Warp {
         raw = Element::pack(y);
     }
 
-    // The element at the row's edge that is this lane's, -1 for none.
+    // This lane's element at the row's edge, -1 if it has none.
     __device__ std::int64_t edge(const Tiles& tiles) const {
         if (rank != 0 || warp != 0) return -1;
         const std::int64_t byte = tiles.edge_of(lane, kSize);
         return byte < 0 ? -1 : byte / kSize;
     }
 
-    // This warp's moments of its part of the row, and the token's logit where the warp has it (0 elsewhere).
+    // This warp's moments of its part of the row, and the token's logit if the warp has it (0 otherwise).
     __device__ Message take_statistics(std::int64_t row, const Tiles& tiles, float outer2, std::int64_t token) {
         const Stored* const x = reinterpret_cast<const Stored*>(source(row));
         Moments2 run = no_moments<float>();
@@ -339,14 +340,14 @@ struct Warp {
             add_group(run, one, outer2);
             if (at_edge == token) y_token = y_edge;
         }
-        // In an edge one lane has the token's logit, in a tile all have it.
+        // In an edge one lane has the token's logit, in a tile all lanes have it.
         const unsigned holders = __ballot_sync(kAllLanes, at_edge >= 0 && at_edge == token);
         if (holders) y_token = __shfl_sync(kAllLanes, y_token, __ffs(holders) - 1);
         const Moments2 part = warp_merge(run, outer2);
         return {part.m, part.s, part.u, y_token};
     }
 
-    // The gradient of this warp's part of the row, on its way out; the slots fetch the next rows' tiles.
+    // Computes and stores the gradient of this warp's part of the row; the slots fetch the next rows' tiles.
     __device__ void put_gradient(std::int64_t row, const Tiles& tiles, float outer2, float m, const GradientLine& line,
                                  std::int64_t token, float at_token) {
         char* const out = target(row);
@@ -367,10 +368,10 @@ struct Warp {
             if (lane == 0 && part.holds(token_byte))
                 Element::store(reinterpret_cast<Stored*>(tile + (token_byte - part.offset)), at_token);
             show_to_copies();
-            __syncwarp();  // and is shown to the copy by all who wrote it
+            __syncwarp();  // all writes are visible to the bulk copy
             if (lane == 0) {
                 store_tile(out + part.offset, tile, bytes);
-                if (stored) {  // the slot before this one is free, or will be in a moment
+                if (stored) {  // the previous slot is free, or will be shortly
                     wait_for_stores_read<1>();
                     fetch();
                 }
@@ -385,7 +386,7 @@ struct Warp {
     }
 };
 
-// Sends this warp's message to every block of the cluster, and merges those of all warps: statistics of the row.
+// Sends this warp's message to every block of the cluster, and merges the messages of all warps: statistics of the row.
 __device__ inline Message exchange(Shared& shared, const Message& own, int rank, int ranks, int warp, int lane,
                                    unsigned turn, float outer2) {
     const unsigned set = turn & 1u, parity = (turn >> 1) & 1u;
@@ -409,7 +410,7 @@ __device__ inline Message exchange(Shared& shared, const Message& own, int rank,
     for (int i = lane; i < senders; i += kLanes) {
         const Message message = shared.messages[set][i];
         run = merge2(run, {message.m, message.s, message.u}, outer2);
-        y_token += message.y_token;  // 0 but for one
+        y_token += message.y_token;  // nonzero in one message only
     }
     const Moments2 row = warp_merge(run, outer2);
     return {row.m, row.s, row.u, warp_sum(y_token)};
@@ -436,7 +437,7 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
         publish_barriers();
     }
     __syncthreads();
-    cluster_barrier();  // every block's mbarriers are there before anybody sends
+    cluster_barrier();  // every block's mbarriers must exist before any block sends
     if (warp.lane == 0) {
         warp.turn_to(warp.cluster);
         for (int i = 0; i < args.slots; ++i) warp.fetch();
@@ -477,7 +478,7 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
         }
     }
     if (warp.lane == 0) wait_for_stores();
-    cluster_barrier();  // a precaution: each block has waited for all that others send it, and could leave
+    cluster_barrier();  // precautionary: each block has already waited for everything that others send it
     if (warp.rank == 0)
         publish_sums(shared.sums, args.results.workspace, args.results.ticket, static_cast<int>(warp.cluster),
                      static_cast<int>(warp.clusters), args.results.sums, args.results.loss);

@@ -17,7 +17,7 @@ constexpr int kMostBlocksPerProcessor = 2;
 
 const char* said(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
-    (void)cudaGetLastError();  // or the next launch would be blamed for it
+    (void)cudaGetLastError();  // otherwise the next launch would report it
     return cudaGetErrorString(error);
 }
 
@@ -26,7 +26,7 @@ const char* said(cudaError_t error) {
         if (const cudaError_t failure = (call); failure != cudaSuccess) return failure; \
     } while (0)
 
-// What decides how to launch; read from the driver's tables, without a sync.
+// Device properties that determine the launch; read from the driver's tables, without a sync.
 struct Chip {
     int processors = 0, l2_bytes = 0, shared_bytes = 0, major = 0;
 };
@@ -38,7 +38,7 @@ cudaError_t read_chip(int device, Chip& chip) {
     return cudaDeviceGetAttribute(&chip.major, cudaDevAttrComputeCapabilityMajor, device);
 }
 
-// Makes the device current for one call.
+// Makes the device current for the duration of one call.
 class OnDevice {
 public:
     explicit OnDevice(int device) {
@@ -60,7 +60,7 @@ private:
 
 std::int64_t row_bytes(const Rows& rows) { return rows.vocab_size * size_of(rows.dtype); }
 
-// Calls launch with a value of the element type, so that its type says which kernel.
+// Calls launch with a value of the element type, whose type selects the kernel.
 template <class Launch>
 cudaError_t with_element(DType dtype, const Launch& launch) {
     if (dtype == DType::float32) return launch(Float32Element{});
@@ -68,7 +68,7 @@ cudaError_t with_element(DType dtype, const Launch& launch) {
     return launch(BFloat16Element{});
 }
 
-// Blocks, and threads of each: see the head of cuda_sweeps.cuh.
+// Number of blocks, and of threads per block: see the top of cuda_sweeps.cuh.
 struct Grid {
     int blocks, threads;
 };
@@ -106,7 +106,7 @@ RingPlan plan_ring(const Rows& rows, const Matrix& out, const Chip& chip) {
                                (rows.batch <= 1 || congruent(rows.logits.batch_stride, out.batch_stride)) &&
                                (rows.time <= 1 || congruent(rows.logits.time_stride, out.time_stride));
     if (chip.major < 9 || !dense || !aligned_alike || rows.softcap > 0.0f || !(rows.scale > 0.0f)) return {};
-    const int room = chip.shared_bytes - ring::shared_bytes(0) - 1024;  // the system keeps some of its own
+    const int room = chip.shared_bytes - ring::shared_bytes(0) - 1024;  // the system reserves some
     const int slots = std::min(ring::kMostSlots, room / (ring::kWarps * ring::kTileBytes));
     return {ranks_for<ring::Tiles>(row_bytes(rows), slots), slots};
 }
@@ -130,7 +130,7 @@ cudaError_t launch_ring(const ring::Arguments& args, const Chip& chip, void* str
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &cluster;
     config.numAttrs = 1;
-    int clusters = 0;  // as many as run at a time: not every processor has neighbours left to make up a cluster
+    int clusters = 0;  // maximum resident clusters: not every multiprocessor has enough neighbours to form one
     EPO_RETURN_IF_FAILED(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
     if (clusters < 1) return cudaErrorInvalidConfiguration;
     const std::int64_t count = args.rows.batch * args.rows.time;
@@ -151,7 +151,7 @@ const char* on_chip(const CudaPlace& place, const Work& work) {
 template <class Element>
 cudaError_t launch_loss(const sweeps::Arguments& args, const Chip& chip, Family family, void* stream, Family& ran) {
     ran = Family::ring;
-    // A float16 loss with a gradient goes through statistics (epo_kernels/fused/backend.py): no ring is built for it.
+    // A float16 loss with a gradient goes through statistics (epo_kernels/fused/backend.py), so it needs no ring.
     if constexpr (!std::is_same_v<Element, Float16Element>) {
         if (family != Family::sweeps && args.out.data) {
             const RingPlan plan = plan_ring(args.rows, args.out, chip);

@@ -1,6 +1,6 @@
-// The row kernels on CUDA: what RowKernels in epo_kernels/fused/rows.py asks for. Launches on the caller's stream,
-// never a sync, no memory of their own: they may be captured in a graph. Arguments have been checked; every function
-// returns null, or what CUDA said.
+// The row kernels on CUDA: the interface of RowKernels in epo_kernels/fused/rows.py. They launch on the caller's
+// stream, never sync, and allocate no memory, so they can be captured in a graph. Arguments have been validated; every
+// function returns null, or CUDA's error message.
 #pragma once
 
 #include "rows.h"
@@ -12,8 +12,8 @@ struct CudaPlace {
     void* stream;  // cudaStream_t
 };
 
-// What a loss leaves behind, and what it needs to add it up: `ticket` holds 0 and is left at 0, `workspace` has room for
-// kNumSums doubles of each of cuda_most_blocks(device) blocks.
+// Results of a loss, and what is needed to sum them: `ticket` is initially 0 and reset to 0, `workspace` has room for
+// kNumSums doubles for each of cuda_most_blocks(device) blocks.
 struct LossResults {
     float *log_probs, *entropy;
     double* sums;
@@ -31,14 +31,14 @@ const char* cuda_spread(const Rows& rows, const Statistics& statistics, float* v
 const char* cuda_gradient(const Rows& rows, const Statistics& statistics, const Upstream& upstream, const Matrix& out,
                           const CudaPlace& place);
 
-// How a loss is computed; `chosen` takes the ring wherever it can run.
+// Kernel family of a loss; `chosen` uses the ring wherever it can run.
 enum class Family : int { chosen, sweeps, ring };
 
-// out.data null: no gradient. Asking for a ring that can't run here is an error. ran: the family that was launched.
+// out.data null: no gradient. Requesting a ring that cannot run here is an error. ran: the launched family.
 const char* cuda_loss(const Rows& rows, const Terms& terms, const Matrix& out, const LossResults& results,
                       Family family, const CudaPlace& place, Family& ran);
 
-// A number known here, or one on the device.
+// A number known on the host, or one on the device.
 struct Scalar {
     float value = 0.0f;
     const float* device = nullptr;
@@ -49,7 +49,7 @@ struct Scalar {
 struct Aggregation {
     std::int64_t batch, time, sequences;
     PerToken<const bool> mask;
-    PerToken<const std::int64_t> sequence_ids;  // null: a batch row is a sequence
+    PerToken<const std::int64_t> sequence_ids;  // null: each batch row is a sequence
     const std::int64_t* lengths;                // counted tokens of each sequence
     AggMode mode;
     bool normalized;
@@ -67,13 +67,13 @@ struct Prepared {
 
 const char* cuda_prepare(const Aggregation& aggregation, const Prepared& out, const CudaPlace& place);
 
-// values[0..count) *= *factor, contiguous; touches no values where the factor is 1.
+// values[0..count) *= *factor, contiguous; does not touch values if the factor is 1.
 const char* cuda_scale(void* values, DType dtype, std::int64_t count, const float* factor, const CudaPlace& place);
 
-// An upper bound of the blocks that a loss launches, for its workspace.
+// Upper bound of the number of blocks that a loss launches, for its workspace.
 const char* cuda_most_blocks(int device, int* blocks);
 
-// Whether this build has machine code for the device; null where it has.
+// Null if this build has machine code for the device, otherwise the error message.
 const char* cuda_supports(int device);
 
 }  // namespace epo

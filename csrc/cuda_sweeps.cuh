@@ -1,11 +1,11 @@
-// The family that runs anywhere: a block a row, swept once for its statistics and once more for its gradient.
+// The family that runs on any chip: one block per row, with one sweep for its statistics and one for its gradient.
 //
-// Any strides, any width, any dtype, softcap. What HBM sees is two reads and one write of the row where the L2 doesn't
-// keep it. To make it keep it, no more blocks run than have rows that fit 3/4 of the L2, the second sweep walks
-// backwards (the end of the row is the freshest), and the gradient is stored evict-first. Grids are persistent: block i
-// takes rows i, i + blocks, ..., and adds up its sums in that order.
+// Any strides, width and dtype, and softcap. HBM traffic is two reads and one write of the row unless the L2 retains
+// it. To help it do so, the number of blocks is limited to the rows that fit 3/4 of the L2, the second sweep goes
+// backwards (the end of the row is most recent), and the gradient is stored evict-first. Grids are persistent: block i
+// processes rows i, i + blocks, ..., and adds up its sums in that order.
 //
-// Barriers a row: 2 (statistics 2, spread 2, gradient 2, loss 3).
+// Barriers per row: 2 (statistics 2, spread 2, gradient 2, loss 3).
 #pragma once
 
 #include "cuda_common.cuh"
@@ -14,7 +14,7 @@ namespace epo {
 namespace sweeps {
 
 constexpr int kMostThreads = 640;  // 96 registers each; with 80 one of the kernels spills
-constexpr int kFewThreads = 320;   // 2 blocks a multiprocessor, for rows that are short
+constexpr int kFewThreads = 320;   // 2 blocks per multiprocessor, for short rows
 
 // (B, T) float32, contiguous.
 struct SpreadResults {
@@ -31,7 +31,7 @@ struct Arguments {
     Matrix out;             // loss, gradient; data null: none
 };
 
-// One row as a thread sees it: vectors of the aligned body, edges, or single elements at a stride.
+// A thread's view of one row: vectors of the aligned body, edges, or single strided elements.
 template <class Element, bool Softcap>
 struct RowView {
     using Stored = typename Element::Stored;
@@ -58,7 +58,7 @@ struct RowView {
     __device__ const char* body() const { return reinterpret_cast<const char*>(x) + parts.head_bytes; }
     __device__ uint4 vector(std::int64_t i) const { return reinterpret_cast<const uint4*>(body())[i]; }
     __device__ std::int64_t vectors() const { return parts.body_bytes / kVectorBytes; }
-    // The element of this thread among the row's edges, -1 for none.
+    // This thread's element among the row's edges, -1 if it has none.
     __device__ std::int64_t edge() const {
         const std::int64_t byte = threadIdx.x < kLanes ? parts.edge_of(threadIdx.x, sizeof(Stored)) : -1;
         return byte < 0 ? -1 : byte / std::int64_t(sizeof(Stored));
@@ -185,7 +185,7 @@ __device__ void clear(const Rows& rows, const Matrix& out, const TokenPlace& at,
         Element::store(row + v * out.vocab_stride, 0.0f);
 }
 
-// Everything about a row's gradient but its statistics. y_token: read before the logits may be overwritten.
+// The gradient parameters of a row, besides its statistics. y_token: read before the logits may be overwritten.
 template <class Element, bool Softcap>
 __device__ void write_gradient(const Rows& rows, const Matrix& out, const TokenPlace& at,
                                const RowView<Element, Softcap>& view, const RowStats& stats, float a, float b,
@@ -201,7 +201,7 @@ __device__ void write_gradient(const Rows& rows, const Matrix& out, const TokenP
     }
 }
 
-// The token of a row, -1 where it is invalid.
+// The token of a row, -1 if it is invalid.
 __device__ inline std::int64_t token_of(const Rows& rows, const TokenPlace& at) {
     const std::int64_t token = rows.tokens.at(at.b, at.t);
     return token >= 0 && token < rows.vocab_size ? token : -1;
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kMostThreads) loss_kernel(const __grid_constan
             write_gradient<Element, Softcap>(rows, args.out, at, view, stats, terms.weight * loss.d_log_prob,
                                              terms.weight * loss.d_entropy, token, y_token);
         }
-        __syncthreads();  // the block's shared parts are free for the next row
+        __syncthreads();  // the block's shared memory is free for the next row
     }
     publish_sums(sums, args.results.workspace, args.results.ticket, blockIdx.x, gridDim.x, args.results.sums,
                  args.results.loss);

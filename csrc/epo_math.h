@@ -1,5 +1,5 @@
-// The maths of epo_kernels/reference.py, once, for every native kernel: CPU and CUDA kernels are loops and data movement
-// around the functions of this file. Names and conventions (ties, clamps, NaN, skipped terms) are reference.py's.
+// The maths of epo_kernels/reference.py for every native kernel: CPU and CUDA kernels are loops and data movement
+// around the functions of this file. Names and conventions (ties, clamps, NaN, skipped terms) follow reference.py.
 //
 //   z = outer * y,  y = ±x or tanh(inner * x),  outer >= 0               (x raw logit, Transform below)
 //   t = outer * (y - m),  m = max y;  s = Σ e^t,  u = Σ t e^t
@@ -14,16 +14,16 @@
 #define EPO_FN __host__ __device__ __forceinline__
 #define EPO_UNROLL _Pragma("unroll")
 #else
-#define EPO_FN inline __attribute__((always_inline))  // and so never a symbol of its own: see cpu_sweeps.h
+#define EPO_FN inline __attribute__((always_inline))  // so that it never becomes a symbol: see cpu_sweeps.h
 #define EPO_UNROLL
 #endif
 
-// Enums, Coefficients and the places of the sums; needs EPO_FN.
+// Enums, Coefficients and the indices of the sums; needs EPO_FN.
 #include "declaration.h"
 
 namespace epo {
 
-// e^-200 is 0 in float32. Exponents are kept above it, so that e^x x is 0 and not NaN where p_v = 0.
+// e^-200 is 0 in float32. Exponents are clamped above it, so that e^x x is 0 instead of NaN where p_v = 0.
 constexpr float kLowestExponent = -200.0f;
 constexpr float kLogRatioLimit = 20.0f;
 constexpr float kK3Limit = 10.0f;
@@ -32,8 +32,8 @@ constexpr float kDppoEpsilon = 1e-8f;
 // ---------------------------------------------------------------------------------------------------------------------
 // Logits
 
-// y = inner * x without softcap (inner is the sign of the scale), tanh(inner * x) with it; z = outer * y. The maximum is
-// taken of y, before anything is rounded: an offset that the logits' dtype represents exactly changes no bit.
+// y = inner * x without softcap (inner is the sign of the scale), tanh(inner * x) with it; z = outer * y. The maximum
+// is that of y, before any rounding: an offset that the logits' dtype represents exactly changes no bit.
 struct Transform {
     float inner, outer;
     float slope;  // dz/dx at x = 0: scale / temperature
@@ -51,7 +51,7 @@ EPO_FN float above_lowest(float x) { return x < kLowestExponent ? kLowestExponen
 // ---------------------------------------------------------------------------------------------------------------------
 // Statistics
 
-// Part of a row: m, s, u. Nothing yet: (-inf, 0, 0).
+// Moments of a part of a row: m, s, u. Empty: (-inf, 0, 0).
 template <class Real>
 struct Moments {
     float m;
@@ -63,7 +63,7 @@ EPO_FN Moments<Real> no_moments() {
     return {-INFINITY, Real(0), Real(0)};
 }
 
-// The same sums about another maximum. A part wholly -inf adds 0 to any other; NaN is kept in s.
+// The same sums relative to another maximum. A part that is entirely -inf adds 0 to any other; NaN stays in s.
 template <class Real>
 EPO_FN Moments<Real> about(const Moments<Real>& part, float m, float outer) {
     if (part.m == m) return part;
@@ -72,7 +72,7 @@ EPO_FN Moments<Real> about(const Moments<Real>& part, float m, float outer) {
     return {m, part.s * decay, (part.u + Real(shift) * part.s) * decay};
 }
 
-// Statistics of a whole row. No part of a row wholly -inf, or with NaN or +inf, has a number for a log-prob or entropy.
+// Statistics of a whole row. If the row is entirely -inf, or has NaN or +inf, log-prob and entropy are NaN.
 struct RowStats {
     float log_prob, entropy, m, s;
 };
@@ -101,19 +101,19 @@ EPO_FN Spread<Real> normalized(const Spread<Real>& sums, Real s) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradient of a row's logits
 
-// ∂ℓ/∂x_v = e^t * (constant + linear * t), with softcap times 1 - y²; token_gradient is that of the token's own logit.
+// ∂ℓ/∂x_v = e^t * (constant + linear * t), with softcap times 1 - y²; token_gradient is for the token's own logit.
 struct GradientLine {
     float constant, linear;
 };
 
-// a, b: ∂ℓ/∂logp and ∂ℓ/∂H, with every factor folded in. b = 0 makes no use of the entropy.
+// a, b: ∂ℓ/∂logp and ∂ℓ/∂H, with every factor included. If b = 0, the entropy is unused.
 EPO_FN GradientLine gradient_line(float a, float b, const RowStats& row, const Transform& transform) {
     const float scale = -transform.slope / row.s;
     const float about_entropy = b == 0.0f ? 0.0f : b * (row.entropy - logf(row.s));
     return {scale * (a + about_entropy), scale * b};
 }
 
-// The gradient of the sampled token's own logit, whole: -expm1 keeps 1 - p exact where p is near 1.
+// The complete gradient of the sampled token's logit: -expm1 keeps 1 - p accurate for p near 1.
 EPO_FN float token_gradient(float a, float b, const RowStats& row, const Transform& transform) {
     const float bonus = b == 0.0f ? 0.0f : b * expf(row.log_prob) * (above_lowest(row.log_prob) + row.entropy);
     return transform.slope * (-a * expm1f(row.log_prob) - bonus);
@@ -122,20 +122,20 @@ EPO_FN float token_gradient(float a, float b, const RowStats& row, const Transfo
 // ---------------------------------------------------------------------------------------------------------------------
 // The loss of a token
 
-// What a launch computes, the same for all its tokens.
+// The parameters of a launch, common to all its tokens.
 struct Choices {
     PolicyLoss policy_loss;
     Penalty penalty;
     KlType kl_type;
 };
 
-// What a token brings along. Absent: on_policy, has_ref, has_band say so; is_weight is 1.
+// The inputs of one token. Absent ones are indicated by on_policy, has_ref and has_band; is_weight is then 1.
 struct TokenTerms {
     float weight, advantage, old_log_prob, ref_log_prob, is_weight, lower, upper;
     bool on_policy, has_ref, has_band;
 };
 
-// The policy loss of a token and its derivative in the log-prob, before is_weight; and what is logged of it.
+// The policy loss of a token and its derivative by the log-prob, before is_weight; and its logged values.
 struct PolicyValue {
     float pg, derivative;
     float ratio, log_ratio;
@@ -143,21 +143,21 @@ struct PolicyValue {
 };
 
 struct TokenLoss {
-    float total, pg, kl, penalty;  // pg: with is_weight
+    float total, pg, kl, penalty;  // pg: including is_weight
     float d_log_prob, d_entropy;   // of total, before the token's weight
     PolicyValue policy;
     bool below, above;
-    bool invalid;  // its band is: the loss is NaN
+    bool invalid;  // the token's band is invalid: the loss is NaN
 };
 
 EPO_FN float clamp_keeping_nan(float x, float low, float high) { return x < low ? low : (x > high ? high : x); }
 
-// Ties, bounds and NaN: reference.py. `saturated`: the ratio is clamped, and has no derivative.
+// Ties, bounds and NaN: reference.py. `saturated`: the ratio is clamped, so its derivative is 0.
 EPO_FN void ppo(PolicyValue& policy, float advantage, const Coefficients& c, bool saturated) {
     const float unclipped = -advantage * policy.ratio;
     const float bounded =
         -advantage * clamp_keeping_nan(policy.ratio, 1.0f - c.clip_ratio_low, 1.0f + c.clip_ratio_high);
-    // Strict comparisons: at a tie the whole gradient is the unclipped ratio's.
+    // Strict comparisons: at a tie the whole gradient is that of the unclipped ratio.
     policy.clipped = bounded > unclipped;
     policy.pg = policy.clipped ? bounded : unclipped;
     const float ceiling = -advantage * c.clip_ratio_c;
@@ -203,7 +203,7 @@ EPO_FN void dppo(PolicyValue& policy, float log_prob, float advantage, const Coe
     policy.clipped = outside;
     policy.dual_clipped = !outside && bounded < policy.ratio;
     policy.derivative = outside ? 0.0f : -bounded * advantage;
-    policy.pg = outside ? 0.0f * advantage : policy.derivative * log_prob;  // NaN stays NaN outside too
+    policy.pg = outside ? 0.0f * advantage : policy.derivative * log_prob;  // NaN stays NaN outside as well
 }
 
 EPO_FN PolicyValue policy_loss(float log_prob, const TokenTerms& token, const Coefficients& c, PolicyLoss which) {
@@ -243,7 +243,7 @@ EPO_FN KlValue kl_penalty(float log_prob, float ref_log_prob, KlType type) {
     const float exponent = clamp_keeping_nan(-difference, -kLogRatioLimit, kLogRatioLimit);
     const float growth = expm1f(exponent);
     const float value = growth - exponent;
-    const bool flat = exponent != -difference || value > kK3Limit;  // clamped; NaN isn't flat
+    const bool flat = exponent != -difference || value > kK3Limit;  // clamped; false for NaN
     return {clamp_keeping_nan(value, -kK3Limit, kK3Limit), flat && value == value ? 0.0f : -growth};
 }
 
@@ -255,7 +255,7 @@ struct BandValue {
 EPO_FN BandValue band_penalty(float entropy, float lower, float upper, const Coefficients& c, Penalty penalty) {
     const float alpha = c.penalty_alpha;
     BandValue band{0.0f, 0.0f, 1.0f, entropy < lower, entropy > upper, !(lower <= upper)};
-    const bool outside = !(lower < entropy && entropy < upper);  // at the very bounds too
+    const bool outside = !(lower < entropy && entropy < upper);  // includes the bounds
     if (penalty == Penalty::gate) band.gate = outside ? alpha : 1.0f;
     if (penalty == Penalty::indicator) band.penalty = outside ? alpha : 0.0f;
     const float under = band.below ? lower - entropy : 0.0f;
@@ -303,7 +303,7 @@ EPO_FN TokenLoss token_loss(float log_prob, float entropy, const TokenTerms& tok
         }
     }
     if (band.invalid) loss.total = NAN;
-    if (loss.total != loss.total) loss.d_log_prob = loss.total;  // NaN: the whole row's gradient is
+    if (loss.total != loss.total) loss.d_log_prob = loss.total;  // NaN makes the whole row's gradient NaN
     return loss;
 }
 

@@ -1,7 +1,7 @@
-"""Writes declaration.h, what epo_kernels/declaration.py says in C++: `python generate.py declaration.py declaration.h`.
+"""Generates declaration.h from epo_kernels/declaration.py: `python generate.py declaration.py declaration.h`.
 
 CMake runs it at every configuration, and again when the declaration changes. The header is rewritten only if its text
-changes, so that nothing is compiled again without need.
+changes, to avoid unnecessary recompilation.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def coefficients(names: tuple[str, ...]) -> str:
 
 
 def sums(names: tuple[str, ...]) -> str:
-    """The place of each sum among those of a launch."""
+    """The index of each sum of a launch."""
     places = "".join(f"        {name},\n" for name in names)
     return f"constexpr int kNumSums = {len(names)};\n\nstruct RowSums {{\n    enum : int {{\n{places}    }};\n}};\n"
 
 
 def names_of(declared: dict[str, tuple[str, ...]]) -> str:
-    """Every name as a string: k<Key>Names, and a macro that calls another with each key."""
+    """Every name as a string: k<Key>Names, and a macro that applies another to each key."""
     lists = []
     for key, names in declared.items():
         lines = "".join(f'    "{name}",\n' for name in names)

@@ -1,5 +1,5 @@
-// The arguments of a call: numbers and strided arrays of somebody else's memory, mirrors of Rows, Terms, RowStatistics
-// and RowLoss in epo_kernels/fused/rows.py. Strides count elements. Whoever fills these has checked them.
+// The arguments of a call: numbers and non-owning strided arrays, mirroring Rows, Terms, RowStatistics and RowLoss in
+// epo_kernels/fused/rows.py. Strides count elements. The caller has validated them.
 #pragma once
 
 #include "epo_math.h"
@@ -10,7 +10,7 @@ enum class DType : int { float32, float16, bfloat16 };
 
 constexpr int size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-// One value a token, (B, T); null: not given.
+// One value per token, (B, T); null: not given.
 template <class T>
 struct PerToken {
     T* data = nullptr;
@@ -48,9 +48,9 @@ struct Terms {
     Choices choices;
 };
 
-// (B, T) float32, contiguous; entropy may be null. maximum is of y, and the sum is kept and not its logarithm, whose
-// rounding every p would share. The gradient takes them as they are, also those of a row of which it sees only a part:
-// then the token may lie out of [0, vocab_size). A log-prob of NaN makes the whole row's gradient NaN.
+// (B, T) float32, contiguous; entropy may be null. maximum is that of y. The sum is stored instead of its logarithm,
+// whose rounding error every p would share. The gradient also accepts statistics of a row of which it sees only a part:
+// the token may then be outside [0, vocab_size). A NaN log-prob makes the whole row's gradient NaN.
 struct Statistics {
     float *log_probs, *entropy, *maximum, *sum;
 };

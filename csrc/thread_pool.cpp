@@ -26,7 +26,7 @@ struct Job {
 
 class ThreadPool {
 public:
-    // False where the threads are busy.
+    // False if the threads are busy.
     bool run(Job& job, int threads) {
         std::unique_lock<std::mutex> turn(one_caller_, std::try_to_lock);
         if (!turn) return false;
@@ -39,7 +39,7 @@ public:
         }
         wake_.notify_all();
         job.work();
-        // No work is left to start: whoever hasn't begun by now isn't waited for.
+        // All tasks have been started, so helpers that have not begun are not awaited.
         std::unique_lock<std::mutex> lock(mutex_);
         wanted_ = 0;
         idle_.wait(lock, [this] { return running_ == 0; });
@@ -53,7 +53,7 @@ private:
             try {
                 std::thread([this] { serve(); }).detach();
             } catch (const std::system_error&) {
-                break;  // the system gives no more threads: those there are do the work
+                break;  // the system allows no more threads: continue with the existing ones
             }
             ++workers_;
         }
@@ -77,12 +77,12 @@ private:
     std::mutex one_caller_, mutex_;
     std::condition_variable wake_, idle_;
     Job* job_ = nullptr;
-    int wanted_ = 0, running_ = 0;  // under mutex_: helpers still to begin, helpers at work
-    int workers_ = 0;               // under one_caller_
+    int wanted_ = 0, running_ = 0;  // guarded by mutex_: helpers still to begin, helpers at work
+    int workers_ = 0;               // guarded by one_caller_
 };
 
-// Never deleted: its threads sleep on it until the process ends. A forked child has none of them, and locks in an unknown
-// state, so it forgets the pool.
+// Never deleted: its threads wait on it until the process ends. A forked child has none of them, and its locks are in
+// an unknown state, so it abandons the pool.
 std::atomic<ThreadPool*> current_pool{nullptr};
 
 ThreadPool& pool() {

@@ -1,7 +1,7 @@
-// What the CUDA kernels do with the numbers of a row, and how they share them out: host code too, so that a test can
-// walk the same tree of groups, lanes, warps and blocks without a GPU.
+// The arithmetic of the CUDA kernels on a row, and its distribution over threads. It is also host code, so that a test
+// can walk the same tree of groups, lanes, warps and blocks without a GPU.
 //
-// Exponents are in base 2, because a GPU's exponential is: t2 = outer2 * (y - m), outer2 = outer * log2(e).
+// Exponents are in base 2, like the GPU's exponential: t2 = outer2 * (y - m), outer2 = outer * log2(e).
 #pragma once
 
 #include "epo_math.h"
@@ -28,7 +28,7 @@ EPO_FN float fast_exp2(float x) {
 using Moments2 = Moments<float>;
 using Spread2 = Spread<float>;
 
-// The sums about another maximum. -inf against -inf keeps its zeros, and NaN in s stays.
+// The sums relative to another maximum. -inf against -inf keeps its zeros, and NaN in s stays.
 EPO_FN Moments2 about2(const Moments2& part, float m, float outer2) {
     const float shift = part.m == m ? 0.0f : fmaxf((part.m - m) * outer2, kLowestExponent2);
     const float decay = fast_exp2(shift);
@@ -41,8 +41,8 @@ EPO_FN Moments2 merge2(const Moments2& a, const Moments2& b, float outer2) {
     return {m, left.s + right.s, left.u + right.u};
 }
 
-// Adds N values to a thread's moments: their maximum first, then their exponentials, one rescaling for all of them.
-// Values wholly -inf add 0. NaN, which no maximum sees, ends up in s.
+// Adds N values to a thread's moments: first their maximum, then their exponentials, with one rescaling for all of
+// them. Values that are all -inf add 0. NaN, which a maximum ignores, ends up in s.
 template <int N>
 EPO_FN void add_group(Moments2& run, const float (&y)[N], float outer2) {
     float m = run.m;
@@ -91,7 +91,8 @@ EPO_FN float logit_gradient2(float y, float outer2, float m, const GradientLine&
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A row in tiles, for the ring kernel: [head | tiles of whole 16-byte vectors | tail]. Head and tail are the fewer than
-// 16 bytes on either side that no bulk copy may touch. Tiles go round the warps of all blocks of a cluster.
+// 16 bytes on either side that bulk copies cannot access. Tiles are dealt round-robin to the warps of a cluster's
+// blocks.
 
 constexpr int kVectorBytes = 16;
 
@@ -103,7 +104,7 @@ struct RowTiles {
 
     std::int64_t head_bytes, body_bytes, tail_bytes;
 
-    // address: where the row starts; only its alignment counts.
+    // address: start of the row; only its alignment matters.
     EPO_FN RowTiles(std::uint64_t address, std::int64_t row_bytes) {
         const std::int64_t off = static_cast<std::int64_t>((kVectorBytes - address % kVectorBytes) % kVectorBytes);
         head_bytes = off < row_bytes ? off : row_bytes;
@@ -112,11 +113,11 @@ struct RowTiles {
     }
 
     EPO_FN int count() const { return static_cast<int>((body_bytes + TileBytes - 1) / TileBytes); }
-    // Tiles go to the warps in turn: a warp's first one, and how many further on its next is.
+    // Tiles are dealt to the warps in turn: a warp's first tile, and the distance to its next one.
     EPO_FN static int first(int rank, int warp) { return rank * Warps + warp; }
     EPO_FN static int stride(int ranks) { return ranks * Warps; }
-    // Edges belong to the first warp of the first block: the head to lanes 0 to 7, the tail to lanes 8 to 15. The byte of
-    // the row where the lane's element starts, -1 where it has none.
+    // Edges belong to the first warp of the first block: the head to lanes 0 to 7, the tail to lanes 8 to 15. Returns
+    // the byte offset of the lane's element in the row, -1 if it has none.
     EPO_FN std::int64_t edge_of(int lane, int element_bytes) const {
         const std::int64_t in_head = std::int64_t(lane) * element_bytes;
         if (lane < 8) return in_head < head_bytes ? in_head : -1;
@@ -125,8 +126,8 @@ struct RowTiles {
     }
 };
 
-// A walk over one warp's tiles of a row: bytes from the row's start to the tile it stands at, from there to the end of
-// the body, and to the warp's next tile. At the end `left` is 0 or less.
+// A walk over one warp's tiles of a row: bytes from the row's start to the current tile, from there to the end of the
+// body, and to the warp's next tile. At the end `left` is 0 or less.
 template <class Tiles>
 struct TilePart {
     int offset, left, stride;
@@ -145,14 +146,14 @@ struct TilePart {
     }
 };
 
-// The ring's own sizes; cuda_ring.cuh says what speaks for them.
+// The ring's sizes; the reasons are in cuda_ring.cuh.
 constexpr int kRingWarps = 8;
 constexpr int kRingTileBytes = 2048;
 constexpr int kMostRanks = 8;
 using RingTiles = RowTiles<kRingWarps, kRingTileBytes>;
 
-// The fewest blocks of a cluster whose warps hold a row in their slots and keep kSpareSlots for the next row's first
-// tiles; 0 where no cluster does.
+// The smallest cluster whose warps hold a row in their slots and keep kSpareSlots for the next row's first tiles; 0 if
+// there is none.
 constexpr int kSpareSlots = 3;
 template <class Tiles>
 inline int ranks_for(std::int64_t row_bytes, int slots) {

@@ -1,12 +1,12 @@
-// Vectors of float32 for cpu_sweeps.cpp, in the compiler's own vector types (GCC, Clang): one text for every width.
-// Everything has internal linkage, because it is compiled with different instruction sets into one library.
+// Vectors of float32 for cpu_sweeps.cpp, with the compiler's vector extensions (GCC, Clang): one source for every
+// width. Everything has internal linkage, because it is compiled with different instruction sets into one library.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 warns of its own header, wherever an intrinsic leaves lanes undefined on purpose.
+// GCC 12 warns about its own header if an intrinsic leaves lanes undefined on purpose.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -40,7 +40,7 @@ inline To bits(From from) {
     return to;
 }
 
-// The larger; b where either is NaN. One instruction, where the compiler makes two of the expression.
+// The larger; b if either is NaN. One instruction, whereas the compiler generates two for the expression.
 inline Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)
     return bits<Floats>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
@@ -51,8 +51,8 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// e^x to about 1 ulp; 0 from -104 down at the latest, and what lies between there and -87.3, where float32 has no normal
-// numbers left, may be 0 too; NaN stays NaN. x <= 88.
+// e^x to about 1 ulp. It is 0 below -104; between there and -87.3, where float32 has only subnormal numbers, it may be
+// 0 too. NaN stays NaN. x <= 88.
 inline Floats exp(Floats x) {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
     const Floats shifted = x * 1.44269504f + kMagic;
@@ -90,7 +90,7 @@ inline Floats tanh(Floats x) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Elements in memory: load() and store() of kWidth of them, and stream() of kWidth past the caches.
+// Elements in memory: load() and store() of kWidth of them, and stream(), a streaming store of kWidth.
 
 template <class T>
 inline T read(const void* address) {
@@ -104,7 +104,7 @@ inline void write(void* address, T value) {
     std::memcpy(address, &value, sizeof value);
 }
 
-// Past the caches; the address is aligned to the vector.
+// Streaming store; the address must be aligned to the vector.
 template <class T>
 inline void write_past(void* address, T value) {
 #if defined(__AVX512F__)
@@ -117,7 +117,7 @@ inline void write_past(void* address, T value) {
     write(address, value);
 }
 
-// Between 16 and 32 bits; the compiler's own conversion takes twice the instructions.
+// Between 16 and 32 bits; the compiler's own conversion takes twice as many instructions.
 inline Words widen(Halves x) {
 #if defined(__AVX512F__)
     return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(x)));
@@ -184,8 +184,8 @@ struct Float16 {
     static Floats load(const void* x) {
         const Words half = widen(read<Halves>(x));
         const Words sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
-        // Exponent and mantissa in float32's places are the number over 2^112: one product makes it exact, for
-        // subnormal numbers too.
+        // With exponent and mantissa at float32's positions, the value is the number divided by 2^112; one product
+        // makes it exact, also for subnormal numbers.
         const Floats finite = bits<Floats>(magnitude << 13) * 5.192296858534828e33f;
         const Words infinite = (magnitude << 13) | 0x7f800000u;
         return bits<Floats>((magnitude >= 0x7c00u ? infinite : bits<Words>(finite)) | sign);

@@ -1,4 +1,4 @@
-"""Draws the picture and writes the tables of entropy_control.md, from the library's own gradients.
+"""Draws the figure and writes the tables of entropy_control.md, from the library's own gradients.
 
 python docs/entropy_control.py
 """
@@ -17,11 +17,11 @@ PAGE = Path(__file__).with_suffix(".md")
 PICTURE = PAGE.with_suffix(".png")
 
 MEAN = 1.0  # H̄ of the history, in nats
-LOW, HIGH = 0.5, 2.0  # the band, as shares of it
+LOW, HIGH = 0.5, 2.0  # the band, relative to the mean
 VOCABULARY = 64  # log 64 = 4.16 nats at most
-STARTS, STEPS, RATE = (0.2, 3.0), 1000, 0.05  # of the tokens that a control moves alone
+STARTS, STEPS, RATE = (0.2, 3.0), 1000, 0.05  # for tokens trained by a control alone
 
-# λ is 1 throughout, so that a push is in units of it. The paper's β is 2 at its first step.
+# λ is 1 throughout, so that the push is in units of λ. The paper's β is 2 at its first step.
 _BONUS = ek.EPOConfig(entropy_coeff=1.0)
 CONTROLS = {
     "none": (_BONUS, 1.0),
@@ -34,7 +34,7 @@ CONTROLS = {
 
 
 def pushes(entropies: Tensor, cfg: ek.EPOConfig, phase_weight: float, low: float = LOW) -> Tensor:
-    """-∂loss/∂H of each entropy (N,) by itself, in units of λ: above 0 the update raises it."""
+    """-∂loss/∂H of each entropy (N,) separately, in units of λ: if positive, the update raises it."""
     entropy = entropies[:, None].clone().requires_grad_()
     nothing = torch.zeros_like(entropies[:, None])
     lower, upper = torch.full_like(nothing, low * MEAN), torch.full_like(nothing, HIGH * MEAN)
@@ -55,7 +55,7 @@ def pushes(entropies: Tensor, cfg: ek.EPOConfig, phase_weight: float, low: float
 
 @functools.cache
 def courses(cfg: ek.EPOConfig, phase_weight: float) -> Tensor:
-    """(STEPS, starts) entropies of tokens that the control alone moves, by gradient descent on their logits."""
+    """(STEPS, starts) entropies of tokens trained by the control alone, by gradient descent on their logits."""
     logits = torch.stack([logits_of_entropy(start) for start in STARTS])[:, None].requires_grad_()
     lower, upper = torch.full((len(STARTS), 1), LOW * MEAN), torch.full((len(STARTS), 1), HIGH * MEAN)
     entropies = []
@@ -79,7 +79,7 @@ def courses(cfg: ek.EPOConfig, phase_weight: float) -> Tensor:
 
 
 def logits_of_entropy(entropy: float) -> Tensor:
-    """Logits (VOCABULARY,) of that entropy: one token stands out, by as much as bisection finds."""
+    """Logits (VOCABULARY,) with that entropy: one token stands out, by an amount found by bisection."""
     shape = torch.zeros(VOCABULARY)
     shape[0] = 1.0
     low, high = 0.0, 50.0
@@ -97,7 +97,7 @@ def push_table() -> str:
 
 
 def rest_table() -> str:
-    """How long a token takes from below up to the band, and where one ends that begins above."""
+    """The steps from below up to the band, and the final entropy of a token that starts above."""
     rows = []
     for control in CONTROLS.values():
         up, down = courses(*control).unbind(dim=1)
@@ -106,7 +106,7 @@ def rest_table() -> str:
 
 
 def scope_table() -> str:
-    """A turn whose mean lies on the history's, token by token."""
+    """A turn whose mean equals the history's, token by token."""
     entropy = torch.tensor([[0.0, 0.1, 0.3, 3.6]])
     rows = []
     for scope in ("token", "segment"):
@@ -135,7 +135,7 @@ TABLES = {"push": push_table, "rest": rest_table, "scope": scope_table, "phase":
 
 
 def written(page: str) -> str:
-    """The page with its tables made anew."""
+    """The page with its tables regenerated."""
     for name, make in TABLES.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         page = re.sub(f"{begin}.*?{end}", lambda _, m=make, b=begin, e=end: f"{b}\n{m()}\n{e}", page, flags=re.DOTALL)
@@ -143,7 +143,7 @@ def written(page: str) -> str:
 
 
 def draw(path: Path) -> None:
-    """Left: the push over the entropy. Right: where each control alone takes a token."""
+    """Left: the push as a function of the entropy. Right: the entropy of a token trained by each control alone."""
     import matplotlib
 
     matplotlib.use("agg")

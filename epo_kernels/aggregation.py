@@ -1,14 +1,14 @@
-"""Token weights by aggregation mode. The only place that knows the modes.
+"""Token weights for each aggregation mode. No other module interprets the modes.
 
-loss = Σ_i w_i ℓ_i, so kernels need nothing but w:
+loss = Σ_i w_i ℓ_i, so kernels need only w:
 
     token-mean                m / N                 N    = number of counted tokens
     seq-mean-token-sum        m / B                 B    = number of sequences with at least one counted token
     seq-mean-token-mean       m / (B n_s)           n_s  = number of counted tokens of the sequence
     seq-mean-token-sum-norm   m / (B max_length)
 
-`normalizer` takes the place of N or B; verl's "token-sum" is token-mean with normalizer 1. (Names and meaning: verl
-0.9, `agg_loss`.)
+`normalizer` replaces N or B; verl's "token-sum" is token-mean with normalizer 1. Names and definitions follow verl 0.9
+(`agg_loss`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from epo_kernels.inputs import Aggregation
 
 
 def sequence_lengths(mask: Tensor, sequence_ids: Tensor | None, num_sequences: int) -> Tensor:
-    """Counted tokens of each sequence, int64 (num_sequences,).
-
+    """Number of counted tokens per sequence, int64 (num_sequences,).
     Args:
         mask: (B, T) bool.
-        sequence_ids: (B, T) int64 for packed batches; None where a row is a sequence.
+        sequence_ids: (B, T) int64 for packed batches; None if each row is one sequence.
         num_sequences: B, or the number of packed sequences.
     """
     if sequence_ids is None:
@@ -36,20 +35,20 @@ def sequence_lengths(mask: Tensor, sequence_ids: Tensor | None, num_sequences: i
 def token_weights(
     mask: Tensor, aggregation: Aggregation, lengths: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Weights w of the tokens, (B, T) of `dtype`; exactly 0 where the mask is 0, also when no token counts.
+    """Token weights w, (B, T) of `dtype`; exactly 0 where the mask is 0, even if no token counts.
 
     Args:
         mask: (B, T) bool.
-        aggregation: the mode, and what it needs.
-        lengths: (num_sequences,) counted tokens of each sequence.
-        dtype: of the weights.
+        aggregation: the mode and its parameters.
+        lengths: (num_sequences,) counted tokens per sequence.
+        dtype: dtype of the weights.
     """
     mode, normalizer = aggregation.loss_agg_mode, aggregation.normalizer
     if normalizer is None:
         denominator = (lengths if mode == "token-mean" else lengths > 0).sum().clamp(min=1).to(dtype)
     elif isinstance(normalizer, Tensor):
         denominator = normalizer.to(mask.device, dtype)
-    else:  # full, because as_tensor makes a number a constant of the compiled graph
+    else:  # torch.full, because as_tensor would bake the number into the compiled graph
         denominator = torch.full((), normalizer, dtype=dtype, device=mask.device)
     if mode == "seq-mean-token-mean":
         ids, per_sequence = aggregation.sequence_ids, lengths.clamp(min=1).to(dtype)

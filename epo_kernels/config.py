@@ -1,4 +1,4 @@
-"""The settings of the loss: one frozen dataclass that checks itself."""
+"""The settings of the loss: one frozen dataclass that validates itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RatioScope = Literal["token", "sequence", "segment"]
 RatioGradient = Literal["token", "sequence"]
 Divergence = Literal["tv", "kl"]
 
-# The scopes that a policy loss can take its ratio over; the first is the default.
+# The ratio scopes that each policy loss supports; the first is the default.
 _RATIO_SCOPES: dict[PolicyLossName, tuple[RatioScope, ...]] = {
     "ppo": ("token",),
     "cispo": ("token", "sequence", "segment"),
@@ -26,7 +26,7 @@ _RATIO_SCOPES: dict[PolicyLossName, tuple[RatioScope, ...]] = {
     "gmpo": ("sequence", "segment"),
 }
 
-# The range in which float32 keeps its whole precision: outside, a number or its reciprocal is 0 or inf.
+# The range in which float32 has full precision; outside it, a number or its reciprocal becomes 0 or inf.
 FLOAT32_SMALLEST, FLOAT32_LARGEST = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 
 # The published settings of each environment (arXiv 2509.22576 and the launch lines of its repository).
@@ -35,7 +35,7 @@ _PAPER_ALPHA = {"scienceworld": 0.05, "alfworld": 0.1}
 
 @dataclass(frozen=True)
 class EPOConfig:
-    """What the loss computes. Everything that a schedule moves can be overridden per call of `epo_loss`.
+    """Settings of the loss. Everything that a schedule changes can be overridden per call of `epo_loss`.
 
     Per token, with policy loss pg, entropy H, band penalty P and phase weight β::
 
@@ -54,52 +54,52 @@ class EPOConfig:
         gmpo       -A s, the mean A and the geometric mean of the clipped ratios
 
     Attributes:
-        clip_ratio_low: ε_low, >= 0. "ppo" and "gspo" clip the ratio at 1 - ε_low, at most 1; so does "cispo", where 1
-            or more means no lower bound. For "dppo" it is the divergence allowed where A <= 0. "gmpo" clips log-ratios
-            at -ε_low.
-        clip_ratio_high: ε_high, >= 0. "ppo", "gspo" and "cispo" clip the ratio at 1 + ε_high ("cispo" takes values
-            down to -1, bounds below 1); above ε_low it is DAPO's clip-higher. For "dppo" it is the divergence allowed
-            where A > 0. "gmpo" clips log-ratios at ε_high.
-        clip_ratio_c: > 1, or None for no bound. "ppo" and "gspo": bound of the dual clip for negative advantages (arXiv
-            1912.09729). "dppo": bound of the ratio; its authors recommend 20. Other losses do not read it.
-        entropy_coeff: λ, the weight of the entropy bonus; 0 switches bonus and penalty off.
-        kl_coeff: weight of the KL to the reference policy; 0 switches it off.
-        kl_type: estimator of the KL: "k1", "k2", "k3" (verl's `low_var_kl`) or "abs" (|k1|).
-        penalty: what happens outside the entropy band. "hinge" α·distance (the paper's second version), "quadratic"
-            α·distance², "indicator" α as a constant (the published code; no gradient), "gate" (the bonus is multiplied
-            by α outside the band), or "none".
+        clip_ratio_low: ε_low, >= 0. "ppo" and "gspo" clip the ratio at 1 - ε_low and require ε_low <= 1. "cispo" clips
+            there too; 1 or more means no lower bound. For "dppo", the allowed divergence if A <= 0. "gmpo" clips
+            log-ratios at -ε_low.
+        clip_ratio_high: ε_high, >= 0. "ppo", "gspo" and "cispo" clip the ratio at 1 + ε_high ("cispo" accepts values
+            down to -1, which give an upper bound below 1). A value above ε_low is DAPO's clip-higher. For "dppo", the
+            allowed divergence if A > 0. "gmpo" clips log-ratios at ε_high.
+        clip_ratio_c: > 1, or None for no bound. "ppo" and "gspo": dual-clip bound for negative advantages (arXiv
+            1912.09729). "dppo": upper bound of the ratio; its authors recommend 20. Unused by other losses.
+        entropy_coeff: λ, the weight of the entropy bonus; 0 disables bonus and penalty.
+        kl_coeff: weight of the KL to the reference policy; 0 disables it.
+        kl_type: KL estimator: "k1", "k2", "k3" (verl's `low_var_kl`) or "abs" (|k1|).
+        penalty: penalty outside the entropy band. "hinge": α·distance (the paper's second version). "quadratic":
+            α·distance². "indicator": the constant α, without gradient (the published code). "gate": multiplies the
+            bonus by α outside the band. "none": no penalty.
         penalty_alpha: α, >= 0.
         smooth_coeff: k, the weight of the penalty inside the entropy term, >= 0.
-        band_scope: "token" holds each token's entropy against its band, "segment" the mean entropy of its segment
+        band_scope: "token" compares each token's entropy with its band, "segment" the mean entropy of its segment
             (a turn).
-        loss_agg_mode: how tokens are weighed, with verl's names.
-        temperature: the sampling temperature τ that logits are divided by, > 0.
+        loss_agg_mode: how token losses are aggregated, with verl's names.
+        temperature: sampling temperature τ that divides the logits, > 0.
         policy_loss: "ppo"; "cispo" (arXiv 2506.13585); "sapo" (arXiv 2511.20347); "reinforce" (verl's `gpg`); "dppo"
             (arXiv 2602.04879); "gspo" (arXiv 2507.18071), whose clip ranges are usually near 3e-4; "vespo" (arXiv
             2602.10693); "gmpo" (arXiv 2507.20673, verl's `geo_mean`).
-        ratio_scope: the tokens that share a ratio: "token", "sequence", or "segment" (a turn, by segment_ids). None:
-            the policy loss's own, "sequence" for "gspo", "vespo" and "gmpo", else "token". "cispo" and "sapo" take
-            all three.
-        ratio_gradient: gradient of a sequence ratio, for "gspo", and for "sapo" and the corrected KL of "cispo" with a
-            wider ratio_scope: "token" sends each token's loss to its own log-prob alone (verl), "sequence" is the
-            derivative of the mean (TRL). They agree where advantage, weight and is_weight are the same for all tokens
-            of a sequence.
-        sapo_tau_pos, sapo_tau_neg: τ of "sapo" where A > 0, and where A <= 0; > 0.
-        dppo_divergence: the trust region of "dppo": "tv" bounds the change of the token's probability, "kl" the KL
-            divergence of the two-outcome distribution (this token, any other).
+        ratio_scope: the tokens that share a ratio: "token", "sequence", or "segment" (a turn, by segment_ids). None
+            selects the default of the policy loss: "sequence" for "gspo", "vespo" and "gmpo", otherwise "token".
+            "cispo" and "sapo" support all three.
+        ratio_gradient: gradient of a sequence ratio; applies to "gspo", and with a wider ratio_scope to "sapo" and the
+            bias-corrected KL of "cispo". "token" propagates each token's loss to its own log-prob only (verl);
+            "sequence" is the derivative of the mean (TRL). They agree if advantage, weight and is_weight are constant
+            within each sequence.
+        sapo_tau_pos, sapo_tau_neg: τ of "sapo" for A > 0 and for A <= 0; > 0.
+        dppo_divergence: trust region of "dppo": "tv" bounds the change of the token's probability, "kl" the KL
+            divergence of the binary distribution (this token or any other).
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k >= 0 and λ > 0 of "vespo", with
-            φ(w) = w^k exp(λ (1 - w)), where A >= 0, and where A < 0.
-        kl_bias_correction: multiplies the KL by the ratio (of "vespo" and "gmpo": the token's own), which makes its
-            gradient unbiased off-policy (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
+            φ(w) = w^k exp(λ (1 - w)), for A >= 0 and for A < 0.
+        kl_bias_correction: multiplies the KL by the ratio (for "vespo" and "gmpo", the token's own ratio), which makes
+            its gradient unbiased off-policy (DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`).
 
     With the paper's numbers the hinge only shrinks the bonus above the band: the term in H is
-    -λ(1 - αβk)H there, which still rewards entropy while αβk < 1. A band that restores needs αβk > 1
+    -λ(1 - αβk)H there, which still rewards entropy while αβk < 1. A restoring band needs αβk > 1
     (`EPOConfig.restoring`).
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: a field is out of its range, or does not go with another; the message names it, what it must be and
-            what it is.
+        ValueError: a field is out of range or incompatible with another; the message names the field, the allowed
+            values and the value given.
     """
 
     clip_ratio_low: float = 0.2
@@ -132,8 +132,8 @@ class EPOConfig:
         self._check_range("clip_ratio_high", low=-1.0 if self.policy_loss == "cispo" else 0.0)
         if self.clip_ratio_high < -self.clip_ratio_low:
             raise ValueError(
-                f"EPOConfig.clip_ratio_high must be >= -clip_ratio_low ({-self.clip_ratio_low!r}), so that the bounds "
-                f"of the ratio do not cross, got {self.clip_ratio_high!r}; clip_ratio_low=1.0 removes the lower bound"
+                f"EPOConfig.clip_ratio_high must be >= -clip_ratio_low ({-self.clip_ratio_low!r}), otherwise the ratio "
+                f"bounds cross, got {self.clip_ratio_high!r}; clip_ratio_low=1.0 removes the lower bound"
             )
         if self.clip_ratio_c is not None:
             self._check_range("clip_ratio_c", low=1.0, open_low=True)
@@ -144,8 +144,8 @@ class EPOConfig:
         self._check_range("temperature", low=0.0, open_low=True)
         if not FLOAT32_SMALLEST <= self.temperature <= FLOAT32_LARGEST:
             raise ValueError(
-                f"EPOConfig.temperature must be between {FLOAT32_SMALLEST:.3g} and {FLOAT32_LARGEST:.3g}, by which "
-                f"float32 can divide, got {self.temperature!r}"
+                f"EPOConfig.temperature must be between {FLOAT32_SMALLEST:.3g} and {FLOAT32_LARGEST:.3g}, so that "
+                f"float32 can divide by it, got {self.temperature!r}"
             )
         self._check_choice("kl_type", get_args(KLType))
         self._check_choice("penalty", get_args(Penalty))
@@ -165,7 +165,7 @@ class EPOConfig:
             raise TypeError(f"EPOConfig.kl_bias_correction must be a bool, got {self.kl_bias_correction!r} ({kind})")
         scopes = _RATIO_SCOPES[self.policy_loss]
         if self.ratio_scope is not None and self.ratio_scope not in scopes:
-            hint = "; policy_loss='gspo' is its form with a sequence's ratio" if self.policy_loss == "ppo" else ""
+            hint = "; policy_loss='gspo' is the variant with a sequence ratio" if self.policy_loss == "ppo" else ""
             raise ValueError(
                 f"EPOConfig.ratio_scope must be None or one of {', '.join(scopes)} with "
                 f"policy_loss={self.policy_loss!r}, got {self.ratio_scope!r}{hint}"
@@ -174,19 +174,19 @@ class EPOConfig:
             self.policy_loss not in ("gspo", "sapo", "cispo") or self.is_per_token
         ):
             raise ValueError(
-                "EPOConfig.ratio_gradient must be 'token' where no gradient passes a sequence's ratio, got 'sequence' "
-                f"with policy_loss={self.policy_loss!r} and ratio_scope={self.ratio_scope!r}; use policy_loss='gspo', "
-                "or 'sapo' or 'cispo' with ratio_scope='sequence'"
+                "EPOConfig.ratio_gradient must be 'token' if no gradient flows through a sequence ratio, got "
+                f"'sequence' with policy_loss={self.policy_loss!r} and ratio_scope={self.ratio_scope!r}; use "
+                "policy_loss='gspo', or 'sapo' or 'cispo' with ratio_scope='sequence'"
             )
 
     @property
     def ratio_unit(self) -> RatioScope:
-        """`ratio_scope`, with None resolved to the default of the policy loss."""
+        """`ratio_scope`, with None resolved to the policy loss's default."""
         return _RATIO_SCOPES[self.policy_loss][0] if self.ratio_scope is None else self.ratio_scope
 
     @property
     def is_per_token(self) -> bool:
-        """Whether the policy loss of a token depends on that token alone, and on no statistic of its sequence."""
+        """Whether each token's policy loss depends only on that token, not on a statistic of its sequence."""
         return self.ratio_unit == "token"
 
     def _check_range(self, name: str, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> None:
@@ -220,10 +220,10 @@ class EPOConfig:
 
     @classmethod
     def published_code(cls, env: str = "scienceworld") -> EPOConfig:
-        """What the paper's repository computes (September 2025): a constant outside the band, so without gradient.
+        """What the paper's repository computes (September 2025): a constant penalty outside the band, without gradient.
 
-        Its launch lines hold the band against single tokens (`entropy_smooth_mask_mode "token"`). Take the phase weight
-        from `phase_weight(step, 150, "official")`: its code fixes the horizon at 150.
+        Its launch scripts compare the band with single tokens (`entropy_smooth_mask_mode "token"`). Take the phase
+        weight from `phase_weight(step, 150, "official")`: its code fixes the horizon at 150.
 
         Args:
             env: "scienceworld" or "alfworld".
@@ -232,10 +232,10 @@ class EPOConfig:
 
     @classmethod
     def restoring(cls) -> EPOConfig:
-        """A band that pushes back: αβk = 2 turns the bonus round above the band, and trebles it below (β = 1).
+        """A band that pushes entropy back: αβk = 2 reverses the bonus above the band and triples it below (β = 1).
 
-        This project's own setting, not the paper's; the band is held against a turn's mean entropy, because single
-        tokens of a healthy policy are often certain.
+        This is the project's own setting, not the paper's. The band applies to a turn's mean entropy, because single
+        tokens of a healthy policy often have near-zero entropy.
         """
         return cls(penalty="hinge", penalty_alpha=2.0, band_scope="segment")
 

@@ -1,4 +1,4 @@
-"""The entropy controller: the entropy coefficient λ, moved so that the policy's entropy meets a target."""
+"""The entropy controller: adapts the entropy coefficient λ so that the policy's entropy reaches a target."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ControllerRule = Literal["step", "pi", "boxed"]
 
 
 class EntropyController:
-    """λ for `epo_loss(..., entropy_coeff=controller.entropy_coeff)`, by the entropy of the updates so far.
+    """Adapts λ for `epo_loss(..., entropy_coeff=controller.entropy_coeff)` to the entropy measured at each update.
 
-    `entropy_coeff` is one 0-d float32 tensor for the whole run, changed in place: a compiled loss is not recompiled,
-    and nothing syncs. Call `update` once after each optimizer update. With H the mean token entropy of that update and
-    clip to [coeff_min, coeff_max], by `rule`::
+    `entropy_coeff` is a single 0-d float32 tensor for the whole run, updated in place, so a compiled loss is not
+    recompiled and nothing syncs. Call `update` once after each optimizer update. H is the mean token entropy of that
+    update, and clip is to [coeff_min, coeff_max]. By `rule`::
 
         step    c = min(c + delta, coeff_max) if H <= target else max(c - delta, coeff_min)
                 λ = c if H <= target else 0, and 0 before the first update
@@ -30,19 +30,19 @@ class EntropyController:
     Sources:
 
     - "step": Skywork-OR1 (arXiv 2505.22312) as TRL implements it (`use_adaptive_entropy`; `entropy_coef_delta`,
-      `entropy_coef_min`, `entropy_coef_max`, `entropy_target`), gate included.
+      `entropy_coef_min`, `entropy_coef_max`, `entropy_target`), including its gate.
     - "pi": EntroPIC (arXiv 2511.15248). There α = kp (H - target) + ki Σ(H - target), in [-1, 1] with kp = 1 and
-      ki = 0.01, weighs positive and negative samples; here the same controller, with its sign turned, moves λ around
-      its initial value. Chosen here: the sum includes the current error (the paper's code adds it afterwards), it is
-      limited so that c + ki I stays within the bounds (the code's winds up), and the default gains are smaller by 100
-      and 10, because λ is a smaller number than α.
-    - "boxed": AEnt (arXiv 2509.03493), with lr, the bounds and both entropies as in its code (lr 0.001,
-      [1e-5, 0.01], entropies 0.1 and 0.5). Its clamped entropy, over a part of the vocabulary, is not used.
+      ki = 0.01, weights positive and negative samples. Here the same controller, with the opposite sign, moves λ
+      around its initial value. Three choices are ours: the sum includes the current error (the paper's code adds it
+      afterwards); the integral is clamped so that c + ki I stays within the bounds (the paper's code has no
+      anti-windup); the default gains are 100 and 10 times smaller, because λ is smaller than α.
+    - "boxed": AEnt (arXiv 2509.03493), with lr, bounds and both entropies as in its code (lr 0.001,
+      [1e-5, 0.01], entropies 0.1 and 0.5). Its clamped entropy, over part of the vocabulary, is not used.
 
-    An update without tokens, or whose entropy isn't finite, changes nothing.
+    An update without tokens, or with a non-finite entropy, changes nothing.
 
     Args:
-        target: entropy in nats per token; of "boxed" the lower one.
+        target: target entropy in nats per token; for "boxed", the lower bound.
         rule: see above.
         entropy_coeff: initial coefficient, in [coeff_min, coeff_max].
         coeff_min: lower bound of the coefficient.
@@ -50,16 +50,16 @@ class EntropyController:
         delta: step size of "step", >= 0.
         kp: proportional gain of "pi", >= 0.
         ki: integral gain of "pi", >= 0.
-        target_high: upper entropy of "boxed", at least target; None: target.
+        target_high: upper bound of the entropy for "boxed", >= target; None: equal to target.
         lr: step size of "boxed", >= 0.
-        device: of `entropy_coeff`: the device of the loss.
+        device: device of `entropy_coeff`; use the device of the loss.
 
     Attributes:
-        entropy_coeff: λ, 0-d float32. Read it, never assign to it.
+        entropy_coeff: λ, 0-d float32. Read-only: do not assign to it.
 
     Raises:
-        ValueError: an argument out of its range.
-        TypeError: an argument of the wrong type.
+        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class EntropyController:
             )
         self.delta, self.lr = _number("delta", delta, low=0.0), _number("lr", lr, low=0.0)
         self.kp, self.ki = _number("kp", kp, low=0.0), _number("ki", ki, low=0.0)
-        # The coefficient before its gate, the last entropy, and the sum of the errors, in float64.
+        # The coefficient before gating, the last entropy, and the accumulated error, in float64.
         self._coeff = torch.full((), self.initial, dtype=torch.float64, device=device)
         self._entropy = torch.full((), math.inf, dtype=torch.float64, device=device)
         self._integral = torch.zeros((), dtype=torch.float64, device=device)
@@ -107,25 +107,26 @@ class EntropyController:
         mask: Tensor | None = None,
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        """Move λ by the entropy of one optimizer update. Nothing syncs where `entropy` is on the controller's device.
+        """Adapt λ to the entropy of one optimizer update. No sync if `entropy` is on the controller's device.
 
         Args:
-            entropy: the loss's metrics, added up over micro-batches (`out.metrics`); or the entropy of each token, of
-                any shape, float.
-            mask: like entropy, bool or 0/1; entropies aren't read where it is 0. None: all count. Only for a tensor.
-            group: the ranks whose tokens make the update together: sums and counts are all-reduced, so that λ is the
-                same on all of them. Metrics that are all-reduced already give the same mean again. None: this process
-                alone, with a warning where it has company.
+            entropy: the loss's metrics, summed over micro-batches (`out.metrics`); or per-token entropies, float, any
+                shape.
+            mask: shaped like entropy, bool or 0/1; entropies are not read where it is 0. None: every token counts.
+                Only valid with a tensor.
+            group: the ranks that share the update: sums and counts are all-reduced, so λ is the same on all of them.
+                Metrics that are already all-reduced give the same mean. None: this process only, with a warning if
+                there are other ranks.
 
         Raises:
-            ValueError: shapes differ, or a mask beside metrics.
-            TypeError: entropy is neither metrics nor a floating tensor.
+            ValueError: shapes differ, or a mask was given with metrics.
+            TypeError: entropy is neither `LossMetrics` nor a floating-point tensor.
         """
         sums = _sums(entropy, mask)
         if group is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             warnings.warn(
-                "EntropyController.update without a group uses this rank's entropy alone, and each rank gets a "
-                "coefficient of its own; pass group=torch.distributed.group.WORLD for one of all ranks",
+                "EntropyController.update without a group uses only this rank's entropy, so each rank gets its own "
+                "coefficient; pass group=torch.distributed.group.WORLD to share one across ranks",
                 stacklevel=2,
             )
         if group is not None:
@@ -142,7 +143,7 @@ class EntropyController:
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """The rule and three numbers, which `torch.load(weights_only=True)` reads. Settings are not part of it."""
+        """The rule and three numbers, loadable with `torch.load(weights_only=True)`. Settings are not included."""
         return {
             "rule": self.rule,
             "coeff": float(self._coeff),
@@ -151,14 +152,14 @@ class EntropyController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state; target, bounds and gains stay those of this controller.
+        """Restore a saved state; target, bounds and gains keep this controller's values.
 
         Raises:
-            ValueError: the state is of another rule.
+            ValueError: the state was saved with another rule.
         """
         if state["rule"] != self.rule:
             raise ValueError(
-                f"the saved controller has rule={state['rule']!r}, this one {self.rule!r}; build it with the saved rule"
+                f"rule must match the saved controller's {state['rule']!r}, got {self.rule!r}; build it with that rule"
             )
         self._coeff.fill_(state["coeff"])
         self._entropy.fill_(state["entropy"])
@@ -166,7 +167,7 @@ class EntropyController:
         self._apply()
 
     def _moved(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficient (before its gate) and integral after an update of that entropy."""
+        """(coefficient before gating, integral) after an update with that mean entropy."""
         if self.rule == "step":
             up = (self._coeff + self.delta).clamp(max=self.coeff_max)
             down = (self._coeff - self.delta).clamp(min=self.coeff_min)
@@ -183,7 +184,7 @@ class EntropyController:
         return free.clamp(self.coeff_min, self.coeff_max), integral
 
     def _apply(self) -> None:
-        """Bring λ to the state, in place."""
+        """Recompute λ from the state, in place."""
         gate = self._entropy <= self.target if self.rule == "step" else torch.ones_like(self._coeff, dtype=torch.bool)
         self.entropy_coeff.copy_(torch.where(gate, self._coeff, 0.0))
 
@@ -195,14 +196,14 @@ def _number(name: str, value: float, low: float = -math.inf) -> float:
 
 
 def _sums(entropy: Tensor | LossMetrics, mask: Tensor | None) -> Tensor:
-    """(2,) float64: sum and number of the entropies that count."""
+    """(2,) float64: sum and number of the counted entropies."""
     if isinstance(entropy, LossMetrics):
         if mask is not None:
-            raise ValueError("mask must be None beside metrics, which know their tokens")
+            raise ValueError("mask must be None if entropy is LossMetrics, which already count their tokens")
         return torch.stack([entropy.entropy_sum, entropy.tokens]).detach()
     if not isinstance(entropy, Tensor) or not entropy.is_floating_point():
         kind = entropy.dtype if isinstance(entropy, Tensor) else type(entropy).__name__
-        raise TypeError(f"entropy must be a floating tensor or LossMetrics, got {kind}")
+        raise TypeError(f"entropy must be a floating-point tensor or LossMetrics, got {kind}")
     counted = torch.ones_like(entropy, dtype=torch.bool)
     if mask is not None:
         if mask.shape != entropy.shape:

@@ -1,4 +1,4 @@
-"""The defaults of the entropy band, which the driver, TRL and verl share."""
+"""The defaults of the entropy band, shared by the driver, TRL and verl."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from epo_kernels.history import HistoryScope, HistoryWeighting
 
 @dataclass(frozen=True)
 class BandDefaults:
-    """What EPO means where a trainer is switched to it without further settings: the paper's second version.
+    """The default band when a trainer enables EPO without further settings: the paper's second version.
 
     arXiv 2509.22576v2: a hinge around the mean entropy of earlier steps, with the phase schedule. `penalty="none"`
-    leaves the plain entropy bonus. `EPOConfig` itself has no penalty by default, because the band also needs a history.
+    leaves the plain entropy bonus. `EPOConfig` itself defaults to no penalty, because the band also needs a history.
 
     Attributes:
         entropy_coeff: λ, the weight of entropy bonus and penalty.
-        penalty: see `EPOConfig`, as for the next three.
-        penalty_alpha: α; the paper's is 0.1 on ALFWorld and 0.05 on ScienceWorld.
+        penalty: see `EPOConfig`, also for the next three.
+        penalty_alpha: α; the paper uses 0.1 on ALFWorld and 0.05 on ScienceWorld.
         smooth_coeff: k.
         band_scope: "token" or "segment".
         band_low: κ_l, the lower bound as a multiple of the historical mean entropy.
         band_high: κ_r, the upper bound.
-        history_scope: see `EntropyHistory`, as for the next two.
+        history_scope: see `EntropyHistory`, also for the next two.
         history_weighting: "step": the paper's mean over steps.
         history_window: number of steps; None for all.
-        history_includes_current: False: the band of a step knows earlier steps only.
+        history_includes_current: False: a step's band uses earlier steps only.
         phase_schedule: see `phase_weight`.
-        phase_horizon: steps that the schedule spans; None for the whole training.
+        phase_horizon: number of steps the schedule spans; None for the whole training run.
     """
 
     entropy_coeff: float = EPOConfig.entropy_coeff

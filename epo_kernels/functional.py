@@ -1,4 +1,4 @@
-"""The library's functions: check, choose a backend, call it."""
+"""The library's functions: each checks its arguments, chooses a backend and calls it."""
 
 from __future__ import annotations
 
@@ -64,65 +64,64 @@ def epo_loss(
 ) -> EPOOutput:
     """Clipped policy-gradient loss with entropy bonus, entropy band and KL, in one pass over the logits.
 
-    `logits[:, t]` must predict `tokens[:, t]`. Slicing a causal model's output as `logits[:, :-1]` works, but makes
-    PyTorch copy the whole gradient; roll the tokens instead and mask the last position::
+    `logits[:, t]` must predict `tokens[:, t]`. Slicing a causal model's output as `logits[:, :-1]` works, but forces
+    PyTorch to copy the whole gradient; roll the tokens and mask the last position instead::
 
         out = ek.epo_loss(model(ids).logits, ids.roll(-1, 1), old_log_probs, advantages, mask, cfg)
 
     Args:
-        logits: (B, T, V), or packed (N, V), any strides; bfloat16, float16, float32 (float64 on the reference backend).
-            A DTensor behaves as its whole: split by columns it is computed so (`group`), else it is gathered.
+        logits: (B, T, V), or packed (N, V), any strides; bfloat16, float16 or float32 (float64 on the reference
+            backend). A DTensor split by columns is computed without gathering (see `group`); any other is gathered.
         tokens: (B, T) or (N,) int64, the sampled tokens.
-        old_log_probs: like tokens, float32 or float64, log-probs under the policy that sampled; None: on-policy, where
-            the ratio is 1 and has its gradient.
-        advantages: like tokens, or one a sequence: (B,).
-        mask: like tokens, bool or 0/1; 1 at tokens that the policy produced. Nothing is read where it is 0, in any
-            argument: NaN and -100 may stand there.
+        old_log_probs: like tokens, float32 or float64, log-probs under the policy that sampled. None: on-policy, where
+            the ratio is 1 but keeps its gradient.
+        advantages: like tokens, or one per sequence: (B,).
+        mask: like tokens, bool or 0/1; 1 at tokens that the policy generated. No argument is read where it is 0, so
+            NaN and -100 are allowed there.
         cfg: see `EPOConfig`.
-        entropy_bounds: (lower, upper) of the entropy band in nats, like tokens, one a sequence, or, with segment_ids,
-            one a segment: (num_segments,). lower <= upper; (-inf, +inf) where nothing is known. In segment scope the
-            tightest bounds among a segment's tokens hold. In a packed batch of N tokens, (N,) is always read as like
-            tokens: where there could be N segments too, give bounds[segment_ids].
-        segment_ids: like tokens, int64 in [0, num_segments): tokens of one id make one segment, wherever they stand.
-            For turns told apart by sequence, give `turns + num_turns * torch.arange(B)[:, None]` and
-            `num_segments=B * num_turns`. None: a sequence is a segment. Micro-batches add up exactly when none of them
-            cuts a segment.
-        num_segments: number of segments; None: as many as entropy_bounds tells, else as there are tokens.
-        cu_seqlens: (num_sequences + 1,) int32 or int64, borders of the sequences of a packed batch, from 0 to N.
+        entropy_bounds: (lower, upper) of the entropy band in nats: like tokens, one per sequence, or, with
+            segment_ids, one per segment (num_segments,). lower <= upper; (-inf, +inf) where the band is unknown. In
+            segment scope the tightest bounds among a segment's tokens apply. For a packed batch of N tokens, (N,) is
+            always read as one per token: if there could also be N segments, pass bounds[segment_ids].
+        segment_ids: like tokens, int64 in [0, num_segments): tokens with the same id form one segment, wherever they
+            are. To keep the turns of different sequences separate, pass
+            `turns + num_turns * torch.arange(B)[:, None]` and `num_segments=B * num_turns`. None: each sequence is a
+            segment. Micro-batches add up exactly if none of them splits a segment.
+        num_segments: number of segments. None: inferred from entropy_bounds, otherwise the number of tokens.
+        cu_seqlens: (num_sequences + 1,) int32 or int64, sequence boundaries of a packed batch, from 0 to N.
         max_length: constant length of "seq-mean-token-sum-norm"; None: T of a padded batch.
-        penalty_weight: phase weight β of the band penalty (`phase_weight`); number or 0-d tensor, as are the next two.
-            Under `torch.compile` give tensors: a number is first compiled in as a constant.
-        entropy_coeff: in place of the config's.
-        kl_coeff: in place of the config's.
-        ref_log_probs: like tokens, float32 or float64, log-probs under the reference policy; needed where kl_coeff
-            isn't 0.
-        is_weights: like tokens (or (B,)), float, factor of the policy loss, e.g. truncated importance weights against
-            rollout mismatch.
-        temperature: in place of the config's; number, 0-d tensor, like tokens, or (B,).
-        normalizer: takes the place of the number of tokens (token-mean) or of sequences (other modes), scalar, in more
-            than 16 bits. With the whole batch's number, the losses of unequal micro-batches add up to that of the
-            batch.
-        loss_scale: factor on the loss, scalar, folded into the token weights.
-        vocab_size: entries of a row that are vocabulary, where a padded head has more.
-        logit_softcap: c of c tanh(x / c), applied to scaled logits before the temperature.
-        logit_scale: factor on the logits, not 0; None for none.
-        inplace: allows a backend to overwrite logits with their gradient, which halves the memory; don't use the logits
+        penalty_weight: phase weight β of the band penalty (`phase_weight`); number or 0-d tensor, like the next two.
+            Under `torch.compile` pass tensors: a number is first compiled in as a constant.
+        entropy_coeff: overrides the config.
+        kl_coeff: overrides the config.
+        ref_log_probs: like tokens, float32 or float64, log-probs under the reference policy; required unless kl_coeff
+            is 0.
+        is_weights: like tokens or (B,), float, multiplies the policy loss, e.g. truncated importance weights that
+            correct rollout mismatch.
+        temperature: overrides the config; number, 0-d tensor, like tokens, or (B,).
+        normalizer: scalar that replaces the number of tokens (token-mean) or of sequences (other modes); not 16-bit.
+            With the count of the whole batch, the losses of unequal micro-batches add up to the loss of the batch.
+        loss_scale: scalar that multiplies the loss, folded into the token weights.
+        vocab_size: number of real vocabulary entries, if the head is padded.
+        logit_softcap: c in c tanh(x / c), applied to the scaled logits before the temperature.
+        logit_scale: multiplies the logits, not 0; None for no scaling.
+        inplace: lets a backend overwrite logits with their gradient, which halves the memory; do not use the logits
             afterwards.
-        backend: a name of `available_backends`, or "auto".
-        group: ranks among which the vocabulary is split: logits are then this rank's columns, those that follow the
-            columns of the rank before, in any number; all else is the same on every rank, and so is what is returned.
-            Every rank must make the call. vocab_size is the whole vocabulary's. Not under `torch.compile`.
+        backend: a name from `available_backends`, or "auto".
+        group: ranks across which the vocabulary is split. Logits are then this rank's columns, in rank order and of any
+            number; all other arguments, and the results, are the same on every rank. Every rank must make the call.
+            vocab_size refers to the whole vocabulary. Not supported under `torch.compile`.
 
     Returns:
         `EPOOutput(loss, metrics, log_probs, entropy)`.
 
     Raises:
-        TypeError, ValueError: an argument is wrong; the message names it, what it must be and what it is. Values of
-            CUDA tensors aren't read: there a bad one makes the loss NaN, counts in `metrics.invalid_tokens`, and raises
-            with the environment variable EPO_KERNELS_CHECK=1.
-        RuntimeError: a backend asked for by name can't run here, or group= under `torch.compile`. Second derivatives,
-            forward-mode AD, `torch.func` transforms and batched gradients, unless the reference backend computes them
-            without group=.
+        TypeError, ValueError: an argument is invalid; the message names it, the allowed values and the value given.
+            Values of CUDA tensors are not read: an invalid one makes the loss NaN and is counted in
+            `metrics.invalid_tokens`; with the environment variable EPO_KERNELS_CHECK=1 it raises.
+        RuntimeError: the requested backend cannot run here, or group= under `torch.compile`. Second derivatives,
+            forward-mode AD, `torch.func` transforms and batched gradients, except on the reference backend without
+            group=.
     """
     arguments = LossArguments.of(locals())
     logits, group = local_logits(logits, group)
@@ -168,32 +167,32 @@ def linear_epo_loss(
     backend: str = "auto",
     group: ProcessGroup | None = None,
 ) -> EPOOutput:
-    """`epo_loss` of the logits hidden weightᵀ + bias, which never exist whole (but on the reference backend).
+    """`epo_loss` of the logits hidden weightᵀ + bias, never materialised in full (except on the reference backend).
 
-    Tokens whose mask is 0 cost nothing: they are dropped before the first product. What remains goes by in chunks:
-    logits, loss and their gradient, and the gradient's two products, 6·N·D·V operations for N counted tokens. Segment
-    scope needs every entropy before the first gradient and computes the logits twice, 8·N·D·V, as does a graph made by
-    `torch.compile`; those tokens are counted in `metrics.recomputed_tokens`.
+    Tokens whose mask is 0 cost nothing: they are dropped before the first matrix product. The rest is processed in
+    chunks: logits, loss and its gradient, and the gradient's two products, 6·N·D·V operations for N counted tokens.
+    Segment scope needs every entropy before the first gradient and computes the logits twice (8·N·D·V), as does
+    `torch.compile`; `metrics.recomputed_tokens` counts those tokens.
 
     Args:
         hidden: (B, T, D), or packed (N, D), any strides: the last hidden states.
-        weight: (V, D), any strides: `model.lm_head.weight`. Its gradient is added up in float32. DTensors behave as
-            their whole (hidden and bias too): see `group`.
+        weight: (V, D), any strides: `model.lm_head.weight`. Its gradient is accumulated in float32. For DTensors (also
+            hidden and bias) see `group`.
         bias: (V,) or None.
-        logits_dtype: dtype of the logits; None: that of the products (autocast's, or what hidden and weight promote
-            to). torch.float32 is the fp32 head of a bfloat16 model, also under autocast: products then take hidden and
-            weight in the dtype that they promote to, and are added up in float32.
-        num_active: number of tokens whose mask is 1, where the caller knows it; saves the one host sync. A wrong number
-            raises where values are read (on the CPU), and elsewhere makes loss, metrics and gradients NaN.
-        max_chunk_bytes: bound on the memory of a chunk of tokens, in bytes: logits, hidden states and their gradients.
-        group: ranks among which the vocabulary is split: weight and bias are then this rank's rows, those that follow
-            the rows of the rank before, in any number; all else is the same on every rank, and so are the results and
-            the gradient of hidden; those of weight and bias are the rank's own. A weight that is a DTensor Shard(0)
-            beside hidden states that are a DTensor Replicate of the same mesh is computed so too. Other DTensors are
-            gathered: their gradients are averaged over the mesh where hidden is plain (a rank's own batch, as under
-            FSDP), else every rank keeps its share.
+        logits_dtype: dtype of the logits. None: the dtype of the products (autocast's, or the promoted dtype of hidden
+            and weight). torch.float32 gives a bfloat16 model an fp32 head, also under autocast: products then take
+            hidden and weight in their promoted dtype and accumulate in float32.
+        num_active: number of tokens whose mask is 1, if known; saves the only host sync. A wrong number raises if
+            values are read (on the CPU), and otherwise makes loss, metrics and gradients NaN.
+        max_chunk_bytes: memory limit of a chunk of tokens, in bytes: logits, hidden states and their gradients.
+        group: ranks across which the vocabulary is split. Weight and bias are then this rank's rows, in rank order and
+            of any number; all other arguments are the same on every rank, as are the results and the gradient of
+            hidden. The gradients of weight and bias belong to the rank. A DTensor weight with Shard(0) next to DTensor
+            hidden states with Replicate on the same mesh is computed in the same way. Other DTensors are gathered:
+            their gradients are averaged over the mesh if hidden is a plain tensor (each rank has its own batch, as
+            under FSDP); otherwise every rank keeps its shard.
 
-    All other arguments, the result and the errors are those of `epo_loss`.
+    All other arguments, the results and the errors are the same as for `epo_loss`.
     """
     arguments = LossArguments.of(locals())
     hidden, weight, bias, group = local_head(hidden, weight, bias, group)
@@ -231,22 +230,22 @@ def epo_loss_from_log_probs(
     normalizer: Scalar | None = None,
     loss_scale: Scalar = 1.0,
 ) -> EPOOutput:
-    """`epo_loss` where log-probs and entropy are there already, as a trainer's engine hands them to its loss.
+    """`epo_loss` from precomputed log-probs and entropies, as a trainer's engine passes them to its loss.
 
-    Eager PyTorch over these small tensors; what they cost was spent where they were made (`log_probs_and_entropy`,
-    `linear_log_probs_and_entropy`). The config's temperature isn't read: it is in both already.
+    Runs in eager PyTorch on these small tensors; the expensive part is computing them (`log_probs_and_entropy`,
+    `linear_log_probs_and_entropy`). The config's temperature is ignored: both tensors already include it.
 
     Args:
         log_probs: (B, T), or packed (N,), float32 or float64, log-prob of each sampled token; differentiable.
-        entropy: like log_probs, float, in nats; differentiable. Its gradient is the bonus' and the band's.
+        entropy: like log_probs, float, in nats; differentiable. The bonus and the band send gradient into it.
 
-    All other arguments, the result and the errors are those of `epo_loss`, with log_probs in the place of tokens.
+    All other arguments, the results and the errors are the same as for `epo_loss`, with log_probs in place of tokens.
     """
     arguments = LossArguments.of(locals())
     for name, value in (("log_probs", log_probs), ("entropy", entropy)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a floating tensor, got {kind}")
+            raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
     check_precise("log_probs", log_probs)
     if log_probs.dim() not in (1, 2):
         raise ValueError(f"log_probs must be (batch, time) or packed (tokens,), got {tuple(log_probs.shape)}")
@@ -255,7 +254,7 @@ def epo_loss_from_log_probs(
         layout.per_token(name, value).to(layout.dtype)
         for name, value in (("log_probs", log_probs), ("entropy", entropy))
     )
-    # Without logits there is no vocabulary to check tokens against: all are the one entry of a vocabulary of 1.
+    # There are no logits, so no vocabulary to check tokens against: use a vocabulary with a single entry.
     inputs = as_loss_inputs(layout, torch.zeros_like(log_probs, dtype=torch.int64), arguments, width=1)
     return loss_of_given_statistics(log_prob_rows, entropy_rows, inputs)
 
@@ -274,21 +273,21 @@ def log_probs_and_entropy(
     backend: str = "auto",
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each token and entropy of its distribution, both differentiable in logits.
+    """Log-probability of each token and entropy of its distribution, both differentiable with respect to logits.
 
     Args:
-        logits: (B, T, V), or packed (N, V); see `epo_loss`, as for the arguments not named here.
+        logits: (B, T, V), or packed (N, V); see `epo_loss`, also for arguments not listed here.
         tokens: (B, T) or (N,) int64.
         mask: like tokens; results are 0 and nothing is read where it is 0. None: every token counts.
-        temperature: number, 0-d tensor, like tokens, or one a sequence: (B,).
-        entropy: False: don't compute it, and return None in its place.
-        entropy_grad: False: entropy comes detached, and costs backward nothing.
+        temperature: number, 0-d tensor, like tokens, or one per sequence: (B,).
+        entropy: False skips the entropy and returns None in its place.
+        entropy_grad: False returns a detached entropy, which adds no cost to backward.
 
     Returns:
         (log_probs, entropy), float32 (float64 for float64 logits), shaped like tokens; entropy in nats.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `epo_loss`.
+        TypeError, ValueError, RuntimeError: as for `epo_loss`.
     """
     logits, group = local_logits(logits, group)
     rows, layout = as_rows(logits, tokens, cu_seqlens=None, least_width=1 if group is None else 0)
@@ -322,13 +321,13 @@ def linear_log_probs_and_entropy(
     backend: str = "auto",
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`log_probs_and_entropy` of the logits hidden weightᵀ + bias, which never exist whole (but on the reference).
+    """`log_probs_and_entropy` of the logits hidden weightᵀ + bias, never materialised (except on the reference).
 
-    Without gradient (under `torch.no_grad`, or where nothing requires it) it scores: one product, 2·N·D·V operations,
-    one chunk alive. With gradient the logits are computed again in backward, 8·N·D·V in all.
+    Without gradients (under `torch.no_grad`, or if no input requires one) it only scores: one product, 2·N·D·V
+    operations, with one chunk in memory. With gradients, backward recomputes the logits, 8·N·D·V in total.
 
-    hidden, weight, bias, logits_dtype, num_active, max_chunk_bytes and group are those of `linear_epo_loss`; all other
-    arguments, the result and the errors are those of `log_probs_and_entropy`.
+    hidden, weight, bias, logits_dtype, num_active, max_chunk_bytes and group are as in `linear_epo_loss`; all other
+    arguments, the results and the errors are the same as for `log_probs_and_entropy`.
     """
     hidden, weight, bias, group = local_head(hidden, weight, bias, group)
     rows, layout = as_rows(hidden, tokens, cu_seqlens=None, name="hidden")
@@ -439,9 +438,9 @@ def _distribution(layout: Layout, values: DistributionStatistics) -> Distributio
 def _over_ranks(
     backend: Backend, group: ProcessGroup | None, rows: Tensor, width: int, mask: Tensor | None, **facts: object
 ) -> tuple[Backend, Shard | None, int]:
-    """(backend, shard, width of the whole logits): as given, or of a vocabulary split over group.
+    """(backend, shard, full width of the logits): unchanged, or for a vocabulary split across group.
 
-    facts: what the ranks must agree on, so that none waits for what another never sends.
+    facts: what the ranks must agree on; a disagreement would otherwise leave a rank waiting in a collective.
     """
     if group is None:
         return backend, None, width
@@ -460,7 +459,7 @@ def _over_ranks(
 
 
 def _check_replicated(shard: Shard | None, inputs: TokenInputs, **others: Tensor) -> None:
-    """`check_replicated` for everything known of the tokens, and other tensors by name."""
+    """`check_replicated` for all per-token arguments and for other tensors by name."""
     if shard is None:
         return
     arguments = {**others, **vars(inputs), "temperature": inputs.transform.temperature}

@@ -1,4 +1,4 @@
-"""Metrics of a loss: one small vector on the device, named sums and counts that add."""
+"""Metrics of a loss: one small vector on the device, with named sums and counts that can be added."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from epo_kernels.declaration import METRIC_NAMES
 
 _INDEX = {name: i for i, name in enumerate(METRIC_NAMES)}
 
-# Means over counted tokens: the name people log, and the sum it comes from.
+# Means over counted tokens: the usual metric name, and the sum it is computed from.
 _TOKEN_MEANS = {
     "entropy": "entropy_sum",
     "log_prob": "log_prob_sum",
@@ -28,9 +28,9 @@ _TOKEN_MEANS = {
 class LossMetrics:
     """Sums and counts of one loss call; add them over micro-batches, `all_reduce` them over ranks.
 
-    Each name of `METRIC_NAMES` is an attribute: a detached 0-d float64 tensor on the device (reading it as a number
+    Each name in `METRIC_NAMES` is an attribute: a detached 0-d float64 tensor on the device (reading it as a number
     syncs). With a common `normalizer` the weighted sums (`loss`, `pg_loss`, `penalty`, `kl_loss`) of micro-batches add
-    up to those of the whole batch.
+    up to the sums of the whole batch.
 
     Attributes:
         values: (len(METRIC_NAMES),) float64, detached.
@@ -47,11 +47,11 @@ class LossMetrics:
         return LossMetrics(self.values + other.values)
 
     def __radd__(self, other: int) -> LossMetrics:
-        """For `sum(metrics)`, which begins with 0."""
+        """Supports `sum(metrics)`, which starts from 0."""
         return self if other == 0 else NotImplemented
 
     def replace(self, **values: Tensor) -> LossMetrics:
-        """A copy with other values, by name."""
+        """A copy with the named values replaced."""
         replaced = self.values.clone()
         for name, value in values.items():
             replaced[_INDEX[name]] = value
@@ -60,16 +60,16 @@ class LossMetrics:
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> LossMetrics:
         """The sum over the ranks of `group` (None: the default group).
 
-        Counts are exact; sums are float64's, a rounding (2^-53 of their terms) from those of one process.
+        Counts are exact; float64 sums may differ from a single process by rounding (2^-53 of their terms).
         """
         values = self.values.clone()
         torch.distributed.all_reduce(values, group=group)
         return LossMetrics(values)
 
     def to_floats(self) -> dict[str, float]:
-        """All sums and counts, and the token means people log (`entropy`, `ppo_kl`, `pg_clipfrac`, ...), as floats.
+        """All sums and counts, and the usual token means (`entropy`, `ppo_kl`, `pg_clipfrac`, ...), as floats.
 
-        One device sync. Means are NaN where no token counted.
+        Syncs the device once. Means are NaN if no token counts.
         """
         sums = dict(zip(METRIC_NAMES, self.values.tolist(), strict=True))
         tokens = sums["tokens"]

@@ -1,7 +1,7 @@
-"""Importance weights against the mismatch between the engine that sampled and the learner that updates.
+"""Importance weights that correct the mismatch between the sampling engine and the learner.
 
-An inference engine (other kernels, another precision, older weights) samples from a policy q that is not quite the
-learner's policy p. The policy loss is then weighted by p/q, bounded to limit the variance.
+An inference engine (other kernels, another precision, older weights) samples from a policy q that differs slightly from
+the learner's policy p. The policy loss is weighted by p/q, bounded to limit the variance.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def rollout_weights(
     segment_ids: Tensor | None = None,
     num_segments: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Importance weights for `epo_loss(..., is_weights=)`, and what they tell about the mismatch.
+    """Importance weights for `epo_loss(..., is_weights=)`, and metrics of the mismatch.
 
-    With the ratio ρ of a token, by `level`::
+    ρ is the ratio of a token, by `level`::
 
         token       p/q of the token
         sequence    product of p/q over its sequence (or segment)
@@ -46,47 +46,47 @@ def rollout_weights(
         mask        ρ where low <= ρ <= high, else 0
 
     Sources: "truncate" is truncated importance sampling (Ionides 2008; for this mismatch Yao et al. 2025,
-    fengyao.notion.site/off-policy-rl), TRL's `token_truncate` and `sequence_truncate`, verl's `rollout_is`. "mask" by
-    token with low 0.5 and high 5 is IcePop ("Small Leak Can Sink a Great Ship", 2025); by sequence it is masked
-    importance sampling, TRL's `token_mask` and `sequence_mask`. "geometric" is the length-normalised ratio of GSPO
+    fengyao.notion.site/off-policy-rl), TRL's `token_truncate` and `sequence_truncate`, verl's `rollout_is`. "mask" with
+    level "token", low 0.5 and high 5 is IcePop ("Small Leak Can Sink a Great Ship", 2025); with level "sequence" it is
+    masked importance sampling, TRL's `token_mask` and `sequence_mask`. "geometric" is GSPO's length-normalised ratio
     (arXiv 2507.18071).
 
     Args:
-        old_log_probs: log p of the sampled tokens by the learner before its update, (B, T) or packed (N,), float32 or
-            float64.
-        rollout_log_probs: log q, as the engine reported it; like old_log_probs.
-        mask: like old_log_probs, bool or 0/1: 1 at tokens that the policy produced. Nothing else is read where it
-            is 0.
-        mode: what happens to ratios out of bounds.
+        old_log_probs: log p of the sampled tokens under the learner before its update, (B, T) or packed (N,), float32
+            or float64.
+        rollout_log_probs: log q as reported by the engine; like old_log_probs.
+        mask: like old_log_probs, bool or 0/1: 1 at tokens that the policy generated. No other argument is read where
+            it is 0.
+        mode: what to do with ratios outside the bounds.
         level: the tokens that share a ratio.
-        low: lower bound, >= 0; None for none.
-        high: upper bound, > 0 and at least low; None for none.
-        cu_seqlens: int, (num_sequences + 1,), borders of packed sequences. Required for packed tokens by sequence or
-            geometric mean, unless segment_ids are given.
-        segment_ids: int, like old_log_probs: the segment (a turn) of each token, unique in the batch. By sequence or
-            geometric mean the ratio is then the segment's.
-        num_segments: upper limit of segment_ids; None: the number of tokens.
+        low: lower bound, >= 0; None for no bound.
+        high: upper bound, > 0 and at least low; None for no bound.
+        cu_seqlens: int, (num_sequences + 1,), boundaries of packed sequences. Required for packed tokens with level
+            "sequence" or "geometric", unless segment_ids are given.
+        segment_ids: int, like old_log_probs: the segment (a turn) of each token, unique in the batch. With level
+            "sequence" or "geometric" the ratio is then computed per segment.
+        num_segments: exclusive upper limit of segment_ids; None: the number of tokens.
 
     Returns:
         The weights, float32 like old_log_probs, detached, 0 where the mask is 0 or the ratio is rejected; and metrics
-        over the counted tokens, each a detached 0-d float64 tensor (NaN where no token counts):
+        over the counted tokens, each a detached 0-d float64 tensor (NaN if no token counts):
 
         - `rollout_is_mean`, `rollout_is_min`, `rollout_is_max`: of the weights.
         - `rollout_is_ratio_mean`: mean ρ, before the bounds.
-        - `rollout_is_ratio_fraction_high`, `rollout_is_ratio_fraction_low`: share of tokens whose ρ is above `high`,
-            below `low`: truncated or rejected, by `mode`.
+        - `rollout_is_ratio_fraction_high`, `rollout_is_ratio_fraction_low`: share of tokens whose ρ is above `high`
+            or below `low`, and is therefore truncated or rejected, depending on `mode`.
         - `rollout_is_eff_sample_size`: effective sample size as a share of the tokens, (mean w)² / mean w²; 0
-            where all are rejected.
+            if all are rejected.
         - `rollout_kl_k1`, `rollout_kl_k3`: estimates of KL(q || p) per token: means of log q/p and of
             p/q - 1 - log p/q (never negative).
         - `rollout_probs_diff_mean`, `rollout_probs_diff_max`, `rollout_probs_diff_std`: of |p - q|.
 
-        A ratio that is not a number stays NaN, so that the loss shows it.
+        A NaN ratio stays NaN, so that it shows in the loss.
 
     Raises:
-        ValueError: shapes differ, an unknown mode or level, bounds out of order, sequences unknown; on the CPU also
-            values out of range. Elsewhere the weights of such tokens are NaN.
-        TypeError: an argument of the wrong type, or 16-bit log-probs.
+        ValueError: shapes differ, mode or level is unknown, bounds are out of order, or sequences are unknown; on the
+            CPU also if values are out of range. On other devices the weights of such tokens are NaN.
+        TypeError: an argument has the wrong type, or log-probs are 16-bit.
     """
     _check_choice("mode", mode, get_args(RolloutMode))
     _check_choice("level", level, get_args(RolloutLevel))
@@ -118,7 +118,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_bounds(low: float | None, high: float | None) -> tuple[float, float]:
-    """The bounds as numbers: 0 and infinity where there is none."""
+    """The bounds as numbers: 0 and infinity if not given."""
     for name, value in (("low", low), ("high", high)):
         if isinstance(value, Tensor):
             raise TypeError(f"{name} must be a number or None, got a tensor")
@@ -174,7 +174,7 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _extreme(values: Tensor, mask: Tensor, otherwise: float) -> Tensor:
-    """The largest counted value where `otherwise` is -inf, the smallest where it is inf; NaN where no token counts."""
+    """The largest counted value if `otherwise` is -inf, the smallest if it is inf; NaN if no token counts."""
     if values.numel() == 0:
         return values.new_full((), math.nan)
     values = torch.where(mask, values, otherwise)

@@ -1,4 +1,4 @@
-"""`nn.Module` faces of the losses, for trainers that keep their loss as a module."""
+"""`nn.Module` wrappers of the losses, for trainers that keep their loss as a module."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class _Loss(nn.Module):
 
 
 class EPOLoss(_Loss):
-    """`epo_loss` with its config kept.
+    """`epo_loss` with a fixed config.
 
     Args:
         cfg: see `EPOConfig`.
-        defaults: keyword arguments of `epo_loss` that every call shares; a call may override them.
+        defaults: keyword arguments of `epo_loss` shared by every call; a call may override them.
     """
 
     def forward(
@@ -43,11 +43,11 @@ class EPOLoss(_Loss):
 
 
 class LinearEPOLoss(_Loss):
-    """`linear_epo_loss` with its config kept; the head's weight stays the model's and is given to every call.
+    """`linear_epo_loss` with a fixed config; the head's weight stays in the model and is passed to every call.
 
     Args:
         cfg: see `EPOConfig`.
-        defaults: keyword arguments of `linear_epo_loss` that every call shares; a call may override them.
+        defaults: keyword arguments of `linear_epo_loss` shared by every call; a call may override them.
     """
 
     def forward(

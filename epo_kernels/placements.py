@@ -1,14 +1,13 @@
-"""DTensor arguments: what the library computes with in their place, and how gradients find back to them.
+"""DTensor arguments: the plain tensors the library computes with, and how gradients return to the DTensors.
 
-Logits, hidden states, weight and bias may be DTensors; everything that is known of the tokens is plain, and the same on
-all ranks of the mesh wherever those are replicated.
+Logits, hidden states, weight and bias may be DTensors. All per-token arguments are plain tensors, and the same on all
+ranks of a mesh over which the DTensors are replicated.
 
-- A vocabulary split over a mesh of one dimension (logits that are Shard(-1); a weight that is Shard(0), beside hidden
-  states that are a DTensor of the same mesh): nothing of it is gathered, its mesh is the `group` of
-  `epo_kernels.shard`.
-- Anything else is gathered, and computed whole on each rank. Beside hidden states that are a DTensor the gradient is
-  the same on every rank, and each keeps its share. Beside *plain* hidden states a rank is taken to have a batch of its
-  own, as under FSDP and DDP: gradients are averaged over the mesh.
+- A vocabulary split over a one-dimensional mesh (logits with Shard(-1); a weight with Shard(0) next to DTensor hidden
+  states on the same mesh) is not gathered. Its mesh becomes the `group` of `epo_kernels.shard`.
+- Anything else is gathered and computed in full on each rank. With DTensor hidden states the gradient is the same on
+  every rank, and each keeps its shard. With *plain* hidden states each rank is assumed to have its own batch, as under
+  FSDP and DDP: gradients are averaged over the mesh.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether value is a DTensor, whose module isn't imported to find out."""
+    """Whether value is a DTensor, checked without importing its module."""
     return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
 def local_logits(logits: Any, group: ProcessGroup | None) -> tuple[Any, ProcessGroup | None]:
-    """(logits, group) with plain logits: a rank's columns and the mesh's group, or whole logits.
+    """(logits, group) with plain logits: a rank's columns and the mesh's group, or the whole logits.
 
     Raises:
-        ValueError: a group beside a DTensor, which has its own.
+        ValueError: a group was given with a DTensor, which has its own.
     """
     if not is_dtensor(logits):
         return logits, group
@@ -43,10 +42,10 @@ def local_logits(logits: Any, group: ProcessGroup | None) -> tuple[Any, ProcessG
 def local_head(
     hidden: Any, weight: Any, bias: Any, group: ProcessGroup | None
 ) -> tuple[Any, Any, Any, ProcessGroup | None]:
-    """(hidden, weight, bias, group) as plain tensors: a rank's rows of the head and the mesh's group, or whole.
+    """(hidden, weight, bias, group) as plain tensors: a rank's rows of the head and the mesh's group, or all rows.
 
     Raises:
-        ValueError: a group beside DTensors, which have their own.
+        ValueError: a group was given with DTensors, which have their own.
     """
     if not any(map(is_dtensor, (hidden, weight, bias))):
         return hidden, weight, bias, group
@@ -66,14 +65,14 @@ def local_head(
 
 
 def _is_split(value: Any, dim: int) -> bool:
-    """Whether value is split along dim over a mesh of one dimension with company."""
+    """Whether value is split along dim over a one-dimensional mesh with more than one rank."""
     return value.device_mesh.ndim == 1 and value.device_mesh.size() > 1 and value.placements[0].is_shard(dim)
 
 
 def _whole(value: Any, *, same_everywhere: bool) -> Tensor:
-    """The whole of a DTensor as a plain tensor on each rank; its gradient comes back in the DTensor's placements.
+    """A DTensor gathered as a plain tensor on each rank; its gradient returns in the DTensor's placements.
 
-    same_everywhere: ranks make the same gradient of it; else their own ones are averaged.
+    same_everywhere: ranks compute the same gradient; otherwise their gradients are averaged.
     """
     from torch.distributed.tensor import Partial, Replicate
 
@@ -91,6 +90,6 @@ def _whole(value: Any, *, same_everywhere: bool) -> Tensor:
 def _refuse_group(group: ProcessGroup | None) -> None:
     if group is not None:
         raise ValueError(
-            "group must be left out beside DTensors, whose mesh says how they are split; or give the rank's own part, "
+            "group must be omitted with DTensors, whose mesh says how they are split; or pass the rank's own part, "
             "weight.to_local()"
         )

@@ -1,4 +1,4 @@
-"""The maths, once, in eager PyTorch: one function a term, differentiated by autograd, in float32 or float64.
+"""The maths in eager PyTorch: one function per term, differentiated by autograd, in float32 or float64.
 
 Every other backend is tested against this file. Per token, with logits z, sampled token y and mask m:
 
@@ -7,8 +7,8 @@ Every other backend is tested against this file. Per token, with logits z, sampl
     ℓ        = is_weight pg - λ (H - β k P) + kl_coeff KL        (KL times r with kl_bias_correction)
     loss     = Σ_i w_i ℓ_i
 
-The formulas of the other policy losses stand above their functions below. Those with a sequence statistic share it
-among the counted tokens of a sequence, or of a segment (`EPOConfig.ratio_scope`). What the metrics count for each:
+The formulas of the other policy losses are above their functions below. Losses with a sequence statistic share it among
+the counted tokens of a sequence or segment (`EPOConfig.ratio_scope`). The metrics count, for each loss:
 
     policy_loss   clipped_tokens                      dual_clipped_tokens     ratio_sum
     ppo           the clipped ratio decides the loss  the dual clip decides   Σ r
@@ -20,33 +20,33 @@ among the counted tokens of a sequence, or of a segment (`EPOConfig.ratio_scope`
     vespo         0                                   0                       Σ r
     gmpo          the token's log-ratio is clipped    0                       Σ r
 
-with s the ratio of the token's sequence. ppo_kl_sum is Σ -clamp(log_prob - old_log_prob, ±20) for all of them.
+where s is the ratio of the token's sequence. ppo_kl_sum is Σ -clamp(log_prob - old_log_prob, ±20) for every loss.
 
-Conventions at the edges, which every backend keeps:
+Edge cases, handled identically by every backend:
 
-- A token whose mask is 0 is never read, in any argument; its results are 0 and its gradient exactly 0.
-- p_v = 0 (z_v = -inf) adds exactly 0 to H and to the gradient. A row that is wholly -inf, or holds NaN or +inf, has
-  log-prob and entropy NaN, and so have the loss and that row's gradient. (Of z, that is: a softcap makes ±inf finite.)
-- A sampled token with p = 0 has log-prob -inf: against old_log_probs its ratio is e^-20 without gradient; on-policy its
-  ratio, and with it the loss, is NaN, and counted. A sequence ratio averages log-ratios before it clamps them, so there
-  it is the whole sequence's ratio that is e^-20 without gradient, or NaN. The losses with the log-prob itself as a
-  factor (cispo, reinforce, dppo inside its trust region, vespo) are infinite at such a token, NaN where A is 0, and
-  counted; unless NaN, their gradient is finite.
-- Ties: at r = 1 ± ε and at r = c the gradient is that of the unclipped ratio, in full; so it is for gmpo at log-ratios
-  of ±ε. The exponent of the ratio, and that of k3, passes its gradient on [-20, 20], both ends included, and none
-  outside; so does k3 on values up to 10. The bound of a trust region is inside. A = 0 counts as negative for sapo and
-  dppo, and as positive for vespo, as in TRL and verl.
-- is_weights multiply pg; vespo alone takes them into the sequence's weight w instead, as a part of its ratio. Every
-  token has its own advantage: gmpo takes their mean, the other losses read each token's.
-- On-policy (old_log_probs is None) every ratio is 1, and no token is clipped. reinforce does not read old_log_probs but
-  for the metrics.
-- A NaN log-ratio makes a sequence statistic NaN, and with it the loss and the gradient of all counted tokens of that
-  sequence. With ratio_gradient="sequence" any NaN loss makes the gradient of its whole sequence NaN.
-- At the very bound of the band the penalty and its derivative are 0 (hinge, quadratic); the indicator and the gate
+- A token whose mask is 0 is never read, in any argument; its results are 0 and its gradient is exactly 0.
+- p_v = 0 (z_v = -inf) adds exactly 0 to H and to the gradient. If a row of z is entirely -inf, or has NaN or +inf, its
+  log-prob and entropy are NaN, and so are the loss and the gradient of that row. (A softcap makes ±inf finite.)
+- A sampled token with p = 0 has log-prob -inf. Off-policy its ratio is e^-20 without gradient; on-policy its ratio is
+  NaN, and so is the loss, which is counted. A sequence ratio averages log-ratios before clamping, so there the ratio of
+  the whole sequence is e^-20 without gradient, or NaN. Losses with the log-prob itself as a factor (cispo, reinforce,
+  dppo inside its trust region, vespo) are infinite at such a token, or NaN if A is 0, and are counted; unless NaN,
+  their gradient is finite.
+- Ties: at r = 1 ± ε and at r = c the gradient is the full gradient of the unclipped ratio; the same holds for gmpo at
+  log-ratios of ±ε. The exponents of the ratio and of k3 pass their gradient on [-20, 20], inclusive, and none outside;
+  k3 itself does so up to a value of 10. The boundary of a trust region belongs to the inside. A = 0 counts as negative
+  for sapo and dppo, and as positive for vespo, as in TRL and verl.
+- is_weights multiply pg, except for vespo, which includes them in the sequence's weight w. Every token has its own
+  advantage: gmpo takes their mean, the other losses use each token's.
+- On-policy (old_log_probs is None) every ratio is 1 and no token is clipped. reinforce uses old_log_probs only for the
+  metrics.
+- A NaN log-ratio makes a sequence statistic NaN, and therefore the loss and the gradient of all counted tokens of that
+  sequence. With ratio_gradient="sequence", any NaN loss makes the gradient of its whole sequence NaN.
+- Exactly on the bound of the band the penalty and its derivative are 0 (hinge, quadratic); the indicator and the gate
   count the bound as outside.
-- A counted token whose band is inconsistent (lower > upper, or NaN) has a loss of NaN, and is counted as invalid.
-- A counted token whose loss is NaN, whatever made it so (a NaN old_log_prob, say), makes the gradient of its row NaN.
-- A term whose coefficient is 0 is skipped, not multiplied.
+- A counted token with an inconsistent band (lower > upper, or NaN) has a NaN loss and is counted as invalid.
+- A counted token with a NaN loss, whatever the cause (e.g. a NaN old_log_prob), makes the gradient of its row NaN.
+- A term whose coefficient is 0 is skipped, not multiplied by 0.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ class EPOOutput(NamedTuple):
     """What `epo_loss` returns.
 
     Attributes:
-        loss: 0-d float32 (float64 for float64 logits); `.backward()` gives the gradient of the logits.
+        loss: 0-d float32 (float64 for float64 logits); `.backward()` computes the gradient of the logits.
         metrics: sums and counts, see `LossMetrics`.
-        log_probs: float32, detached, shaped like tokens; 0 where the mask is 0.
-        entropy: in nats; the same.
+        log_probs: float32 (float64), detached, shaped like tokens; 0 where the mask is 0.
+        entropy: like log_probs, in nats.
     """
 
     loss: Tensor
@@ -87,11 +87,11 @@ class EPOOutput(NamedTuple):
 
 
 class PolicyInputs(NamedTuple):
-    """What a policy loss reads, all (B, T) and 0 where the mask is.
+    """Inputs of a policy loss, all (B, T) and 0 where the mask is 0.
 
     Attributes:
-        old_log_probs: those given, or on-policy log_probs without their gradient.
-        groups: the tokens that share a ratio; None where each has its own.
+        old_log_probs: as given; on-policy, the detached log_probs.
+        groups: the tokens that share a ratio; None if each token has its own.
     """
 
     log_probs: Tensor
@@ -102,35 +102,35 @@ class PolicyInputs(NamedTuple):
 
 
 class PolicyLoss(NamedTuple):
-    """Per-token policy loss and what is logged of it, all (B, T)."""
+    """Per-token policy loss and its logged quantities, all (B, T)."""
 
-    pg: Tensor  # with its importance weight
-    log_ratio: Tensor  # the token's own
-    ratio: Tensor  # the token's or its sequence's, see the table of metrics
+    pg: Tensor  # including its importance weight
+    log_ratio: Tensor  # per token
+    ratio: Tensor  # per token or per sequence, see the table of metrics
     clipped: Tensor
     dual_clipped: Tensor
 
 
 class Groups(NamedTuple):
-    """Counted tokens that share a statistic: a row's, or with ids (B, T) those of one id in [0, number)."""
+    """Groups of counted tokens that share a statistic: rows, or the tokens of equal ids (B, T) in [0, number)."""
 
     mask: Tensor
     ids: Tensor | None
     number: int
 
     def sums(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Counted tokens of each group, in the dtype of values, and the sum of each of values over them, (number,)."""
+        """Number of counted tokens per group, in the dtype of values, and the sum of each of values, (number,) each."""
         columns = [self.mask.to(values[0].dtype), *(torch.where(self.mask, value, 0.0) for value in values)]
         if self.ids is None:
             return tuple(column.sum(dim=1) for column in columns)
-        # One scatter of all sums, whose buffer has a shape of its own: Inductor (torch 2.13, CPU) otherwise shares the
+        # One scatter for all sums, with a buffer of a unique shape: otherwise Inductor (torch 2.13, CPU) shares the
         # zeros of a scatter between forward and backward, and adds to them twice.
         stacked = torch.stack([column.reshape(-1) for column in columns], dim=1)
         zeros = torch.zeros(self.number, len(columns), dtype=stacked.dtype, device=stacked.device)
         return zeros.index_add(0, self.ids.reshape(-1), stacked).unbind(dim=1)
 
     def means(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Mean of each of values over each group's counted tokens, (number,), 0 where there are none."""
+        """Mean of each of values over each group's counted tokens, (number,); 0 for empty groups."""
         counts, *sums = self.sums(*values)
         return tuple(total / counts.clamp(min=1.0) for total in sums)
 
@@ -156,7 +156,7 @@ def log_probs_and_entropy(z: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each token and entropy of its distribution in nats, both (B, T).
 
     From m = max z, s = Σ e^(z-m), u = Σ (z-m) e^(z-m): log_prob = z_y - m - log s and H = log s - u / s. The maximum
-    is taken out before anything is rounded, so an offset that the dtype represents exactly changes nothing.
+    is subtracted before any rounding, so an offset that the dtype represents exactly changes nothing.
     """
     shifted = z - z.detach().amax(dim=-1, keepdim=True)
     impossible = shifted == float("-inf")
@@ -177,18 +177,18 @@ def merge_statistics(
     owner: Tensor,
     in_vocabulary: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Statistics of whole rows from those of their parts: log_prob, entropy, maximum and sum, each (B, T).
+    """Statistics of whole rows from the statistics of their parts: log_prob, entropy, maximum and sum, each (B, T).
 
     With c = maximum_scale, the probability of part r is π_r = e^(c (m_r - m)) s_r / s. Then log_prob = log_prob_r +
-    log π_r of the token's own part, and by the chain rule H = Σ_r π_r (H_r - log π_r), a sum of positive terms, in
-    which nothing cancels.
-    Parts wholly -inf have π_r = 0 and add nothing; NaN in one of them makes everything NaN.
+    log π_r for the part that contains the token, and by the chain rule H = Σ_r π_r (H_r - log π_r), a sum of positive
+    terms without cancellation.
+    Parts that are entirely -inf have π_r = 0 and add nothing; NaN in any part makes everything NaN.
 
     Args:
-        log_probs, entropy, maximum, total: (parts, B, T), see `RowStatistics`; log_probs are read in own parts alone.
+        log_probs, entropy, maximum, total: (parts, B, T), see `RowStatistics`; log_probs are read in the owner only.
         maximum_scale: see `StatisticsKernels.maximum_scale`.
         owner: (B, T) int64, the part that contains the token.
-        in_vocabulary: (B, T) bool; log_prob is NaN where False.
+        in_vocabulary: (B, T) bool; log_prob is NaN where it is False.
     """
     whole_maximum = maximum.amax(dim=0)
     shift = maximum_scale * (maximum - whole_maximum)
@@ -197,7 +197,7 @@ def merge_statistics(
     log_share = shift + total.log() - whole_total.log()
     place = owner[None]
     own_share = log_share.gather(0, place)[0]
-    # A token in a part wholly -inf has no log-prob there: in the row it is that of what can't be.
+    # In a part that is entirely -inf the token has no log-prob; in the whole row it is -inf.
     log_prob = torch.where(own_share == float("-inf"), own_share, log_probs.gather(0, place)[0] + own_share)
     log_prob = torch.where(in_vocabulary, log_prob, float("nan"))
     if entropy is None:
@@ -221,9 +221,9 @@ def token_log_ratio(tokens: PolicyInputs) -> Tensor:
 
 
 def importance_ratio(tokens: PolicyInputs, cfg: EPOConfig) -> Tensor:
-    """r of each token, or with groups s = exp(clamp(mean of log_prob - old_log_prob, ±20)) of its group.
+    """r of each token; with groups, s = exp(clamp(mean of log_prob - old_log_prob, ±20)) of its group.
 
-    With `ratio_gradient="token"` the derivative of s in the token's own log-prob is s, in all others 0.
+    With `ratio_gradient="token"` the derivative of s with respect to the token's own log-prob is s, to all others 0.
     """
     if tokens.groups is None:
         return token_log_ratio(tokens).exp()
@@ -238,7 +238,7 @@ def importance_ratio(tokens: PolicyInputs, cfg: EPOConfig) -> Tensor:
 def _clipped_ratio_loss(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
     advantages, ratio = tokens.advantages, importance_ratio(tokens, cfg)
     unclipped = -advantages * ratio
-    # Strict comparisons and `where`: at a tie the whole gradient is the unclipped ratio's.
+    # Strict comparisons and `where`: at a tie the whole gradient is that of the unclipped ratio.
     bounded = -advantages * _clip(ratio.detach(), cfg)
     clipped = bounded > unclipped
     pg = torch.where(clipped, bounded, unclipped)
@@ -278,7 +278,8 @@ def _reinforce(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
 def _dppo(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
     ratio, advantages = importance_ratio(tokens, cfg), tokens.advantages
     p, o = tokens.log_probs.detach().exp(), tokens.old_log_probs.exp()
-    # What moves a probability in the direction of its advantage; comparisons that NaN fails keep it in the loss.
+    # The updates that move a probability in the direction of its advantage. NaN fails the comparison, so it stays in
+    # the loss.
     moved = torch.where(advantages > 0, p - o, o - p)
     limit = _choose(advantages > 0, cfg.clip_ratio_high, cfg.clip_ratio_low, p.dtype)
     if cfg.dppo_divergence == "tv":
@@ -290,7 +291,7 @@ def _dppo(tokens: PolicyInputs, cfg: EPOConfig) -> PolicyLoss:
         divergence = o * (tokens.old_log_probs - tokens.log_probs.detach()) + others
         outside = (divergence > limit) & (moved > 0)
     bounded = ratio.detach() if cfg.clip_ratio_c is None else ratio.detach().clamp(max=cfg.clip_ratio_c)
-    # 0 * A, so that a NaN advantage makes the loss NaN outside as well.
+    # 0 * A, so that a NaN advantage makes the loss NaN outside the trust region too.
     pg = torch.where(outside, 0.0 * advantages, -bounded * advantages * tokens.log_probs)
     return _policy_loss(tokens, pg, ratio, clipped=outside, dual_clipped=~outside & (bounded < ratio.detach()))
 
@@ -347,7 +348,7 @@ def _policy_loss(
     clipped: Tensor | None = None,
     dual_clipped: Tensor | None = None,
 ) -> PolicyLoss:
-    """A `PolicyLoss`, in which nothing is clipped unless given."""
+    """A `PolicyLoss` in which nothing is clipped unless given."""
     nowhere = torch.zeros_like(pg, dtype=torch.bool)
     return PolicyLoss(
         pg,
@@ -364,13 +365,13 @@ def _clip(ratio: Tensor, cfg: EPOConfig) -> Tensor:
 
 
 def _choose(condition: Tensor, first: Scalar, second: Scalar, dtype: torch.dtype) -> Tensor:
-    """first where the condition holds, else second, in that dtype: `where` of two numbers has torch's default."""
+    """first where the condition holds, otherwise second, in that dtype; `where` of two numbers uses the default."""
     chosen = condition.to(dtype)
     return chosen * first + (1.0 - chosen) * second
 
 
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kl_type: KLType) -> Tensor:
-    """KL estimator of each token (Schulman's k1, k2, k3, and |k1|), (B, T). k3 is clamped as verl's low_var_kl is."""
+    """Per-token KL estimator (Schulman's k1, k2, k3, and |k1|), (B, T). k3 is clamped like verl's low_var_kl."""
     difference = log_probs - ref_log_probs
     if kl_type == "k1":
         return difference
@@ -383,12 +384,12 @@ def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kl_type: KLType) -> Ten
 
 
 def outside_band(entropy: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """True unless strictly inside the band, and so at its very bounds too."""
+    """True unless strictly inside the band; True on its bounds."""
     return ~((lower < entropy) & (entropy < upper))
 
 
 def band_penalty(entropy: Tensor, lower: Tensor, upper: Tensor, penalty: Penalty, alpha: Scalar) -> Tensor:
-    """P of each token or segment; 0 for "none" and for "gate", which has no P of its own."""
+    """P of each token or segment; 0 for "none" and for "gate", which has no P."""
     if penalty in ("none", "gate"):
         return torch.zeros_like(entropy)
     if penalty == "indicator":
@@ -400,16 +401,16 @@ def band_penalty(entropy: Tensor, lower: Tensor, upper: Tensor, penalty: Penalty
 
 
 def epo_loss(logits: Tensor, inputs: LossInputs) -> EPOOutput:
-    """The whole loss. logits: (B, T, V); differentiable any number of times, at eager PyTorch's cost in memory."""
+    """The whole loss. logits: (B, T, V); differentiable any number of times, with the memory cost of eager PyTorch."""
     log_probs, entropy = masked_log_probs_and_entropy(logits, inputs)
     return loss_of_statistics(log_probs, entropy, inputs)
 
 
 def loss_of_statistics(log_probs: Tensor, entropy: Tensor, inputs: LossInputs) -> EPOOutput:
-    """The loss from log-prob and entropy (B, T) on, 0 where the mask is; differentiable in both.
+    """The loss from log-prob and entropy, (B, T) and 0 where the mask is 0; differentiable with respect to both.
 
-    Whoever has the two statistics from elsewhere gets a = ∂loss/∂log_prob and b = ∂loss/∂H by autograd over (B, T)
-    tensors alone.
+    A caller that computes the two statistics itself gets a = ∂loss/∂log_prob and b = ∂loss/∂H by autograd over (B, T)
+    tensors only.
     """
     mask = inputs.mask
     losses = token_losses(log_probs, entropy, inputs)
@@ -426,7 +427,7 @@ def loss_of_statistics(log_probs: Tensor, entropy: Tensor, inputs: LossInputs) -
 def row_sums(
     log_probs: Tensor, entropy: Tensor, weights: Tensor, losses: TokenLosses, inputs: LossInputs
 ) -> dict[str, Tensor]:
-    """The sums over counted tokens that metrics are made of, 0-d float64; log_probs and entropy are detached."""
+    """The sums over counted tokens behind the metrics, 0-d float64; log_probs and entropy are detached."""
     mask = inputs.mask
     invalid = mask & (losses.band.invalid | ~valid_tokens(inputs))
     logged = {
@@ -450,16 +451,16 @@ def row_sums(
 
 
 def loss_of_given_statistics(log_probs: Tensor, entropy: Tensor, inputs: LossInputs) -> EPOOutput:
-    """`loss_of_statistics` where the two come from elsewhere: never read where the mask is 0."""
+    """`loss_of_statistics` for statistics given by the caller, which are not read where the mask is 0."""
     log_probs = _nan_at(inputs.mask & ~valid_tokens(inputs), log_probs)
     return loss_of_statistics(_at(inputs.mask, log_probs), _at(inputs.mask, entropy), inputs)
 
 
 class TokenLosses(NamedTuple):
-    """ℓ of each token and what it is made of, all (B, T); unspecified where the mask is 0."""
+    """ℓ of each token and its terms, all (B, T); unspecified where the mask is 0."""
 
     total: Tensor
-    pg: Tensor  # with its importance weight
+    pg: Tensor  # including its importance weight
     kl: Tensor  # before its coefficient, detached
     policy: PolicyLoss
     band: Band
@@ -489,14 +490,14 @@ def token_losses(log_probs: Tensor, entropy: Tensor, inputs: LossInputs) -> Toke
             if cfg.kl_bias_correction:
                 term = _source(coefficients.kl, policy.ratio) * term
             total = total + _term(coefficients.kl, term)
-    # Clamps and comparisons stop the gradient of NaN as they stop others; here it must reach the row.
+    # Clamps and comparisons block the gradient of NaN too; here it must reach the row.
     lost = mask & (total.isnan() | band.invalid)
     total = torch.where(lost, _nan_at(lost, log_probs), total)
     return TokenLosses(total, pg, kl, policy, band)
 
 
 def policy_inputs(log_probs: Tensor, inputs: LossInputs) -> PolicyInputs:
-    """What the policy loss reads of checked inputs; masked tokens are 0."""
+    """The inputs of the policy loss from checked arguments; masked tokens are 0."""
     mask, groups = inputs.mask, None
     if inputs.cfg.ratio_unit == "sequence":
         groups = Groups(mask, inputs.aggregation.sequence_ids, inputs.aggregation.num_sequences)
@@ -512,7 +513,7 @@ def policy_inputs(log_probs: Tensor, inputs: LossInputs) -> PolicyInputs:
 
 
 def loss_weights(inputs: LossInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Token weights (B, T), and the counted tokens of each sequence (num_sequences,)."""
+    """(token weights (B, T), counted tokens per sequence (num_sequences,))."""
     aggregation = inputs.aggregation
     lengths = sequence_lengths(inputs.mask, aggregation.sequence_ids, aggregation.num_sequences)
     return token_weights(inputs.mask, aggregation, lengths, dtype), lengths
@@ -566,17 +567,17 @@ def distribution_statistics(logits: Tensor, inputs: TokenInputs) -> Distribution
 
 
 class Band(NamedTuple):
-    """What the band makes of each token, all (B, T)."""
+    """The effect of the band on each token, all (B, T)."""
 
     penalty: Tensor
-    gate: Tensor  # factor of the bonus, detached
+    gate: Tensor  # multiplies the bonus, detached
     below: Tensor
     above: Tensor
-    invalid: Tensor  # a token's bounds are crossed, or NaN
+    invalid: Tensor  # the token's bounds are crossed or NaN
 
 
 def band_of_tokens(entropy: Tensor, inputs: LossInputs) -> Band:
-    """Hold each token's entropy, or its segment's mean, against the band."""
+    """Compare each token's entropy, or its segment's mean, with the band."""
     cfg = inputs.cfg
     if inputs.lower is None or inputs.upper is None:
         nowhere = torch.zeros_like(inputs.mask)
@@ -602,14 +603,14 @@ def band_of_tokens(entropy: Tensor, inputs: LossInputs) -> Band:
 
 
 def _at(mask: Tensor, values: Tensor) -> Tensor:
-    """values where the mask is 1 and 0 elsewhere, in value and gradient."""
+    """values where the mask is 1 and 0 elsewhere, for both value and gradient."""
     return torch.where(mask, values, 0)
 
 
 def _nan_at(bad: Tensor, values: Tensor) -> Tensor:
-    """values, and NaN where bad, in value and gradient.
+    """values, and NaN where bad, for both value and gradient.
 
-    A factor, not a summand: what the clamp of a NaN ratio sends back is 0, and only 0 * NaN spreads to the row.
+    Multiplied rather than added: the clamp of a NaN ratio has gradient 0, and only 0 * NaN reaches the row.
     """
     return values * torch.ones_like(values).masked_fill(bad, float("nan"))
 
@@ -621,19 +622,19 @@ def valid_tokens(inputs: TokenInputs) -> Tensor:
 
 
 def _may_be_on(coefficient: Scalar) -> bool:
-    """Whether a term must be computed: a number other than 0, or a tensor whose value isn't known here."""
+    """Whether a term must be computed: a nonzero number, or a tensor whose value is not known here."""
     return isinstance(coefficient, Tensor) or coefficient != 0
 
 
 def _term(coefficient: Scalar, values: Tensor) -> Tensor:
-    """coefficient * values, and 0 where the coefficient is a tensor of 0: values may be infinite."""
+    """coefficient * values, and 0 if the coefficient is a tensor of 0, because values may be infinite."""
     product = coefficient * values
     return torch.where(coefficient != 0, product, 0) if isinstance(coefficient, Tensor) else product
 
 
 def _source(coefficient: Scalar, values: Tensor) -> Tensor:
-    """What a term starts from: values, cut from the graph where the coefficient is a tensor of 0.
+    """The input of a term: values, detached from the graph if the coefficient is a tensor of 0.
 
-    `_term` alone sends back 0, which an infinite derivative on the way would turn into NaN.
+    `_term` alone has gradient 0, which an infinite derivative upstream would turn into NaN.
     """
     return torch.where(coefficient != 0, values, values.detach()) if isinstance(coefficient, Tensor) else values

@@ -1,4 +1,4 @@
-"""The phase weight β: how much the band penalty counts as training goes on."""
+"""The phase weight β of the band penalty over the course of training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def phase_weight(step: int, total_steps: int, schedule: str = "paper") -> float:
         schedule: one of the names above.
 
     Raises:
-        ValueError: a negative step, fewer than one step in all, or an unknown schedule.
+        ValueError: step is negative, total_steps is below 1, or schedule is unknown.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")

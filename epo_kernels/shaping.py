@@ -1,4 +1,4 @@
-"""Advantages shaped by entropy, on the pass that computes the old log-probs: REPO, AEM and EMPG. No gradient flows."""
+"""Entropy-based advantage shaping, computed together with the old log-probs: REPO, AEM and EMPG. No gradient flows."""
 
 from __future__ import annotations
 
@@ -33,46 +33,46 @@ def shape_advantages(
     """Advantages for the loss, shaped by the entropy of the policy that sampled.
 
     "repo" acts on tokens. The others act on turns: H is a turn's mean token entropy, H̃ = (H - min) / (max - min) over
-    the turns it is normalised with (0 where all are equal), and `mean` is over those turns, each counted once::
+    the turns it is normalised with (0 if all are equal), and `mean` is over those turns, with equal weight::
 
         repo    A - β (log π + H),                   β = coeff
         aem     A exp(-λ H̃) / mean exp(-λ H̃),        λ = coeff
         empg    A' - mean A',                        k = coeff, k' = clarity_coeff, ζ = clarity_weight
                 A' = A exp(-k H̃) / mean exp(-k H̃) + ζ exp(-k' H̃ of the episode's next turn, if there is one)
 
-    Sources: REPO, arXiv 2603.11682, in its basic form: log π + H has mean 0 under the policy, so that for β > 0 likely
-    tokens lose advantage and unlikely ones gain it. β is constant here; pass another one each step to adapt it. AEM,
-    arXiv 2605.00425: min-max and mean over the turns of a rollout group. EMPG, arXiv 2509.09265, equations 7 to 12:
-    min-max and means over the whole batch, k = k' = 1, and ζ = 0.05 or 0.1 in public implementations. Left open there
-    and chosen here: where the tokens of a turn have different advantages, `mean A'` takes the mean over the turn's
+    Sources: REPO, arXiv 2603.11682, in its basic form: log π + H has mean 0 under the policy, so for β > 0 likely
+    tokens lose advantage and unlikely ones gain it. β is constant here; pass a different value each step to adapt it.
+    AEM, arXiv 2605.00425: min-max and mean over the turns of a rollout group. EMPG, arXiv 2509.09265, equations 7 to
+    12: min-max and means over the whole batch, k = k' = 1, and ζ = 0.05 or 0.1 in public implementations. The paper
+    does not define `mean A'` for turns whose tokens have different advantages; here it is the mean over the turn's
     tokens.
 
     Args:
-        advantages: like entropy, or one a sequence, float.
+        advantages: like entropy, or one per sequence, float.
         entropy: H of each token under the sampling policy, (B, T) or packed (N,), float.
-        mask: like entropy, bool or 0/1: 1 at tokens that the policy produced. Nothing else is read where it is 0.
+        mask: like entropy, bool or 0/1: 1 at tokens that the policy generated. No other argument is read where it is 0.
         rule: see above.
         coeff: β, λ or k; a finite number or a 0-d tensor.
-        log_probs: log π of the sampled tokens, like entropy, float32 or float64. "repo" needs it.
+        log_probs: log π of the sampled tokens, like entropy, float32 or float64. Required by "repo".
         clarity_coeff: k' of EMPG.
         clarity_weight: ζ of EMPG; 0 for no bonus.
-        segment_ids: int, like entropy: the turn of each token, unique in the batch. None: a sequence is a turn.
-        num_segments: upper limit of segment_ids; None: the number of tokens.
-        cu_seqlens: int, (num_sequences + 1,), borders of packed sequences. Required for packed tokens where sequences
-            must be known: turns without segment_ids, episode_ids, group_ids, the bonus of "empg", or advantages given
-            by sequence.
-        episode_ids: int, (num_sequences,): sequences with one id are parts of one episode, in the order of the batch.
-            None: a sequence is an episode. Only the bonus of "empg" reads it.
-        group_ids: int, (num_sequences,): turns are normalised with those of the sequences that have the same id.
-            None: with all turns of the batch. "repo" does not read it.
+        segment_ids: int, like entropy: the turn of each token, unique in the batch. None: each sequence is a turn.
+        num_segments: exclusive upper limit of segment_ids; None: the number of tokens.
+        cu_seqlens: int, (num_sequences + 1,), boundaries of packed sequences. Required for packed tokens if sequences
+            must be known: for turns without segment_ids, episode_ids, group_ids, the bonus of "empg", or advantages
+            given per sequence.
+        episode_ids: int, (num_sequences,): sequences with the same id form one episode, in batch order. None: each
+            sequence is an episode. Used only by the bonus of "empg".
+        group_ids: int, (num_sequences,): turns are normalised within the sequences that have the same id. None: over
+            all turns of the batch. Not used by "repo".
 
     Returns:
         The shaped advantages, float32 like entropy, detached, 0 where the mask is 0.
 
     Raises:
-        ValueError: shapes differ, an unknown rule, sequences or log_probs missing; on the CPU also values out of range.
-            Elsewhere the advantages of such tokens are NaN.
-        TypeError: an argument of the wrong type, or 16-bit log-probs.
+        ValueError: shapes differ, rule is unknown, or sequences or log_probs are missing; on the CPU also if values
+            are out of range. On other devices the advantages of such tokens are NaN.
+        TypeError: an argument has the wrong type, or log-probs are 16-bit.
     """
     if rule not in get_args(ShapingRule):
         raise ValueError(f"rule must be one of {', '.join(get_args(ShapingRule))}, got {rule!r}")
@@ -100,14 +100,14 @@ def shape_advantages(
 
 
 class _Turns:
-    """Statistics of the S turns of a batch, (S,) float64 each, and of the groups they are normalised in.
+    """Statistics of the S turns of a batch, (S,) float64 each, and of the groups they are normalised within.
 
-    Turns without counted tokens do not count in any of them.
+    Turns without counted tokens are ignored.
     """
 
     def __init__(self, batch: TokenBatch, group_ids: Tensor | None) -> None:
         if batch.segment_ids is None:
-            raise ValueError("cu_seqlens or segment_ids must be given for packed tokens: the turns must be known")
+            raise ValueError("segment_ids or cu_seqlens must be given for packed tokens, to identify the turns")
         self._batch = batch
         self._ids = batch.segment_ids
         self._size = batch.num_segments
@@ -116,18 +116,18 @@ class _Turns:
         self._groups = torch.zeros_like(self._counts, dtype=torch.int64)
         if group_ids is not None:
             _, self._groups = self._by_turn("group_ids", group_ids).unique(return_inverse=True)
-        self._num_groups = self._size  # at most
+        self._num_groups = self._size  # an upper limit
 
     def spread(self, values: Tensor) -> Tensor:
-        """(S,) to the tokens, (B, T)."""
+        """(S,) -> (B, T)."""
         return values[self._ids]
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of each turn's counted tokens, from (B, T) values that are 0 elsewhere."""
+        """Mean over each turn's counted tokens, from (B, T) values that are 0 elsewhere."""
         return self._sum(torch.where(self._batch.mask, values, 0.0)) / self._counts.clamp(min=1)
 
     def group_mean(self, values: Tensor) -> Tensor:
-        """For each turn, the mean of its group's turns."""
+        """The mean over each turn's group."""
         sums, counts = values.new_zeros(self._num_groups), values.new_zeros(self._num_groups)
         sums.index_add_(0, self._groups, torch.where(self._seen, values, 0.0))
         counts.index_add_(0, self._groups, self._seen.double())
@@ -137,14 +137,14 @@ class _Turns:
         return values / torch.where(self._seen, self.group_mean(values), 1.0)
 
     def normalized(self, values: Tensor) -> Tensor:
-        """Values brought to [0, 1] by the least and the greatest of the group; 0 where the two are equal."""
+        """Values min-max scaled to [0, 1] within the group; 0 if minimum and maximum are equal."""
         least = self._extreme(values, math.inf)
         width = self._extreme(values, -math.inf) - least
-        # NaN is not equal: it stays NaN.
+        # NaN compares unequal, so it stays NaN.
         return torch.where(self._seen & (width != 0), (values - least) / width, 0.0)
 
     def of_next(self, values: Tensor, episode_ids: Tensor | None) -> Tensor:
-        """For each turn, the value of the following turn of its episode; 0 for the last."""
+        """For each turn, the value of the next turn in its episode; 0 for the last."""
         episodes = self._sequence_of_turn() if episode_ids is None else self._by_turn("episode_ids", episode_ids)
         places = torch.arange(self._ids.numel(), device=self._ids.device)
         places = torch.where(self._batch.mask.reshape(-1), places, places.numel())
@@ -166,7 +166,7 @@ class _Turns:
         return start.scatter_reduce(0, self._groups, values, "amin" if otherwise > 0 else "amax")[self._groups]
 
     def _by_turn(self, name: str, ids: Tensor) -> Tensor:
-        """(S,) from one id a sequence."""
+        """(S,) from one id per sequence."""
         layout = self._batch.layout
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
             kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
@@ -174,16 +174,16 @@ class _Turns:
         sequences = self._sequence_of_turn()
         if ids.shape != (layout.num_sequences,) or ids.device != layout.device:
             raise ValueError(
-                f"{name} must hold one id a sequence, ({layout.num_sequences},) on {layout.device}, got "
+                f"{name} must have one id per sequence, ({layout.num_sequences},) on {layout.device}, got "
                 f"{tuple(ids.shape)} on {ids.device}"
             )
         return ids.to(torch.int64)[sequences]
 
     def _sequence_of_turn(self) -> Tensor:
-        """The sequence that each turn's first counted token is in, (S,) int64."""
+        """The sequence that contains each turn's first counted token, (S,) int64."""
         layout = self._batch.layout
         if layout.packed and layout.sequence_ids is None:
-            raise ValueError("cu_seqlens must be given for packed tokens: the sequences must be known")
+            raise ValueError("cu_seqlens must be given for packed tokens, to identify the sequences")
         own = layout.sequence_ids
         if own is None:
             own = torch.arange(layout.num_sequences, device=layout.device)[:, None].expand(layout.shape)

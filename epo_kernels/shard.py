@@ -1,10 +1,11 @@
-"""A vocabulary split over the ranks of a process group: each rank's share, and what is exchanged among them.
+"""A vocabulary split over the ranks of a process group: each rank's share, and the exchange between ranks.
 
-Rank r holds the columns that follow those of rank r - 1. Everything known of the tokens is the same on every rank; the
-logits (or the head's rows that make them) are a part.
+Rank r has the columns that follow the columns of rank r - 1. All per-token arguments are the same on every rank; logits
+(or the head's rows) are split.
 
-One collective opens a call: a few integers a rank, by which ranks know each other's shares and that they were called
-alike. It is read on the host, a sync on CUDA; if ranks disagree, every rank raises instead of waiting for ever.
+Each call starts with one collective of a few integers per rank, by which ranks learn each other's shares and verify
+that they were called with the same arguments. It is read on the host, which syncs on CUDA. If ranks disagree, every
+rank raises instead of deadlocking.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import distributed as dist
 
 from epo_kernels.autograd import differentiable_once
 
-_RECORD = 24  # integers that ranks compare, at most: one length, whatever each of them was called with
+_RECORD = 24  # maximum number of integers that ranks compare; a fixed length, whatever the arguments
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Shard:
     """This rank's share of a vocabulary.
 
     Attributes:
-        group: the ranks that hold the vocabulary together.
-        rank: this one's place in it.
-        widths: columns of each rank, padding included.
-        device: where the logits are.
+        group: the ranks that share the vocabulary.
+        rank: this rank's index in the group.
+        widths: number of columns of each rank, including padding.
+        device: device of the logits.
     """
 
     group: dist.ProcessGroup
@@ -44,32 +45,32 @@ class Shard:
 
     @property
     def total(self) -> int:
-        """Columns of all ranks."""
+        """Number of columns over all ranks."""
         return sum(self.widths)
 
     @property
     def columns(self) -> slice:
-        """Those of this rank."""
+        """The columns of this rank."""
         start = sum(self.widths[: self.rank])
         return slice(start, start + self.widths[self.rank])
 
     def own_vocabulary(self, vocab_size: int) -> int:
-        """How many of this rank's columns are of the vocabulary; the rest is padding."""
+        """Number of this rank's columns that belong to the vocabulary; the rest is padding."""
         columns = self.columns
         return max(min(vocab_size, columns.stop) - columns.start, 0)
 
     @cached_property
     def ends(self) -> Tensor:
-        """(ranks,) int64: where each rank's columns end."""
+        """(ranks,) int64: the end of each rank's columns."""
         return torch.tensor(list(accumulate(self.widths)), device=self.device)
 
     def gather(self, values: Tensor) -> Tensor:
-        """(...) of one shape on every rank -> (ranks, ...)."""
+        """(...), the same shape on every rank -> (ranks, ...)."""
         return gather(values, self.group)
 
 
 def gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(...) of one shape on every rank -> (ranks, ...), in the order of the ranks."""
+    """(...), the same shape on every rank -> (ranks, ...), in rank order."""
     gathered = values.new_empty(dist.get_world_size(group), *values.shape)
     dist.all_gather(list(gathered.unbind()), values.contiguous(), group=group)
     return gathered
@@ -81,23 +82,23 @@ def find_shard(
     """Exchange the widths of the ranks' shares.
 
     Args:
-        width: columns of this rank.
-        mask: of the tokens, on the device of the logits; None counts all of them.
-        facts: what else the ranks must agree on, by the name that an error gives it; first what tells which there are.
+        width: number of columns of this rank.
+        mask: token mask, on the device of the logits; None counts all tokens.
+        facts: other values the ranks must agree on, keyed by the name used in errors. The first must identify the rest.
 
     Raises:
-        RuntimeError: a graph is being compiled.
-        TypeError: group isn't a process group with this process in it.
-        ValueError: the ranks disagree, which raises on all of them.
+        RuntimeError: called while compiling a graph.
+        TypeError: group is not a process group that includes this process.
+        ValueError: the ranks disagree; raised on every rank.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            "group= can't be compiled: its collectives overlap with the products, which a traced graph has no word "
-            "for; call the loss outside of torch.compile (torch.compiler.disable)"
+            "group= cannot be compiled: its collectives overlap with the matrix products, which a traced graph cannot "
+            "express; call the loss outside torch.compile (torch.compiler.disable)"
         )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"group must be a torch.distributed process group with this rank in it, got {group!r} "
+            f"group must be a torch.distributed process group that includes this rank, got {group!r} "
             f"({type(group).__name__})"
         )
     words = {name: repr(fact) for name, fact in facts.items() if not isinstance(fact, Integral)}
@@ -110,20 +111,20 @@ def find_shard(
     widths, counted, *known = gather(record, group).t().tolist()
     for name, values in [*zip(facts, known, strict=False), ("number of counted tokens", counted)]:
         if len(set(values)) > 1:
-            others = f"this one has {words[name]}" if name in words else f"they have {values}"
-            raise ValueError(f"every rank of group must be called with the same {name.replace('_', ' ')}; {others}")
+            others = f"this rank has {words[name]}" if name in words else f"they have {values}"
+            raise ValueError(f"every rank of group must use the same {name.replace('_', ' ')}; {others}")
     if sum(widths) == 0:
         raise ValueError("the ranks of group must hold at least one column of the vocabulary, they have none")
     return Shard(group, dist.get_rank(group), tuple(widths), device)
 
 
 def check_replicated(shard: Shard, mask: Tensor, **arguments: object) -> None:
-    """With EPO_KERNELS_CHECK=1, raise on every rank unless tensor arguments are the same on all, bit for bit.
+    """With EPO_KERNELS_CHECK=1, raise on every rank unless tensor arguments are bit-identical across ranks.
 
-    (B, T, ...) ones only where the mask (B, T) is 1; others are compared whole.
+    Arguments of shape (B, T, ...) are compared where the mask (B, T) is 1, others in full.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: an argument differs; the message names it.
     """
     if os.environ.get("EPO_KERNELS_CHECK", "0") != "1":
         return
@@ -132,17 +133,17 @@ def check_replicated(shard: Shard, mask: Tensor, **arguments: object) -> None:
     prints[0] = zlib.crc32(repr(list(given)).encode())
     for place, (name, value) in enumerate(given.items(), 1):
         prints[place] = _fingerprint(value if name == "mask" or value.shape[:2] != mask.shape else value[mask])
-    names = "what is given of the optional arguments", *given
+    names = "set of optional arguments", *given
     for name, values in zip(names, shard.gather(prints).t().tolist(), strict=False):
         if len(set(values)) > 1:
             raise ValueError(
-                f"{name} must be the same on every rank of group, bit for bit where the mask is 1; it differs. Only "
-                "the vocabulary is split over group: broadcast it, or leave group out for data-parallel ranks"
+                f"{name} must be bit-identical on every rank of group where the mask is 1; it differs. Only the "
+                "vocabulary is split over group: broadcast it, or omit group for data-parallel ranks"
             )
 
 
 def _fingerprint(values: Tensor) -> Tensor:
-    """0-d int64 of the values' bits and places."""
+    """0-d int64 hash of the values' bits and positions."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     bits = values.detach().contiguous().view(integers).flatten().to(torch.int64)
     places = torch.arange(1, bits.numel() + 1, device=bits.device)
@@ -150,9 +151,9 @@ def _fingerprint(values: Tensor) -> Tensor:
 
 
 class GatheredColumns(torch.autograd.Function):
-    """A rank's columns (..., width) -> those of all ranks, (..., total), and an anchor.
+    """A rank's columns (..., width) -> the columns of all ranks, (..., total), and an anchor.
 
-    The gradient of what is the same on all ranks is so too: each takes its columns.
+    The gradient is the same on all ranks; each rank takes its columns.
     """
 
     @staticmethod
@@ -173,9 +174,9 @@ class GatheredColumns(torch.autograd.Function):
 
 
 class ReplicatedInput(torch.autograd.Function):
-    """What is the same on all ranks, and enters a product with a rank's columns, and an anchor.
+    """A value replicated on all ranks that enters a product with a rank's columns, and an anchor.
 
-    The ranks' gradients are added up.
+    The gradients of the ranks are summed.
     """
 
     @staticmethod

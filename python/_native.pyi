@@ -1,4 +1,4 @@
-"""The binding of csrc/ (python/module.cpp). Arguments that don't fit raise ValueError; nothing is read before that."""
+"""The binding of csrc/ (python/module.cpp). Invalid arguments raise ValueError before anything is read."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ from epo_kernels.declaration import KLType, LossAggMode, Penalty, RowPolicyLoss
 declared_names: dict[str, tuple[str, ...]]
 
 class Array:
-    """A strided array in the memory of `owner`, checked to lie inside `capacity` bytes from `storage` on.
+    """A strided array in the memory of `owner`, checked to be inside the `capacity` bytes that start at `storage`.
 
-    Strides count elements. The owner is kept alive as long as the array, and whatever is made of it.
+    Strides count elements. The owner is kept alive as long as the array or anything created from it.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Terms:
     ) -> None: ...
 
 def cpu_instructions() -> list[str]:
-    """Instruction sets that this build and this processor have, the best first: "avx512", "avx2", "plain"."""
+    """Instruction sets supported by this build and processor, best first: "avx512", "avx2", "plain"."""
 
 def cpu_statistics(
     rows: Rows,
@@ -69,7 +69,7 @@ def cpu_statistics(
     threads: int,
     instructions: str | None = None,
 ) -> None:
-    """Writes the statistics of the rows. instructions: None takes the best."""
+    """Writes the statistics of the rows. instructions: None uses the best."""
 
 def cpu_spread(
     rows: Rows,
@@ -107,18 +107,18 @@ def cpu_loss(
     threads: int,
     instructions: str | None = None,
 ) -> None:
-    """Writes the loss's sums, its log-probs and entropies, and, to out, its gradient."""
+    """Writes the loss's sums, its log-probs and entropies, and its gradient to out."""
 
 def cpu_scale(values: Array, factor: float, threads: int, instructions: str | None = None) -> None:
     """values *= factor in float32; values are contiguous."""
 
-# Where CUDA kernels were built, cuda_missing is None, and what follows it is there; else it says why they weren't.
-# Calls launch on the stream (an address) of the device (its ordinal), without a sync; what CUDA said is a RuntimeError.
+# If CUDA kernels were built, cuda_missing is None and the functions below exist; otherwise it gives the reason. Calls
+# launch on the given stream (an address) of the device (its ordinal), without a sync; CUDA errors raise RuntimeError.
 cuda_missing: str | None
 cuda_archs: str
 
 def cuda_unsupported(device: int) -> str | None:
-    """None where there is machine code for the device, else what CUDA said."""
+    """None if there is machine code for the device, otherwise CUDA's error message."""
 
 def cuda_workspace_size(device: int) -> int:
     """Length of the float64 workspace of `cuda_loss`."""
@@ -170,7 +170,7 @@ def cuda_loss(
 ) -> str:
     """Returns the family of kernels that ran, "ring" or "sweeps".
 
-    family: "chosen", or "ring" or "sweeps" to insist on one; a ring that can't run is a RuntimeError.
+    family: "chosen", or "ring" or "sweeps" to force one; a ring that cannot run raises RuntimeError.
     """
 
 def cuda_prepare(
@@ -192,4 +192,4 @@ def cuda_prepare(
     """Token weights and coefficients."""
 
 def cuda_scale(values: Array, factor: Array, device: int, stream: int) -> None:
-    """values *= factor in float32; touches no values where the factor is 1."""
+    """values *= factor in float32; does not touch values if the factor is 1."""

@@ -1,6 +1,6 @@
-// The pybind11 binding of csrc/. The boundary where bad input is refused: an Array can only be made of memory that is
-// there, aligned and large enough, and a call only takes Arrays of the dtype and shape that it needs. Errors are
-// ValueErrors that say what was wrong and what was expected. Nothing below this file checks anything.
+// The pybind11 binding of csrc/, which validates all input: an Array can only be created from memory that exists, is
+// aligned and is large enough, and a call accepts only Arrays of the required dtype and shape. Errors are ValueErrors
+// that say what was wrong and what was expected. The code below this file checks nothing.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -42,13 +42,13 @@ int item_size(const std::string& dtype) {
     refuse("dtype must be float32, float16, bfloat16, float64, int64, int32 or bool, got " + dtype);
 }
 
-// A strided array in its owner's memory: `capacity` bytes from `begin` are the storage it must lie in.
+// A strided array in its owner's memory, which must be inside the storage: `capacity` bytes from `begin`.
 struct Array {
     std::uintptr_t pointer;
     std::string dtype;
     Shape shape, strides;
     py::object owner;       // kept alive
-    std::int64_t last = 0;  // the last byte from `pointer` on, -1 where the array is empty
+    std::int64_t last = 0;  // offset of the last byte from `pointer`, -1 if the array is empty
 
     Array(std::uintptr_t pointer_, std::string dtype_, Shape shape_, Shape strides_, std::uintptr_t begin,
           std::int64_t capacity, py::object owner_)
@@ -147,7 +147,7 @@ float* results(const Array& array, const char* name, const epo::Rows& rows) {
 
 using Owners = std::vector<py::object>;
 
-// Rows, and whose memory they look at.
+// Rows, and the owners of their memory.
 struct RowsArguments {
     epo::Rows rows;
     Array logits;
@@ -186,7 +186,7 @@ RowsArguments make_rows(const Array& logits, const Array& tokens, const Array& m
     return {rows, logits, std::move(owners)};
 }
 
-// The value of an enum by its declared name.
+// The value of an enum from its declared name.
 template <class Enum, std::size_t Count>
 Enum choice(const char* argument, const char* const (&names)[Count], const std::string& name) {
     std::string known;
@@ -233,7 +233,7 @@ const epo::Terms& terms_of(const TermsArguments& terms, const epo::Rows& rows) {
     return terms.terms;
 }
 
-// A gradient like the logits: their own memory, or memory that they don't touch.
+// A gradient with the layout of the logits: their own memory, or memory that does not overlap it.
 epo::Matrix make_output(const RowsArguments& rows, const MaybeArray& out) {
     if (!out) return {};
     expect(*out, "out", rows.logits.dtype.c_str(), rows.logits.shape);
@@ -344,7 +344,7 @@ void raise_if(const char* error) {
     if (error) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
-// Device and stream of a call; what a loss needs beside its arguments.
+// Device and stream of a call; further arguments of a loss.
 epo::CudaPlace place_of(int device, std::uintptr_t stream) {
     if (device < 0) refuse("device must be 0 or more, got " + std::to_string(device));
     return {device, reinterpret_cast<void*>(stream)};
@@ -419,7 +419,7 @@ void cuda_prepare(const Array& mask, const Array& lengths, const MaybeArray& seq
                   const std::vector<Number>& coefficients, const Array& weights, const Array& coefficients_out,
                   const Array& ticket, const Array& extras, int device, std::uintptr_t stream) {
     if (mask.shape.size() != 2) refuse("mask must have two sizes (batch, time), got " + text(mask.shape));
-    epo::Rows like{};  // the sizes that per_token looks at
+    epo::Rows like{};  // the sizes that per_token reads
     like.batch = mask.shape[0];
     like.time = mask.shape[1];
     epo::Aggregation aggregation{};
@@ -497,7 +497,7 @@ py::tuple tuple_of(const char* const (&names)[Count]) {
     return tuple;
 }
 
-// The names that this module was built with, as epo_kernels/declaration.py had them.
+// The names with which this module was built, from epo_kernels/declaration.py.
 py::dict declared_names() {
     py::dict names;
 #define EPO_EXPORT(key) names[#key] = tuple_of(epo::k##key##Names);

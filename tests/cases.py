@@ -1,4 +1,4 @@
-"""Arguments for the loss, made at random, and the comparison with the loss in plain Python."""
+"""Random arguments for the loss, and the comparison with the loss in plain Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import plain
 
 PENALTIES = get_args(Penalty)
 MODES = get_args(LossAggMode)
-# The policy losses, each in the forms that its own settings give it.
+# The policy losses, each in the variants of its own settings.
 POLICY_VARIANTS = {
     "ppo": {},
     "cispo": {"policy_loss": "cispo"},
@@ -36,7 +36,7 @@ def policy_config(name, **settings):
     return ek.EPOConfig(**{**clips, **POLICY_VARIANTS[name], **settings})
 
 
-# Those that row kernels compute, beside "ppo".
+# The policy losses computed by row kernels, besides "ppo".
 TOKEN_POLICIES = [name for name in POLICY_VARIANTS if name != "ppo" and policy_config(name).is_per_token]
 
 

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, fixed seeds, and a reason where a GPU is missing."""
+"""Shared by all tests: one thread, fixed seeds, and a skip reason without a GPU."""
 
 import pytest
 import torch

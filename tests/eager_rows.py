@@ -1,4 +1,4 @@
-"""Row kernels in eager PyTorch, with the closed form of the gradient: in float64, what surrounds kernels is exact."""
+"""Row kernels in eager PyTorch, with the closed form of the gradient: float64 makes the code around them exact."""
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class EagerRows(PlainHelpers):
 
 
 def _inputs(rows: Rows, terms: Terms) -> LossInputs:
-    """The loss that the terms describe, as the reference takes it."""
+    """The loss described by the terms, as inputs of the reference."""
     given = dict(zip(COEFFICIENTS, terms.coefficients.tolist(), strict=True))
     policy_loss, _, divergence = terms.policy_loss.partition("_")
     fields = {name: value for name, value in given.items() if not name.endswith("_coeff")}

@@ -45,13 +45,13 @@ TRANSFORM = ("vocab_size", "temperature", "logit_softcap", "logit_scale")
 COUNTS = ("tokens", "clipped_tokens", "below_band_tokens", "above_band_tokens", "invalid_tokens")
 LEAVES = ("logits", "hidden", "weight", "bias", "log_probs", "entropy")
 PER_TOKEN = ("old_log_probs", "advantages", "ref_log_probs", "is_weights", "temperature", "log_probs", "entropy")
-# What the sampled ratio may differ from 1 by, as a log-ratio. The large one overflows float16 unless it is scaled well.
+# Log-ratios of the samples. The large one overflows float16 unless it is scaled well.
 SPREADS = (0.0, 0.3, 1.5, 9.0)
 
 
 @dataclass
 class Call:
-    """A call of one form. `arguments` go by name; `counted` is the mask, also where the call is given none."""
+    """A call of one form. `arguments` are keyed by name; `counted` is the mask, even if the call has none."""
 
     form: str
     dtype: torch.dtype
@@ -118,7 +118,7 @@ def draw(seed: int) -> Call:
 
 
 def _transform(rng: random.Random, shape: tuple[int, ...], tokens: Tensor, vocab: int) -> dict[str, Any]:
-    """What turns logits into log-probs, and tokens that lie in the vocabulary."""
+    """The transform from logits to log-probs, and tokens inside the vocabulary."""
     transform: dict[str, Any] = {}
     if rng.random() < 0.3:
         transform["vocab_size"] = rng.randint(1, vocab)
@@ -184,7 +184,7 @@ def _loss_arguments(
     packed: bool,
     smooth: bool,
 ) -> dict[str, Any]:
-    """What a loss is given beside its rows; `smooth`: no kinks, whose side roundings of 16 bits would decide."""
+    """The arguments of a loss besides its rows; `smooth`: no kinks, at which 16-bit rounding would decide."""
     batch, time = size
     shape = log_probs.shape
     clips = {"clip_ratio_low": 1.0, "clip_ratio_high": 1e9, "clip_ratio_c": None} if smooth else {}
@@ -260,7 +260,7 @@ def _mask(rng: random.Random, counted: Tensor) -> Tensor:
 
 
 def _strided(rng: random.Random, values: Tensor) -> Tensor:
-    """The same values, in memory as callers have them."""
+    """The same values, in memory layouts that callers use."""
     kind = rng.choice(["contiguous", "slice", "last dimension", "transposed"])
     if kind == "slice":
         wide = values.new_full([size + 2 for size in values.shape], math.nan)
@@ -276,7 +276,7 @@ def _strided(rng: random.Random, values: Tensor) -> Tensor:
 
 
 def compute(call: Call, backend: str, dtype: torch.dtype | None = None, poison: bool = False) -> dict[str, Tensor]:
-    """Every result and gradient by name; with dtype, of the arguments in it."""
+    """Every result and gradient by name; with dtype, for the arguments cast to it."""
     arguments = dict(call.arguments)
     if dtype is not None:
         arguments = _float64(arguments)
@@ -313,7 +313,7 @@ def _float64(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _poisoned(call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with everything that may not be read replaced."""
+    """The arguments with all values that must not be read replaced."""
     poisoned, ignored = dict(arguments), ~call.counted
     for name, value in arguments.items():
         if isinstance(value, Tensor) and name in PER_TOKEN and value.shape == ignored.shape:
@@ -338,7 +338,7 @@ def _poisoned(call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(call: Call, backend: str) -> None:
-    """Raises AssertionError where the backend is worse than eager PyTorch."""
+    """Raises AssertionError if the backend is less accurate than eager PyTorch."""
     truth = compute(call, "reference", torch.float64)
     eager = compute(call, "reference")
     fused = compute(call, backend, poison=True)
@@ -400,7 +400,7 @@ def _replaced(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def _first(name: str, value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """`name` with `value` in the place of its first element."""
+    """`name` with its first element replaced by `value`."""
 
     def change(arguments: dict[str, Any]) -> dict[str, Any]:
         wrong = arguments[name].clone()
@@ -415,7 +415,7 @@ def _bounds(change: Callable[[Tensor, Tensor], tuple[Any, ...]]) -> Callable[[di
 
 
 BY_SEGMENT = ek.EPOConfig(penalty="hinge", band_scope="segment")
-# What the error must name, the forms that have the argument, and the change that makes it wrong.
+# The name in the error, the forms that have the argument, and the change that makes it invalid.
 WRONG: tuple[tuple[str, tuple[str, ...], Callable[[dict[str, Any]], dict[str, Any]]], ...] = (
     ("tokens", WITH_LOGITS, _first("tokens", -1)),
     ("tokens", WITH_LOGITS, _first("tokens", 10**6)),
@@ -466,7 +466,7 @@ WRONG: tuple[tuple[str, tuple[str, ...], Callable[[dict[str, Any]], dict[str, An
 
 
 def check_wrong(seed: int, backend: str) -> None:
-    """Raises AssertionError unless one wrong argument in a call that is otherwise right raises, and is named."""
+    """Raises AssertionError unless one invalid argument in an otherwise valid call raises an error that names it."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     wrong, forms, change = rng.choice(WRONG)
@@ -508,7 +508,7 @@ def check_wrong(seed: int, backend: str) -> None:
 
 
 def fuzz(seed: int, backend: str) -> None:
-    """One draw. Raises AssertionError with the call where it fails, whatever the failure."""
+    """One draw. Raises AssertionError with the call if it fails for any reason."""
     if seed % 5 == 0:
         check_wrong(seed, backend)
         return

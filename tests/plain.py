@@ -35,7 +35,7 @@ def clamp(value, low, high):
 
 
 def importance_ratio(i, deltas, cfg):
-    """(ratio, {token: ∂ratio/∂log_prob}) of token i, which shares it with the tokens of deltas."""
+    """(ratio, {token: ∂ratio/∂log_prob}) of token i, shared with the tokens of deltas."""
     mean = sum(deltas.values()) / len(deltas)
     ratio = math.exp(clamp(mean, -20.0, 20.0))
     slope = ratio if -20.0 <= mean <= 20.0 else 0.0
@@ -213,7 +213,7 @@ def epo_loss(
     shape, count = tokens.shape, tokens.numel()
     sequences = _sequences(tokens, cu_seqlens)
 
-    def spread(value):  # like tokens, or one a sequence
+    def spread(value):  # like tokens, or one per sequence
         if value is None:
             return [None] * count
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
@@ -332,7 +332,7 @@ def _members(segment_ids, scope, sequences, active):
 
 
 def _held(entropy, segment_ids, scope, sequences, active):
-    """For each counted token: the entropy held against the band, and the tokens that share in it."""
+    """For each counted token: the entropy compared with the band, and the tokens that share it."""
     members = _members(segment_ids, scope, sequences, active)
     return {i: (math.fsum(entropy[j] for j in at) / len(at), at) for i, at in members.items()}
 

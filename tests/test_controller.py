@@ -1,4 +1,4 @@
-"""The entropy controller: each rule against a plain one, TRL's gate by hand, and going on from a saved state."""
+"""The entropy controller: each rule against a plain version, TRL's gate by hand, and resuming from a saved state."""
 
 import io
 import math
@@ -91,7 +91,7 @@ def test_it_holds_a_simple_system_at_its_target(rule):
 
 
 def test_the_integral_does_not_wind_up():
-    """However long λ was at its bound, it leaves it with the first entropies on the other side."""
+    """However long λ was at its bound, it leaves it at the first entropies on the other side (anti-windup)."""
     controller = ek.EntropyController(0.3, "pi", kp=0.01, ki=0.1, coeff_max=0.05)
     fed(controller, [0.0] * 500)
     assert float(controller.entropy_coeff) == pytest.approx(0.05)
@@ -185,7 +185,7 @@ def test_a_saved_state_goes_on_to_the_last_bit(rule):
 
 
 def test_a_state_of_another_rule_is_refused():
-    with pytest.raises(ValueError, match="rule='step'"):
+    with pytest.raises(ValueError, match=r"rule must match .*'step', got 'pi'"):
         ek.EntropyController(0.3, "pi").load_state_dict(ek.EntropyController(0.3).state_dict())
 
 

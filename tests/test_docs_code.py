@@ -1,4 +1,4 @@
-"""The pages' code runs, their commands parse, their links lead somewhere, and the notebook runs from top to bottom."""
+"""The pages' code runs, their commands parse, their links resolve, and the notebook runs from top to bottom."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def blocks_of(page, language):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page, "python")], ids=lambda page: page.name)
 def test_python_blocks_run_in_the_order_of_the_page(page, tmp_path, monkeypatch):
-    """Those that need another package are compiled; tests/integrations runs such code."""
+    """Blocks that need another package are only compiled; tests/integrations runs such code."""
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     for title, code in blocks_of(page, "python"):

@@ -1,4 +1,4 @@
-"""The examples run, and learn what they say they learn. (TRL's runs under tests/integrations.)"""
+"""The examples run and learn as described. (The TRL example runs in tests/integrations.)"""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""epo_loss and log_probs_and_entropy as people call them: layouts, autograd, precision, backends."""
+"""epo_loss and log_probs_and_entropy as users call them: layouts, autograd, precision, backends."""
 
 import math
 
@@ -277,7 +277,7 @@ def test_entropy_that_is_not_wanted_costs_no_gradient():
 
 
 def from_log_probs(case, logits):
-    """The loss by way of the statistics: two calls for `epo_loss`'s one."""
+    """The loss from the statistics: two calls instead of one `epo_loss`."""
     case = {name: value for name, value in case.items() if name not in ("logits", "tokens", "temperature")}
     return ek.epo_loss_from_log_probs(*logits, **case)
 
@@ -326,9 +326,9 @@ def test_from_log_probs_takes_an_entropy_of_16_bits_and_names_what_is_wrong():
     out = from_log_probs(case, (log_probs, entropy))
     assert_close(out.loss, from_log_probs(case, (log_probs, entropy.float())).loss, rtol=0, atol=0)
     for wrong, error, match in (
-        ((case["tokens"], entropy), TypeError, "log_probs must be a floating tensor, got torch.int64"),
+        ((case["tokens"], entropy), TypeError, "log_probs must be a floating-point tensor, got torch.int64"),
         ((log_probs.half(), entropy), TypeError, "log_probs must be float32 or float64, got torch.float16"),
-        ((log_probs, None), TypeError, "entropy must be a floating tensor, got NoneType"),
+        ((log_probs, None), TypeError, "entropy must be a floating-point tensor, got NoneType"),
         ((log_probs, entropy[:, :2]), ValueError, "entropy must have shape"),
         ((log_probs[..., None], entropy), ValueError, "log_probs must be"),
     ):
@@ -386,7 +386,7 @@ def test_autocast_leaves_the_statistics_in_float32():
 @pytest.mark.parametrize("scope", ["token", "segment"])
 @pytest.mark.parametrize("penalty", ["none", "gate"])
 def test_defaults_of_torch_change_nothing(penalty, scope, backend, default):
-    """Neither the default dtype nor the default device: what comes back has the documented dtypes and values."""
+    """Neither the default dtype nor the default device matters: results have the documented dtypes and values."""
     cfg = ek.EPOConfig(penalty=penalty, kl_coeff=0.1, band_scope=scope, loss_agg_mode="seq-mean-token-mean")
     bounds = torch.full((3, 5), 2.0), torch.full((3, 5), 2.5)
     case = random_case(cfg, dtype=torch.float32, vocab=64, entropy_bounds=bounds)

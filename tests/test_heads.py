@@ -1,4 +1,4 @@
-"""The head of real models of transformers, made on the spot: what it is, and that it is compared with their logits."""
+"""The head of real transformers models, built here: its parameters, and the comparison with the models' logits."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_what_families_do_to_their_logits(name, dtype):
 
 
 class Doubled(hf.LlamaForCausalLM):
-    """A model with code of its own."""
+    """A model with custom code."""
 
     def forward(self, **kwargs):
         output = super().forward(**kwargs)
@@ -85,7 +85,7 @@ class Doubled(hf.LlamaForCausalLM):
 
 
 class Capped(hf.LlamaForCausalLM):
-    """A softcap that shows at large logits alone."""
+    """A softcap that only shows at large logits."""
 
     def forward(self, **kwargs):
         output = super().forward(**kwargs)
@@ -117,12 +117,12 @@ def test_heads_that_are_networks_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=f"{family.__name__} does more"):
             check_head(family(config))
-    with pytest.raises(ValueError, match="RemBertForCausalLM's logits can't be computed from its last hidden states"):
+    with pytest.raises(ValueError, match="RemBertForCausalLM's logits cannot be computed from its last hidden states"):
         check_head(hf.RemBertForCausalLM(hf.RemBertConfig(**SIZES, is_decoder=True, output_embedding_size=48)))
 
 
 def test_the_layers_do_not_run():
-    """They may need a GPU, where the check runs before the model is put there."""
+    """They may need a GPU, but the check runs before the model is moved there."""
     model = make(hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES))
     model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("a layer ran"))
     check_head(model)
@@ -139,5 +139,5 @@ def test_weights_that_cannot_be_read_are_not_compared():
 def test_an_output_layer_without_a_floating_weight_is_refused():
     model = make(hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES))
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(97, 32, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"floating-point weight, got torch.uint8: don't quantise it"):
+    with pytest.raises(ValueError, match=r"floating-point weight, got torch.uint8: do not quantise"):
         head_of(model)

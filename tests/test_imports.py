@@ -45,7 +45,7 @@ DRIVER = (
     ("models",),
     ("rollout",),
     ("rl",),
-    ("header",),
+    ("header", "plan"),
     ("start",),
     ("parts",),
     ("build",),
@@ -96,7 +96,7 @@ def import_graph(root: Path, packages: Iterable[str] = PACKAGES) -> Graph:
 
 
 def find_cycle(graph: Graph) -> list[str] | None:
-    """A chain of imports from a module back to itself; None where there is none."""
+    """A chain of imports from a module back to itself; None if there is none."""
     done: set[str] = set()
     for start in graph:
         path: list[str] = []

@@ -1,4 +1,4 @@
-"""The adapters' package: foreign packages stay outside until asked for, and their absence names the cure."""
+"""The adapters' package: third-party packages are imported on request, and errors about missing ones name the fix."""
 
 import subprocess
 import sys

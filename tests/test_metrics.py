@@ -1,4 +1,4 @@
-"""LossMetrics: sums that add, means that people log."""
+"""LossMetrics: additive sums, and the usual means."""
 
 import copy
 import math

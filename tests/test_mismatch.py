@@ -1,4 +1,4 @@
-"""Importance weights against rollout mismatch: a plain NumPy version, packed against padded, and what is rejected."""
+"""Importance weights for rollout mismatch: a plain NumPy version, packed against padded, and rejected arguments."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The same numbers as verl 0.9 and as the published EPO code, from their formulas written out here.
+"""Equal to verl 0.9 and to the published EPO code, whose formulas are written out here.
 
 verl works on log-prob and entropy matrices (sequences, time); its formulas below are plain loops over such matrices.
 """
@@ -203,7 +203,7 @@ def test_the_indicators_gradient_is_the_bonus_alone_bit_for_bit(dtype, band_scop
 @pytest.mark.parametrize(
     ("strength", "above", "below"),
     [
-        (0.1, 0.9, 1.1),  # the paper's own: α β k = 0.05 * 2 shrinks the bonus above the band, and never turns it round
+        (0.1, 0.9, 1.1),  # the paper's own: α β k = 0.05 * 2 shrinks the bonus above the band, and never reverses it
         (0.5, 0.5, 1.5),
         (1.0, 0.0, 2.0),
         (2.0, -1.0, 3.0),  # restoring: above the band entropy is pushed down

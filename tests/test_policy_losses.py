@@ -1,4 +1,4 @@
-"""The policy losses: each against its formula in plain Python, at its edges, and in every form that a batch takes."""
+"""The policy losses: each against its formula in plain Python, at its edge cases, and for every form of batch."""
 
 import math
 from itertools import product

@@ -79,7 +79,7 @@ def test_packed_equals_plain_python_and_padded(case, data):
     batch, time = case["tokens"].shape
     lengths = [data.draw(st.integers(0, time)) for _ in range(batch)]
     count = sum(lengths)
-    assume(count not in (0, batch))  # of N = B tokens, (N,) and (num_sequences,) can't be told apart
+    assume(count not in (0, batch))  # of N = B tokens, (N,) and (num_sequences,) cannot be distinguished
     if case["segment_ids"] is not None:
         case["segment_ids"] %= count
     packed, kept = to_packed(case, lengths)

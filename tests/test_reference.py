@@ -1,4 +1,4 @@
-"""The maths, term by term: numbers worked out by hand, and the loss in plain Python."""
+"""The maths, term by term: numbers computed by hand, and the loss in plain Python."""
 
 import math
 from itertools import product

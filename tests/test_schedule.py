@@ -1,4 +1,4 @@
-"""phase_weight against numbers worked out by hand."""
+"""phase_weight against numbers computed by hand."""
 
 import math
 

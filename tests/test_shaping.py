@@ -148,7 +148,7 @@ def test_aem_by_hand():
 
 
 def test_empg_by_hand():
-    """One episode of two turns, A = 1: the first turn gets the clarity of the second, and the mean is taken off."""
+    """One episode of two turns, A = 1: the first turn gets the clarity of the second, and the mean is subtracted."""
     entropy, segments = torch.tensor([[0.2, 0.2, 0.8]]), torch.tensor([[0, 0, 1]])
     shaped = ek.shape_advantages(
         torch.tensor([1.0]), entropy, torch.ones(1, 3), rule="empg", coeff=1.0, clarity_weight=0.1, segment_ids=segments
@@ -222,15 +222,15 @@ def test_no_gradient_flows_and_a_tensor_may_be_the_coefficient():
         ({"advantages": torch.zeros(3)}, ValueError, "advantages"),
         ({"entropy": torch.zeros(4).long()}, TypeError, "entropy must be floating"),
         ({"mask": torch.full((4,), 2)}, ValueError, "mask must be bool"),
-        ({}, ValueError, "cu_seqlens or segment_ids must be given"),
+        ({}, ValueError, "segment_ids or cu_seqlens must be given"),
         ({"segment_ids": torch.zeros(4).long(), "rule": "empg"}, ValueError, "cu_seqlens must be given"),
         ({"segment_ids": torch.tensor([0, 0, 0, 4])}, ValueError, "segment_ids must be in"),
         ({"cu_seqlens": torch.tensor([0, 4]), "group_ids": torch.zeros(1)}, TypeError, "group_ids must be an int64"),
-        ({"cu_seqlens": torch.tensor([0, 4]), "group_ids": torch.zeros(4).long()}, ValueError, "group_ids must hold"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "group_ids": torch.zeros(4).long()}, ValueError, "group_ids must have"),
         (
             {"cu_seqlens": torch.tensor([0, 4]), "episode_ids": torch.zeros(2).long(), "rule": "empg"},
             ValueError,
-            "episode_ids must hold",
+            "episode_ids must have",
         ),
         (
             {"cu_seqlens": torch.tensor([0, 4]), "rule": "empg", "clarity_weight": math.inf},

@@ -1,4 +1,4 @@
-"""The backends: who computes the rows. One file each, one protocol, one registry."""
+"""The backends that compute the rows: one file each, one protocol, one registry."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from epo_kernels.shard import Shard
 
 
 class Backend(Protocol):
-    """Differentiable row operations over checked arguments. Logits are (B, T, V); packed batches are (1, N, V)."""
+    """Differentiable row operations over validated arguments. Logits are (B, T, V); packed batches are (1, N, V)."""
 
     name: str
-    dtypes: tuple[torch.dtype, ...]  # dtypes of logits; none: any
+    dtypes: tuple[torch.dtype, ...]  # supported dtypes of logits; empty: any
 
     @property
     def device_types(self) -> tuple[str, ...]:
-        """torch device types it computes on; none: any."""
+        """Supported torch device types; empty: any."""
 
     def why_unavailable(self) -> str | None:
-        """None where it can run on this machine, else why not and how to fix it."""
+        """None if it can run on this machine, otherwise the reason and the fix."""
 
     def sharded(self, shard: Shard) -> Backend:
-        """The same for a rank's part of the vocabulary: logits, weight and bias; the transform is the whole's."""
+        """The same backend for a rank's part of logits, weight and bias; the transform covers the whole vocabulary."""
 
     def epo_loss(self, logits: Tensor, inputs: LossInputs, *, inplace: bool) -> EPOOutput:
-        """The whole loss, differentiable in logits. inplace: logits may be overwritten with their gradient."""
+        """The whole loss, differentiable by logits. inplace: logits may be overwritten with their gradient."""
 
     def log_probs_and_entropy(
         self, logits: Tensor, inputs: TokenInputs, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-prob and entropy of each token (B, T), both differentiable in logits; no entropy where not asked for."""
+        """Log-prob and entropy of each token (B, T), both differentiable by logits; no entropy if not requested."""
 
     def distribution_statistics(self, logits: Tensor, inputs: TokenInputs) -> DistributionStatistics:
         """Statistics of each token's distribution, (B, T) each. Called without gradients."""
@@ -52,12 +52,12 @@ class Backend(Protocol):
         """`distribution_statistics` of a head's logits."""
 
     def linear_epo_loss(self, projection: Projection, inputs: LossInputs, chunking: Chunking) -> EPOOutput:
-        """The whole loss of a head's logits, differentiable in hidden states, weight and bias."""
+        """The whole loss of a head's logits, differentiable by hidden states, weight and bias."""
 
     def linear_log_probs_and_entropy(
         self, projection: Projection, inputs: TokenInputs, chunking: Chunking, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """`log_probs_and_entropy` of a head's logits, differentiable in hidden states, weight and bias."""
+        """`log_probs_and_entropy` of a head's logits, differentiable by hidden states, weight and bias."""
 
 
 _BACKENDS: dict[str, Backend] = {
@@ -66,32 +66,32 @@ _BACKENDS: dict[str, Backend] = {
     "cuda": FusedBackend("cuda", ("cuda",), CudaRows, cuda.why_unavailable),
     "triton": triton.TritonBackend("triton", ("cuda",), triton.TritonRows, triton.why_unavailable),
 }
-# What backend="auto" takes: of a device type's, the first that can run, else the reference. (Triton's interpreter takes
-# CPU tensors too, but only when asked by name: it is slow. The CUDA kernels come second until their suite has passed on
-# a GPU: so far it has passed on an emulated one, tests/native/emulator.)
+# The order in which backend="auto" tries backends, by device type, before it falls back to the reference. Triton's
+# interpreter also accepts CPU tensors, but only if requested by name, because it is slow. The CUDA kernels come second
+# until their tests have passed on a GPU: so far they have passed on an emulated one, tests/native/emulator.
 _PREFERENCE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 
 def available_backends() -> dict[str, str | None]:
-    """Each backend's name, with None where it can run on this machine and else the reason why it can't."""
+    """Each backend's name, with None if it can run on this machine and otherwise the reason why it cannot."""
     return {name: backend.why_unavailable() for name, backend in _BACKENDS.items()}
 
 
 @cache
 def _warn_of_reference(reasons: str) -> None:
     warnings.warn(
-        f"no fused backend can run here, the loss is computed by eager PyTorch, in many passes and with whole logits "
+        f"no fused backend can run here, so the loss runs in eager PyTorch, in many passes and with the whole logits "
         f"({reasons})",
         stacklevel=4,
     )
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
-    """The backend of that name, or for "auto" the best that runs on the device, for logits of that dtype.
+    """The named backend, or for "auto" the best one that runs on the device, for logits of that dtype.
 
     Raises:
-        ValueError: an unknown name.
-        RuntimeError: a backend asked for by name that can't run here, with the reason and the fix.
+        ValueError: the name is unknown.
+        RuntimeError: the requested backend cannot run here; the message gives the reason and the fix.
     """
     if name == "auto":
         candidates = [n for n in _PREFERENCE.get(device.type, ()) if dtype in _BACKENDS[n].dtypes]
@@ -106,15 +106,15 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype = torch.f
     backend = _BACKENDS[name]
     reason = backend.why_unavailable()
     if reason is not None:
-        raise RuntimeError(f"backend={name!r} can't run here: {reason}")
+        raise RuntimeError(f"backend={name!r} cannot run here: {reason}")
     if backend.device_types and device.type not in backend.device_types:
         raise RuntimeError(
-            f"backend={name!r} computes on {' or '.join(backend.device_types)}, the logits are on {device}; "
-            'move them, or take backend="auto"'
+            f"backend={name!r} runs on {' or '.join(backend.device_types)}, but the logits are on {device}; "
+            'move them, or use backend="auto"'
         )
     if backend.dtypes and dtype not in backend.dtypes:
         names = ", ".join(str(known) for known in backend.dtypes)
         raise RuntimeError(
-            f'backend={name!r} computes on logits of {names}, got {dtype}; cast them, or take backend="auto"'
+            f'backend={name!r} supports logits of {names}, got {dtype}; cast them, or use backend="auto"'
         )
     return backend

@@ -1,4 +1,4 @@
-"""Rows on the CPU, in C++ (csrc/): vectorised for the processor at hand, on as many threads as PyTorch takes."""
+"""Row kernels on the CPU, in C++ (csrc/): vectorised for the available instruction set, on PyTorch's thread count."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CpuRows(PlainHelpers):
     """`RowKernels` on CPU tensors.
 
     Args:
-        instructions: the instruction set, one of `cpu_instructions()` of the native module; None: the best.
+        instructions: instruction set, one of the native module's `cpu_instructions()`; None: the best available.
     """
 
     def __init__(self, instructions: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Rows on NVIDIA GPUs, in CUDA C++ (csrc/): on chips with clusters one read and one write of the logits."""
+"""Row kernels on NVIDIA GPUs, in CUDA C++ (csrc/). GPUs with clusters read and write the logits once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from epo_kernels.inputs import Aggregation, LogitTransform, Scalar
 
 
 def why_unavailable() -> str | None:
-    """None where the kernels are built and have code for the current device, else why not and the cure."""
+    """None if the kernels are built and support the current device, otherwise the reason and the fix."""
     reason = why_not_built()
     if reason is not None:
         return reason
@@ -36,7 +36,7 @@ def why_unavailable() -> str | None:
             "run `pip install -v -e .` again"
         )
     if not torch.cuda.is_available():
-        return "no CUDA device is visible to torch; run on a machine with one and a CUDA build of torch"
+        return "torch sees no CUDA device; run on a machine with one and a CUDA build of torch"
     return _why_unsupported(torch.cuda.current_device())
 
 
@@ -47,7 +47,7 @@ def _why_unsupported(device: int) -> str | None:
     if said is None:
         return None
     return (
-        f"the kernels were compiled for {module.cuda_archs}, and on this device CUDA says: {said}; set "
+        f"the kernels were compiled for {module.cuda_archs}, and on this device CUDA reports: {said}; set "
         "EPO_KERNELS_CUDA_ARCHS to its compute capability and run `pip install -v -e .` again"
     )
 
@@ -56,11 +56,11 @@ class CudaRows:
     """`RowKernels` on CUDA tensors: launches on the current stream, without a sync.
 
     Args:
-        family: which kernels a loss with gradient takes. "chosen": the ring, one read and one write, where chip, width
-            and alignment allow it; "ring" or "sweeps" insist on one, for tests and measurements.
+        family: kernels used for a loss with gradient. "chosen": the ring (one read, one write) if chip, width and
+            alignment allow it, otherwise the sweeps; "ring" or "sweeps" force one, for tests and measurements.
 
     Attributes:
-        ran: the family of the last launch over rows, "ring" or "sweeps"; None before the first.
+        ran: the family of the last row launch, "ring" or "sweeps"; None before the first.
     """
 
     def __init__(self, family: str = "chosen") -> None:

@@ -1,4 +1,4 @@
-"""What the two native backends share: the compiled module, and tensors as it takes them."""
+"""Common parts of the two native backends: the compiled module, and tensor conversion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from epo_kernels.inputs import LogitTransform, Scalar
 
 
 def _why_stale(module: ModuleType) -> str | None:
-    """None where the module was built from today's declaration, else what differs and the cure."""
+    """None if the module was built from the current declaration, otherwise the difference and the fix."""
     built = getattr(module, "declared_names", {})
     different = [key for key, names in NATIVE_NAMES.items() if built.get(key) != names]
     if not different:
@@ -30,8 +30,8 @@ try:
     _WHY_MISSING = _why_stale(_native)
 except ImportError as error:
     _WHY_MISSING = (
-        f"the native module isn't built ({error}); install a C++17 compiler (g++ 9 or later) and run "
-        "`pip install -v -e .` again, whose output shows what the build said"
+        f"the native module is not built ({error}); install a C++17 compiler (g++ 9 or later) and run "
+        "`pip install -v -e .` again, whose output shows the build log"
     )
 if _WHY_MISSING is not None:
     _native = None  # type: ignore[assignment]
@@ -51,7 +51,7 @@ def native() -> ModuleType:
     """The compiled module.
 
     Raises:
-        RuntimeError: it isn't built, or from another declaration.
+        RuntimeError: it is not built, or was built from another declaration.
     """
     if _native is None:
         raise RuntimeError(_WHY_MISSING)
@@ -59,7 +59,7 @@ def native() -> ModuleType:
 
 
 def why_not_built() -> str | None:
-    """None where the compiled module can be used, else why not and the cure."""
+    """None if the compiled module can be used, otherwise the reason and the fix."""
     return _WHY_MISSING if _native is None else None
 
 
@@ -82,7 +82,7 @@ def maybe_array(tensor: Tensor | None) -> _native.Array | None:
 
 
 def number(value: Scalar, device: torch.device) -> float | Tensor:
-    """A float, or a float32 tensor on the device; a 0-d tensor on the CPU is read, which costs no sync."""
+    """A float, or a float32 tensor on the device; a 0-d CPU tensor is read, which costs no sync."""
     if not isinstance(value, Tensor):
         return float(value)
     return float(value) if value.dim() == 0 and value.device.type == "cpu" else value.to(device, torch.float32)

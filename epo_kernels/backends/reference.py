@@ -1,4 +1,4 @@
-"""Eager PyTorch under autograd: runs anywhere, is the oracle of every other backend, and materialises everything."""
+"""Eager PyTorch with autograd: runs anywhere, is the oracle of every other backend, and materialises everything."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ReferenceBackend:
         return None
 
     def epo_loss(self, logits: Tensor, inputs: LossInputs, *, inplace: bool) -> reference.EPOOutput:
-        # inplace is a permission, and autograd has no use for it.
+        # inplace is only a permission; autograd cannot use it.
         return reference.epo_loss(self._whole(logits), inputs)
 
     def log_probs_and_entropy(
@@ -47,7 +47,7 @@ class ReferenceBackend:
         return self.distribution_statistics(self._project(projection, inputs), inputs)
 
     def linear_epo_loss(self, projection: Projection, inputs: LossInputs, chunking: Chunking) -> reference.EPOOutput:
-        # Neither chunks nor dropped rows: the whole logits, as the other ways to compute them are tested against.
+        # Neither chunks nor dropped rows: the other paths are tested against the whole logits.
         return self.epo_loss(self._project(projection, inputs), inputs, inplace=False)
 
     def linear_log_probs_and_entropy(
@@ -72,9 +72,9 @@ class ReferenceBackend:
 
 
 def project(projection: Projection, mask: Tensor, vocab_size: int) -> Tensor:
-    """The logits (B, T, vocab_size) in `logits_dtype`. Neither hidden states of masked tokens nor rows of the head past
-    the vocabulary are read."""
-    # Values of the products' dtype, multiplied and added up in that of the logits.
+    """The logits (B, T, vocab_size) in `logits_dtype`. Hidden states of masked tokens and rows of the head past the
+    vocabulary are not read."""
+    # Operands are rounded to the products' dtype, then multiplied and accumulated in the logits' dtype.
     narrow, wide = projection.product_dtype, projection.logits_dtype
     hidden = torch.where(mask[..., None], projection.hidden, 0.0).to(narrow).to(wide)
     weight = projection.weight[:vocab_size].to(narrow).to(wide)

@@ -1,6 +1,6 @@
-"""The "triton" backend: how the kernels of `triton_kernels.py` are launched, and what they move.
+"""The "triton" backend: launching the kernels of `triton_kernels.py`, and a model of their memory traffic.
 
-Nothing is tuned at run time: `launch_plan` is a rule over row length, dtype and chip.
+There is no tuning at run time: `launch_plan` is a rule over row length, dtype and chip.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from epo_kernels.inputs import Aggregation, LogitTransform, Scalar
 
 Mode = Literal["statistics", "spread", "gradient", "loss"]
 
-VECTOR_BYTES = 16  # what a thread loads at once
-ALIGNMENT = 16  # elements: what Triton looks for in pointers and strides before it loads that much at once
-REGISTERS = 128  # a thread's at most; no variant spills (tests/backends/test_ahead_of_time.py)
+VECTOR_BYTES = 16  # loaded by a thread at once
+ALIGNMENT = 16  # elements: Triton needs pointers and strides divisible by this to load that much at once
+REGISTERS = 128  # limit per thread; no variant spills (tests/backends/test_ahead_of_time.py)
 THREADS_PER_PROCESSOR = 65536 // REGISTERS
-TILE_BYTES = 32  # a thread's, of a tile; half of it where elements need more registers each
+TILE_BYTES = 32  # per thread and tile; half if elements need more registers each
 SWEEP_WARPS = 8
 MAX_WARPS = 16
 STAGES = 4
-WEIGHTS_TILE = 2048  # tokens of a mask that 4 warps count at once
-L2_SHARE = 0.7  # of the cache, for rows between their two sweeps
+WEIGHTS_TILE = 2048  # mask tokens that 4 warps count at once
+L2_SHARE = 0.7  # share of the cache available to rows between their two sweeps
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What the plan must know of a GPU: its multiprocessors, and the bytes of its L2 cache."""
+    """The properties of a GPU that the plan depends on: number of multiprocessors, and L2 cache size in bytes."""
 
     processors: int
     l2_bytes: int
@@ -46,15 +46,15 @@ class Chip:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a kernel takes its rows.
+    """How a kernel processes its rows.
 
     Attributes:
-        depth, lanes, vector: a tile's shape in elements; a lane is a thread, vector what it loads at once.
-        warps: of a program.
-        stages: loads of a sweep run this many tiles ahead, less one.
+        depth, lanes, vector: shape of a tile in elements; a lane is a thread, vector the elements it loads at once.
+        warps: warps per program.
+        stages: loads run this many tiles ahead, minus one.
         one_tile: the row stays in registers between statistics and gradient.
-        programs: at most, in a launch.
-        rereads_hit_l2: the rows in flight fit the L2 cache together, so that the second sweep reads from it.
+        programs: maximum number of programs per launch.
+        rereads_hit_l2: all rows in flight fit the L2 cache, so the second sweep reads from it.
     """
 
     depth: int
@@ -70,18 +70,18 @@ class Plan:
 def launch_plan(mode: Mode, width: int, itemsize: int, aligned: bool, heavy: bool, chip: Chip) -> Plan:
     """The plan for rows of `width` logits of `itemsize` bytes.
 
-    - A thread has 32 bytes of a tile; half of it where an element takes more registers than usual. Loads run three
-      tiles ahead (two where heavy, none where they can't be asynchronous: below 16 bytes).
-    - A loss whose row fits one tile of 16 warps (8,192 bf16, 4,096 fp32) keeps it in registers, in the fewest warps.
-    - Longer rows are read twice, by 8 warps, two programs a multiprocessor, if so many rows fit the L2 cache, so that
-      the second sweep reads from it; else by 16 warps, one program.
-    - Statistics, their spread and the gradient alone read once: 8 warps, or the fewest that take a row in one tile.
+    - A thread processes 32 bytes of a tile, or 16 if elements need more registers than usual. Loads run three tiles
+      ahead (two if heavy, none if they cannot be asynchronous: below 16 bytes).
+    - A loss whose row fits one tile of 16 warps (8,192 bf16, 4,096 fp32) keeps it in registers, with the fewest warps.
+    - Longer rows are read twice. If the rows in flight fit the L2 cache, so that the second sweep reads from it: 8
+      warps, two programs per multiprocessor. Otherwise: 16 warps, one program.
+    - Statistics, their spread and the gradient alone read once: 8 warps, or the fewest that cover a row in one tile.
 
     Args:
-        mode: of the kernel.
+        mode: mode of the kernel.
         aligned: threads may load 16 bytes at once.
         heavy: the vocabulary is narrower than a row, or logits are softcapped.
-        chip: that it runs on.
+        chip: the GPU.
     """
     elements = (TILE_BYTES if aligned and not heavy else TILE_BYTES // 2) // itemsize
     vector = VECTOR_BYTES // itemsize if aligned else 1
@@ -100,12 +100,12 @@ def launch_plan(mode: Mode, width: int, itemsize: int, aligned: bool, heavy: boo
 
 @dataclass(frozen=True)
 class RowTraffic:
-    """Bytes of logits and gradient that one row moves; its token's arguments, some 40 bytes, are left out.
+    """Bytes of logits and gradient moved for one row, excluding its token's arguments (about 40 bytes).
 
     Attributes:
-        needed: every logit of the vocabulary read once, every gradient written once.
-        loaded, stored: what the kernel's instructions do.
-        from_l2: of the loaded, what the L2 cache still holds.
+        needed: every logit of the vocabulary read once, every gradient element written once.
+        loaded, stored: bytes moved by the kernel's instructions.
+        from_l2: the part of loaded that is still in the L2 cache.
     """
 
     needed: int
@@ -115,7 +115,7 @@ class RowTraffic:
 
     @property
     def device_memory(self) -> int:
-        """Bytes that pass through device memory."""
+        """Bytes that go through device memory."""
         return self.loaded - self.from_l2 + self.stored
 
 
@@ -125,20 +125,20 @@ def row_traffic(
     """The byte model of a kernel.
 
     Args:
-        mode: of the kernel.
+        mode: mode of the kernel.
         plan: from `launch_plan`.
-        width, vocab_size: entries of a row, and those that are vocabulary.
-        itemsize: bytes of a logit.
+        width, vocab_size: entries of a row, and the number of real vocabulary entries.
+        itemsize: bytes per logit.
         counted: whether the row's mask is 1.
-        writes: whether "loss" makes the gradient.
+        writes: whether "loss" computes the gradient.
     """
     writes = mode == "gradient" or (mode == "loss" and writes)
     stored = width * itemsize if writes else 0
     if not counted:
         return RowTraffic(needed=stored, loaded=0, stored=stored, from_l2=0)
     tile = plan.depth * plan.lanes * plan.vector
-    statistics = min(-(-vocab_size // tile) * tile, width) * itemsize  # whole tiles, as far as the vocabulary goes
-    sampled = 0 if mode == "spread" else itemsize  # the sampled token's logit is loaded by itself too
+    statistics = min(-(-vocab_size // tile) * tile, width) * itemsize  # whole tiles, up to the end of the vocabulary
+    sampled = 0 if mode == "spread" else itemsize  # the sampled token's logit is also loaded separately
     if mode == "gradient":
         loaded, from_l2 = width * itemsize, 0
     elif mode == "loss" and writes and not plan.one_tile:
@@ -155,7 +155,7 @@ def _power_of_two(n: int) -> int:
 
 @lru_cache
 def chip_of(device: torch.device) -> Chip:
-    """The chip of a CUDA device; for the interpreter, on the CPU, a small one with several programs."""
+    """The chip of a CUDA device; for the interpreter on the CPU, a small chip with several programs."""
     if device.type != "cuda":
         return Chip(processors=1, l2_bytes=1 << 20)
     properties = torch.cuda.get_device_properties(device)
@@ -163,14 +163,14 @@ def chip_of(device: torch.device) -> Chip:
 
 
 class TritonRows:
-    """`RowKernels` by Triton.
+    """`RowKernels` in Triton.
 
     Args:
-        plan: chooses how rows are taken.
+        plan: function that chooses the launch plan.
     """
 
     def __init__(self, plan: Callable[[Mode, int, int, bool, bool, Chip], Plan] = launch_plan) -> None:
-        from epo_kernels.backends import triton_kernels  # imports Triton, which decides there whether to interpret
+        from epo_kernels.backends import triton_kernels  # imports Triton, which reads TRITON_INTERPRET on import
 
         self._kernels = triton_kernels
         self._plan = plan
@@ -320,7 +320,7 @@ class TritonRows:
 
 
 def _is_aligned(logits: Tensor) -> bool:
-    """Whether every vector of 16 bytes of a row lies at an address that is a multiple of 16, as Triton sees it."""
+    """Whether every 16-byte vector of a row has an address divisible by 16, as far as Triton can tell."""
     batch_stride, time_stride, stride = logits.stride()
     strides = (batch_stride, time_stride, logits.shape[2])
     return stride == 1 and logits.data_ptr() % 16 == 0 and all(length % ALIGNMENT == 0 for length in strides)
@@ -357,7 +357,7 @@ def _row_arguments(rows: Rows) -> tuple[Any, ...]:
 
 
 def _number(value: Scalar, device: torch.device) -> tuple[float, Tensor | None]:
-    """A scalar as kernels take it: a number, and the tensor on the device that takes its place, or None."""
+    """A scalar for a kernel: a number, and the device tensor that replaces it, or None."""
     if not isinstance(value, Tensor):
         return float(value), None
     return (1.0, value) if value.device == device else (value.item(), None)
@@ -368,19 +368,19 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter is switched on, which takes CPU tensors."""
+    """Whether Triton's interpreter is enabled, which accepts CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_unavailable() -> str | None:
     if find_spec("triton") is None:
-        return 'Triton isn\'t installed; pip install "triton>=3.6" (Linux; a CUDA build of torch brings it)'
+        return 'Triton is not installed; pip install "triton>=3.6" (Linux; a CUDA build of torch includes it)'
     if interpreted():
         return None
     if not torch.cuda.is_available():
         return (
-            "no CUDA device is visible to torch; run on a machine with one and a CUDA build of torch (for tests on CPU "
-            "tensors, Triton's slow interpreter is switched on by the environment variable TRITON_INTERPRET=1)"
+            "torch sees no CUDA device; run on a machine with one and a CUDA build of torch (for tests on CPU tensors, "
+            "enable Triton's slow interpreter with the environment variable TRITON_INTERPRET=1)"
         )
     if torch.cuda.get_device_capability() < (8, 0):
         major, minor = torch.cuda.get_device_capability()

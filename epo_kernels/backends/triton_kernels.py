@@ -1,23 +1,23 @@
-"""The Triton kernels. Host side, launch plan and byte model: `triton.py`. The maths in plain words: `reference.py`.
+"""The Triton kernels. Host side, launch plan and byte model: `triton.py`. The maths in plain PyTorch: `reference.py`.
 
-A program takes rows pid, pid + programs, ... of the logits, one after the other. A row is cut into tiles of
+A program processes rows pid, pid + programs, ... of the logits in turn. A row is cut into tiles of
 [DEPTH, LANES, VECTOR] elements:
 
 - *First sweep*: every lane (a thread) keeps a running maximum m and, relative to it, s = Σ e^(z-m) and
-  u = Σ (z-m) e^(z-m) of its own elements; lanes only meet at the end of the row. An element costs one exponential, a
-  tile one more, which moves s and u to the new maximum.
+  u = Σ (z-m) e^(z-m) of its own elements; lanes are reduced only at the end of the row. Each element costs one
+  exponential, and each tile one more, which rescales s and u to the new maximum.
 - *Per token*: log-prob, entropy, the loss and its derivatives a = ∂loss/∂log_prob and b = ∂loss/∂H, in scalars.
-- *Second sweep*: ∂loss/∂z_v = a (1[v = y] - p_v) - b p_v (log p_v + H), from the row's last tile to its first: what was
-  read last is still in the L2 cache. A row of one tile (`ONE_TILE`) stays in registers, and isn't read again.
+- *Second sweep*: ∂loss/∂z_v = a (1[v = y] - p_v) - b p_v (log p_v + H), from the row's last tile to its first, because
+  the tiles read last are still in the L2 cache. A row of one tile (`ONE_TILE`) stays in registers and is not reread.
 
 Everything is relative to the maximum of y = softcap(scale x), before the division by the temperature: (y - m) is exact
-where it matters, so an offset that the dtype represents exactly changes nothing. Exponentials and logarithms are those
-of base 2, which the hardware has: log2(e) / temperature turns y - m into log2 of a weight.
+near the maximum, so an offset that the dtype represents exactly changes nothing. Exponentials and logarithms are in
+base 2, as in hardware: log2(e) / temperature turns y - m into log2 of a weight.
 
-An aligned bf16 row of two sweeps costs 2 exponentials and 28 instructions an element (sm_90, disassembled).
+An aligned two-sweep bf16 row costs 2 exponentials and 28 instructions per element (sm_90, disassembled).
 
-A row that is masked out has its zeros written and nothing read. -inf is a logit like others: a lane that has seen
-nothing else keeps m = -inf, s = 0. NaN, +inf or a row of -inf make s NaN or 0, so log s, log-prob and gradient NaN.
+For a masked row only zeros are written and nothing is read. -inf is an ordinary logit: a lane that saw nothing else
+keeps m = -inf, s = 0. NaN, +inf or a row of -inf make s NaN or 0, and therefore log s, log-prob and gradient NaN.
 """
 
 from collections import namedtuple
@@ -29,12 +29,12 @@ from epo_kernels.declaration import COEFFICIENTS, ROW_SUMS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Stands for log2(0) where it is multiplied by a weight that is 0: -inf * 0 would be NaN.
+# Replaces log2(0) where it is multiplied by a zero weight: -inf * 0 would be NaN.
 LOWEST = tl.constexpr(-1e4)
 LOG_RATIO_LIMIT = tl.constexpr(20.0)
 K3_LIMIT = tl.constexpr(10.0)
 DPPO_EPSILON = tl.constexpr(1e-8)
-# Names in one string: a constant that the kernels refer to, and so a part of the key under which Triton caches them.
+# Names joined in one string: a constant used by the kernels becomes part of Triton's cache key.
 COEFFICIENT_NAMES = tl.constexpr(",".join(COEFFICIENTS))
 SUM_NAMES = tl.constexpr(",".join(ROW_SUMS))
 SUM_SLOTS = tl.constexpr(triton.next_power_of_2(len(ROW_SUMS)))
@@ -48,19 +48,19 @@ Coefficients = namedtuple("Coefficients", COEFFICIENTS)  # type: ignore[misc]
 
 @triton.constexpr_function
 def count(names):
-    """How many names there are in one of the strings above."""
+    """Number of names in one of the strings above."""
     return len(names.split(","))
 
 
 @triton.constexpr_function
 def place(name, names):
-    """Where a name is among them."""
+    """Index of a name in one of them."""
     return names.split(",").index(name)
 
 
 @triton.jit
 def load_coefficients(pointer):
-    """What a launch reads once, by name."""
+    """The coefficients by name, read once per launch."""
     values = ()
     for i in tl.static_range(count(COEFFICIENT_NAMES)):
         values += (tl.load(pointer + i),)  # type: ignore[assignment]
@@ -69,7 +69,7 @@ def load_coefficients(pointer):
 
 @triton.jit
 def slot(sums, name: tl.constexpr, value):
-    """sums [SUM_SLOTS] with value added to the one of that name."""
+    """sums [SUM_SLOTS] with value added to the named slot."""
     mine = tl.arange(0, SUM_SLOTS) == place(name, SUM_NAMES)
     return sums + tl.where(mine, value, 0.0).to(tl.float64)
 
@@ -79,7 +79,7 @@ def slot(sums, name: tl.constexpr, value):
 
 @triton.jit
 def tanh(x):
-    """tanh to 1e-7 of its value: 1 - 2 / (e^2x + 1) for large |x|, where nothing cancels, else a fitted polynomial."""
+    """tanh to a relative error of 1e-7: 1 - 2 / (e^2x + 1) for large |x|, without cancellation, else a polynomial."""
     magnitude = tl.abs(x)
     large = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
     square = x * x
@@ -93,7 +93,7 @@ def tanh(x):
 
 @triton.jit
 def transformed(x, scale, softcap):
-    """y of raw logits x, in float32: scaled and softcapped (each None: not), not yet divided by the temperature."""
+    """y of raw logits x, in float32: scaled and softcapped (None: skipped), before division by the temperature."""
     y = x.to(tl.float32)
     if scale is not None:
         y = y * scale
@@ -104,14 +104,14 @@ def transformed(x, scale, softcap):
 
 @triton.jit
 def tile_columns(start, DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns of a tile, [DEPTH, LANES, VECTOR]: neighbours lie in one lane's vector, then in the next lane."""
+    """Columns of a tile, [DEPTH, LANES, VECTOR]: neighbours are in one lane's vector, then in the next lane."""
     step, lane, place = tl.arange(0, DEPTH), tl.arange(0, LANES), tl.arange(0, VECTOR)
     return start + (step[:, None, None] * LANES + lane[None, :, None]) * VECTOR + place[None, None, :]
 
 
 @triton.jit
 def offsets_of(columns, stride, UNIT_STRIDE: tl.constexpr):
-    """Element offsets within a row; 64-bit where the stride may take them past 2^31."""
+    """Element offsets within a row; 64-bit if the stride could exceed 2^31."""
     return columns if UNIT_STRIDE else columns.to(tl.int64) * stride
 
 
@@ -122,38 +122,38 @@ def load_tile(
 ):  # fmt: skip
     """y of a tile; -inf past the vocabulary.
 
-    Loads end at the row, not at the vocabulary: a row's end is aligned more often, and aligned loads are wide.
+    Loads end at the row, not at the vocabulary, because row ends are more often aligned, and aligned loads are wide.
     """
     offsets = offsets_of(columns, stride, UNIT_STRIDE)
     x = tl.load(row + offsets, mask=columns < width, other=float("-inf"), eviction_policy=POLICY)
     y = transformed(x, scale, softcap)
-    if PADDED or scale is not None or softcap is not None:  # which may turn the filling into anything
+    if PADDED or scale is not None or softcap is not None:  # the transform may change the fill value
         y = tl.where(columns < vocab_size, y, float("-inf"))
     return y
 
 
 @triton.jit
 def load_tile_again(row, columns, stride, width, scale, softcap, UNIT_STRIDE: tl.constexpr):
-    """y of a tile whose gradient comes next; unspecified past the vocabulary, where the gradient is not looked at."""
+    """y of a tile for its gradient; unspecified past the vocabulary, where the gradient is discarded."""
     offsets = offsets_of(columns, stride, UNIT_STRIDE)
     return transformed(tl.load(row + offsets, mask=columns < width, eviction_policy="evict_first"), scale, softcap)
 
 
 @triton.jit
 def no_weights(LANES: tl.constexpr):
-    """(m, s, u) of lanes that have seen nothing."""
+    """(m, s, u) of lanes that have read no elements."""
     return tl.full([LANES], float("-inf"), tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
 
 
 @triton.jit
 def lane_sums(values):
-    """[DEPTH, LANES, VECTOR] -> [LANES], within a thread each."""
+    """[DEPTH, LANES, VECTOR] -> [LANES], each sum within one thread."""
     return tl.sum(tl.sum(values, axis=2), axis=0)
 
 
 @triton.jit
 def add_tile(m, s, u, y, inverse, ENTROPY: tl.constexpr):
-    """(m, s, u) of lanes after a tile. u counts in bits: Σ log2(e^(z-m)) e^(z-m). inverse: 1 / temperature."""
+    """(m, s, u) of lanes after a tile. u is in bits: Σ log2(e^(z-m)) e^(z-m). inverse: 1 / temperature."""
     to_bits = inverse * LOG2E
     new_m = tl.maximum(m, tl.max(tl.max(y, axis=2), axis=0))
     base = tl.where(new_m == float("-inf"), 0.0, new_m)
@@ -236,7 +236,7 @@ def sweep_gradient(
     DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
     UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    """Read a row, write its gradient; backwards where the row has just been read."""
+    """Read a row and write its gradient; backwards if the row has just been read."""
     tiles = tl.cdiv(width, DEPTH * LANES * VECTOR)
     for i in tl.range(0, tiles, num_stages=STAGES):
         tile = tiles - 1 - i if BACKWARDS else i
@@ -252,7 +252,7 @@ def sweep_gradient(
 def store_zeros(
     row, stride, width, DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, UNIT_STRIDE: tl.constexpr
 ):
-    """The gradient of a row that is masked out."""
+    """The gradient of a masked row."""
     zeros = tl.zeros([DEPTH, LANES, VECTOR], row.dtype.element_ty)
     for start in range(0, width, DEPTH * LANES * VECTOR):
         columns = tile_columns(start, DEPTH, LANES, VECTOR)
@@ -268,7 +268,7 @@ def at(pointer, batch, time, batch_stride, time_stride):
 
 @triton.jit
 def inverse_of(temperature, temperatures, batch, time, batch_stride, time_stride):
-    """1 / temperature: of the token where each has its own, else of all."""
+    """1 / temperature: the token's own, or the common one."""
     if temperatures is not None:
         temperature = tl.load(at(temperatures, batch, time, batch_stride, time_stride)).to(tl.float32)
     return 1.0 / temperature
@@ -276,7 +276,7 @@ def inverse_of(temperature, temperatures, batch, time, batch_stride, time_stride
 
 @triton.jit
 def load_sampled(row, stride, token_address, vocab_size):
-    """(the sampled token, whether it is in the vocabulary, its raw logit: NaN where it isn't)."""
+    """(the sampled token, whether it is in the vocabulary, its raw logit, or NaN if it is not)."""
     token = tl.load(token_address)
     valid = (token >= 0) & (token < vocab_size)
     sampled = tl.load(row + token * stride, mask=valid, other=float("nan"))
@@ -288,7 +288,7 @@ def load_sampled(row, stride, token_address, vocab_size):
 
 @triton.jit
 def clamped(x, limit):
-    """x within [-limit, limit]; NaN stays NaN, which tl.clamp doesn't promise."""
+    """x within [-limit, limit]; NaN stays NaN, which tl.clamp does not guarantee."""
     return tl.where(x < -limit, -limit, tl.where(x > limit, limit, x))
 
 
@@ -301,7 +301,7 @@ def clipped_ratio(ratio, c):
 
 @triton.jit
 def ppo(ratio, saturated, advantage, c):
-    """(pg, ∂pg/∂log_prob, clipped, dual_clipped), as do the next three. saturated: the ratio is clamped, without slope.
+    """(pg, ∂pg/∂log_prob, clipped, dual_clipped), like the next three. saturated: the ratio is clamped, gradient 0.
 
     Ties, bounds and NaN: reference.py.
     """
@@ -354,7 +354,7 @@ def policy_loss(log_prob, old_log_prob, advantage, c, POLICY_LOSS: tl.constexpr)
     difference = log_prob - old
     log_ratio = clamped(difference, LOG_RATIO_LIMIT)
     ratio = tl.exp(log_ratio)
-    saturated = tl.abs(difference) > LOG_RATIO_LIMIT  # NaN isn't
+    saturated = tl.abs(difference) > LOG_RATIO_LIMIT  # False for NaN
     if POLICY_LOSS == "ppo":
         pg, slope, clipped, dual_clipped = ppo(ratio, saturated, advantage, c)
     elif POLICY_LOSS == "cispo":
@@ -413,7 +413,7 @@ def token_loss(
     sums, log_prob, entropy, valid, weight, advantage, old_log_prob, ref_log_prob, is_weight, lower, upper, c,
     POLICY_LOSS: tl.constexpr, PENALTY: tl.constexpr, KL_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """The loss of one token: (sums with its own added, ∂loss/∂log_prob, ∂loss/∂H). Arguments not given are None."""
+    """The loss of one token: (sums including its own, ∂loss/∂log_prob, ∂loss/∂H). Absent arguments are None."""
     pg, grad_log_prob, log_ratio, ratio, clipped, dual_clipped = policy_loss(
         log_prob, old_log_prob, advantage, c, POLICY_LOSS
     )
@@ -426,7 +426,7 @@ def token_loss(
         sums = slot(sums, "below_band_tokens", (entropy < lower).to(tl.float32))
         sums = slot(sums, "above_band_tokens", (entropy > upper).to(tl.float32))
         valid = valid & (lower <= upper)
-    # A term whose coefficient is 0 is skipped, not multiplied: what it would multiply may be infinite.
+    # A term whose coefficient is 0 is skipped, not multiplied: its value may be infinite.
     punished = c.penalty_coeff != 0.0
     bonus = gate * entropy - tl.where(punished, c.penalty_coeff * penalty, 0.0)
     bonus_slope = gate - tl.where(punished, c.penalty_coeff * penalty_slope, 0.0)
@@ -439,7 +439,7 @@ def token_loss(
         grad_log_prob = grad_log_prob + tl.where(c.kl_coeff != 0.0, c.kl_coeff * kl_slope, 0.0)
         sums = slot(sums, "kl_loss", weight * kl)
     loss = tl.where(valid, loss, float("nan"))
-    # Clamps stop the gradient of a NaN as they stop others; here it must reach the row.
+    # Clamps block the gradient of NaN too; here it must reach the row.
     grad_log_prob = tl.where(valid & (log_prob == log_prob), grad_log_prob, float("nan"))
 
     finite = (tl.abs(loss) < float("inf")) & (tl.abs(entropy) < float("inf"))
@@ -460,11 +460,11 @@ def token_loss(
 
 @triton.jit
 def sum_partials(sums, partials_ptr, ticket_ptr, sums_ptr, loss_ptr):
-    """Add up the sums of all programs: the last to be done does it, always in the order of their numbers."""
+    """Add up the sums of all programs: the last program to finish does it, always in program order."""
     slots = tl.arange(0, SUM_SLOTS)
     programs = tl.num_programs(0)
     tl.store(partials_ptr + tl.program_id(0) * SUM_SLOTS + slots, sums)
-    tl.debug_barrier()  # all threads have stored before one of them says so
+    tl.debug_barrier()  # all threads must have stored before one of them signals it
     done = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     if done == programs - 1:
         total = tl.zeros([SUM_SLOTS], tl.float64)
@@ -474,7 +474,7 @@ def sum_partials(sums, partials_ptr, ticket_ptr, sums_ptr, loss_ptr):
                 partials_ptr + program * SUM_SLOTS + slots[None, :],
                 mask=program < programs,
                 other=0.0,
-                cache_modifier=".cg",  # past the L1 cache, which may not know what other SMs have stored
+                cache_modifier=".cg",  # bypasses the L1 cache, which may be stale for stores of other SMs
             )
             total += tl.sum(partials, axis=0)
         tl.store(sums_ptr + slots, total, mask=slots < count(SUM_NAMES))
@@ -484,7 +484,7 @@ def sum_partials(sums, partials_ptr, ticket_ptr, sums_ptr, loss_ptr):
 
 # The three modes ------------------------------------------------------------------------------------------------------
 
-# Shapes change from batch to batch; what only addresses tokens must not make a kernel of its own for each.
+# Shapes change from batch to batch; arguments that only address tokens must not specialise the kernel.
 _TOKEN_ARGUMENTS = [
     "rows", "length", "tokens_b", "tokens_t", "mask_b", "mask_t", "temperature_b", "temperature_t",
 ]  # fmt: skip
@@ -581,7 +581,7 @@ def row_gradient_kernel(
     DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
     UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr,  # V strides are 1; the vocabulary is narrower than a row
 ):  # fmt: skip
-    """Gradient of the logits for given ones of log-prob and entropy: one read, one write."""
+    """Gradient of the logits from the gradients of log-prob and entropy: one read, one write."""
     ENTROPY: tl.constexpr = grad_entropies is not None
     for i in range(tl.program_id(0), rows, tl.num_programs(0)):
         batch, time = i // length, i % length
@@ -590,7 +590,7 @@ def row_gradient_kernel(
             token = tl.load(at(tokens, batch, time, tokens_b, tokens_t))
             log_prob = tl.load(log_probs + i)
             grad_log_prob = tl.where(log_prob == log_prob, tl.load(grad_log_probs + i), float("nan"))
-            token = tl.where((token >= 0) & (token < vocab_size), token, -1)  # in 32 bits, it must not become another
+            token = tl.where((token >= 0) & (token < vocab_size), token, -1)  # must not alias another token in 32 bits
             grad_entropy, entropy = 0.0, 0.0
             if ENTROPY:
                 grad_entropy, entropy = tl.load(grad_entropies + i), tl.load(entropies + i)
@@ -636,7 +636,7 @@ def row_loss_kernel(
         batch, time = i // length, i % length
         log_prob, entropy = 0.0, 0.0
         if tl.load(at(mask, batch, time, mask_b, mask_t)) != 0:
-            # What the token needs is asked for before the sweep, and there when it ends.
+            # The token's arguments are loaded before the sweep, to hide their latency.
             row = at(logits, batch, time, logits_b, logits_t)
             token, valid, sampled = load_sampled(row, logits_v, at(tokens, batch, time, tokens_b, tokens_t), vocab_size)
             inverse = inverse_of(temperature, temperatures, batch, time, temperature_b, temperature_t)
@@ -693,7 +693,7 @@ def row_loss_kernel(
 
 @triton.jit
 def number(value, pointer):
-    """A float32 scalar: what the pointer points to, or the value where it is None."""
+    """A float32 scalar: the value at the pointer, or `value` if the pointer is None."""
     if pointer is not None:
         value = tl.load(pointer).to(tl.float32)
     return value
@@ -703,7 +703,7 @@ def number(value, pointer):
 def token_weights_kernel(
     mask, mask_b, mask_t, batch, length,  # (B, T) uint8
     lengths, sequence_ids, ids_t, num_sequences,  # packed: (num_sequences,) int64, (1, T) int64; padded: None
-    # Numbers, each followed by the 0-d tensor that takes its place, or None. The coefficients are tuples of them.
+    # Numbers, each followed by the 0-d tensor that replaces it, or None. The coefficients are tuples of them.
     normalizer, normalizer_ptr, loss_scale, loss_scale_ptr, numbers, pointers,
     max_length,  # a number
     weights,  # (B, T) float32, contiguous
@@ -711,7 +711,7 @@ def token_weights_kernel(
     ticket, extras,  # (1,) int32, (2,) float64
     MODE: tl.constexpr, NORMALIZED: tl.constexpr, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Token weights, and every number that the loss launch reads. A program counts all tokens, then weighs its own."""
+    """Token weights, and every number that the loss launch reads. A program counts all tokens, then weights its own."""
     total, sequences = count_tokens(mask, mask_b, mask_t, batch, length, lengths, num_sequences, SEQUENCES, TOKENS)
     if NORMALIZED:
         denominator = number(normalizer, normalizer_ptr)
@@ -757,7 +757,7 @@ def load_mask(mask, mask_b, mask_t, sequence, token, inside):
 
 @triton.jit
 def lengths_of(mask, mask_b, mask_t, sequence, batch, length, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr):
-    """Counted tokens of some rows of a padded batch, [SEQUENCES] int64."""
+    """Counted tokens per row, for some rows of a padded batch, [SEQUENCES] int64."""
     counts = tl.zeros([SEQUENCES, TOKENS], tl.int32)
     for start in range(0, length, TOKENS):
         token = start + tl.arange(0, TOKENS)
@@ -770,7 +770,7 @@ def lengths_of(mask, mask_b, mask_t, sequence, batch, length, SEQUENCES: tl.cons
 def count_tokens(
     mask, mask_b, mask_t, batch, length, lengths, num_sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """(counted tokens, sequences that have some), int64."""
+    """(counted tokens, nonempty sequences), int64."""
     total = tl.zeros([SEQUENCES], tl.int64)
     sequences = tl.zeros([SEQUENCES], tl.int64)
     for first in range(0, num_sequences, SEQUENCES):
@@ -791,7 +791,7 @@ def scale_kernel(
     rows, length, width,
     BLOCK: tl.constexpr, UNIT_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """gradient *= factor; a factor of 1 ends every program before it touches the gradient."""
+    """gradient *= factor; if the factor is 1, programs exit before touching the gradient."""
     value = tl.load(factor).to(tl.float32)
     if value != 1.0:
         per_row = tl.cdiv(width, BLOCK)

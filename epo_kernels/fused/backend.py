@@ -1,4 +1,4 @@
-"""What every fused backend has in common: everything but its kernels."""
+"""The part of a fused backend that is independent of its kernels."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from epo_kernels.shard import Shard
 
 
 class FusedBackend:
-    """A backend made of row kernels.
+    """A backend built from row kernels.
 
     Args:
         name: as in `available_backends`.
-        device_types: torch device types that the kernels compute on.
-        load: makes the kernels; called once, at first use.
-        why_unavailable: None where they can run on this machine, else why not and how to fix it.
+        device_types: torch device types that the kernels run on.
+        load: creates the kernels; called once, on first use.
+        why_unavailable: returns None if the kernels can run on this machine, otherwise the reason and the fix.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,7 +49,7 @@ class FusedBackend:
         self._device_types = device_types
         self._load = load
         self._shard: Shard | None = None
-        # Dynamo calls it, and doesn't trace it: what a machine has is found out in ways that it can't follow.
+        # Called by Dynamo rather than traced: it probes the machine in ways that Dynamo cannot follow.
         self._why_unavailable = torch.compiler.assume_constant_result(why_unavailable)
         ops.KERNELS[name] = lambda: self.kernels
 
@@ -58,7 +58,7 @@ class FusedBackend:
         return self._load()
 
     def sharded(self, shard: Shard) -> FusedBackend:
-        """The same over a rank's part of the vocabulary."""
+        """The same backend for a rank's part of the vocabulary."""
         backend = copy.copy(self)
         backend._shard = shard
         return backend
@@ -73,11 +73,11 @@ class FusedBackend:
     def epo_loss(self, logits: Tensor, inputs: LossInputs, *, inplace: bool) -> reference.EPOOutput:
         refuse_transforms(logits)
         if tracing() or self._shard is not None or needs_two_passes(inputs) or logits.dtype == torch.float16:
-            # A band or a policy loss may need statistics of a segment before any gradient: statistics, the maths per
-            # token, then the gradient.
-            # Compiled graphs go the same way, because it leaves nothing to multiply in backward. So does float16, which
-            # is only wide enough for the gradient once it is multiplied by its upstream, a GradScaler's scale; and a
-            # rank's columns, whose gradient needs the statistics of all ranks.
+            # A segment band or a sequence ratio needs statistics of other tokens before any gradient: first the
+            # statistics, then the per-token maths, then the gradient.
+            # Compiled graphs take the same path, because it leaves nothing to multiply in backward. So does float16,
+            # whose range holds the gradient only after it is multiplied by the upstream gradient (a GradScaler's
+            # scale), and so does a split vocabulary, whose gradient needs the statistics of all ranks.
             log_probs, entropy = self._statistics(logits, inputs, entropy=True, inplace=inplace)
             assert entropy is not None
             return reference.loss_of_statistics(log_probs, entropy, inputs)
@@ -106,7 +106,7 @@ class FusedBackend:
             log_probs, entropy = self.linear_log_probs_and_entropy(projection, inputs, chunking, entropy=True)
             assert entropy is not None
             out = reference.loss_of_statistics(log_probs, entropy, inputs)
-            if not out.loss.requires_grad:  # scored once, and that was all
+            if not out.loss.requires_grad:  # nothing will be recomputed
                 return out
             return out._replace(metrics=out.metrics.replace(recomputed_tokens=out.metrics.tokens))
         prepared = self._prepare(inputs)
@@ -133,7 +133,7 @@ class FusedBackend:
 
     @property
     def _row_statistics(self) -> StatisticsKernels:
-        """Statistics and gradients of whole rows, of which this rank may have a part of the columns."""
+        """Statistics and gradients of whole rows, even if this rank has only part of the columns."""
         return self.kernels if self._shard is None else ShardedRows(self.kernels, self._shard)
 
     def _prepare(self, inputs: LossInputs) -> Prepared:
@@ -143,20 +143,20 @@ class FusedBackend:
         self, logits: Tensor, inputs: TokenInputs, *, entropy: bool, inplace: bool
     ) -> tuple[Tensor, Tensor | None]:
         rows = Rows.of(logits, inputs)
-        if tracing():  # functional: a permission to overwrite goes unused
+        if tracing():  # the traced operators are functional, so inplace is ignored
             return ops.traced_statistics(self.name, rows, entropy=entropy)
         return ops.fused_statistics(self._row_statistics, rows, entropy=entropy, inplace=inplace)
 
 
 def needs_two_passes(inputs: LossInputs) -> bool:
-    """Whether the gradient needs statistics of other rows, or the loss has a term that row kernels do not know."""
+    """Whether the gradient needs statistics of other rows, or the loss has a term unknown to row kernels."""
     cfg = inputs.cfg
     segment_band = cfg.band_scope == "segment" and cfg.penalty != "none" and inputs.lower is not None
     return segment_band or row_policy_loss(cfg) is None or cfg.kl_bias_correction
 
 
 def row_policy_loss(cfg: EPOConfig) -> RowPolicyLoss | None:
-    """The policy loss by the name that row kernels know it under; None where a token's depends on other tokens."""
+    """The row kernels' name of the policy loss; None if a token's loss depends on other tokens."""
     if not cfg.is_per_token:
         return None
     name = f"dppo_{cfg.dppo_divergence}" if cfg.policy_loss == "dppo" else cfg.policy_loss
@@ -164,7 +164,7 @@ def row_policy_loss(cfg: EPOConfig) -> RowPolicyLoss | None:
 
 
 def _for_rows(inputs: LossInputs) -> LossInputs:
-    """The inputs of a loss that looks at single tokens; a segment's band without a penalty is left to `_output`."""
+    """The inputs of a token-scope loss; `_output` handles a segment band without a penalty."""
     if inputs.cfg.band_scope == "token":
         return inputs
     return replace(inputs, lower=None, upper=None, segment_ids=None, num_segments=0)
@@ -190,7 +190,7 @@ def _output(result: RowLoss, prepared: Prepared, inputs: LossInputs) -> referenc
 
 
 def coefficients_of(inputs: LossInputs) -> tuple[Scalar, ...]:
-    """The values of COEFFICIENTS, in that order."""
+    """The values of COEFFICIENTS, in order."""
     cfg, coefficients = inputs.cfg, inputs.coefficients
     of_call: dict[str, Scalar] = {
         "clip_ratio_c": math.inf if cfg.clip_ratio_c is None else cfg.clip_ratio_c,
@@ -202,7 +202,7 @@ def coefficients_of(inputs: LossInputs) -> tuple[Scalar, ...]:
 
 
 def terms_of(inputs: LossInputs, prepared: Prepared) -> Terms:
-    """The arguments of a loss launch; inputs in token scope."""
+    """The arguments of a loss launch, from inputs in token scope."""
     policy_loss = row_policy_loss(inputs.cfg)
     assert policy_loss is not None
     return Terms(
@@ -237,7 +237,7 @@ class PlainHelpers:
         )
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
-        """Reads the factor: free on the CPU, a sync elsewhere."""
+        """Reads the factor: free on the CPU, a sync on other devices."""
         value = factor.item()
         if value != 1.0:
             gradient.mul_(value)

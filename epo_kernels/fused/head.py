@@ -1,6 +1,6 @@
 """A language-model head applied in chunks: its logits, and the gradients of hidden states, weight and bias.
 
-Products multiply by the vocabulary's rows of the head only, so its padding may contain anything, NaN and inf included.
+Products use only the head's vocabulary rows, so its padding rows may contain anything, including NaN and inf.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ ROW_MULTIPLE = 128  # rows of a matrix product's tile
 _TILE_COLUMNS = 256
 _CAST_TILE_BYTES = 32 << 20  # float32 copies of narrower operands, on the CPU
 _FLOAT16_EXPONENT = 15  # ∂logits of a chunk are scaled to below 2^this; float16 ends at 2^16
-_SMALLEST_GRADIENT = 2.0**-80  # smaller ones than this aren't scaled any further
+_SMALLEST_GRADIENT = 2.0**-80  # smaller gradients are not scaled up further
 
-Needs = tuple[bool, bool, bool]  # whether hidden states, weight and bias want a gradient
+Needs = tuple[bool, bool, bool]  # whether hidden states, weight and bias need a gradient
 
 
 def chunk_rows(num_rows: int, row_bytes: int, max_chunk_bytes: int, hidden_size: int, num_processors: int) -> int:
-    """Tokens of one chunk.
+    """Number of tokens per chunk.
 
-    A multiple of 128 within the budget: on a CPU the largest; on a GPU, of those in the upper half of the range, the
-    one whose ∂hidden product (chunk, V) @ (V, D), cut into tiles of 128 by 256, fills its last wave best. Fewer than
-    128 only where not even those fit.
+    A multiple of 128 within the budget. On a CPU, the largest; on a GPU, the multiple in the upper half of the range
+    whose ∂hidden product (chunk, V) @ (V, D), cut into tiles of 128 by 256, best fills its last wave. Below 128 only if
+    the budget allows no more.
 
     Args:
-        num_rows: tokens in all.
-        row_bytes: live bytes of one token.
+        num_rows: total number of tokens.
+        row_bytes: live bytes per token.
         max_chunk_bytes: the budget.
         hidden_size: D.
-        num_processors: multiprocessors of the GPU, 1 on a CPU.
+        num_processors: number of multiprocessors of the GPU; 1 on a CPU.
     """
     budget = max(max_chunk_bytes // row_bytes, 1)
     if budget < ROW_MULTIPLE:
@@ -55,7 +55,7 @@ def chunk_rows(num_rows: int, row_bytes: int, max_chunk_bytes: int, hidden_size:
 
 @dataclass(frozen=True)
 class UnmaskedTokens:
-    """The n tokens that count, in order: their places in (B, T), each (n,) int64."""
+    """The n counted tokens, in order: their indices in (B, T), each (n,) int64."""
 
     rows: Tensor
     columns: Tensor
@@ -80,23 +80,23 @@ class UnmaskedTokens:
 
 
 def unmasked_tokens(mask: Tensor, num_active: int | None) -> UnmaskedTokens:
-    """The places where the mask (B, T) is True. Syncs once, unless their number is given."""
+    """The positions where the mask (B, T) is True. Syncs once, unless their number is given."""
     places = mask.nonzero() if num_active is None else torch.nonzero_static(mask, size=num_active, fill_value=0)
     return UnmaskedTokens(places[:, 0], places[:, 1])
 
 
 class Head:
-    """A head applied to the unmasked tokens, chunk by chunk, into one buffer that every chunk reuses.
+    """A head applied to the unmasked tokens, chunk by chunk, into one buffer reused by every chunk.
 
     Args:
         hidden: (B, T, D).
         weight: (V, D).
         bias: (V,) or None.
         product_dtype, logits_dtype: see `Projection`.
-        vocab_size: entries of the whole vocabulary; only those rows of the weight are multiplied by.
-        unmasked: the tokens that count.
-        max_chunk_bytes: bound on a chunk's logits, hidden states and their gradients.
-        shard: see `Chunking`. Chunks are those of the widest rank, and so the same on all.
+        vocab_size: size of the whole vocabulary; only those rows of the weight are used.
+        unmasked: the counted tokens.
+        max_chunk_bytes: limit on a chunk's logits, hidden states and their gradients.
+        shard: see `Chunking`. Chunk sizes follow the widest rank, so they are the same on all ranks.
     """
 
     def __init__(
@@ -124,14 +124,14 @@ class Head:
         row_bytes = widest * logits_dtype.itemsize
         if logits_dtype != product_dtype:  # ∂logits is cast for the two products
             row_bytes += widest * product_dtype.itemsize
-        # Hidden states, and their gradient, which may be float32.
+        # Hidden states and their gradient, which may be float32.
         row_bytes += hidden_size * (product_dtype.itemsize + max(product_dtype.itemsize, 4))
         processors = _processors(hidden.device) if shard is None else 1  # ranks may have different chips
         self._rows = chunk_rows(len(unmasked), row_bytes, max_chunk_bytes, hidden_size, processors)
         self._buffer = hidden.new_empty(min(self._rows, len(unmasked)), width, dtype=logits_dtype)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each chunk's place among the unmasked tokens, hidden (c, D), and logits (c, V), which the next overwrites.
+        """Yields each chunk's slice of the unmasked tokens, hidden (c, D), and logits (c, V) in the reused buffer.
 
         Logits past the vocabulary are unspecified.
         """
@@ -158,14 +158,14 @@ class Head:
 
 
 class HeadGradients:
-    """∂hidden, ∂weight and ∂bias, added up chunk by chunk; None where none is wanted.
+    """∂hidden, ∂weight and ∂bias, accumulated over chunks; None for gradients that are not needed.
 
-    Of a shard's columns ∂hidden is a part: float32, added up over the ranks, and rounded once.
+    With a split vocabulary ∂hidden is a partial sum: float32, summed over the ranks, and rounded once.
 
-    float16 is too narrow for gradients before they are multiplied by their upstream. ∂hidden of float16 hidden states
-    is float32 until the end. Where the products take float16, ∂logits are multiplied by a power of two that brings the
-    chunk's largest just below float16's largest. The scale never rises from chunk to chunk; where it falls, ∂weight,
-    in which all chunks add up, falls with it.
+    The range of float16 is too small for gradients before they are multiplied by the upstream gradient. ∂hidden of
+    float16 hidden states stays float32 until the end. For float16 products, ∂logits are multiplied by a power of two
+    that brings the chunk's largest value just below the float16 maximum. The scale never rises from chunk to chunk; if
+    it falls, the accumulated ∂weight is rescaled with it.
     """
 
     def __init__(self, head: Head, needs: Needs, kernels: StatisticsKernels) -> None:
@@ -192,7 +192,7 @@ class HeadGradients:
         grad_log_probs: Tensor,
         grad_entropy: Tensor | None,
     ) -> None:
-        """Add a chunk's gradients: hidden (c, D), upstream gradients (1, c). Overwrites the rows' logits."""
+        """Add a chunk's gradients: hidden (c, D), upstream gradients (1, c). Overwrites the logits of the rows."""
         if self.scales:
             scale = self._lowered(_float16_scale(rows.transform, statistics, grad_log_probs, grad_entropy))
             grad_log_probs = grad_log_probs * scale
@@ -205,7 +205,7 @@ class HeadGradients:
         vocabulary, weight = self._head.vocabulary, self._head.product_weight
         if self._bias is not None:
             self._bias[vocabulary] += self._unscaled(grad_logits[:, vocabulary].sum(dim=0, dtype=self._bias.dtype))
-        grad_logits = grad_logits.to(hidden.dtype)[:, vocabulary]  # cast whole, which keeps rows aligned
+        grad_logits = grad_logits.to(hidden.dtype)[:, vocabulary]  # cast before slicing, which keeps rows aligned
         if self._sums is not None:
             wide = torch.promote_types(grad_logits.dtype, torch.float32)
             self._put(self._sums.exchange(part, self._unscaled(_wide_product(grad_logits, weight, wide))))
@@ -216,12 +216,12 @@ class HeadGradients:
             _add_product(self._weight[vocabulary], grad_logits.t(), hidden)
 
     def complete(self) -> None:
-        """After the last chunk: wait for what other ranks add."""
+        """After the last chunk: wait for the contributions of other ranks."""
         if self._sums is not None:
             self._put(self._sums.finish())
 
     def finish(self, factor: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients times factor, in the dtypes of their inputs; they are given away, so call this once."""
+        """The gradients times factor, in the dtypes of their inputs. Call once: the buffers are handed over."""
         head = self._head
         of_weight = factor
         if self._scale is not None:
@@ -238,11 +238,11 @@ class HeadGradients:
         if gradient.dtype == value.dtype:
             self._kernels.scale(gradient[(None,) * (3 - gradient.dim())], factor)
             return gradient
-        # Multiplied before it is rounded, in the pass that rounds it.
+        # Multiplied in the pass that casts, before rounding.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=value.dtype))
 
     def _lowered(self, scale: Tensor) -> Tensor:
-        """The scale from here on: this one, or a smaller one before."""
+        """The scale from now on: the smaller of this one and the previous one."""
         if self._scale is not None:
             scale = torch.minimum(scale, self._scale)
             if self._weight is not None:
@@ -263,7 +263,7 @@ class HeadGradients:
 def _float16_scale(
     transform: LogitTransform, statistics: RowStatistics, grad_log_probs: Tensor, grad_entropy: Tensor | None
 ) -> Tensor:
-    """The power of two, 0-d float32, that brings the largest gradient of some rows' logits close below 2^15. No sync.
+    """The power of two, 0-d float32, that brings the largest gradient of the rows' logits just below 2^15. No sync.
 
     |∂ℓ/∂x| = |∂z/∂x (a (1[v=y] - p) - b p (log p + H))| <= |∂z/∂x| (|a| + |b| (1/e + H)), where |∂z/∂x| <= scale/τ.
     """
@@ -272,13 +272,13 @@ def _float16_scale(
         assert statistics.entropy is not None
         largest = largest + grad_entropy.abs() * (math.exp(-1.0) + statistics.entropy)
     largest = largest * abs(1.0 if transform.scale is None else transform.scale) / transform.temperature
-    # What isn't finite stays so under any scale, and has no say in that of other rows.
+    # Non-finite values stay non-finite under any scale, and must not affect the scale of other rows.
     finite = torch.where(largest.isfinite(), largest, 0.0).amax().clamp(min=_SMALLEST_GRADIENT)
     return torch.ldexp(torch.ones_like(finite), _FLOAT16_EXPONENT - torch.frexp(finite).exponent)
 
 
 def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right in a dtype that may be wider than theirs."""
+    """left @ right in a dtype that may be wider than that of the operands."""
     with without_autocast(left.device):
         if dtype == right.dtype:
             return left @ right
@@ -291,7 +291,7 @@ def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, added up in the dtype of total, which may be wider than the operands'."""
+    """total += left @ right, accumulated in the dtype of total, which may be wider than the operands'."""
     if total.dtype == right.dtype:
         total.addmm_(left, right)
     elif right.is_cuda:

@@ -1,14 +1,14 @@
-"""From hidden states to loss without logits: chunks of tokens through products and row kernels.
+"""From hidden states to loss without materialising the logits: chunks of tokens through products and row kernels.
 
-Masked tokens are dropped before the first product. Then, chunk by chunk of the N tokens that count:
+Masked tokens are dropped before the first product. The N counted tokens are processed in chunks:
 
-    token scope             logits → loss, and ∂logits over them → ∂hidden, ∂weight        6 N D V operations
+    token scope             logits → loss, overwritten by ∂logits → ∂hidden, ∂weight       6 N D V operations
     log_probs_and_entropy   logits → both; in backward logits → ∂logits → both products    8 N D V
-    segment scope           the same, with the loss between the two                        8 N D V
+    segment scope           the same, with the loss in between                             8 N D V
     without gradient        logits → loss or statistics                                    2 N D V
 
-Alive at a time: one chunk, and ∂weight in float32; ∂hidden too, where hidden states are float16. Every fused backend
-brings its own row kernels.
+Live at a time: one chunk, ∂weight in float32, and for float16 hidden states ∂hidden in float32. Each fused backend
+provides its own row kernels.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ RowsOf = Callable[[slice, Tensor], Rows]
 
 
 class ChunkLoss(Protocol):
-    """The token-scope loss of a chunk of the unmasked tokens."""
+    """The token-scope loss of one chunk of unmasked tokens."""
 
     def __call__(self, part: slice, hidden: Tensor, rows: Rows, gradients: HeadGradients | None) -> RowLoss:
-        """The loss of rows (1, c); adds its gradients, unless none are wanted, and overwrites the rows' logits then."""
+        """The loss of rows (1, c). If gradients are needed, adds them and overwrites the rows' logits."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class FusedChunkLoss:
 
 @dataclass(frozen=True)
 class ChunkLossOfStatistics:
-    """Statistics, the reference's loss of them, and only then ∂logits.
+    """Statistics, then the reference's loss of them, then ∂logits.
 
-    For rows that are split over ranks, and for float16 products, whose ∂logits are multiplied by a scale that depends
-    on the derivatives of all tokens of the chunk.
+    For rows split over ranks, and for float16 products, whose ∂logits are multiplied by a scale that depends on the
+    derivatives of all tokens of the chunk.
 
     Attributes:
         inputs, weights: of the unmasked tokens, (1, n).
@@ -90,7 +90,7 @@ class ChunkLossOfStatistics:
 def loss_of_statistics(
     statistics: RowStatistics, inputs: LossInputs, weights: Tensor
 ) -> tuple[RowLoss, Tensor, Tensor]:
-    """`RowKernels.loss` from statistics on, and its derivatives (B, T) in log-prob and entropy. No sync."""
+    """`RowKernels.loss` from given statistics, and its derivatives (B, T) by log-prob and entropy. No sync."""
     assert statistics.entropy is not None
     with torch.enable_grad():
         log_probs, entropy = (value.detach().requires_grad_() for value in (statistics.log_probs, statistics.entropy))
@@ -104,7 +104,7 @@ def loss_of_statistics(
 
 
 def row_maker(transform: LogitTransform, tokens: Tensor, unmasked: UnmaskedTokens) -> RowsOf:
-    """Makes the rows of a chunk's logits (c, V) from its place among the unmasked tokens. tokens: see `Rows`."""
+    """A function from a chunk's logits (c, V) and its slice of the unmasked tokens to rows. tokens: see `Rows`."""
     chosen = unmasked.take_row(tokens)
     counted = torch.ones_like(chosen, dtype=torch.bool)
     temperature = transform.temperature
@@ -117,7 +117,7 @@ def row_maker(transform: LogitTransform, tokens: Tensor, unmasked: UnmaskedToken
 
 
 def statistics_of_head(kernels: StatisticsKernels, head: Head, rows_of: RowsOf, *, entropy: bool) -> RowStatistics:
-    """Statistics of the unmasked tokens, each (1, n) float32, in one pass of products."""
+    """Statistics of the unmasked tokens, each (1, n) float32, from one pass of products."""
     chunks = [kernels.statistics(rows_of(part, logits), entropy=entropy) for part, _, logits in head.chunks()]
     if not chunks:
         nothing = torch.zeros(1, 0, dtype=torch.float32, device=head.hidden.device)
@@ -140,7 +140,7 @@ def gradients_of_head(
     grad_entropy: Tensor | None,
     needs: Needs,
 ) -> HeadGradients:
-    """Gradients for upstream ones (1, n) of log-prob and entropy: the logits once more, and two products."""
+    """Gradients for upstream gradients (1, n) of log-prob and entropy: recomputes the logits, then two products."""
     gradients = HeadGradients(head, needs, kernels)
     for part, hidden, logits in head.chunks():
         chunk = RowStatistics(
@@ -156,7 +156,7 @@ def gradients_of_head(
 
 
 class LinearStatistics(torch.autograd.Function):
-    """hidden, weight, bias -> log_probs, entropy of the unmasked tokens, (1, n). Backward computes the logits again."""
+    """hidden, weight, bias -> log_probs, entropy of the unmasked tokens, (1, n). Backward recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -191,7 +191,7 @@ class LinearStatistics(torch.autograd.Function):
 def linear_log_probs_and_entropy(
     kernels: StatisticsKernels, projection: Projection, inputs: TokenInputs, chunking: Chunking, *, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob and entropy (B, T) of a head's logits, differentiable in hidden states, weight and bias."""
+    """Log-prob and entropy (B, T) of a head's logits, differentiable by hidden states, weight and bias."""
     mask = inputs.mask
     unmasked = unmasked_tokens(mask, chunking.num_active)
     log_probs, entropies = LinearStatistics.apply(
@@ -241,10 +241,10 @@ def linear_loss(
     chunking: Chunking,
     loss_of: Callable[[UnmaskedTokens], ChunkLoss],
 ) -> RowLoss:
-    """Token-scope loss of a head's logits, differentiable once in hidden states, weight and bias.
+    """Token-scope loss of a head's logits, differentiable once by hidden states, weight and bias.
 
     Args:
-        loss_of: makes the loss of chunks of the unmasked tokens.
+        loss_of: creates the loss of chunks of the unmasked tokens.
     """
     mask = inputs.mask
     unmasked = unmasked_tokens(mask, chunking.num_active)
@@ -268,7 +268,7 @@ def linear_loss(
 
 
 def wanted_gradients(projection: Projection) -> Needs:
-    """Which of hidden states, weight and bias want a gradient here."""
+    """Whether hidden states, weight and bias need a gradient."""
     hidden, weight, bias = (
         torch.is_grad_enabled() and value is not None and value.requires_grad
         for value in (projection.hidden, projection.weight, projection.bias)
@@ -277,9 +277,9 @@ def wanted_gradients(projection: Projection) -> Needs:
 
 
 class LinearLoss(torch.autograd.Function):
-    """hidden, weight, bias -> loss, and of the unmasked tokens log_probs, entropy (1, n), and the sums.
+    """hidden, weight, bias -> loss, then log_probs and entropy (1, n) of the unmasked tokens, and the sums.
 
-    The gradients are made in forward, chunk by chunk; backward multiplies and casts them, and hands them over.
+    Gradients are computed in forward, chunk by chunk; backward multiplies them by the upstream gradient and casts them.
     """
 
     @staticmethod
@@ -321,7 +321,7 @@ class LinearLoss(torch.autograd.Function):
 def head_maker(
     projection: Projection, transform: LogitTransform, unmasked: UnmaskedTokens, chunking: Chunking
 ) -> MakeHead:
-    """Everything of a head but its tensors, which autograd hands back in backward."""
+    """Everything in a head except its tensors, which autograd returns in backward."""
     return partial(
         Head,
         vocab_size=transform.vocab_size,
@@ -334,7 +334,7 @@ def head_maker(
 
 
 def nan_if_miscounted(mask: Tensor, num_active: int | None) -> Tensor | float:
-    """1, but NaN where num_active isn't the mask's count: a factor, so that gradients become NaN too. No sync."""
+    """1, or NaN if num_active differs from the mask's count: a factor, so that gradients become NaN too. No sync."""
     if num_active is None:
         return 1.0
     return torch.where(mask.sum() == num_active, 1.0, float("nan")).float()

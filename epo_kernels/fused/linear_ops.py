@@ -1,7 +1,7 @@
-"""The linear statistics as two functional `torch.library` operators, for where a graph is traced.
+"""The linear statistics as two functional `torch.library` operators, for traced graphs.
 
-How many tokens count is known only when the graph runs, so the dropping of masked rows and the loop over chunks stay
-inside the operators; what goes between them, a loss for example, is traced. Logits are computed twice, 8 N D V.
+The number of counted tokens is known only when the graph runs, so dropping masked rows and looping over chunks happen
+inside the operators; everything between them, such as a loss, is traced. Logits are computed twice: 8 N D V.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ARGUMENTS = (
 def traced_linear_statistics(
     backend: str, projection: Projection, inputs: TokenInputs, chunking: Chunking, *, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear.linear_log_probs_and_entropy` where a graph is traced, with that backend's kernels."""
+    """`linear.linear_log_probs_and_entropy` in a traced graph, with the named backend's kernels."""
     transform = inputs.transform
     temperature = transform.temperature
     if not isinstance(temperature, Tensor):
@@ -61,7 +61,7 @@ def traced_linear_statistics(
 
 
 class _Call:
-    """The operators' common arguments, in the order of their schema, put to use."""
+    """The common arguments of both operators, in schema order, and the objects built from them."""
 
     def __init__(self, hidden, weight, bias, tokens, mask, temperature, vocab_size, softcap, scale, *rest) -> None:
         product_dtype, logits_dtype, num_active, max_chunk_bytes, backend = rest
@@ -80,7 +80,7 @@ class _Call:
     schema=f"({_ARGUMENTS}, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_statistics(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`RowStatistics` of a head's logits, each (B, T) float32; an empty tensor for an entropy not asked for."""
+    """`RowStatistics` of a head's logits, each (B, T) float32; an empty tensor if entropy is not requested."""
     *common, entropy = arguments
     call, tokens = _Call(*common), common[3]
     statistics = statistics_of_head(call.kernels, call.head, call.rows_of, entropy=entropy)
@@ -107,7 +107,7 @@ def _(hidden, weight, bias, tokens, *rest):
     ),
 )
 def linear_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, weight and bias for those of log-prob and entropy (B, T); empty where not needed."""
+    """Gradients of hidden states, weight and bias from those of log-prob and entropy (B, T); empty if not needed."""
     *common, saved, grad_log_probs, grad_entropy, needs = arguments
     call = _Call(*common)
     take = call.unmasked.take_row
@@ -122,7 +122,7 @@ def linear_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         None if grad_entropy is None else take(grad_entropy),
         tuple(needs),
     )
-    hidden, weight, bias = (  # an empty tensor of its own for each: outputs of an operator may not alias
+    hidden, weight, bias = (  # a separate empty tensor for each: outputs of an operator must not alias
         call.head.hidden.new_empty(0) if value is None else value for value in gradients.finish()
     )
     return hidden, weight, bias

@@ -1,11 +1,12 @@
-"""Autograd around the rows' kernels, the same for every fused backend.
+"""Autograd around the row kernels, the same for every fused backend.
 
-Eager: `FusedLoss` makes the gradient in forward, together with the loss; `FusedStatistics` makes it in backward, for
-whatever gradients come upstream. Under `torch.compile` and for fake tensors the statistics and their gradient are two
-functional operators of `torch.library`, opaque to the compiler, which traces the per-token maths between them; the
-gradient of the logits then comes out final, and nothing is left to scale.
+Eager: `FusedLoss` computes the gradient in forward, together with the loss; `FusedStatistics` computes it in backward
+from the upstream gradients. Under `torch.compile` and with fake tensors, the statistics and their gradient are two
+functional `torch.library` operators, opaque to the compiler, which traces the per-token maths between them. The
+gradient of the logits then needs no further scaling.
 
-The operators have no autocast rule on purpose: autocast lets them through, where a rule could only copy the logits.
+The operators have no autocast rule on purpose: without one autocast passes them through; a rule could only copy the
+logits.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from epo_kernels.inputs import LogitTransform
 
 
 def fused_loss(kernels: RowKernels, rows: Rows, terms: Terms, *, inplace: bool) -> RowLoss:
-    """The loss of the rows, differentiable once in `rows.logits`; no gradient is made where none is wanted.
+    """The loss of the rows, differentiable once by `rows.logits`; computes a gradient only if one is needed.
 
-    inplace: the gradient overwrites the logits. Autograd is told: what has saved the logits for a backward of its own
-    raises there, instead of computing with the gradient.
+    inplace: the gradient overwrites the logits. Autograd is informed: an operation that saved the logits for its own
+    backward raises instead of using the overwritten values.
 
     Raises:
-        ValueError: inplace, with logits that can't be overwritten.
+        ValueError: inplace with logits that cannot be overwritten.
     """
     if not (rows.logits.requires_grad and torch.is_grad_enabled()):
         return kernels.loss(rows, terms, None)
@@ -42,9 +43,9 @@ def fused_loss(kernels: RowKernels, rows: Rows, terms: Terms, *, inplace: bool) 
 def fused_statistics(
     kernels: StatisticsKernels, rows: Rows, *, entropy: bool, inplace: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob and entropy of the rows, both differentiable in `rows.logits`.
+    """Log-prob and entropy of the rows, both differentiable by `rows.logits`.
 
-    inplace: backward overwrites the logits with their gradient, and is possible once; see `fused_loss`.
+    inplace: backward overwrites the logits with their gradient and can run only once; see `fused_loss`.
     """
     if not (rows.logits.requires_grad and torch.is_grad_enabled()):
         statistics = kernels.statistics(rows, entropy=entropy)
@@ -59,7 +60,7 @@ def fused_statistics(
 
 
 class FusedLoss(torch.autograd.Function):
-    """Loss and gradient in one launch; backward multiplies the gradient by its upstream in place and hands it over."""
+    """Loss and gradient in one launch; backward multiplies the gradient in place and hands it over."""
 
     @staticmethod
     def forward(
@@ -88,7 +89,7 @@ class FusedLoss(torch.autograd.Function):
 
 
 class FusedStatistics(torch.autograd.Function):
-    """Statistics in forward; the gradient of the logits in backward, for given ones of log-prob and entropy."""
+    """Statistics in forward; in backward, the gradient of the logits from the gradients of log-prob and entropy."""
 
     @staticmethod
     def forward(
@@ -137,23 +138,23 @@ def _check_overwritable(logits: Tensor) -> None:
     owner = logits if logits._base is None else logits._base
     if logits.is_leaf or owner.is_leaf:
         raise ValueError(
-            "inplace=True would overwrite logits that are a leaf of the graph, or a view of one, and so no result but "
-            "yours: pass the output of a computation, such as a model's logits, or inplace=False"
+            "inplace=True must have logits that are not a leaf of the graph or a view of one, because it overwrites "
+            "them: pass the output of a computation, such as a model's logits, or inplace=False"
         )
     if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError(
-            f"inplace=True must have logits whose elements each have a place in memory, got expanded ones: shape "
+            f"inplace=True must have logits with a separate memory location per element, got expanded ones: shape "
             f"{tuple(logits.shape)}, strides {logits.stride()}; pass inplace=False"
         )
 
 
-# Where a graph is traced, kernels are found by the name of their backend, and the temperature is always a tensor.
+# In a traced graph, kernels are looked up by backend name, and the temperature is always a tensor.
 
 KERNELS: dict[str, Callable[[], RowKernels]] = {}
 
 
 def traced_statistics(backend: str, rows: Rows, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """`fused_statistics` where a graph is traced, with the kernels of the backend of that name."""
+    """`fused_statistics` in a traced graph, with the named backend's kernels."""
     transform = rows.transform
     temperature = transform.temperature
     if not isinstance(temperature, Tensor):
@@ -191,7 +192,7 @@ def row_statistics(
     entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`RowStatistics` of logits (B, T, V), fields (B, T) float32; an empty tensor for an entropy not asked for."""
+    """`RowStatistics` of logits (B, T, V), fields (B, T) float32; an empty tensor if entropy is not requested."""
     rows = Rows(logits, tokens, mask, LogitTransform(vocab_size, temperature, softcap, scale))
     log_probs, entropies, maximum, total = KERNELS[backend]().statistics(rows, entropy=entropy)
     return log_probs, log_probs.new_empty(0) if entropies is None else entropies, maximum, total
@@ -221,7 +222,7 @@ def row_gradient(
     grad_entropy: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """Gradient of logits (B, T, V) for those of log-prob and entropy (B, T), from what `row_statistics` returned."""
+    """Gradient of logits (B, T, V) from the gradients of log-prob and entropy (B, T) and the saved statistics."""
     rows = Rows(logits, tokens, mask, LogitTransform(vocab_size, temperature, softcap, scale))
     log_probs, entropies, maximum, total = statistics
     out = torch.empty_like(logits)
@@ -265,7 +266,7 @@ def _backward_of_statistics(
 
 
 def raise_twice(*_: Any) -> None:
-    """The backward of operators that compute a gradient."""
+    """The backward of the gradient operators."""
     raise RuntimeError(TWICE)
 
 

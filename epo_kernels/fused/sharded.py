@@ -1,15 +1,15 @@
-"""Rows of a vocabulary that is split over the ranks of a process group (`epo_kernels.shard`).
+"""Rows of a vocabulary split over the ranks of a process group (`epo_kernels.shard`).
 
-Hidden states and everything known of the tokens are the same on every rank, the logits (or the head's rows that make
-them) are a part. Per chunk of tokens, two collectives:
+Hidden states and all per-token arguments are the same on every rank; logits (or the head's rows) are split. Each chunk
+of tokens takes two collectives:
 
-1. *Statistics*, all-gathered. Every rank reads its own columns, and sends its maximum, sum, entropy and the sampled
-   token's log-prob: 16 bytes a token. Sums only add up about a common maximum, so that all-reducing them would take two
-   rounds, one after the other; gathered, one is enough, and less than one can't be, since every column's gradient needs
-   the whole row. All ranks merge the same numbers in the order of the ranks (`reference.merge_statistics`), so whatever
-   follows is the same on each to the last bit: log-probs, entropies, loss, and both derivatives of every token.
-2. *∂hidden*, all-reduced in float32, while the next chunk's logits are computed. It is a sum over the whole vocabulary;
-   ∂weight, ∂bias and ∂logits are a rank's own.
+1. *Statistics*, all-gathered. Every rank reads its own columns and sends its maximum, sum, entropy and the sampled
+   token's log-prob: 16 bytes per token. Sums can only be added relative to a common maximum, so an all-reduce would
+   need two sequential rounds. One all-gather is enough, and is the minimum, because every column's gradient needs the
+   whole row. All ranks merge the same numbers in rank order (`reference.merge_statistics`), so everything that follows
+   is bit-identical on all of them: log-probs, entropies, loss, and both derivatives of every token.
+2. *∂hidden*, all-reduced in float32 while the next chunk's logits are computed. It is a sum over the whole vocabulary;
+   ∂weight, ∂bias and ∂logits are local to a rank.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from epo_kernels.shard import Shard
 
 
 class ShardedRows:
-    """`StatisticsKernels` over a rank's columns of the rows: results are those of the whole rows.
+    """`StatisticsKernels` over a rank's columns; the results are the statistics of the whole rows.
 
-    rows.transform and rows.tokens are the whole vocabulary's; `out` has the columns of `rows.logits`.
+    rows.transform and rows.tokens refer to the whole vocabulary; `out` has the columns of `rows.logits`.
     """
 
     def __init__(self, kernels: StatisticsKernels, shard: Shard) -> None:
@@ -42,7 +42,7 @@ class ShardedRows:
         own = self._own_columns(rows)
         if own is not None:
             part = self._kernels.statistics(own, entropy=entropy)
-        else:  # padding alone
+        else:  # only padding
             nothing = torch.zeros_like(rows.tokens, dtype=compute_dtype(rows.logits.dtype))
             part = RowStatistics(nothing, nothing if entropy else None, nothing - torch.inf, nothing)
         parts = shard.gather(torch.stack([value for value in part if value is not None]))
@@ -88,7 +88,7 @@ class ShardedRows:
         self._kernels.scale(gradient, factor)
 
     def _own_columns(self, rows: Rows) -> Rows | None:
-        """The rows as this rank has them; None where all of it is padding. Tokens of other ranks are out of range."""
+        """The rows as seen by this rank; None if it has only padding. Tokens of other ranks are out of range."""
         vocab_size = self._shard.own_vocabulary(rows.transform.vocab_size)
         if vocab_size < 1:
             return None
@@ -97,19 +97,19 @@ class ShardedRows:
 
 
 class PartialSums:
-    """Partial sums of ∂hidden, made whole by one all-reduce a chunk, each on its way while the next is computed."""
+    """Partial sums of ∂hidden, completed by one all-reduce per chunk that overlaps with the next chunk."""
 
     def __init__(self, shard: Shard) -> None:
         self._group = shard.group
         self._pending: tuple[Any, Tensor, dist.Work] | None = None
 
     def exchange(self, place: Any, part: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Send a part off, which is overwritten; yields what was sent before, (its place, its sum)."""
+        """Start the all-reduce of a part, in place; yields the previous one as (its place, its sum)."""
         before, self._pending = self._pending, (place, part, dist.all_reduce(part, group=self._group, async_op=True))
         return self._received(before)
 
     def finish(self) -> Iterator[tuple[Any, Tensor]]:
-        """Yields what is still on its way."""
+        """Yields the sums still in flight."""
         before, self._pending = self._pending, None
         return self._received(before)
 

@@ -1,12 +1,12 @@
-"""The one place that checks arguments, and the records in which everything behind it sees them.
+"""Validation of all arguments, and the records that carry the validated arguments.
 
-Padded (B, T) and packed (N,) batches come out alike: a packed batch is one row, (1, N), with `sequence_ids`. Canonical
-arguments (float32, int64, bool) are only viewed here, never copied, so that a fused backend launches nothing but its
-own kernels.
+Padded (B, T) and packed (N,) batches end up in the same form: a packed batch is one row, (1, N), with `sequence_ids`.
+Canonical arguments (float32, int64, bool) are only viewed, never copied, so a fused backend launches only its own
+kernels.
 
-Checks of shapes, types and devices always run. Checks of values run where they are free: on CPU tensors, but not under
-`torch.compile`, FakeTensorMode or a `torch.func` transform; on CUDA with EPO_KERNELS_CHECK=1, at the price of a sync.
-Where they don't run, a bad value makes the loss NaN and is counted in `metrics.invalid_tokens`.
+Shapes, types and devices are always checked. Values are checked where that is free: on CPU tensors, but not under
+`torch.compile`, FakeTensorMode or a `torch.func` transform. On CUDA they are checked with EPO_KERNELS_CHECK=1, at the
+cost of a sync. Unchecked, an invalid value makes the loss NaN and is counted in `metrics.invalid_tokens`.
 """
 
 from epo_kernels.inputs.batch import TokenBatch, as_token_batch

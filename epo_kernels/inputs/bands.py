@@ -19,8 +19,8 @@ class Segments(NamedTuple):
     """The segments of a batch.
 
     Attributes:
-        ids: (B, T) int64, in range everywhere; None where a row is a segment.
-        number: of segments.
+        ids: (B, T) int64, in range everywhere; None if each row is one segment.
+        number: number of segments.
     """
 
     ids: Tensor | None
@@ -32,7 +32,7 @@ class Bands(NamedTuple):
 
     Attributes:
         lower, upper: bounds in nats.
-        segments: where the band's or the ratio's scope is the segment; else None.
+        segments: given if the scope of the band or of the ratio is the segment; otherwise None.
     """
 
     lower: Tensor | None
@@ -49,16 +49,16 @@ def as_bands(
     num_segments: int | None,
     invalid: InvalidTokens,
 ) -> Bands:
-    """The band in the form of its scope; adds to the invalid tokens.
+    """The band in the form required by its scope; adds inconsistent bands to the invalid tokens.
 
     Args:
         mask: (B, T) bool, checked.
         entropy_bounds, segment_ids, num_segments: as in `epo_loss`; num_segments is checked.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it is.
+        TypeError, ValueError: invalid argument; the message gives its name, the allowed values and the value.
     """
-    by_segment = False  # whether each segment has a band
+    by_segment = False  # whether bounds are given per segment
     if entropy_bounds is not None:
         _check_pair(entropy_bounds, layout)
         shape = entropy_bounds[0].shape
@@ -74,7 +74,7 @@ def as_bands(
     bounded = segments if by_segment else None
     lower = _bound(layout, "entropy_bounds[0]", entropy_bounds[0], bounded)
     upper = _bound(layout, "entropy_bounds[1]", entropy_bounds[1], bounded)
-    if checks.checks_values(layout.device):  # elsewhere the backends see for themselves
+    if checks.checks_values(layout.device):  # otherwise the backends check
         pairs = torch.stack([lower, upper], dim=-1)
         pairs = pairs if bounded is None else pairs[bounded.ids]
         bad = mask & ~(pairs[..., 0] <= pairs[..., 1])
@@ -84,7 +84,7 @@ def as_bands(
             lower, upper = lower[bounded.ids], upper[bounded.ids]
         return Bands(lower, upper, segments if wants_segments else None)
     assert segments is not None
-    # NaN outlives the tightening. Bands that are sound one by one may cross after it: both bounds then hold.
+    # NaN survives the tightening. Bands that are consistent individually may cross afterwards; both bounds then apply.
     lower = torch.where(lower <= upper, lower, math.nan)
     if bounded is None:
         lower = _tightest(lower, mask, segments, -math.inf)
@@ -97,13 +97,13 @@ def _check_pair(bounds: tuple[Tensor, Tensor], layout: Layout) -> None:
         raise TypeError(f"entropy_bounds must be a pair of tensors (lower, upper), got {type(bounds).__name__}")
     if bounds[0].shape != bounds[1].shape:
         shapes = f"{tuple(bounds[0].shape)} and {tuple(bounds[1].shape)}"
-        raise ValueError(f"entropy_bounds must be a pair of one shape, got {shapes}")
+        raise ValueError(f"entropy_bounds must be a pair with the same shape, got {shapes}")
     if bounds[0].numel() == 0 and layout.shape.numel() > 0:
         raise ValueError(f"entropy_bounds must hold at least one band, got shape {tuple(bounds[0].shape)}")
 
 
 def _bound(layout: Layout, name: str, value: Tensor, segments: Segments | None) -> Tensor:
-    """A bound of each token, (B, T), or of each of the segments."""
+    """A bound per token, (B, T), or per segment."""
     if segments is None:
         return layout.floats(name, value, a_sequence=True)
     check_tensor(name, value, torch.Size([segments.number]), layout.device)
@@ -114,7 +114,7 @@ def _tightest(bounds: Tensor, mask: Tensor, segments: Segments, unknown: float) 
     """(B, T) -> (number of segments,): the largest lower bound (unknown -inf), or the smallest upper one (inf)."""
     bounds = torch.where(mask, bounds, unknown)
     if segments.ids is None:
-        bounds = F.pad(bounds, (0, 1), value=unknown)  # rows of no tokens at all have no extremum
+        bounds = F.pad(bounds, (0, 1), value=unknown)  # rows without tokens have no extremum
         return bounds.amax(dim=1) if unknown < 0 else bounds.amin(dim=1)
     result = torch.full((segments.number,), unknown, dtype=bounds.dtype, device=bounds.device)
     return result.scatter_reduce(0, segments.ids.reshape(-1), bounds.reshape(-1), "amax" if unknown < 0 else "amin")
@@ -123,7 +123,7 @@ def _tightest(bounds: Tensor, mask: Tensor, segments: Segments, unknown: float) 
 def as_segments(
     layout: Layout, mask: Tensor, segment_ids: Tensor | None, num_segments: int, invalid: InvalidTokens
 ) -> Segments:
-    """The tokens' segments, by default their sequences; adds tokens whose segment is out of range to invalid."""
+    """The segments of the tokens, by default their sequences; adds tokens with out-of-range segments to invalid."""
     if segment_ids is None:
         return Segments(layout.sequence_ids, layout.num_sequences)
     ids = layout.per_token("segment_ids", segment_ids)
@@ -131,8 +131,8 @@ def as_segments(
         raise TypeError(f"segment_ids must be int64 (or int32), got {ids.dtype}")
     outside = mask & ((ids < 0) | (ids >= num_segments))
     advice = (
-        "segment_ids must be in [0, {limit}) where the mask is 1: below the number of segments, which is that of "
-        "entropy_bounds given a segment, else num_segments, else the number of tokens"
+        "segment_ids must be in [0, {limit}) where the mask is 1: the limit is the number of segments, taken from "
+        "per-segment entropy_bounds, otherwise num_segments, otherwise the number of tokens"
     )
     invalid.reject(outside, ids, advice, limit=num_segments)
     return Segments(torch.where(mask & ~outside, ids, 0).to(torch.int64), num_segments)

@@ -1,4 +1,4 @@
-"""Per-token values that come without logits."""
+"""Per-token values given without logits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from epo_kernels.inputs.tokens import as_mask
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Per-token values that come without logits, and the segments their statistics are taken over.
+    """Per-token values given without logits, and the segments over which their statistics are computed.
 
     Attributes:
-        layout: how the caller's arguments lie; its dtype is float64.
-        mask: (B, T) bool. Nothing else may be read where it is False.
-        invalid: (B, T) bool, True where a mask or segment id is inconsistent and can't raise; None where no token is.
-        segment_ids: (B, T) int64 in range everywhere: of each token, a sequence's where no segments were given. None
-            for packed values without cu_seqlens and segments.
+        layout: shape and placement of the caller's arguments; its dtype is float64.
+        mask: (B, T) bool. No other argument may be read where it is False.
+        invalid: (B, T) bool, True where a mask or segment id is inconsistent but could not raise; None if no token is.
+        segment_ids: (B, T) int64, in range everywhere; sequence ids if no segments were given. None for packed values
+            without cu_seqlens and segments.
         num_segments: number of segments.
     """
 
@@ -34,7 +34,7 @@ class TokenBatch:
     num_segments: int
 
     def result(self, values: Tensor) -> Tensor:
-        """(B, T) values as float32 in the caller's shape: 0 where the mask is False, NaN where a token is invalid."""
+        """(B, T) values as float32 in the caller's shape: 0 where the mask is False, NaN at invalid tokens."""
         values = torch.where(self.mask, values, 0.0).float()
         if self.invalid is not None:
             values = values.masked_fill(self.invalid, math.nan)
@@ -53,11 +53,11 @@ def as_token_batch(
     """A batch of per-token values, (B, T) or packed (N,), with its mask and segments.
 
     Args:
-        name: the argument that the shape is taken from, for messages.
+        name: the argument that defines the shape, for messages.
         values: that argument.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it is.
+        TypeError, ValueError: invalid argument; the message gives its name, the allowed values and the value.
     """
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")

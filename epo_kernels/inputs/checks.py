@@ -1,4 +1,4 @@
-"""Checks of single arguments: tensors, integers, scalars, and values of tensors where they may be read."""
+"""Checks of single arguments: tensors, integers, scalars, and tensor values where they may be read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def tracing() -> bool:
-    """Whether a graph is traced here, by `torch.compile` or a FakeTensorMode: tensors have no memory to read."""
+    """Whether a graph is being traced, by `torch.compile` or a FakeTensorMode: tensors then have no memory to read."""
     return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def checks_values(device: torch.device) -> bool:
-    """Whether values may be read here: free on the CPU, on request elsewhere, never where there are none to read."""
+    """Whether values may be read: always on the CPU, on request on other devices, never while tracing."""
     if tracing() or device.type == "meta" or torch._C._are_functorch_transforms_active():
         return False
     return device.type == "cpu" or os.environ.get("EPO_KERNELS_CHECK", "0") == "1"
@@ -36,11 +36,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_tensor(name: str, value: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """Raises TypeError or ValueError unless value is a tensor of that shape on that device."""
+    """Raise TypeError or ValueError unless value is a tensor of that shape on that device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if hasattr(value, "device_mesh"):
-        raise TypeError(f"{name} must be a plain tensor, got a DTensor; give {name}.full_tensor()")
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
     if value.shape != shape:
         raise ValueError(
             f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}{squeeze_hint(name, value, shape)}"
@@ -50,19 +50,19 @@ def check_tensor(name: str, value: Tensor, shape: torch.Size, device: torch.devi
 
 
 def squeeze_hint(name: str, value: Tensor, shape: torch.Size) -> str:
-    """The fix to add to an error where only a batch dimension of 1 is too many."""
-    return f"; give {name}.squeeze(0)" if value.shape == (1, *shape) else ""
+    """The fix to append to an error if the shape is right except for a batch dimension of 1."""
+    return f"; pass {name}.squeeze(0)" if value.shape == (1, *shape) else ""
 
 
 def as_integer(name: str, value: SupportsIndex, low: int, high: int | None = None, meaning: str = "") -> int:
-    """An int, or what stands for one (a NumPy integer, not a bool), of at least low and at most high.
+    """An int, or an integer-like value (a NumPy integer, not a bool), between low and high.
 
     Raises:
-        ValueError: naming the argument, its range (with its meaning, if one is given) and what it is.
+        ValueError: not an integer in range; the message gives the name, the range, its meaning and the value.
     """
     given = value
     if not isinstance(value, (bool, int)) and hasattr(value, "__index__"):
-        with contextlib.suppress(TypeError):  # of a tensor that isn't an integer
+        with contextlib.suppress(TypeError):  # raised for a tensor that is not an integer
             value = operator.index(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         wanted = f"of at least {low}" if high is None else f"in [{low}, {high}]"
@@ -71,18 +71,18 @@ def as_integer(name: str, value: SupportsIndex, low: int, high: int | None = Non
 
 
 def check_precise(name: str, value: Any) -> None:
-    """Raises TypeError where value is a tensor of 16-bit floats."""
+    """Raise TypeError if value is a tensor of 16-bit floats."""
     if isinstance(value, Tensor) and value.dtype in LOW_PRECISION:
         raise TypeError(
-            f"{name} must be float32 or float64, got {value.dtype}, in which rounding alone moves importance ratios by "
+            f"{name} must be float32 or float64, got {value.dtype}, whose rounding alone changes importance ratios by "
             "up to 3 % and counts by 0.4 %. Keep it in float32 from where it is computed; casting it back restores "
-            "nothing. FSDP's mixed precision casts what a module with the loss inside is given: set "
+            "nothing. FSDP's mixed precision casts the inputs of a module that contains the loss: set "
             "MixedPrecisionPolicy(cast_forward_inputs=False) (FSDP1: MixedPrecision(cast_root_forward_inputs=False))"
         )
 
 
 def as_scalar(name: str, value: Scalar, low: float = -math.inf, open_low: bool = False) -> Scalar:
-    """A finite number in range, or a 0-d tensor (whose value isn't read)."""
+    """A finite number in range, or a 0-d tensor (whose value is not read)."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
@@ -98,13 +98,13 @@ def as_scalar(name: str, value: Scalar, low: float = -math.inf, open_low: bool =
 
 
 class InvalidTokens:
-    """Collects counted tokens that have an inconsistent argument.
+    """Collects counted tokens with an inconsistent argument.
 
-    Where values may be read, the first one raises. Elsewhere they end up in `TokenInputs.invalid`: the loss is NaN and
-    counts them.
+    If values may be read, the first one raises. Otherwise they end up in `TokenInputs.invalid`: the loss becomes NaN
+    and counts them.
 
     Attributes:
-        where: (B, T) bool, or None while there can't be any.
+        where: (B, T) bool, or None if no token can be invalid.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -112,11 +112,11 @@ class InvalidTokens:
         self._raises = checks_values(device)
 
     def mark(self, bad: Tensor) -> None:
-        """Add tokens (B, T) bool."""
+        """Mark the tokens in bad, (B, T) bool, as invalid."""
         self.where = bad if self.where is None else self.where | bad
 
     def reject(self, bad: Tensor, values: Tensor, message: str, limit: int | None = None) -> None:
-        """Raise for the first of the bad tokens (B, T), with its value; add them where values can't be read.
+        """Raise for the first bad token (B, T), with its value; if values cannot be read, mark the bad tokens instead.
 
         message contains {limit} unformatted: a size in a string would become a constant of the compiled graph.
         """

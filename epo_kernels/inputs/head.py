@@ -23,9 +23,9 @@ class Projection:
         hidden: (B, T, D), any strides; a packed batch is (1, N, D).
         weight: (V, D), any strides.
         bias: (V,) or None.
-        product_dtype: dtype in which both enter a product: what they promote to, or that of autocast. Autocast leaves
-            float64 alone, and products whose logits are asked for in another dtype than its own.
-        logits_dtype: dtype in which logits are kept: the products' own, or a wider one.
+        product_dtype: dtype of the product's operands: their promoted dtype, or autocast's. Autocast does not apply to
+            float64, or to products whose logits are requested in another dtype than its own.
+        logits_dtype: dtype of the logits: the products' own, or a wider one.
     """
 
     hidden: Tensor
@@ -40,9 +40,9 @@ class Chunking:
     """How a head is applied to its tokens.
 
     Attributes:
-        num_active: number of tokens whose mask is 1, where the caller knows it.
-        max_chunk_bytes: bound on the memory of a chunk of tokens.
-        shard: the part of a vocabulary that weight and bias are; None where they are all of it.
+        num_active: number of tokens whose mask is 1, if known.
+        max_chunk_bytes: memory limit of a chunk of tokens.
+        shard: the part of the vocabulary covered by weight and bias; None if they cover all of it.
     """
 
     num_active: int | None
@@ -51,14 +51,14 @@ class Chunking:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context in which the dtypes of a product's operands are its own; nothing on devices without autocast."""
+    """A context in which products keep their operands' dtypes; no-op on devices without autocast."""
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast casts products to, None where it is off."""
+    """The dtype that autocast casts products to; None if autocast is off."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
@@ -67,10 +67,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def as_projection(
     layout: Layout, hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None
 ) -> tuple[Projection, Layout]:
-    """The head, with hidden already checked as rows (B, T, D), and the layout with the dtype of its logits' statistics.
+    """The head, with hidden already validated as rows (B, T, D), and the layout with the dtype of its statistics.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it is.
+        TypeError, ValueError: invalid argument; the message gives its name, the allowed values and the value.
     """
     width = hidden.shape[-1]
     if not isinstance(weight, Tensor) or weight.dtype not in LOGIT_DTYPES:
@@ -78,7 +78,7 @@ def as_projection(
         raise TypeError(f"weight must be a float32, float16, bfloat16 or float64 tensor, got {kind}")
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(
-            f"weight must be (vocabulary, {width}) beside hidden's width {width}, got {tuple(weight.shape)}"
+            f"weight must be (vocabulary, {width}) to match hidden's width {width}, got {tuple(weight.shape)}"
         )
     check_tensor("weight", weight, weight.shape, hidden.device)
     if bias is not None:
@@ -92,16 +92,16 @@ def as_projection(
         logits_dtype = product_dtype
     if logits_dtype not in allowed:
         names = " or ".join(map(str, allowed))
-        raise ValueError(f"logits_dtype must be {names} where products are in {product_dtype}, got {logits_dtype}")
+        raise ValueError(f"logits_dtype must be {names} if products are in {product_dtype}, got {logits_dtype}")
     projection = Projection(hidden, weight, bias, product_dtype, logits_dtype)
     return projection, replace(layout, dtype=compute_dtype(logits_dtype))
 
 
 def as_chunking(num_active: int | None, max_chunk_bytes: int, mask: Tensor, shard: Shard | None) -> Chunking:
-    """Both numbers, checked against a checked mask (B, T).
+    """Both numbers, validated against a validated mask (B, T).
 
     Raises:
-        ValueError: one of them isn't an int, or makes no sense for the mask.
+        ValueError: one of them is not an int, or is inconsistent with the mask.
     """
     if num_active is not None:
         num_active = as_integer("num_active", num_active, 0, mask.numel(), " (the number of tokens)")

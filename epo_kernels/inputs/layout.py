@@ -1,4 +1,4 @@
-"""How per-token arguments lie, padded (B, T) or packed (N,), and how both become (B, T)."""
+"""The layouts of per-token arguments, padded (B, T) or packed (N,), and their conversion to (B, T)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from epo_kernels.inputs.checks import (
 
 @dataclass(frozen=True)
 class Layout:
-    """How the caller's per-token arguments lie, and how they become (B, T).
+    """The layout of the caller's per-token arguments, and their conversion to (B, T).
 
     Attributes:
         shape: the caller's shape of tokens: (B, T), or (N,) packed.
-        device, dtype: where the rows are, and the dtype of their statistics.
+        device, dtype: device of the rows, and dtype of their statistics.
         sequence_ids, num_sequences: as in `TokenInputs`.
-        in_order: 0-d bool, whether cu_seqlens makes sense, where that can't be read; else None.
+        in_order: 0-d bool, whether cu_seqlens is valid, if that cannot be read; otherwise None.
     """
 
     shape: torch.Size
@@ -40,31 +40,31 @@ class Layout:
         return len(self.shape) == 1
 
     def per_token(self, name: str, value: Tensor) -> Tensor:
-        """A tensor argument like tokens, viewed as (B, T)."""
+        """A tensor shaped like tokens, viewed as (B, T)."""
         check_tensor(name, value, self.shape, self.device)
         return value[None] if self.packed else value
 
     def floats(self, name: str, value: Tensor, *, a_sequence: bool = False) -> Tensor:
-        """A float argument like tokens, or one a sequence where allowed, as (B, T) of the layout's dtype, detached."""
+        """A float argument like tokens (or, if allowed, one per sequence) as (B, T) in the layout's dtype, detached."""
         by_sequence = a_sequence and isinstance(value, Tensor) and value.shape == (self.num_sequences,) != self.shape
         if by_sequence and self.packed and self.sequence_ids is None:
-            raise ValueError(f"cu_seqlens must be given to spread {name} {tuple(value.shape)} over packed tokens")
+            raise ValueError(f"cu_seqlens must be given to expand {name} {tuple(value.shape)} to packed tokens")
         if isinstance(value, Tensor) and value.shape != self.shape and not by_sequence:
-            otherwise = f", or one value a sequence ({self.num_sequences},)" if a_sequence else ""
+            otherwise = f", or one value per sequence ({self.num_sequences},)" if a_sequence else ""
             raise ValueError(
                 f"{name} must have the shape of tokens {tuple(self.shape)}{otherwise}, got {tuple(value.shape)}"
                 f"{squeeze_hint(name, value, self.shape)}"
             )
         check_tensor(name, value, value.shape if by_sequence else self.shape, self.device)
         if not value.is_floating_point():
-            raise TypeError(f"{name} must be floating, got {value.dtype}")
+            raise TypeError(f"{name} must be floating-point, got {value.dtype}")
         value = value.detach().to(self.dtype)
         if not by_sequence:
             return value[None] if self.packed else value
         return value[self.sequence_ids] if self.packed else value[:, None].expand(self.shape)
 
     def log_probs(self, name: str, value: Tensor) -> Tensor:
-        """`floats` for log-probs, whose differences are taken."""
+        """`floats` for log-probs, whose differences require full precision."""
         check_precise(name, value)
         return self.floats(name, value)
 
@@ -72,12 +72,12 @@ class Layout:
 def as_rows(
     rows: Tensor, tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logits", *, least_width: int = 1
 ) -> tuple[Tensor, Layout]:
-    """Logits (or hidden states) as (B, T, width), a view, and the layout of everything that goes with them.
+    """Logits (or hidden states) as (B, T, width), a view, and the layout of all accompanying arguments.
 
-    least_width: 0 where a rank may hold no column of a vocabulary.
+    least_width: 0 if a rank may have no column of the vocabulary.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it is.
+        TypeError, ValueError: invalid argument; the message gives its name, the allowed values and the value.
     """
     for label, value in ((name, rows), ("tokens", tokens)):
         if not isinstance(value, Tensor):
@@ -101,20 +101,20 @@ def as_layout(
     """The layout of arguments of that shape, (B, T) or packed (N,).
 
     Args:
-        dtype: of the logits, or of what takes their place.
-        name: argument that the shape was read from.
+        dtype: dtype of the logits, or of the argument that replaces them.
+        name: the argument that defines the shape.
 
     Raises:
-        TypeError, ValueError: about cu_seqlens, what it must be and what it is.
+        TypeError, ValueError: invalid cu_seqlens; the message gives the allowed values and the value.
     """
     packed = len(shape) == 1
     if cu_seqlens is None:
         return Layout(shape, device, compute_dtype(dtype), None, 1 if packed else shape[0], None)
     if not packed:
         fix = (
-            f"give {name}.squeeze(0), and squeeze(0) of every argument shaped like tokens"
+            f"pass {name}.squeeze(0), and squeeze(0) of every argument shaped like tokens"
             if shape[0] == 1
-            else "pack the rows into one, or leave cu_seqlens out"
+            else "pack the rows into one, or omit cu_seqlens"
         )
         raise ValueError(f"cu_seqlens goes with packed {name}, got a padded batch of {shape[0]}; {fix}")
     return Layout(shape, device, compute_dtype(dtype), *_sequences(shape[0], device, cu_seqlens))
@@ -138,7 +138,7 @@ def _sequences(num_tokens: int, device: torch.device, cu_seqlens: Tensor) -> tup
         _check_borders(cu_seqlens.tolist(), num_tokens)
     num_sequences = cu_seqlens.shape[0] - 1
     positions = torch.arange(num_tokens, device=device, dtype=cu_seqlens.dtype)
-    # Tokens past the last border can only be there where values aren't read.
+    # Tokens past the last boundary are possible only if values are not read.
     ids = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True).clamp(max=num_sequences - 1)
     return ids[None], num_sequences, in_order
 

@@ -1,4 +1,4 @@
-"""Everything that a loss is given beside its rows: as the caller's arguments, and as one checked record."""
+"""All arguments of a loss except its rows: unchecked as given by the caller, and as one validated record."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from epo_kernels.inputs.tokens import TokenInputs, as_counted_tokens, as_transfo
 
 @dataclass
 class LossArguments:
-    """Arguments of a public loss by their names there, unchecked; see `epo_loss`.
+    """Unchecked arguments of a public loss, under their public names; see `epo_loss`.
 
-    A loss without logits has no temperature, vocab_size, logit_softcap and logit_scale.
+    A loss without logits has no temperature, vocab_size, logit_softcap or logit_scale.
     """
 
     old_log_probs: Tensor | None
@@ -46,9 +46,9 @@ class LossArguments:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> LossArguments:
-        """Those of the arguments that belong here, by name: the public functions pass their `locals()`.
+        """Selects the fields of this record by name; the public functions pass their `locals()`.
 
-        Their signatures name every argument for editors; nothing repeats the list after them.
+        Their signatures list every argument for editors, so the list is not repeated here.
         """
         return cls(**{name: value for name, value in arguments.items() if name in _LOSS_ARGUMENTS})
 
@@ -58,7 +58,7 @@ _LOSS_ARGUMENTS = frozenset(field.name for field in dataclasses.fields(LossArgum
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The numbers a schedule moves: floats or 0-d tensors on the device. `penalty` is smooth_coeff * penalty_weight."""
+    """The scheduled coefficients: floats or 0-d tensors on the device. `penalty` is smooth_coeff * penalty_weight."""
 
     entropy: Scalar
     penalty: Scalar
@@ -67,15 +67,15 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Aggregation:
-    """How the tokens' losses add up to one; see `epo_kernels.aggregation`.
+    """How token losses are aggregated; see `epo_kernels.aggregation`.
 
     Attributes:
         loss_agg_mode: as in EPOConfig.
-        sequence_ids: (B, T) int64, sequence of each token of a packed batch; None where a row is a sequence.
+        sequence_ids: (B, T) int64, sequence of each token of a packed batch; None if each row is one sequence.
         num_sequences: B, or the number of packed sequences.
-        max_length: the constant length of "seq-mean-token-sum-norm", else None.
-        normalizer: takes the place of the number of tokens or sequences; number, 0-d tensor or None.
-        loss_scale: factor on the loss, number or 0-d tensor.
+        max_length: the constant length of "seq-mean-token-sum-norm", otherwise None.
+        normalizer: replaces the number of tokens or sequences; number, 0-d tensor or None.
+        loss_scale: multiplies the loss; number or 0-d tensor.
     """
 
     loss_agg_mode: LossAggMode
@@ -88,17 +88,17 @@ class Aggregation:
 
 @dataclass(frozen=True)
 class LossInputs(TokenInputs):
-    """Everything that a loss is given beside its rows, checked. (B, T) views; packed batches are (1, N).
+    """All arguments of a loss except its rows, validated. (B, T) views; packed batches are (1, N).
 
     Attributes:
-        cfg: the settings. Everything below takes precedence over them.
-        coefficients: of this call.
-        aggregation: of the tokens.
-        old_log_probs, advantages, ref_log_probs, is_weights: floats, or None where not given.
+        cfg: the settings; the fields below take precedence.
+        coefficients: the coefficients of this call.
+        aggregation: how the token losses are aggregated.
+        old_log_probs, advantages, ref_log_probs, is_weights: floats, or None if not given.
         lower, upper: band, (B, T) in token scope, (num_segments,) in segment scope, or None.
-        segment_ids: int64, segment of each token, where the band's or the ratio's scope is the segment; else None, and
-            where a row is a segment.
-        num_segments: number of segments, 0 where nothing reads them.
+        segment_ids: int64, segment of each token. None if neither the band nor the ratio has segment scope, or if each
+            row is one segment.
+        num_segments: number of segments, 0 if unused.
     """
 
     cfg: EPOConfig
@@ -114,7 +114,7 @@ class LossInputs(TokenInputs):
     num_segments: int
 
     def select(self, function: Callable[[Tensor], Tensor]) -> LossInputs:
-        """The inputs of some of the tokens: function, applied to every argument of theirs. Not in segment scope."""
+        """The inputs of a subset of the tokens: applies function to every per-token argument. Not in segment scope."""
         assert self.segment_ids is None
         given = {name: value for name in _PER_TOKEN if (value := getattr(self, name)) is not None}
         changed: dict[str, Any] = {name: function(value) for name, value in given.items()}
@@ -135,10 +135,10 @@ _PER_TOKEN = (
 
 
 def as_loss_inputs(layout: Layout, tokens: Tensor, arguments: LossArguments, *, width: int) -> LossInputs:
-    """The checked record of a loss over logits of that width.
+    """The validated record of a loss over logits of that width.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it is.
+        TypeError, ValueError: invalid argument; the message gives its name, the allowed values and the value.
     """
     cfg = arguments.cfg
     if not isinstance(cfg, EPOConfig):
@@ -186,15 +186,15 @@ def as_loss_inputs(layout: Layout, tokens: Tensor, arguments: LossArguments, *, 
 
 
 def _check_completeness(layout: Layout, arguments: LossArguments, coefficients: Coefficients) -> None:
-    """Raise unless everything is given that the settings ask for."""
+    """Raise unless every argument required by the settings is given."""
     cfg = arguments.cfg
     if cfg.penalty != "none" and arguments.entropy_bounds is None:
         raise ValueError(
-            f"entropy_bounds must be (lower, upper) when penalty is {cfg.penalty!r}, got None; "
-            "EntropyHistory.bounds makes them, (-inf, +inf) where nothing is known"
+            f"entropy_bounds must be (lower, upper) if penalty is {cfg.penalty!r}, got None; take them from "
+            "EntropyHistory.bounds, or use (-inf, +inf) for unknown bounds"
         )
     if arguments.ref_log_probs is None and (isinstance(coefficients.kl, Tensor) or coefficients.kl != 0):
-        raise ValueError("ref_log_probs must be given when kl_coeff isn't 0, got None")
+        raise ValueError("ref_log_probs must be given unless kl_coeff is 0, got None")
     by_segment = "segment" in (cfg.band_scope, cfg.ratio_unit)
     by_sequence = (
         cfg.loss_agg_mode != "token-mean"
@@ -204,14 +204,14 @@ def _check_completeness(layout: Layout, arguments: LossArguments, coefficients: 
     if layout.packed and layout.sequence_ids is None and by_sequence:
         raise ValueError(
             f"cu_seqlens must be given for packed logits with loss_agg_mode={cfg.loss_agg_mode!r}, "
-            f"band_scope={cfg.band_scope!r} and policy_loss={cfg.policy_loss!r}: the sequences must be known"
+            f"band_scope={cfg.band_scope!r} and policy_loss={cfg.policy_loss!r}, which depend on the sequences"
         )
     if arguments.mask is None:
-        raise TypeError("mask must be a tensor, 1 at tokens that the policy produced, got None")
+        raise TypeError("mask must be a tensor, 1 at tokens that the policy generated, got None")
 
 
 def _as_coefficients(arguments: LossArguments) -> Coefficients:
-    """The coefficients of one call: those given, else the config's."""
+    """The coefficients of one call: the given ones, otherwise the config's."""
     cfg, entropy_coeff, kl_coeff = arguments.cfg, arguments.entropy_coeff, arguments.kl_coeff
     return Coefficients(
         entropy=as_scalar("entropy_coeff", cfg.entropy_coeff if entropy_coeff is None else entropy_coeff),

@@ -1,4 +1,4 @@
-"""Which tokens are scored, under which transform of their logits."""
+"""The tokens to score, and the transform of their logits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from epo_kernels.inputs.layout import Layout
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """How raw logits x become the z of the maths, over [0, vocab_size): softcap tanh(scale x / softcap) / temperature.
+    """How raw logits x become z, over [0, vocab_size): softcap tanh(scale x / softcap) / temperature.
 
     Attributes:
-        vocab_size: entries of a row that are vocabulary; the rest is padding of the head.
+        vocab_size: number of real vocabulary entries in a row; the rest is padding of the head.
         temperature: number, 0-d tensor, or (B, T).
         softcap: Gemma's final logit soft-capping, or None.
-        scale: Cohere's and Granite's logit scale (multiplier), or None.
+        scale: logit multiplier, as in Cohere and Granite, or None.
     """
 
     vocab_size: int
@@ -36,12 +36,12 @@ class TokenInputs:
     """The tokens to score, as (B, T) views; packed batches are (1, N).
 
     Attributes:
-        shape: the caller's shape of `tokens`, in which results are returned.
-        transform: from raw logits to the z of the maths.
+        shape: the caller's shape of `tokens`, also the shape of results.
+        transform: how raw logits become z.
         tokens: int64.
-        mask: bool. Nothing else may be read where it is False.
-        invalid: bool, True where another argument of a counted token is inconsistent, so that its log-prob is NaN; None
-            where no token is.
+        mask: bool. No other argument may be read where it is False.
+        invalid: bool, True where another argument of a counted token is inconsistent, which makes its log-prob NaN;
+            None if no token is invalid.
     """
 
     shape: torch.Size
@@ -59,13 +59,13 @@ def as_transform(
     logit_softcap: float | None,
     logit_scale: float | None,
 ) -> LogitTransform:
-    """The transform of logits of that width; the other arguments are those of `epo_loss`.
+    """The transform of logits of that width; the other arguments are as in `epo_loss`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it is.
+        TypeError, ValueError: invalid argument; the message gives its name, the allowed values and the value.
     """
     if width < 1:
-        raise ValueError("weight must have a row for each entry of the vocabulary, it has none")
+        raise ValueError("weight must have at least one row, got none")
     if vocab_size is None:
         vocab_size = width
     vocab_size = as_integer("vocab_size", vocab_size, 1, width, " (the logits' width)")
@@ -76,9 +76,9 @@ def as_transform(
             as_scalar(name, value, low, open_low=True)
             if not FLOAT32_SMALLEST <= abs(value) <= FLOAT32_LARGEST:
                 limits = f"{FLOAT32_SMALLEST:.3g} and {FLOAT32_LARGEST:.3g}"
-                raise ValueError(f"{name} must be None, or between {limits} in size, got {value}")
+                raise ValueError(f"{name} must be None, or have a magnitude between {limits}, got {value}")
     if logit_softcap is not None and abs(logit_scale or 1.0) / logit_softcap > FLOAT32_LARGEST:
-        raise ValueError(f"logit_softcap must be large enough to divide logit_scale by, got {logit_softcap}")
+        raise ValueError(f"logit_softcap must be large enough to divide logit_scale, got {logit_softcap}")
     transform = LogitTransform(vocab_size, temperature, logit_softcap, logit_scale)
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
         return replace(transform, temperature=layout.floats("temperature", temperature, a_sequence=True))
@@ -91,7 +91,7 @@ def as_transform(
 
 
 def _lowest_temperature(transform: LogitTransform) -> float:
-    """The lowest one by which float32 can divide everything that the transform multiplies by."""
+    """The lowest temperature by which float32 can divide everything in the transform."""
     return FLOAT32_SMALLEST * max(1.0, abs(transform.scale or 1.0), transform.softcap or 1.0)
 
 
@@ -99,7 +99,7 @@ def as_token_inputs(layout: Layout, tokens: Tensor, mask: Tensor | None, transfo
     """Tokens and mask as (B, T) int64 and bool; mask None counts every token.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it must be and what it is.
+        TypeError, ValueError: invalid argument; the message gives its name, the allowed values and the value.
     """
     invalid = InvalidTokens(layout.device)
     ids, counted = as_counted_tokens(layout, tokens, mask, transform, invalid)
@@ -117,7 +117,7 @@ def as_counted_tokens(
         sound = (temperature >= _lowest_temperature(transform)) & (temperature <= FLOAT32_LARGEST)
         advice = "temperature must be > 0, finite, and large enough for float32 to divide by where the mask is 1"
         invalid.reject(counted & ~sound, temperature.expand(counted.shape), advice)
-    if checks.checks_values(layout.device):  # elsewhere the kernels see for themselves
+    if checks.checks_values(layout.device):  # otherwise the kernels check
         outside = counted & ((tokens < 0) | (tokens >= transform.vocab_size))
         advice = "tokens must be in [0, {limit}) where the mask is 1 (mask out padding and -100 labels)"
         invalid.reject(outside, tokens, advice, limit=transform.vocab_size)
@@ -125,11 +125,11 @@ def as_counted_tokens(
 
 
 def as_mask(layout: Layout, mask: Tensor, invalid: InvalidTokens) -> Tensor:
-    """The mask as (B, T) bool. Adds tokens to the invalid ones, all of them where cu_seqlens makes no sense."""
+    """The mask as (B, T) bool. Marks tokens as invalid: all of them if cu_seqlens is invalid."""
     mask = layout.per_token("mask", mask)
     counted = mask if mask.dtype == torch.bool else mask != 0
     if mask.dtype != torch.bool:
-        invalid.reject(counted & (mask != 1), mask, "mask must be bool, or hold only 0 and 1")
+        invalid.reject(counted & (mask != 1), mask, "mask must be bool, or contain only 0 and 1")
     if layout.in_order is not None:
         invalid.mark(counted & ~layout.in_order)
     return counted

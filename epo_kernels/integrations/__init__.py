@@ -1,19 +1,19 @@
-"""Adapters for other trainers, each imported by its own name: `import epo_kernels` imports none of their packages."""
+"""Adapters for other trainers, each imported explicitly: `import epo_kernels` imports none of their packages."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version
 
 
 def require(package: str, at_least: str, below: str) -> None:
-    """Check that a foreign package is installed in a version that its adapter was made for.
+    """Check that a third-party package is installed in a version supported by its adapter.
 
     Args:
-        package: its name, which is also that of the extra which installs it.
-        at_least: the first version that is served, such as "1.16".
-        below: the first one that is not.
+        package: name of the package, and of the extra that installs it.
+        at_least: first supported version, such as "1.16".
+        below: first unsupported version.
 
     Raises:
-        ImportError: missing, too old or too new; the message holds the install line.
+        ImportError: missing, too old or too new; the message includes the install command.
     """
     cure = f'install it with: pip install "epo-kernels[{package}]"'
     try:
@@ -27,6 +27,6 @@ def require(package: str, at_least: str, below: str) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """The numbers that a version begins with: "1.16.0.dev0" gives (1, 16, 0)."""
+    """The leading numbers of a version: "1.16.0.dev0" gives (1, 16, 0)."""
     match = re.match(r"\d+(\.\d+)*", text)
     return tuple(int(part) for part in match.group().split(".")) if match else ()

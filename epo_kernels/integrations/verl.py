@@ -1,23 +1,23 @@
-"""EPO inside verl 0.9: `VERL_USE_EXTERNAL_MODULES=epo_kernels.integrations.verl` makes every verl process import this.
+"""EPO inside verl 0.9: `VERL_USE_EXTERNAL_MODULES=epo_kernels.integrations.verl` makes every verl process import it.
 
-Importing it does four things, each by a hook that verl resolves at run time:
+The import does four things, each through a hook that verl resolves at run time:
 
-- `policy_loss.epo.*` becomes a set of keys of verl's config (`EPOSettings`), checked before any worker starts.
-- The actor's worker becomes `EPOTrainingWorker`. With `policy_loss.loss_mode=epo` it gives the engine `EngineLoss` in
-  the place of verl's `ppo_loss`, closes the entropy history after each update, and keeps it with verl's checkpoints.
-- "epo" becomes a registered policy loss, for callers that know no more than log-probs. No entropy and no turns reach a
-  registered loss, so a penalty is refused there.
+- `policy_loss.epo.*` becomes a group of keys in verl's config (`EPOSettings`), validated before any worker starts.
+- The actor's worker becomes `EPOTrainingWorker`. With `policy_loss.loss_mode=epo` it gives the engine `EngineLoss`
+  instead of verl's `ppo_loss`, closes the entropy history after each update, and saves it with verl's checkpoints.
+- "epo" becomes a registered policy loss, for callers that have only log-probs. A registered loss receives no entropy
+  and no turns, so a penalty raises there.
 - "epo" becomes a backend of verl's fused head on the FSDP engines (`model.use_fused_kernels=true` with
-  `model.fused_kernel_options.impl_backend=epo`): `linear_log_probs_and_entropy`, so logits never exist.
+  `model.fused_kernel_options.impl_backend=epo`): `linear_log_probs_and_entropy`, which never materialises the logits.
 
-Clip, dual clip, entropy_coeff, KL, aggregation mode and rollout weights are verl's own keys, and are normalised over
-micro-batches and data-parallel ranks as verl normalises them: with penalty "none" the loss is verl's own policy loss of
-the name in `policy_loss.epo.policy_loss`, by default "vanilla" (`epo_kernels.integrations.verl_policy`).
+Clip, dual clip, entropy_coeff, KL, aggregation mode and rollout weights are verl's own keys, normalised over
+micro-batches and data-parallel ranks as in verl. With penalty "none" the loss is verl's own policy loss named in
+`policy_loss.epo.policy_loss`, by default "vanilla" (`epo_kernels.integrations.verl_policy`).
 
-A training step is one call of verl's `update_actor`: its entropies, of every epoch and mini-batch as the update itself
-computes them, make one step of the history, summed over the data-parallel group. The band of a step knows the steps
-before it. Turns are the runs of 1s in verl's response_mask, or a field of the batch (`EPOSettings.turns`); a rejection
-of single tokens (`rollout_correction`) cuts runs in two, so give a field there.
+A training step is one call of verl's `update_actor`: its entropies, over every epoch and mini-batch as computed by the
+update itself, form one step of the history, summed over the data-parallel group. The band of a step uses the steps
+before it. Turns are the runs of 1s in verl's response_mask, or a field of the batch (`EPOSettings.turns`). Token-level
+rejection (`rollout_correction`) splits runs, so use a field with it.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ logger = logging.getLogger(__name__)
 FUSED_BACKEND = "epo"
 HISTORY_FILE = "epo_entropy_history.pt"
 
-_head: ContextVar[Head | None] = ContextVar("head", default=None)  # of the model whose forward runs
+_head: ContextVar[Head | None] = ContextVar("head", default=None)  # of the model whose forward is running
 
 
 @dataclass
 class EPOPolicyLossConfig(verl_config.PolicyLossConfig):
-    """verl's `policy_loss` section with one more, optional: `epo`, the keys of `EPOSettings`."""
+    """verl's `policy_loss` section with an additional optional key, `epo`: the settings of `EPOSettings`."""
 
     epo: dict[str, Any] | None = None
 
@@ -89,13 +89,13 @@ class EPOPolicyLossConfig(verl_config.PolicyLossConfig):
 
 
 class EngineLoss:
-    """The loss that verl's engine calls for every micro-batch, in the place of `ppo_loss`.
+    """The loss that verl's engine calls for every micro-batch, instead of `ppo_loss`.
 
     Args:
         actor: verl's ActorConfig.
 
     Raises:
-        ValueError: settings that can't be served.
+        ValueError: unsupported settings.
     """
 
     def __init__(self, actor: Any) -> None:
@@ -116,9 +116,9 @@ class EngineLoss:
         """(loss, metrics) of a micro-batch, as verl's `ppo_loss` returns them.
 
         Args:
-            model_output: "log_probs" and, where entropy counts, "entropy", nested over prompt and response.
+            model_output: "log_probs" and, if entropy is used, "entropy", nested over prompt and response.
             data: the micro-batch.
-            dp_group: part of verl's protocol; ranks meet when the history closes.
+            dp_group: part of verl's protocol, unused; ranks synchronise when the history closes.
         """
         actor, settings = self._actor, self.settings
         batch_info = {name: data[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
@@ -138,7 +138,7 @@ class EngineLoss:
                 "num_segments": settings.num_turns * mask.shape[0],
                 "penalty_weight": self.penalty_weight(),
             }
-            if torch.is_grad_enabled():  # verl may ask for the loss in evaluation, too
+            if torch.is_grad_enabled():  # verl may also evaluate the loss without training
                 self.history.update(turns, entropy, mask)
         weights = padded.get("rollout_is_weights", None)
         out = verl_loss(
@@ -159,7 +159,7 @@ class EngineLoss:
         return out.loss, metrics
 
     def penalty_weight(self) -> float:
-        """β of the step that is open."""
+        """β of the open step."""
         step = 0 if self.history is None else len(self.history)
         return phase_weight(step, max(self._horizon, 1), self.settings.phase_schedule)
 
@@ -167,11 +167,11 @@ class EngineLoss:
         if "entropy" in model_output:
             return no_padding_2_padding(model_output["entropy"], data)
         if self._config.entropy_coeff:
-            raise ValueError("verl's engine gave no entropy: calculate_entropy must be true in the batch")
-        return torch.zeros_like(log_probs)  # its coefficient is 0: it enters nothing
+            raise ValueError("calculate_entropy must be true in the batch: verl's engine returned no entropy")
+        return torch.zeros_like(log_probs)  # its coefficient is 0, so the value is irrelevant
 
     def _turns(self, data: Any, mask: Tensor) -> Tensor:
-        """Turn of each response token, int64 like mask; anything where the mask is 0."""
+        """Turn of each response token, int64 like mask; unspecified where the mask is 0."""
         name = self.settings.turns
         if name == RESPONSE_MASK:
             turns = turns_of_mask(mask)
@@ -184,8 +184,8 @@ class EngineLoss:
             turns = turns[:, None].expand(mask.shape) if turns.shape == mask.shape[:1] else turns
             if turns.shape != mask.shape:
                 raise ValueError(
-                    f"{KEYS}.turns={name}: the field must hold an integer a sample ({mask.shape[0]},) or a response "
-                    f"token {tuple(mask.shape)}, got {tuple(turns.shape)}"
+                    f"{KEYS}.turns={name}: the field must hold an integer a sample ({mask.shape[0]},) or a "
+                    f"response token {tuple(mask.shape)}, got {tuple(turns.shape)}"
                 )
         counted = turns[mask]
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < self.settings.num_turns:
@@ -196,7 +196,7 @@ class EngineLoss:
         return turns
 
     def _metrics(self, out: VerlLoss) -> dict[str, Any]:
-        """verl's names and aggregation for what verl has, and `epo/*`; verl puts "actor/" before what lacks it."""
+        """Metrics with verl's names and aggregation if verl has them, plus `epo/*`; verl prefixes others "actor/"."""
         sums = out.sums
         tokens = max(sums["tokens"], 1.0)
         total, mean = {"actor/pg_loss": sums["pg_loss"]}, dict(out.policy_metrics)
@@ -207,7 +207,7 @@ class EngineLoss:
             mean["epo/band_low_share"] = sums["below_band_tokens"] / tokens
             mean["epo/band_high_share"] = sums["above_band_tokens"] / tokens
             mean["epo/penalty_weight"] = self.penalty_weight()
-            if self.settings.penalty != "gate":  # a gate has no value to tell
+            if self.settings.penalty != "gate":  # a gate has no penalty value
                 total["epo/penalty"] = sums["penalty"]
         return {
             **Metric.from_dict(mean, aggregation=AggregationType.MEAN),
@@ -216,7 +216,7 @@ class EngineLoss:
 
 
 class EPOTrainingWorker(engine_workers.TrainingWorker):
-    """verl's training worker, which serves `policy_loss.loss_mode=epo` and is verl's own for every other loss."""
+    """verl's training worker with support for `policy_loss.loss_mode=epo`; unchanged for every other loss."""
 
     epo: EngineLoss | None = None
 
@@ -241,7 +241,7 @@ class EPOTrainingWorker(engine_workers.TrainingWorker):
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
         history = None if self.epo is None else self.epo.history
         if history is not None and self.engine.is_mp_src_rank_with_outputs():
-            # Every rank that has it writes the same content, so that it is on every node that may want it again.
+            # Every rank writes the same content, so that the file exists on every node that may load it.
             path = os.path.join(local_path, HISTORY_FILE)
             torch.save(history.state_dict(), f"{path}.{torch.distributed.get_rank()}")
             os.replace(f"{path}.{torch.distributed.get_rank()}", path)
@@ -255,18 +255,18 @@ class EPOTrainingWorker(engine_workers.TrainingWorker):
         if os.path.exists(path):
             self.epo.history.load_state_dict(torch.load(path, weights_only=True))
         else:
-            logger.warning("no entropy history beside the checkpoint in %s: it begins anew, without a band", local_path)
+            logger.warning("no entropy history beside the checkpoint in %s: starting with an empty one", local_path)
 
 
 class EPOFusedLinear(torch_functional.FusedLinearForPPO):
-    """verl's fused head with one more backend, "epo": log-prob and entropy of each token, both differentiable."""
+    """verl's fused head with an additional backend, "epo": log-prob and entropy of each token, both differentiable."""
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__(chunk_size, "torch" if impl_backend == FUSED_BACKEND else impl_backend)
         self.impl_backend = impl_backend
 
     def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
-        """(…, D), (V, D), (…) int -> log-probs and entropies (…) float32. Of a patched model the whole head counts."""
+        """(…, D), (V, D), (…) int -> log-probs and entropies (…) float32. For a patched model, uses the whole head."""
         if self.impl_backend != FUSED_BACKEND:
             return super().forward(hidden_states, vocab_weights, input_ids, temperature)
         head = _head.get() or Head(vocab_weights)
@@ -276,7 +276,7 @@ class EPOFusedLinear(torch_functional.FusedLinearForPPO):
 
 
 def turns_of_mask(mask: Tensor) -> Tensor:
-    """Turn of each token, (B, T) int64: the runs of True in a row of mask (B, T), from 0."""
+    """Turn of each token, (B, T) int64: the runs of True in each row of mask (B, T), numbered from 0."""
     starts = mask & ~F.pad(mask, (1, -1))
     return starts.cumsum(dim=1) - 1
 
@@ -302,12 +302,12 @@ def policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The policy loss of `EPOSettings.policy_loss` alone: the caller adds entropy and KL, so no band can be held here.
+    """The policy loss of `EPOSettings.policy_loss` alone: the caller adds entropy and KL, so a band is not possible.
 
     All per-token arguments are (B, T); see verl's `register_policy_loss`.
 
     Raises:
-        ValueError: the settings want a penalty.
+        ValueError: the settings include a penalty.
     """
     settings = EPOSettings.of(config.policy_loss.get("epo"))
     if settings.penalty != "none":
@@ -319,7 +319,7 @@ def policy_loss(
     out = verl_loss(
         settings.verl_policy_loss,
         PolicyBatch(log_prob, old_log_prob, advantages, response_mask.bool(), rollout_is_weights),
-        torch.zeros_like(log_prob),  # of no account, as its coefficient is 0
+        torch.zeros_like(log_prob),  # irrelevant, because its coefficient is 0
         config,
         settings.loss_config(config, loss_agg_mode),
         loss_agg_mode,
@@ -335,22 +335,22 @@ _patch_forward = monkey_patch.patch_forward_with_backends
 
 @functools.wraps(_patch_forward)
 def patch_forward_with_backends(model, use_fused_kernels=False, fused_kernels_backend=None):
-    """verl's, which knows "epo" too: its "torch" forward, whose head is then `EPOFusedLinear`.
+    """verl's function with support for "epo": patches verl's "torch" forward, whose head is then `EPOFusedLinear`.
 
     Raises:
-        ValueError: a model whose head isn't served; see `check_head`.
+        ValueError: the model's head is not supported; see `check_head`.
     """
     if not use_fused_kernels or fused_kernels_backend != FUSED_BACKEND:
         return _patch_forward(model, use_fused_kernels, fused_kernels_backend)
-    original = getattr(type(model).forward, "original", type(model).forward)  # of a class that is patched already
+    original = getattr(type(model).forward, "original", type(model).forward)  # if the class is already patched
     _check_model(model, original)
     _patch_forward(model, use_fused_kernels, "torch")
-    model._verl_fused_kernels_backend = FUSED_BACKEND  # what that forward asks for its head
+    model._verl_fused_kernels_backend = FUSED_BACKEND  # read by the patched forward
     forward = type(model).forward
 
     @functools.wraps(forward)
     def with_whole_head(self, *args, **kwargs):
-        # FSDP2 gathers a weight when its module is called, and the head never is; verl makes it a unit of its own.
+        # FSDP2 gathers a weight when its module is called, but the head never is; verl makes it a separate unit.
         layer = self.lm_head if isinstance(self.lm_head, FSDPModule) else None
         if layer is not None:
             layer.unshard()
@@ -360,7 +360,7 @@ def patch_forward_with_backends(model, use_fused_kernels=False, fused_kernels_ba
         finally:
             _head.reset(token)
         if layer is not None and not torch.is_grad_enabled():
-            layer.reshard()  # what backward does otherwise
+            layer.reshard()  # otherwise done by backward
         return output
 
     with_whole_head.original = original  # type: ignore[attr-defined]

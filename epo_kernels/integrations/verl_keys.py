@@ -1,4 +1,4 @@
-"""The keys that EPO adds to verl's config, and the library's config that follows from them and verl's own keys."""
+"""The keys that EPO adds to verl's config, and the library config derived from them and from verl's own keys."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KL_TYPES: dict[str, KLType] = {
     "k3": "k3",
 }
 
-# verl's names of policy losses, and the library's policy loss that computes each.
+# verl's policy losses, and the library's policy loss that computes each.
 POLICY_LOSSES: dict[str, PolicyLossName] = {
     "vanilla": "ppo",
     "dppo_tv": "dppo",
@@ -42,31 +42,31 @@ POLICY_LOSSES: dict[str, PolicyLossName] = {
     "clip_cov": "ppo",
     "kl_cov": "ppo",
 }
-# The library's names where verl has another.
+# The library's names that differ from verl's.
 POLICY_LOSS_ALIASES = {"ppo": "vanilla", "dppo": "dppo_tv", "reinforce": "gpg", "gmpo": "geo_mean"}
-UNBOUNDED = 1e30  # above every ratio: the library bounds log-ratios at 20
+UNBOUNDED = 1e30  # above every possible ratio: the library clamps log-ratios at 20
 
 
 @dataclass(frozen=True)
 class EPOSettings:
     """The keys under `actor_rollout_ref.actor.policy_loss.epo`; see `EPOConfig` and `EntropyHistory` for the maths.
 
-    The defaults are `epo_kernels.defaults.BandDefaults`, the paper's hinge. A step's band only knows earlier steps.
+    The defaults are `epo_kernels.defaults.BandDefaults`, the paper's hinge. A step's band uses earlier steps only.
 
     Attributes:
-        policy_loss: verl's name of a policy loss (`POLICY_LOSSES`), or the library's (`POLICY_LOSS_ALIASES`). Its
+        policy_loss: name of a policy loss in verl (`POLICY_LOSSES`) or in the library (`POLICY_LOSS_ALIASES`). Its
             parameters are verl's keys: clip_ratio_low, clip_ratio_high, clip_ratio_c, tau_pos, tau_neg, and under
             policy_loss clip_cov_ratio, clip_cov_lb, clip_cov_ub, kl_cov_ratio and ppo_kl_coef.
         penalty, penalty_alpha, smooth_coeff, band_scope: as in `EPOConfig`.
-        band_low: κ_l: the band's lower bound as a share of the history's mean entropy.
-        band_high: κ_r.
-        num_turns: turns that the history tells apart; more of them in a batch is an error.
-        turns: "response_mask" (the runs of 1s of a response are its turns), or the name of an integer field of the
-            batch, one a sample (where each turn is a sample of its own) or one a response token.
+        band_low: κ_l: the band's lower bound as a multiple of the historical mean entropy.
+        band_high: κ_r: the upper bound.
+        num_turns: number of distinct turns in the history; a batch with more raises an error.
+        turns: "response_mask" (the turns of a response are the runs of 1s), or the name of an integer field of the
+            batch, with one value per sample (if each turn is a separate sample) or per response token.
         history_scope, history_weighting: scope and weighting of `EntropyHistory`.
-        history_window: steps that count; None: all.
-        phase_schedule: weight of the penalty over the steps, see `phase_weight`.
-        phase_horizon: steps it spans; None: verl's total_training_steps.
+        history_window: number of steps used; None: all.
+        phase_schedule: schedule of the penalty weight, see `phase_weight`.
+        phase_horizon: number of steps it spans; None: verl's total_training_steps.
     """
 
     policy_loss: str = "vanilla"
@@ -97,10 +97,10 @@ class EPOSettings:
 
     @classmethod
     def of(cls, keys: Mapping[str, Any] | None) -> EPOSettings:
-        """The settings of a config's keys.
+        """The settings from a config's keys.
 
         Raises:
-            ValueError: an unknown key, with the one that is meant, or a value out of range.
+            ValueError: an unknown key (with a suggestion), or a value out of range.
             TypeError: a value of the wrong type.
         """
         known = [field.name for field in dataclasses.fields(cls)]
@@ -113,17 +113,17 @@ class EPOSettings:
 
     @property
     def verl_policy_loss(self) -> str:
-        """verl's name of the policy loss."""
+        """The policy loss under verl's name."""
         return POLICY_LOSS_ALIASES.get(self.policy_loss, self.policy_loss)
 
     def make_history(self) -> EntropyHistory:
         return EntropyHistory(self.num_turns, self.history_window, self.history_scope, self.history_weighting)
 
     def loss_config(self, actor: Any, loss_agg_mode: str) -> EPOConfig:
-        """The library's config: these keys, and verl's own of an ActorConfig.
+        """The library's config from these keys and from verl's ActorConfig.
 
         Raises:
-            ValueError: a combination that can't be served; the message names verl's key.
+            ValueError: an unsupported combination; the message names verl's key.
         """
         if self.penalty != "none" and actor.entropy_coeff == 0:
             raise ValueError(
@@ -150,7 +150,7 @@ class EPOSettings:
         low, high = clip_range(actor)
         return {
             "policy_loss": POLICY_LOSSES[name],
-            # verl's kl_cov has no clip, and the dual clip is of its vanilla loss and the bound of dppo's ratio alone.
+            # verl's kl_cov has no clip; the dual clip exists only in its vanilla loss, and as dppo's ratio bound.
             "clip_ratio_low": 1.0 if name == "kl_cov" else low,
             "clip_ratio_high": UNBOUNDED if name == "kl_cov" else high,
             "clip_ratio_c": actor.clip_ratio_c if name in ("vanilla", "dppo_tv", "dppo_kl") else None,
@@ -170,7 +170,7 @@ def clip_range(actor: Any) -> tuple[float, float]:
 
 
 def check_shares(policy_loss: Any) -> None:
-    """Raise ValueError where a share of tokens in verl's PolicyLossConfig is not in (0, 1]."""
+    """Raise ValueError unless every share of tokens in verl's PolicyLossConfig is in (0, 1]."""
     for name in ("clip_cov_ratio", "kl_cov_ratio"):
         share = getattr(policy_loss, name)
         if share is not None and not 0 < share <= 1:

@@ -1,10 +1,10 @@
 """verl's registered policy losses, computed by the library: loss, gradient and metrics equal verl's own functions.
 
-Where verl's function does more than one of the library's policy losses, it is done here: "sapo" and "geo_mean" ignore
+Where verl's function differs from the library's policy loss, this module adapts it: "sapo" and "geo_mean" ignore
 loss_agg_mode, "geo_mean" and "clip_cov" change the rollout weights, and "kl_cov" adds a penalty to selected tokens.
 
-The library bounds log-ratios at ±20 (per token, or a sequence's mean). verl bounds the mean of "gspo" at 10, and does
-not bound those of "geo_mean", "clip_cov" and "kl_cov"; beyond these bounds the results differ.
+The library clamps log-ratios at ±20 (per token, or a sequence's mean). verl clamps the mean of "gspo" at 10, and does
+not clamp "geo_mean", "clip_cov" and "kl_cov"; beyond these bounds the results differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from epo_kernels.reference import EPOOutput
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """What a policy loss of verl reads of a micro-batch: (B, T) each, mask bool; without weights all count as 1."""
+    """The inputs of verl's policy losses for a micro-batch: (B, T) each, mask bool; without weights all count as 1."""
 
     log_probs: Tensor
     old_log_probs: Tensor
@@ -34,21 +34,21 @@ class PolicyBatch:
     is_weights: Tensor | None
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over counted tokens, 0-d; 0 where there are none."""
+        """Mean over counted tokens, 0-d; 0 if there are none."""
         return torch.where(self.mask, values, 0).sum() / self.mask.sum().clamp(min=1)
 
     def log_ratio(self) -> Tensor:
-        """log_prob - old_log_prob, and 0 where the mask is."""
+        """log_prob - old_log_prob, and 0 where the mask is 0."""
         return torch.where(self.mask, self.log_probs - self.old_log_probs, 0)
 
 
 class VerlLoss(NamedTuple):
-    """The whole loss of a micro-batch.
+    """The total loss of a micro-batch.
 
     Attributes:
         loss: 0-d, differentiable.
         sums: the library's metrics, see `LossMetrics.to_floats`.
-        policy_metrics: what verl's policy loss reports, by verl's names.
+        policy_metrics: the metrics of verl's policy loss, under verl's names.
     """
 
     loss: Tensor
@@ -66,7 +66,7 @@ def verl_loss(
     batch_info: Mapping[str, Any],
     **terms: Any,
 ) -> VerlLoss:
-    """The loss of a micro-batch with verl's policy loss of this name.
+    """The loss of a micro-batch with the named policy loss of verl.
 
     Args:
         name: one of `verl_keys.POLICY_LOSSES`.
@@ -77,7 +77,7 @@ def verl_loss(
         terms: keyword arguments of `epo_loss_from_log_probs` for entropy, KL and band.
 
     Raises:
-        ValueError: several data-parallel ranks and no size of the global batch.
+        ValueError: several data-parallel ranks without the size of the global batch.
     """
     batch, penalty, metrics = _prepare(name, batch, actor)
     scale = normalization(loss_agg_mode, **batch_info)
@@ -104,7 +104,7 @@ def normalization(
     global_batch_size: int | None = None,
     loss_scale_factor: int | None = None,
 ) -> dict[str, Any]:
-    """What verl's `agg_loss` divides by, as arguments of the library. Gradients are averaged over the ranks later."""
+    """The denominator of verl's `agg_loss`, as library arguments. Gradients are averaged over ranks later."""
     normalizer = batch_num_tokens if loss_agg_mode == "token-mean" else global_batch_size
     if loss_agg_mode == "token-sum":
         normalizer = 1
@@ -114,7 +114,7 @@ def normalization(
 
 
 def policy_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """What most of verl's policy losses report: means over the tokens of a micro-batch, 0 where it has none."""
+    """The metrics common to most of verl's policy losses: means over a micro-batch's tokens, 0 if it has none."""
     tokens = max(sums["tokens"], 1.0)
     return {
         "actor/pg_clipfrac": sums["clipped_tokens"] / tokens,
@@ -145,7 +145,7 @@ def _policy_apart(
     scale: Mapping[str, Any],
     terms: Mapping[str, Any],
 ) -> tuple[EPOOutput, EPOOutput]:
-    """The policy loss in the aggregation that verl fixes for it, and the other terms in that of the config."""
+    """The policy loss in the aggregation fixed by verl, and the other terms in that of the config."""
     own = replace(cfg, loss_agg_mode="seq-mean-token-mean", penalty="none")
     if name == "geo_mean":  # verl takes the plain mean over a micro-batch's rows, on every rank
         own_scale: dict[str, Any] = {"normalizer": batch.mask.shape[0]}
@@ -157,7 +157,7 @@ def _policy_apart(
 
 
 def _prepare(name: str, batch: PolicyBatch, actor: Any) -> tuple[PolicyBatch, Tensor | None, dict[str, float] | None]:
-    """The batch with the loss's own weights, a penalty per token (B, T), and its metrics if not `policy_metrics`."""
+    """The batch with the loss's own weights, a penalty per token (B, T), and metrics that replace `policy_metrics`."""
     log_ratio = batch.log_ratio().detach()
     if name == "gpg":
         return batch, None, {}
@@ -179,7 +179,7 @@ def _prepare(name: str, batch: PolicyBatch, actor: Any) -> tuple[PolicyBatch, Te
 
 
 def _sequence_weights(batch: PolicyBatch) -> Tensor | None:
-    """The geometric mean of each row's weights at each of its tokens, (B, T)."""
+    """The geometric mean of each row's weights, repeated for its tokens, (B, T)."""
     if batch.is_weights is None:
         return None
     logs = torch.where(batch.mask, (batch.is_weights + 1e-10).log(), 0)
@@ -188,7 +188,7 @@ def _sequence_weights(batch: PolicyBatch) -> Tensor | None:
 
 
 def _geo_mean_metrics(batch: PolicyBatch, log_ratio: Tensor, actor: Any) -> dict[str, float]:
-    """verl counts log-ratios beyond either bound, by the sign of the advantage alone."""
+    """verl counts log-ratios beyond either bound by the sign of the advantage."""
     low, high = clip_range(actor)
     outside = (log_ratio < -low) | (log_ratio > high)
     return _means(
@@ -200,7 +200,7 @@ def _geo_mean_metrics(batch: PolicyBatch, log_ratio: Tensor, actor: Any) -> dict
 
 
 def _clip_cov_tokens(batch: PolicyBatch, log_ratio: Tensor, actor: Any) -> Tensor:
-    """(B, T) bool: the tokens without a gradient, drawn from those whose covariance is between verl's two bounds."""
+    """(B, T) bool: tokens without a gradient, sampled from those whose covariance is between verl's two bounds."""
     keys, (low, high) = actor.policy_loss, clip_range(actor)
     ratio = log_ratio.exp()
     clipped = -batch.advantages * ratio.clamp(1 - low, 1 + high) > -batch.advantages * ratio
@@ -210,7 +210,7 @@ def _clip_cov_tokens(batch: PolicyBatch, log_ratio: Tensor, actor: Any) -> Tenso
     highest = 5.0 if keys.clip_cov_ub is None else keys.clip_cov_ub
     places = (batch.mask & ~clipped & (covariance > lowest) & (covariance < highest)).nonzero()
     count = _share(keys.clip_cov_ratio, batch.mask)
-    # verl's own draw, from the CPU's generator: with the same seed both drop the same tokens.
+    # Samples like verl, from the CPU generator: with the same seed both drop the same tokens.
     rows, columns = places[torch.randperm(len(places))[:count]].unbind(dim=1)
     dropped = torch.zeros_like(batch.mask)
     dropped[rows, columns] = True
@@ -218,7 +218,7 @@ def _clip_cov_tokens(batch: PolicyBatch, log_ratio: Tensor, actor: Any) -> Tenso
 
 
 def _kl_cov_tokens(batch: PolicyBatch, actor: Any) -> Tensor:
-    """(B, T) bool: the tokens of the largest covariance of advantage and log-prob."""
+    """(B, T) bool: the tokens with the largest covariance of advantage and log-prob."""
     log_probs = batch.log_probs.detach()
     covariance = (batch.advantages - batch.mean(batch.advantages)) * (log_probs - batch.mean(log_probs))
     covariance = covariance.masked_fill(~batch.mask, float("-inf")).flatten()
@@ -229,7 +229,7 @@ def _kl_cov_tokens(batch: PolicyBatch, actor: Any) -> Tensor:
 
 
 def _share(ratio: float | None, mask: Tensor) -> int:
-    """That share of the counted tokens, at least one; verl's default for None."""
+    """That share of the counted tokens, at least one; None uses verl's default."""
     return max(int((0.0002 if ratio is None else ratio) * int(mask.sum())), 1)
 
 

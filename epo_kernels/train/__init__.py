@@ -2,10 +2,10 @@
 
 from importlib.util import find_spec
 
-# What the extra `train` installs, by the names they are imported under.
+# Import names of the packages that the extra `train` installs.
 REQUIRED = ("transformers", "tokenizers", "safetensors", "omegaconf", "rich", "tensorboard", "jinja2")
 
 
 def missing_packages() -> list[str]:
-    """Those of REQUIRED that are not installed."""
+    """The packages of REQUIRED that are not installed."""
     return [name for name in REQUIRED if find_spec(name) is None]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from epo_kernels.train.distributed import Ranks
     from epo_kernels.train.parts import Parts
 
-HELP = """usage: python -m epo_kernels.train [PRESET] [FILE.yaml ...] [GROUP.KEY=VALUE ...] [--print-config | --dry-run]
+HELP = """usage: python -m epo_kernels.train [PRESET] [FILE.yaml ...] [GROUP.KEY=VALUE ...] [OPTION]
 
 Train a language-model agent with reinforcement learning in a text environment, using the EPO loss.
 
@@ -47,6 +47,9 @@ options:
 
   --print-config   print the resulting settings as YAML and exit
   --dry-run        build everything, print what would run, and exit
+  --plan           print the memory each GPU needs, from the settings alone, and exit; with an error where it does not
+                   fit. --gpus N and --gpu-memory GB describe the machine (default: this one's GPUs, else 1 of 80 GB);
+                   --gpu-tflops T, the speed your GPU sustains, adds tokens per second
   --help           print this help and exit
 
 examples:
@@ -57,6 +60,7 @@ examples:
   python -m epo_kernels.train practice loss.penalty=none     without EPO's entropy band
   python -m epo_kernels.train practice loss.penalty=none loss.entropy_coeff=0     without any entropy term
   python -m epo_kernels.train scienceworld_ppo_7b --print-config
+  python -m epo_kernels.train scienceworld_ppo_7b --plan --gpus 8 --gpu-memory 80
   python -m epo_kernels.train my.yaml seed=3 resume=never
   torchrun --nproc-per-node 8 -m epo_kernels.train my.yaml   on all GPUs of a machine (model.fsdp)
 
@@ -89,8 +93,8 @@ settings and their defaults (presets change some; see --print-config):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
-    0: finished, or stopped by a signal with everything saved. 1: the run failed. 2: invalid settings, or a run_dir that
-    cannot be used. 130: interrupted by Ctrl-C.
+    0: finished, or stopped by a signal with everything saved. 1: the run failed. 2: invalid settings, a run_dir that
+    cannot be used, or a plan that does not fit. 130: interrupted by Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in words or "-h" in words:
@@ -103,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(HELP.format(presets=presets) + settings + "\n")
         return 0
     try:
+        if "--plan" in words:
+            return _plan_memory(words)
         config, flags = _parse(words)
         if "--print-config" in flags:
             sys.stdout.write(to_yaml(config))
@@ -122,6 +128,16 @@ def _parse(words: list[str]) -> tuple[TrainConfig, set[str]]:
     sources = [word.removeprefix("preset=") for word in rest if "=" not in word or word.startswith("preset=")]
     overrides = [word for word in rest if "=" in word and not word.startswith("preset=")]
     return load_config(sources or "quickstart", overrides), flags
+
+
+def _plan_memory(words: list[str]) -> int:
+    from epo_kernels.train.plan.command import describe, take_options
+
+    options, rest = take_options(words)
+    config, _ = _parse(rest)
+    text, refusal = describe(config, options)
+    sys.stdout.write(text)
+    return _fail(refusal, 2) if refusal else 0
 
 
 def _launch(config: TrainConfig, dry: bool) -> int:
@@ -190,9 +206,12 @@ def _remains(config: TrainConfig) -> str:
 
 def _unforeseen(error: Exception, config: TrainConfig, dry: bool, ranks: Ranks) -> str:
     """The message for an unexpected error; writes its traceback to run_dir, or to stderr where that fails."""
+    from epo_kernels.train.distributed import is_lost_rank
     from epo_kernels.train.io.failures import keep_traceback
 
     brief = f"{type(error).__name__}: {one_line(error, 300)}"
+    if ranks.size > 1 and is_lost_rank(error):
+        brief = f"rank {ranks.rank} lost another rank, which ended or hangs: its output says why ({brief})"
     try:
         if not dry:
             kept = keep_traceback(Path(config.run_dir), error, ranks.rank)

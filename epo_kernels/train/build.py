@@ -1,4 +1,4 @@
-"""Constructs a run's parts and connects them: from the start, from its last checkpoint, or as a branch of another."""
+"""Constructs and connects the parts of a run: new, resumed from its last checkpoint, or branched from another run."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -54,11 +54,11 @@ def build(
 
     Args:
         dry: build everything without cloning or training, and write nothing.
-        stop: asked at every move of a bar whether to go on.
-        ranks: the processes that train together, of which the first writes the run's folder; None: this one alone.
+        stop: checked at every progress update; raises if the run was asked to stop.
+        ranks: the processes that train together, of which the first writes the run's folder; None: only this process.
 
     Raises:
-        ConfigError: the settings don't fit the environment, the model, or the run to continue.
+        ConfigError: the settings do not fit the environment, the model, or the run to continue.
     """
     with ExitStack() as stack:
         yield _Builder(config, display, dry, stop or StopRequest(), ranks or Ranks(), stack).parts()
@@ -66,7 +66,7 @@ def build(
 
 @dataclass
 class _Builder:
-    """One call of `build`. What it opens is closed with `stack`, also where a later part fails."""
+    """One call of `build`. Everything it opens is closed by `stack`, even if a later part fails."""
 
     config: TrainConfig
     display: Display
@@ -86,9 +86,9 @@ class _Builder:
         self._take_folder()
         self._origin = find_origin(config)
         self._start = self._first_step()
-        if not self.ranks.is_first:  # writes where nobody looks
+        if not self.ranks.is_first:  # a temporary folder that nobody reads
             self._run_dir = copy_records(self._run_dir, Path(self.stack.enter_context(TemporaryDirectory())))
-        self.ranks.wait()  # from here on the first rank changes the run's folder
+        self.ranks.wait()  # the first rank changes the run's folder from here on
         self.config = self._continued(config)
 
     def parts(self) -> Parts:
@@ -97,7 +97,7 @@ class _Builder:
         suite = self._suite()
         tasks = _tasks(suite, "train")
         panels = {panel: _tasks(suite, panel)[: config.evaluate.episodes] for panel in config.evaluate.panels}
-        suite.close()  # the simulator that listed them
+        suite.close()  # the simulator used to list them
         display.say(about_tasks(suite, tasks, panels, config))
 
         loader = PolicyLoader(config, ranks, display)
@@ -131,7 +131,7 @@ class _Builder:
             parts.restore(self._origin)
         self._warn_of_room(parts)
         if not self.dry:
-            parts.save()  # the start is frozen: a run killed from here on continues from the same weights
+            parts.save()  # saves the starting weights: a run killed from here on continues from them
             self._open_records(parts)
         return parts
 
@@ -151,7 +151,7 @@ class _Builder:
         return self._origin.step if self._origin.is_branch else start_of(self._run_dir)
 
     def _continued(self, config: TrainConfig) -> TrainConfig:
-        """The settings, compared with those of the checkpoint."""
+        """The settings, after comparison with the checkpoint's."""
         if origin := self._origin:
             saved = origin.state["config"]
             config = keep_horizon(saved, config)
@@ -161,7 +161,7 @@ class _Builder:
 
     def _suite(self) -> Suite:
         environment = self.config.env
-        if self.dry:  # what is missing in the cache is made for this once
+        if self.dry:  # missing cache entries are created only for this call
             folder = self.stack.enter_context(TemporaryDirectory())
             environment = replace(environment, cache_dir=borrow_cache(environment.cache_dir, folder))
         try:
@@ -208,7 +208,7 @@ class _Builder:
         return SharedRollout(own, self.ranks, None if isinstance(engine, StreamingEngine) else policy.model)
 
     def _clean_folder(self) -> None:
-        """Remove from the run's folder what the steps to come will write."""
+        """Remove everything from the run's folder that the coming steps will write."""
         origin = self._origin
         if origin is None or origin.is_branch:
             clear_records(self._run_dir)
@@ -222,13 +222,13 @@ class _Builder:
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         other = 0 if self.config.model.lora_rank else sum(p.numel() for p in parameters) - trained
         if parts.critic:
-            trained *= 2  # its backbone is the policy's
+            trained *= 2  # its backbone is a copy of the policy's
         warning = room_warning(self._run_dir / "checkpoints", trained, other, self.config.checkpoint.keep)
         if warning and self.ranks.is_first:
             self.display.say(f"warning: {warning}")
 
     def _open_records(self, parts: Parts) -> None:
-        """Open the tracker, have the collapse watch see earlier steps, and write config.yaml."""
+        """Open the tracker, replay earlier steps to the collapse watch, and write config.yaml."""
         config, say = self.config, self.display.say
         is_shown = config.tracking.wandb != "disabled" and self.ranks.is_first
         boards = [WeightsAndBiases(self._run_dir, config, say)] if is_shown else []
@@ -236,7 +236,7 @@ class _Builder:
         self.stack.push(lambda _, error, __: tracker.close(failed=error is not None and not isinstance(error, Stopped)))
         tracker.extend(config.steps)
         if tracker.lost:
-            say(f"warning: metrics.jsonl was damaged and is repaired; no line is left for steps {tracker.lost}")
+            say(f"warning: metrics.jsonl was damaged and has been repaired; steps {tracker.lost} are missing")
         parts.tracker = tracker
         parts.watch, _ = watched(read_metrics(self._run_dir), config.watch)
         write_atomically(self._run_dir / "config.yaml", to_yaml(config))

@@ -1,4 +1,4 @@
-"""What travels through a training step: episodes of turns, and batches of turns as tensors."""
+"""The data of a training step: episodes of turns, and batches of turns as tensors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ from torch import Tensor
 from epo_kernels.train.envs import Observation, Task
 from epo_kernels.train.packing import lay_out, pack, visibility
 
-ENVIRONMENT = -1  # in place of a turn's number, where the policy didn't write
+ENVIRONMENT = -1  # turn number of tokens that the policy did not generate
 
 
 class Draw(IntEnum):
-    """What a random draw is for: the second part of every seed, so that no two purposes share a stream."""
+    """The purpose of a random draw: the second part of every seed, so that no two purposes share a stream."""
 
     PANEL = 0
     EPISODE = 1
@@ -25,32 +25,32 @@ class Draw(IntEnum):
 
 @dataclass
 class Turn:
-    """One action: what was seen, the token ids that went into the model and came out, what it brought."""
+    """One action: the observation, the prompt and response token ids, and the outcome."""
 
     observation: Observation
     prompt_ids: list[int]
-    response_ids: list[int]  # as sampled, with the token that ended it
-    log_probs: list[float]  # of response_ids when sampled, at the sampling temperature
+    response_ids: list[int]  # as sampled, including the token that ended it
+    log_probs: list[float]  # of response_ids as sampled, at the sampling temperature
     action: str
     reward: float = 0.0
     valid: bool = False
     result: str = ""  # the environment's answer
     response: str = ""  # response_ids as text, without the token that ended it
-    finish: str = ""  # why the response ended: stop | length, at rollout.max_response_tokens
+    finish: str = ""  # why the response ended: stop | length (at rollout.max_response_tokens)
 
 
 @dataclass
 class Episode:
     task: Task
     group: int  # episodes of one group share their task
-    seed: tuple[int, int, int, int]  # of the episode's draws: run, Draw, step or panel, index
+    seed: tuple[int, int, int, int]  # seed of the episode's draws: run, Draw, step or panel, index
     greedy: bool = False
     turns: list[Turn] = field(default_factory=list)
     score: float = 0.0
     success: bool = False
     official_success: bool = False
     finish: str = ""  # done | max_turns | the reason of a failure
-    failed: bool = False  # lost to its environment, not to the policy
+    failed: bool = False  # lost to an environment failure, not to the policy
 
     @property
     def total_reward(self) -> float:
@@ -59,28 +59,28 @@ class Episode:
 
 @dataclass
 class Sample:
-    """A training example: a turn, or several turns of an episode in the one sequence that the policy saw them as.
+    """A training example: one turn, or several turns of an episode in the sequence in which the policy saw them.
 
-    R tokens follow the prompt. Each of them has its turn, and ENVIRONMENT where the policy didn't write it. Tensors are
-    (R,) float32 on the CPU; where the turn is ENVIRONMENT nothing in them counts.
+    R tokens follow the prompt. Each token has a turn number, or ENVIRONMENT if the policy did not generate it. Tensors
+    are (R,) float32 on the CPU; their values at ENVIRONMENT tokens are ignored.
     """
 
     prompt_ids: list[int]
-    response_ids: list[int]  # R: from the first sampled token on
+    response_ids: list[int]  # R, starting with the first sampled token
     turns: list[int]  # R
-    episode: int = 0  # its number among those played
-    rollout_log_probs: Tensor | None = None  # as the engine told when it sampled
-    old_log_probs: Tensor | None = None  # as the learner computes them with the same weights
+    episode: int = 0  # its index among the played episodes
+    rollout_log_probs: Tensor | None = None  # as reported by the engine when sampling
+    old_log_probs: Tensor | None = None  # as computed by the learner with the same weights
     ref_log_probs: Tensor | None = None
     entropy: Tensor | None = None
     is_weights: Tensor | None = None  # factor of the policy loss; None: 1
-    values: Tensor | None = None  # the critic's, of the state before each token
+    values: Tensor | None = None  # the critic's value of the state before each token
     advantages: Tensor | None = None
-    returns: Tensor | None = None  # what the critic learns
+    returns: Tensor | None = None  # the critic's targets
 
     @classmethod
     def of_turn(cls, prompt_ids: list[int], response_ids: list[int], turn: int, advantage: float = 0.0) -> "Sample":
-        """One turn, with the same advantage for each of its tokens."""
+        """A sample of one turn, with the same advantage for each token."""
         width = len(response_ids)
         return cls(prompt_ids, response_ids, [turn] * width, advantages=torch.full((width,), advantage))
 
@@ -90,7 +90,7 @@ class Sample:
 
     @property
     def mask(self) -> Tensor:
-        """(R,) bool: what the policy wrote."""
+        """(R,) bool: tokens generated by the policy."""
         return torch.tensor(self.turns) != ENVIRONMENT
 
     @property
@@ -99,11 +99,11 @@ class Sample:
 
 
 def samples_of(episodes: Sequence[Episode], layout: str) -> list[Sample]:
-    """Training examples of episodes, in order.
+    """Training examples from episodes, in order.
 
     Args:
-        layout: "turn": each turn on its own. "episode": turns whose prompt is the whole sequence before it and
-            something more share one sequence; where a prompt window moved on, another sequence begins.
+        layout: "turn": one sample per turn. "episode": consecutive turns share one sequence as long as each prompt
+            extends the whole sequence before it; if the prompt window moved, a new sequence begins.
     """
     samples = []
     for number, episode in enumerate(episodes):
@@ -140,21 +140,21 @@ def _sample_of(turns: Sequence[Turn], run: Sequence[int], episode: int) -> Sampl
 class MiniBatch:
     """B samples as rows of tokens for the model, and their R response tokens, padded on the right.
 
-    A row holds one sample, or several behind each other (`epo_kernels.train.packing`); then samples of a row with the
-    same prompt share it. The last token of a sample predicts nothing and is left out of the rows. What a sample doesn't
-    have is None.
+    A row contains one sample, or several packed samples (`epo_kernels.train.packing`); packed samples with the same
+    prompt share it. The last token of a sample predicts nothing and is omitted from the rows. Fields that the samples
+    lack are None.
     """
 
     input_ids: Tensor  # (rows, W) int64
-    attention_mask: Tensor  # like input_ids, 0/1; packed: (rows, 1, W, W) bool, who sees whom
-    position_ids: Tensor  # like input_ids: within the sample
-    places: Tensor  # (B, R) int64: where in the flattened rows the token before each response token lies
+    attention_mask: Tensor  # like input_ids, 0/1; packed: (rows, 1, W, W) bool, which tokens attend to which
+    position_ids: Tensor  # like input_ids: position within the sample
+    places: Tensor  # (B, R) int64: index in the flattened rows of the token before each response token
     tokens: Tensor  # (B, R) int64: the responses
     mask: Tensor  # (B, R) bool: sampled by the policy
     turns: Tensor  # (B, R) int64, ENVIRONMENT where the mask is False
     num_sampled: int  # tokens whose mask is True
-    num_padding: int  # tokens of the rows that belong to no sample
-    advantages: Tensor | None  # (B, R) float32, as are the others
+    num_padding: int  # row tokens that belong to no sample
+    advantages: Tensor | None  # (B, R) float32, like the fields below
     old_log_probs: Tensor | None
     ref_log_probs: Tensor | None
     is_weights: Tensor | None
@@ -165,7 +165,7 @@ class MiniBatch:
     def of(
         cls, samples: Sequence[Sample], pad_id: int, device: torch.device, row_width: int | None = None
     ) -> "MiniBatch":
-        """A batch of samples, packed into rows of `row_width` tokens in their order; None: a row each."""
+        """A batch of samples, packed in order into rows of `row_width` tokens; None: one row per sample."""
         rows = lay_out([(sample.prompt_ids, sample.response_ids) for sample in samples], row_width)
         ids = _rows_of([row.ids for row in rows], pad_id)
         width = ids.shape[1]
@@ -192,10 +192,10 @@ class MiniBatch:
 
 
 def micro_batches(samples: Sequence[Sample], max_tokens: int, row_width: int | None = None) -> Iterator[list[int]]:
-    """Indices of samples in batches whose rows have at most `max_tokens` tokens, padding included (or one row).
+    """Indices of samples in batches whose rows have at most `max_tokens` tokens including padding (or one row).
 
     Args:
-        row_width: rows are packed up to this many tokens; None: each sample has a row, with others alike in length.
+        row_width: rows are packed up to this many tokens; None: one row per sample, batched with similar lengths.
     """
     if row_width is None:
         rows = [[index] for index in sorted(range(len(samples)), key=lambda i: (samples[i].length, i))]
@@ -204,7 +204,7 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, row_width: int | N
         rows = pack([(sample.prompt_ids, sample.response_ids) for sample in samples], row_width)
         widths = [row_width] * len(rows)
     batch: list[list[int]] = []
-    for row, width in zip(rows, widths, strict=True):  # no width is less than one before
+    for row, width in zip(rows, widths, strict=True):  # widths are ascending
         if batch and (len(batch) + 1) * width > max_tokens:
             yield [index for indices in batch for index in indices]
             batch = []
@@ -226,5 +226,5 @@ def _padded(rows: list[Tensor | None], device: torch.device) -> Tensor | None:
     if not present:
         return None
     if len(present) < len(rows):
-        raise ValueError(f"{len(present)} of {len(rows)} samples have what all of them or none must have")
+        raise ValueError(f"a field must be set in all samples or in none, got {len(present)} of {len(rows)}")
     return torch.nn.utils.rnn.pad_sequence(present, batch_first=True).to(device)

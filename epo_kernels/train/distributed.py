@@ -1,8 +1,8 @@
-"""Several processes of one machine (`torchrun`), each with its GPU: who plays, scores and updates what.
+"""Several processes on one machine (`torchrun`), each with its own GPU, and how they divide the work.
 
-Every rank plays its share of the episodes and then knows all of them, so that history, advantages and minibatches are
-the same everywhere; of each minibatch a rank computes its share of micro-batches, and gradients are added up. Weights
-are kept whole, or each layer's are split over the ranks (FSDP2). The first rank alone writes the run's folder.
+Every rank plays its share of the episodes and then receives all of them, so that history, advantages and minibatches
+are the same everywhere. Each rank computes its share of a minibatch's micro-batches, and gradients are summed. Weights
+are replicated, or each layer's weights are sharded over the ranks (FSDP2). Only the first rank writes the run's folder.
 """
 
 import os
@@ -26,16 +26,16 @@ from epo_kernels.train.io.progress import Report, ignore
 from epo_kernels.train.io.stopping import Stopped, StopRequest
 
 Item = TypeVar("Item")
-TIMEOUT = timedelta(hours=2)  # of waiting for the other ranks: a rollout of theirs, or the first one's cloning
+TIMEOUT = timedelta(hours=2)  # for waiting on other ranks: their rollouts, or cloning on the first rank
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together. Alone, nothing here communicates."""
+    """This process among the processes that train together. With a single process, nothing communicates."""
 
     rank: int = 0
     size: int = 1
-    fsdp: bool = False  # split the weights of layers (`shard`) instead of keeping all of them on every rank
+    fsdp: bool = False  # shard the weights of layers (`shard`) instead of replicating them
 
     @property
     def is_first(self) -> bool:
@@ -46,12 +46,12 @@ class Ranks:
         return dist.group.WORLD if self.size > 1 else None
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Block until all ranks are here."""
         if self.size > 1:
             dist.barrier()
 
     def gather(self, own: Item) -> list[Item]:
-        """What each rank has, in their order."""
+        """The items of all ranks, in rank order."""
         if self.size == 1:
             return [own]
         found: list[Any] = [None] * self.size
@@ -59,7 +59,7 @@ class Ranks:
         return found
 
     def on_first(self, act: Callable[[], object]) -> None:
-        """Call `act` on the first rank alone. A ConfigError there is raised on every rank."""
+        """Call `act` on the first rank only. A ConfigError there is raised on every rank."""
         error: ConfigError | None = None
         if self.is_first:
             try:
@@ -71,7 +71,7 @@ class Ranks:
             raise error or ConfigError(refused)
 
     def check(self, stop: StopRequest) -> None:
-        """Raises Stopped on every rank where one was asked to stop, so that none is left waiting."""
+        """Raise Stopped on every rank if any rank was asked to stop, so that none is left waiting."""
         own: Stopped | None = None
         try:
             stop.check()
@@ -80,10 +80,10 @@ class Ranks:
         raise_together(own, self.gather(told(own)))
 
     def deal(self, batches: Sequence[list[Item]], report: Report = ignore) -> Iterator[tuple[list[Item], bool]]:
-        """This rank's share of the batches, as many for every rank, since each takes part in every collective.
+        """This rank's share of the batches, the same number for every rank, since all take part in every collective.
 
-        Where they don't come out even, a batch is dealt once more with False: compute it, don't count it. `report` gets
-        the number of items in the batches that all ranks have done.
+        If the batches cannot be divided evenly, some are dealt twice, the second time with False: compute, do not
+        count. `report` receives the number of items in the batches that all ranks have finished.
         """
         done = 0
         for start in range(0, len(batches), self.size):
@@ -93,7 +93,7 @@ class Ranks:
             report(done)
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum over the ranks, but for those that FSDP has summed in backward."""
+        """Sum over the ranks, except for gradients that FSDP already summed in backward."""
         if self.size == 1:
             return
         for parameter in parameters:
@@ -103,22 +103,22 @@ class Ranks:
                 dist.all_reduce(parameter.grad)
 
     def shard(self, decoder: PreTrainedModel, device: torch.device) -> None:
-        """Split every layer's weights over the ranks, in place; embedding, last norm, head and adapters stay whole.
+        """Shard every layer's weights over the ranks, in place; embedding, last norm, head and adapters stay whole.
 
-        The head stays whole because the loss needs all of it for every chunk of tokens. A decoder that is already split
-        is left as it is.
+        The head stays whole because the loss needs all of it for every chunk of tokens. A decoder that is already
+        sharded is left unchanged.
 
         Args:
             decoder: its weights may still be on the meta device.
-            device: where they will be.
+            device: their target device.
 
         Raises:
-            ConfigError: a model whose layers aren't found.
+            ConfigError: the model's layers are not found.
         """
         if not self.fsdp or isinstance(decoder, FSDPModule):
             return
         if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-            raise ConfigError(f"model.fsdp: {type(decoder).__name__} doesn't keep its layers in `layers`; set it false")
+            raise ConfigError(f"model.fsdp: {type(decoder).__name__} has no `layers`; set model.fsdp=false")
         mesh = init_device_mesh(device.type, (self.size,))
         layers = cast(Sequence[nn.Module], decoder.layers)
         adapters = {parameter for name, parameter in decoder.named_parameters() if "lora_" in name}
@@ -128,13 +128,13 @@ class Ranks:
         fully_shard(decoder, mesh=mesh, ignored_params=whole)
         for module in decoder.modules():
             if isinstance(module, FSDPModule):
-                # Sums, as everywhere here, since the loss has the whole's normaliser; and by plain ones, as gloo wants.
+                # Sums rather than means, because the loss is normalised globally; unscaled sums, because of gloo.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
 
     @contextmanager
     def whole(self, model: nn.Module) -> Iterator[None]:
-        """Inside, every rank has all weights and may run the model as often as it likes."""
+        """Within this context every rank has all weights and may run the model any number of times."""
         shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for module in shards:
             module.unshard()
@@ -149,10 +149,10 @@ class Ranks:
 
 @contextmanager
 def launched(fsdp: bool, device: str) -> Iterator[Ranks]:
-    """The ranks of a `torchrun`, or this process alone without one.
+    """The ranks of a `torchrun`, or only this process without one.
 
     Args:
-        device: model.device of the configuration; a GPU for each rank where it is "auto" or "cuda" and there are any.
+        device: model.device of the configuration; with "auto" or "cuda" each rank gets its own GPU, if there are any.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -161,7 +161,7 @@ def launched(fsdp: bool, device: str) -> Iterator[Ranks]:
     on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Objects travel by gloo; where tensors are on a GPU, they by NCCL.
+    # Objects are sent with gloo; tensors on a GPU with NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), size, fsdp)
@@ -169,8 +169,13 @@ def launched(fsdp: bool, device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def is_lost_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank ended or doesn't answer: NCCL has a type for it, gloo a text."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def told(failure: Exception | None) -> tuple[str, str | int] | None:
-    """What the other ranks are told of an exception."""
+    """The description of an exception that is sent to other ranks."""
     if isinstance(failure, Stopped):
         return "stopped", failure.signal
     return None if failure is None else (type(failure).__name__, str(failure))

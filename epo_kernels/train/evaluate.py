@@ -1,4 +1,4 @@
-"""Evaluation on fixed panels: the same tasks and draws at every moment, success with its Wilson interval."""
+"""Evaluation on fixed panels: the same tasks and random draws every time, success with its Wilson interval."""
 
 import math
 from collections.abc import Sequence
@@ -26,16 +26,16 @@ class Record:
     success: float  # share truly completed
     success_low: float  # Wilson 95 %
     success_high: float
-    official_success: float  # share of the published code's "done and score > 0"
+    official_success: float  # by the published code's criterion, "done and score > 0"
     mean_turns: float
-    failed: int  # episodes lost to environment failures, not counted above
-    scores: list[float | None] = field(default_factory=list)  # of the panel's tasks in their order; None: failed
+    failed: int  # episodes lost to environment failures, excluded above
+    scores: list[float | None] = field(default_factory=list)  # per task, in panel order; None: failed
     successes: list[bool | None] = field(default_factory=list)
     valid_action_ratio: float | None = None  # share of actions that the environment understood
 
     @property
     def name(self) -> str:
-        """Of its episodes' files."""
+        """The name of its episode files."""
         return f"{self.when.replace(' ', '_')}_{self.panel}_{self.decoding}"
 
     def sentence(self) -> str:
@@ -55,7 +55,7 @@ class Comparison:
     panel: str
     decoding: str
     episodes: int  # played at both moments
-    success: tuple[float, float, float]  # difference of the shares, low, high
+    success: tuple[float, float, float]  # difference of the success rates, low, high
     score: tuple[float, float, float]  # difference of the mean scores (0..100), low, high
 
     def sentence(self) -> str:
@@ -67,7 +67,7 @@ class Comparison:
 
 
 def verdict(interval: tuple[float, float, float]) -> str:
-    """In words, whether a difference (difference, low, high) is shown."""
+    """Whether a difference (difference, low, high) is significant, in words."""
     _, low, high = interval
     if low <= 0 <= high:
         return "the interval includes 0, so no change is shown"
@@ -75,14 +75,14 @@ def verdict(interval: tuple[float, float, float]) -> str:
 
 
 def compare(records: Sequence[Record]) -> list[Comparison]:
-    """Before against after, for each panel and decoding that has both; episodes lost at either moment are left out."""
+    """Before against after, for each panel and decoding with both; excludes episodes lost in either evaluation."""
     by_place = {(record.panel, record.decoding, record.when): record for record in records}
     comparisons = []
     for (panel, decoding, when), before in by_place.items():
         after = by_place.get((panel, decoding, "after"))
         if when != "before" or after is None:
             continue
-        # The panel is the first tasks of a split: where evaluate.episodes changed, the shorter one is compared.
+        # A panel is the first tasks of a split: if evaluate.episodes changed, the shorter prefix is compared.
         both = zip(before.successes, after.successes, strict=False)
         tasks = [index for index, outcomes in enumerate(both) if None not in outcomes]
         if tasks:
@@ -97,7 +97,7 @@ def _interval(before: Record, after: Record, name: str, tasks: list[int]) -> tup
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); (0, 1) where nothing was tried."""
+    """95 % interval of a proportion (Wilson 1927); (0, 1) without trials."""
     if trials == 0:
         return 0.0, 1.0
     share = successes / trials
@@ -105,7 +105,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     spread = Z_95 * math.sqrt(share * (1 - share) / trials + Z_95**2 / (4 * trials**2))
     scale = 1 + Z_95**2 / trials
     low, high = (centre - spread) / scale, (centre + spread) / scale
-    # Rounding must not leave the ends, where the interval touches 0 or 1 exactly, a hair off.
+    # Rounding must not move an endpoint that is exactly 0 or 1.
     return (0.0 if successes == 0 else low), (1.0 if successes == trials else high)
 
 
@@ -116,29 +116,29 @@ def paired_interval(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """How much a mean rose: (mean of after - before, low, high), in the units of the values, float64.
+    """The increase of a mean: (mean of after - before, low, high), in the units of the values, float64.
 
-    A percentile bootstrap over pairs (Efron 1979): pairs are drawn with replacement, so what both moments share, such
-    as the difficulty of a task, cancels. Where all differences are equal the interval has no width, since the sample
-    tells of no spread.
+    A percentile bootstrap over pairs (Efron 1979): pairs are resampled with replacement, so factors common to both
+    evaluations, such as task difficulty, cancel. If all differences are equal the interval has zero width, because the
+    sample contains no spread.
 
     Args:
         before, after: (n,) values of the same n tasks, in the same order.
-        confidence: of the interval, in (0, 1); symmetric in probability.
-        resamples: of the n pairs.
-        seed: of the draws; the same seed gives the same interval.
+        confidence: confidence level, in (0, 1); symmetric in probability.
+        resamples: number of resamples of the n pairs.
+        seed: random seed; the same seed gives the same interval.
 
     Raises:
-        ValueError: lengths differ, nothing to compare, a value that isn't finite, or a setting out of range.
+        ValueError: lengths differ, the input is empty, a value is not finite, or a setting is out of range.
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.ndim != 1 or first.shape != second.shape or not len(first):
-        raise ValueError(f"before and after must hold one value a task each, got shapes {first.shape}, {second.shape}")
+        raise ValueError(f"before and after must have one value per task, got shapes {first.shape}, {second.shape}")
     if not 0 < confidence < 1 or resamples < 1:
         raise ValueError(f"confidence must be in (0, 1) and resamples >= 1, got {confidence} and {resamples}")
     differences = second - first
     if not np.isfinite(differences).all():
-        raise ValueError("before and after must be finite; leave tasks out that one of them lacks")
+        raise ValueError("before and after must be finite; drop tasks that are missing in one of them")
     rng = np.random.default_rng(seed)
     rows = max(1, 2**22 // len(differences))  # resamples at a time: 32 MB of indices
     means = np.concatenate(
@@ -151,11 +151,11 @@ def paired_interval(
     return float(differences.mean()), float(low), float(high)
 
 
-_BUILT_IN_PANELS = ("iid", "ood", "train")  # their draws are older than other panels
+_BUILT_IN_PANELS = ("iid", "ood", "train")  # their draws predate other panels
 
 
 def panel_starts(tasks: Sequence[Task], panel: str, decodings: Sequence[str], seed: int) -> list[Episode]:
-    """The panel's episodes, not yet played, for each way of decoding; the draws depend on panel and seed alone."""
+    """The panel's unplayed episodes, for each decoding; random draws depend only on panel and seed."""
     number = _BUILT_IN_PANELS.index(panel) if panel in _BUILT_IN_PANELS else crc32(panel.encode())
     return [
         Episode(task=task, group=index, seed=(seed, Draw.PANEL, number, index), greedy=decoding == "greedy")
@@ -165,7 +165,7 @@ def panel_starts(tasks: Sequence[Task], panel: str, decodings: Sequence[str], se
 
 
 def summarize(episodes: Sequence[Episode], when: str, step: int, panel: str, decoding: str) -> Record:
-    """Raises EnvironmentFailure where every episode failed: there is nothing to report."""
+    """Raises EnvironmentFailure if every episode failed, because there is nothing to report."""
     played = [episode for episode in episodes if not episode.failed]
     if not played:
         reason = episodes[0].finish if episodes else "the panel is empty"

@@ -1,4 +1,4 @@
-"""What a run says of itself at its beginning: the first lines of its log."""
+"""The first lines of a run's log, which describe the run."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from epo_kernels.train.models.policy import Policy, resolve_device
 
 
 def opening(config: TrainConfig, ranks: Ranks) -> str:
-    """What is trained on what, and where to look; before anything is loaded."""
+    """What is trained on what, and where results appear; shown before anything is loaded."""
     model, run_dir = config.model, config.run_dir
     origin = "from scratch" if model.name_or_path in FROM_SCRATCH else "pretrained"
     return "\n".join(
@@ -38,7 +38,7 @@ def about_tasks(suite: Suite, tasks: Sequence[Task], panels: Mapping[str, Sequen
 
 
 def about_policy(policy: Policy) -> str:
-    """Class and parameters."""
+    """Model class and number of parameters."""
     parameters = list(policy.model.parameters())
     total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     share = "all trained" if trained == total else f"{trained:,} of them trained"

@@ -1,15 +1,16 @@
-"""Packing: several sequences behind each other in one row of tokens, and a prompt that several share only once.
+"""Packing: several sequences in one row of tokens, with a shared prompt stored only once.
 
-Episodes of a group begin alike: their first prompts are the same, and so are later ones as long as the episodes go the
-same way. A row then holds the prompt once, followed by the responses, each of which sees the prompt and itself::
+Episodes of a group start alike: their first prompts are equal, and so are later ones as long as the episodes take the
+same path. A row then contains the prompt once, followed by the responses, each of which attends to the prompt and to
+itself::
 
     row       p0 p1 p2  a0 a1  b0  |  q0 q1  c0 c1
     position   0  1  2   3  4   3  |   0  1   2  3
     branch     0  0  0   1  1   2  |   0  0   1  1
     block      0  0  0   0  0   0  |   1  1   1  1
 
-A token sees those before it in its block whose branch is 0 or its own. The hidden states are those of each sequence on
-its own, but for rounding.
+A token attends to earlier tokens in its block whose branch is 0 or its own. Hidden states equal those of each sequence
+on its own, up to rounding.
 """
 
 from collections.abc import Sequence
@@ -23,11 +24,11 @@ Sequences = Sequence[tuple[list[int], list[int]]]  # (prompt, response) token id
 
 @dataclass
 class Row:
-    """A row of tokens. The last token of a response predicts nothing and isn't in it.
+    """A row of tokens. The last token of a response predicts nothing and is not included.
 
     Attributes:
-        ids, positions, blocks, branches: of each token.
-        places: of each of its sequences, where in the row the tokens lie that predict the response.
+        ids, positions, blocks, branches: one entry per token.
+        places: for each sequence, the row positions of the tokens that predict its response.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Row:
     prompt_end: int = 0
 
     def added_length(self, prompt: list[int], response: list[int]) -> int:
-        """Tokens that a sequence would add."""
+        """Number of tokens that a sequence would add."""
         return len(response) - 1 + (0 if prompt == self.prompt else len(prompt))
 
     def append(self, prompt: list[int], response: list[int]) -> None:
@@ -58,7 +59,7 @@ class Row:
 
 
 def lay_out(sequences: Sequences, width: int | None) -> list[Row]:
-    """Rows of at most `width` tokens with the sequences in their order; None: a row for each sequence."""
+    """Rows of at most `width` tokens with the sequences in order; None: one row per sequence."""
     rows: list[Row] = []
     for prompt, response in sequences:
         if not rows or width is None or len(rows[-1].ids) + rows[-1].added_length(prompt, response) > width:
@@ -68,10 +69,10 @@ def lay_out(sequences: Sequences, width: int | None) -> list[Row]:
 
 
 def pack(sequences: Sequences, width: int) -> list[list[int]]:
-    """Indices of the sequences, row by row, in an order that `lay_out` turns into as many rows or fewer.
+    """Indices of the sequences, row by row, in an order that `lay_out` turns into no more rows than that.
 
-    First-fit decreasing: sequences with the same prompt form a block, as long as it fits a row. Each block, the longest
-    first, goes into the first row that has room for it.
+    First-fit decreasing: sequences with the same prompt form a block, as long as it fits a row. Each block, longest
+    first, goes into the first row with enough room.
     """
     shared: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, _) in enumerate(sequences):
@@ -99,7 +100,7 @@ def pack(sequences: Sequences, width: int) -> list[list[int]]:
 
 
 def visibility(rows: Sequence[Row], width: int) -> Tensor:
-    """(rows, 1, width, width) bool: whether the token of a line sees that of a column. Padding sees padding."""
+    """(rows, 1, width, width) bool: whether the row token attends to the column token. Padding attends to padding."""
     blocks, branches = (torch.zeros(len(rows), width, dtype=torch.int32) for _ in range(2))
     blocks -= 1
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What a training run consists of, and how its state is saved and restored."""
+"""The parts of a training run, and how their state is saved and restored."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +25,10 @@ from epo_kernels.train.rollout.shared import SharedRollout
 
 @dataclass
 class Parts:
-    """The parts of a run, connected. `build` constructs them.
+    """The connected parts of a run, constructed by `build`.
 
     Attributes:
-        tracker, watch: absent in a dry run.
+        tracker, watch: None in a dry run.
     """
 
     config: TrainConfig
@@ -36,7 +36,7 @@ class Parts:
     display: Display
     run_dir: Path  # the run's folder; on ranks other than the first, a temporary one
     suite: Suite
-    tasks: Sequence[Task]  # to train on
+    tasks: Sequence[Task]  # training tasks
     panels: Mapping[str, Sequence[Task]]  # evaluation tasks by panel
     policy: Policy
     engine: Engine | StreamingEngine
@@ -45,13 +45,13 @@ class Parts:
     history: ek.EntropyHistory
     learner: Learner
     critic: Critic | None  # with PPO
-    start: int  # the step before the first one; that of its checkpoint for a branch
-    step: int  # the last one done
+    start: int  # the step before the first one; for a branch, the step of its checkpoint
+    step: int  # the last completed step
     tracker: Tracker = field(init=False)
     watch: CollapseWatch = field(init=False)
 
     def save(self) -> None:
-        """Write a checkpoint of the last step done. All ranks must call it.
+        """Write a checkpoint of the last completed step. All ranks must call it.
 
         Raises:
             SaveError: nothing was saved; earlier checkpoints are intact.
@@ -71,10 +71,10 @@ class Parts:
                 save_checkpoint(self.run_dir / "checkpoints", self.step, write, state, self.config.checkpoint.keep)
 
     def restore(self, origin: Origin) -> None:
-        """Continue from a checkpoint whose policy is loaded already.
+        """Continue from a checkpoint whose policy is already loaded.
 
         Raises:
-            ConfigError: the environment isn't the one that the run began with.
+            ConfigError: the environment differs from the one the run began with.
         """
         state: dict[str, Any] = origin.state
         self.step = origin.step
@@ -82,11 +82,11 @@ class Parts:
         if self.critic and state["critic"] is not None:
             self.critic.load_state_dict(state["critic"])
         elif self.critic:
-            self.display.say("the run that this one branches from had no critic: a new one is trained")
+            self.display.say("the run that this one branches from had no critic: training a new one")
         try:
             self.history.load_state_dict(state["history"])
         except ValueError as error:
             if not origin.is_branch:
-                raise ConfigError(f"{error}; the environment is not the one that the run began with") from error
+                raise ConfigError(f"{error}; the environment differs from the one the run began with") from error
             self.display.say(f"the entropy history starts empty: {error}")
         set_rng_state(state["rng"])

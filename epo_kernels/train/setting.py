@@ -1,6 +1,6 @@
-"""How settings are declared: a dataclass field with its help text, the values it accepts, and what a resume allows.
+"""Declares settings: a dataclass field with its help text, the accepted values, and whether a resume may change it.
 
-A group of settings is a dataclass whose fields are made with `setting` and `group`. It may have a method `check()` for
+A group of settings is a dataclass whose fields are created with `setting` and `group`. It may define `check()` for
 conditions between its own settings, which raises ConfigError with the full name of a setting ("loss.band_low") first.
 Everything else (`--help`, unknown names, ranges) follows from the declaration.
 """
@@ -13,13 +13,13 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
-# Whether a resumed run may change the setting. "fixed": no. "rounding": yes, with a warning; it changes how things are
-# batched or summed, so the same draws are rounded differently. "free": yes; it changes nothing that is computed.
+# Whether a resumed run may change the setting. "fixed": no. "rounding": yes, with a warning; it changes batching or
+# summation order, so the same draws are rounded differently. "free": yes; it does not affect any result.
 Resume = Literal["fixed", "rounding", "free"]
 
 
 class ConfigError(ValueError):
-    """The configuration is wrong. The message is one line: where, what was expected, what was given."""
+    """The configuration is invalid. The message is one line: where, what was expected, what was given."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Rule:
     """The values that a setting accepts.
 
     Attributes:
-        allows: whether it accepts a value; for a list, called with each element. Never called with None.
+        allows: whether it accepts a value; called with each element of a list. Never called with None.
     """
 
-    text: str  # what the value must be, to complete "must be ..."
+    text: str  # what the value must be, completes "must be ..."
     allows: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()  # all accepted values, where they can be listed
+    choices: tuple[str, ...] = ()  # all accepted values, if they can be listed
 
 
 def at_least(minimum: float) -> Rule:
@@ -54,10 +54,10 @@ def setting(default: Any, text: str, rule: Rule | None = None, *, resume: Resume
     """A field of a settings dataclass.
 
     Args:
-        default: a list or dict is copied for every instance.
-        text: one line for `--help`, without the choices of `rule`, which are added.
-        rule: the values it accepts beyond its type.
-        resume: whether a resumed run may change it; None: as the group says ("fixed" by default).
+        default: lists and dicts are copied for every instance.
+        text: one line for `--help`, without the choices of `rule`, which are appended.
+        rule: accepted values beyond the type.
+        resume: whether a resumed run may change it; None: as declared by the group ("fixed" by default).
     """
     metadata = {"help": text, "rule": rule, "resume": resume}
     if isinstance(default, list | dict):
@@ -66,7 +66,7 @@ def setting(default: Any, text: str, rule: Rule | None = None, *, resume: Resume
 
 
 def group(settings: type, *, resume: Resume | None = None) -> Any:
-    """A field that holds a group of settings; `resume` applies to those of its settings that don't give their own."""
+    """A field that contains a group of settings; `resume` applies to its settings without their own `resume`."""
     return field(default_factory=settings, metadata={"resume": resume})
 
 
@@ -79,7 +79,7 @@ class Member:
     default: Any  # its value in a new instance
     help: str  # the text of a setting, the first line of a group's docstring
     rule: Rule | None  # see `setting`
-    resume: Resume | None  # None where the group around it decides
+    resume: Resume | None  # None: decided by the group around it
 
     @property
     def is_group(self) -> bool:
@@ -118,26 +118,26 @@ def check_settings(settings: Any, prefix: str = "") -> None:
 
 
 def check_value(name: str, value: Any, rule: Rule, is_optional: bool = False) -> None:
-    """Raises ConfigError where the rule doesn't allow the value of the setting `name`."""
+    """Raise ConfigError if the rule does not allow the value of the setting `name`."""
     if not rule.allows(value):
         hint = suggest(value, rule.choices) if rule.choices else ""
         raise ConfigError(f"{name} must be {rule.text}{' or null' if is_optional else ''}, got {value!r}{hint}")
 
 
 def require(condition: bool, otherwise: str) -> None:
-    """Raises ConfigError with the message `otherwise` unless the condition holds."""
+    """Raise ConfigError with the message `otherwise` unless the condition holds."""
     if not condition:
         raise ConfigError(otherwise)
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """ "; did you mean ...?" with the known name most like this one, or "" where none is."""
+    """ "; did you mean ...?" with the most similar known name, or "" if there is none."""
     close = closest(name, known)
     return f"; did you mean {close!r}?" if close else ""
 
 
 def closest(name: str, known: Sequence[str]) -> str | None:
-    """The known name most like this one, by its last word if need be: the right setting in the wrong group."""
+    """The most similar known name, if necessary by its last word: the right setting in the wrong group."""
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     if not close:
         ends = {key.rsplit(".", 1)[-1]: key for key in known}

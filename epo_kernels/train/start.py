@@ -1,4 +1,4 @@
-"""The policy before RL: loaded or built, cloned from demonstrations, given adapters, and read by every rank."""
+"""The policy before RL: loaded or built, cloned from demonstrations, given adapters, and distributed to every rank."""
 
 import shutil
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from epo_kernels.train.rollout.dialogue import make_prompts
 
 @dataclass
 class Start:
-    """Makes the starting policy of a run that has no checkpoint."""
+    """Creates the starting policy of a run without a checkpoint."""
 
     config: TrainConfig
     suite: Suite
     loader: PolicyLoader
     display: Display
     stop: StopRequest
-    dry: bool  # read one demonstration at most, clone nothing and write nothing
+    dry: bool  # read at most one demonstration, clone nothing and write nothing
 
     def __post_init__(self) -> None:
         self._from_scratch = self.config.model.name_or_path in FROM_SCRATCH
@@ -37,8 +37,8 @@ class Start:
     def policy(self, ranks: Ranks) -> Policy:
         """The starting policy on every rank.
 
-        A pretrained model that needs no cloning is read by each rank. Any other is made by the first rank, and saved
-        for the others to read.
+        A pretrained model without cloning is read by each rank. Any other is created by the first rank and saved for
+        the others to read.
         """
         model = self.config.model
         if ranks.fsdp and not self._from_scratch and not model.warm_start.demonstrations:
@@ -60,7 +60,7 @@ class Start:
         if self._from_scratch:
             demonstrations = self._demonstrations()
             policy = self.loader.checked(build_from_scratch(demonstrations, model, seed), model.name_or_path)
-        else:  # the model first, since demonstrations take minutes and it may be unusable
+        else:  # load the model first: demonstrations take minutes, and it may be unusable
             policy = self.loader.load(model.name_or_path, whole=True)
             demonstrations = self._demonstrations()
         if demonstrations and not self.dry:
@@ -101,14 +101,14 @@ class Start:
         say(f"cloned {len(samples)} turns for {epochs} epochs: loss {losses[0]:.3f} to {losses[-1]:.3f}")
 
     def _as_base(self, policy: Policy) -> Policy:
-        """The policy, saved and read back from run_dir/base: checkpoints contain adapters only and refer to it."""
+        """The policy, saved to and reloaded from run_dir/base: checkpoints contain only adapters and refer to it."""
         base = (Path(self.config.run_dir) / "base").resolve()
         policy.save(base)
         return load_policy(str(base), self.config.model)
 
     def _with_adapters(self, policy: Policy) -> Policy:
         if self.config.model.lora_rank:
-            if not self._from_scratch:  # building from scratch has seeded already
+            if not self._from_scratch:  # building from scratch has already seeded
                 torch.manual_seed(self.config.seed)
             add_adapters(policy.model, self.config.model)
         return policy

@@ -1,4 +1,4 @@
-"""The training loop, to be read from top to bottom. `build` constructs what it uses."""
+"""The training loop, written to be read from top to bottom. `build` constructs its parts."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,9 +25,10 @@ from epo_kernels.train.rl.post_mortem import NonFiniteError, save_batch
 
 
 class Trainer:
-    """
+    """Runs the training loop.
+
     Args:
-        stop: asked at every move of a rollout's bar, and before each step, whether to go on.
+        stop: checked at every progress update of a rollout, and before each step.
     """
 
     def __init__(self, parts: Parts, stop: StopRequest | None = None) -> None:
@@ -36,13 +37,13 @@ class Trainer:
         self._stop = stop or StopRequest()
 
     def run(self) -> list[Record]:
-        """Train to the last step; returns the evaluation's records.
+        """Train to the last step; returns the evaluation records.
 
         Raises:
-            Stopped: asked for by a signal. This, and what follows, leaves a checkpoint of the last step done.
-            EnvironmentFailure: too many episodes in a row were lost.
-            CollapsedError: a collapse warning, under watch.stop.
-            RunError: too many updates in a row without a finite gradient (the batch is in run_dir/nonfinite), or a
+            Stopped: a signal requested it. This and all errors below leave a checkpoint of the last completed step.
+            EnvironmentFailure: too many consecutive episodes were lost.
+            CollapsedError: a collapse warning, with watch.stop.
+            RunError: too many consecutive updates without a finite gradient (the batch is in run_dir/nonfinite), or a
                 checkpoint could not be written. The last checkpoint is intact.
         """
         parts = self.parts
@@ -50,7 +51,7 @@ class Trainer:
             with precision(parts.policy.model, self.config.model.dtype):
                 self._loop()
         except (Stopped, EnvironmentFailure, CollapsedError):
-            # Raised where no step is half done: the state in memory is that of the last one.
+            # Raised only between steps, so the state in memory is that of the last completed step.
             parts.save()
             write_report(parts.run_dir)
             raise
@@ -59,7 +60,7 @@ class Trainer:
             folder = save_batch(parts.run_dir / "nonfinite" / f"step_{step:05d}", error)
             write_report(parts.run_dir)
             raise RunError(
-                f"step {step}: {error}. The last one's batch is in {folder}; the last checkpoint is whole"
+                f"step {step}: {error}. The last one's batch is in {folder}; the last checkpoint is intact"
             ) from error
         write_report(parts.run_dir)
         return parts.tracker.records
@@ -90,14 +91,14 @@ class Trainer:
         seed = (config.seed, Draw.MINIBATCHES, step)
         phase = Phases(parts.display, step)
         with phase.timed("step"):
-            # Rollout: groups of episodes, played by the current policy; the turns of those to learn from are samples.
+            # Rollout: groups of episodes, played by the current policy; turns of the kept episodes become samples.
             with phase.timed("gen"):
                 collected = parts.collector.collect(step, lambda total: self._bar(f"step {step}, rollout", total))
             phase.seconds |= {f"gen_{name}": spent for name, spent in collected.seconds.items()}
             self._prefetch(step + 1)
             samples = samples_of(collected.kept, config.rollout.layout)
 
-            # Log-probs and entropies under the policy as it is before the update; weights where the engine's differ.
+            # Log-probs and entropies under the policy before the update; importance weights if the engine's differ.
             with phase("old_log_prob", len(samples)) as report:
                 learner.score(samples, report)
             set_rollout_weights(samples, rollout_is_level(config), config.loss.rollout_is_cap)
@@ -105,7 +106,7 @@ class Trainer:
                 with phase("values", len(samples)) as report:
                     critic.score(samples, report)
 
-            # Entropy history: the loss keeps the entropy of a token within a band around the history's mean.
+            # Entropy history: the loss keeps token entropies within a band around the historical mean.
             turns, entropy = sampled_entropy(samples)
             own = slice(parts.ranks.rank, None, parts.ranks.size)  # committing sums over the ranks
             history.update(turns[own], entropy[own], torch.ones_like(turns[own]))
@@ -119,7 +120,7 @@ class Trainer:
             if config.algorithm.mask_truncated:
                 samples = leave_out_truncated(samples, config.rollout.max_response_tokens)
 
-            # Update: first the critic, then the policy by the EPO loss, whose penalty follows a schedule.
+            # Update: first the critic, then the policy with the EPO loss, whose penalty follows a schedule.
             if critic:
                 with phase("update_critic", config.critic.epochs * len(samples)) as report:
                     learned |= critic.update(samples, seed, report)
@@ -153,7 +154,7 @@ class Trainer:
         try:
             self.parts.history.commit(self.parts.ranks.group)
         except ValueError as error:
-            raise RunError(f"step {step}: {error}; the last checkpoint is whole") from error
+            raise RunError(f"step {step}: {error}; the last checkpoint is intact") from error
 
     def _prefetch(self, step: int) -> None:
         """Reset environments while the model updates, unless an evaluation needs them first."""
@@ -167,7 +168,7 @@ class Trainer:
             self._evaluate(f"step {step}", step)
 
     def _evaluate(self, when: str, step: int) -> None:
-        """Play what isn't on record yet of this moment."""
+        """Play the episodes of this evaluation that are not on record yet."""
         present = {(record.when, record.panel, record.decoding) for record in self.parts.tracker.records}
         for panel, tasks in self.parts.panels.items():
             decodings = [name for name in self.config.evaluate.decoding if (when, panel, name) not in present]
@@ -205,5 +206,5 @@ class Trainer:
             raise CollapsedError(f"stopped at step {step}, as watch.stop asks: {alarms[0].text}")
 
     def _bar(self, name: str, total: int) -> AbstractContextManager[Report]:
-        """A bar of episodes; whenever it moves the run can be stopped."""
+        """A progress bar of episodes, which checks for stop requests whenever it is updated."""
         return self.parts.display.bar(name, total, "episodes", self._stop.check)

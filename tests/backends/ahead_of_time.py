@@ -61,7 +61,7 @@ class Variant(NamedTuple):
 
 
 def variants() -> Iterator[Variant]:
-    """Each way of taking rows in each dtype; then, one by one, what can be asked beside the usual."""
+    """Each way of taking rows in each dtype; then, one by one, the optional features."""
     widths = (4_096, 32_000, 151_936)
     for dtype, aligned, width in product(("bf16", "fp32"), (True, False), widths):
         yield Variant("loss", dtype, width, aligned)
@@ -91,7 +91,7 @@ def variants() -> Iterator[Variant]:
 
 
 def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
-    """What the assembler made of one variant."""
+    """The assembler's report on one variant."""
     rows = variant.kernel in ("loss", "statistics", "spread", "gradient")
     kernel = getattr(triton_kernels, KERNELS[variant.kernel])
     options: dict[str, Any] = {"num_warps": 4 if variant.kernel == "weights" else 8}

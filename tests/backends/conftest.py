@@ -1,4 +1,4 @@
-"""Where no GPU is, Triton's interpreter runs the kernels.
+"""Without a GPU, Triton's interpreter runs the kernels.
 
 Triton reads the switch when it is imported; this file is read before any test module, in every pytest-xdist worker too.
 """
@@ -15,7 +15,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 
 @pytest.fixture(scope="session")
 def interpreter():
-    """Triton's interpreter, or why these tests can't have it."""
+    """Triton's interpreter, or the reason why it is not available to these tests."""
     if torch.cuda.is_available():
         pytest.skip("a GPU is here: tests/gpu runs the same tests on it, without the interpreter")
     if os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,4 +1,4 @@
-"""What every fused backend is held to: subclass `BackendMatrix` in a test module and name the backend.
+"""The tests that every fused backend must pass: subclass `BackendMatrix` in a test module and name the backend.
 
 Three-way rule: against the reference in float64, a backend's error is at most that of the reference in the logits' own
 dtype, plus a rounding. Ratios and KL are exponentials of log-probs, so a rounding of a log-prob is one of the loss and,
@@ -29,7 +29,7 @@ BUSY = ek.EPOConfig(penalty="hinge", penalty_alpha=0.7, entropy_coeff=0.3, kl_co
 
 
 def busy_case(cfg=BUSY, **arguments):
-    """A case with every term in it, and tokens on both sides of their band."""
+    """A case with every term, and with tokens on both sides of their band."""
     case = random_case(cfg, **{"dtype": torch.float32, **arguments})
     shape = case["tokens"].shape
     if cfg.penalty != "none" and "entropy_bounds" not in arguments:
@@ -40,7 +40,7 @@ def busy_case(cfg=BUSY, **arguments):
 
 
 def moved(case, device, dtype=None):
-    """The arguments on a device; with dtype, floats in it."""
+    """The arguments on a device; floats in dtype, if given."""
 
     def move(value):
         if isinstance(value, tuple) and not hasattr(value, "_fields"):
@@ -84,7 +84,7 @@ def check_three_ways(case, backend, device, roundings=1):
 
 
 def as_strided(logits, kind):
-    """The same logits in other places of memory."""
+    """The same logits in another memory layout."""
     if kind == "rows":  # a slice of longer rows and sequences, an odd offset before them
         wide = logits.new_full((logits.shape[0] + 1, logits.shape[1] + 2, logits.shape[2] + 3), math.nan)
         view = wide[1:, 1:-1, 1:-2]
@@ -144,7 +144,7 @@ class BackendMatrix:
             assert 0 < metrics_of(out)["dual_clipped_tokens"] < metrics_of(out)["tokens"]
         cfg = replace(cfg, clip_ratio_low=0.0, clip_ratio_high=0.0)
         out, _ = self.check({**case, "cfg": cfg, "old_log_probs": None})
-        assert metrics_of(out)["clipped_tokens"] == 0  # at the very bounds, which are inside
+        assert metrics_of(out)["clipped_tokens"] == 0  # exactly at the bounds, which count as inside
 
     @pytest.mark.parametrize("packed", [False, True])
     @pytest.mark.parametrize("mode", get_args(LossAggMode))
@@ -233,7 +233,7 @@ class BackendMatrix:
     @pytest.mark.parametrize("advantage", [1.0, -1.0])
     @pytest.mark.parametrize("bound", ["clip_ratio_low", "clip_ratio_high", "clip_ratio_c"])
     def test_ties_have_the_gradient_of_the_unclipped_ratio(self, bound, advantage):
-        """Clip bounds put exactly where the backend's own ratio is, and a hair to its inner side."""
+        """Clip bounds placed exactly at the backend's own ratio, and slightly inside of it."""
         off = {"clip_ratio_low": 1.0, "clip_ratio_high": 10.0, "clip_ratio_c": None, "entropy_coeff": 0.0}
         wanted = 0.7 if bound == "clip_ratio_low" else 1.6
         case = {
@@ -306,7 +306,7 @@ class BackendMatrix:
 
     @pytest.mark.parametrize("policy", ["ppo", *TOKEN_POLICIES])
     def test_policy_losses_at_their_edges(self, policy):
-        """One odd token beside a sound one: loss, gradient and metrics are those of the reference."""
+        """One unusual token next to a normal one: loss, gradient and metrics equal the reference's."""
         logits = torch.tensor([[[0.0, 1.0, -1.0, 0.5], [0.3, -0.2, 0.1, 0.4]]])
         sound = {"old_log_probs": -1.0, "advantages": 1.0, "is_weights": 1.0}
         edges = [
@@ -344,7 +344,7 @@ class BackendMatrix:
         kernels = backends._BACKENDS[self.backend].kernels
         logits = (3 * torch.randn(1, 6, 300)).to(self.device)
         hopeless = INF if arguments.get("logit_scale", 1.0) < 0 else -INF
-        logits[0, :2, 200:] = hopeless  # a part without hope, and in the second row the token's own
+        logits[0, :2, 200:] = hopeless  # an impossible part; in the second row, the token's own part
         tokens = torch.tensor([[5, 299, 100, 199, 200, 299]]).to(self.device)
         mask = torch.tensor([[True, True, True, True, True, False]]).to(self.device)
         a, b = torch.randn(2, 1, 6).to(self.device)
@@ -486,7 +486,7 @@ class BackendMatrix:
         leaf = logits.detach().requires_grad_()
         out = ek.epo_loss(**{**arguments, "logits": leaf}, backend=self.backend)
         (gradient,) = torch.autograd.grad(out.loss, leaf)
-        # Another alignment may add a row up in another order.
+        # Another alignment may sum a row in another order.
         assert_close(out.loss, expected[0].loss, rtol=1e-6, atol=1e-6)
         assert_close(gradient, expected[1], rtol=2**-7, atol=1e-9)
 

@@ -12,7 +12,7 @@ from tests.cases import assert_identical, run
 
 
 def random_rows(draw: random.Random, most_bytes: int) -> dict:
-    """A few rows of at most so many bytes, some masked, some padded; odd widths put rows at every alignment."""
+    """A few rows of limited size, some masked, some padded; odd widths give rows of every alignment."""
     dtype = draw.choice(DTYPES)
     width = draw.randint(1, most_bytes // dtype.itemsize)
     shape = {"batch": draw.randint(1, 3), "time": draw.randint(1, 4), "seed": draw.randrange(1000)}
@@ -31,7 +31,7 @@ def run_in_place(case, backend):
 
 
 def check_again_and_again(case, backend, device, before_each=lambda time: None, times=3):
-    """As accurate as eager, and the same bits each time, in place too. before_each(time): e.g. another schedule."""
+    """As accurate as eager, and bit-identical each time, also in place. before_each(time): e.g. another schedule."""
     expected = check_three_ways(case, backend, device, roundings=4)
     for time in range(1, times + 1):
         before_each(time)

@@ -1,4 +1,4 @@
-"""Every variant of the Triton kernels, compiled for each chip that we support, without one."""
+"""Every variant of the Triton kernels, compiled for each supported chip, without a GPU."""
 
 import json
 import os
@@ -13,7 +13,7 @@ REGISTER_FILE = 65536
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_no_variant_spills(capability):
-    # In a process of its own: here the kernels belong to the interpreter.
+    # In a separate process, because in this one the kernels belong to the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.backends.ahead_of_time", str(capability)]
     told = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

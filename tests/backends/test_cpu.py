@@ -1,4 +1,4 @@
-"""The CPU kernels: the matrix of every backend, and what is their own."""
+"""The CPU kernels: the matrix of every backend, and tests specific to them."""
 
 import os
 import threading
@@ -29,7 +29,7 @@ def test_the_native_module_is_built_and_the_default():
     case = busy_case(vocab=100)
     assert_identical(run(case, "auto"), run(case, "cpu"))
     assert ek.backends.choose_backend("auto", torch.device("cpu"), torch.float64).name == "reference"
-    with pytest.raises(RuntimeError, match=r"backend='cpu' computes on logits of torch.float32.*got torch.float64"):
+    with pytest.raises(RuntimeError, match=r"backend='cpu' supports logits of torch.float32.*got torch.float64"):
         run({**case, "logits": case["logits"].double()}, "cpu")
 
 
@@ -62,7 +62,7 @@ def rows():
 
 
 def all_of(kernels, rows, terms):
-    """Everything that the kernels compute of the rows."""
+    """Everything that the kernels compute from the rows."""
     out, other = torch.full_like(rows.logits, torch.nan), torch.full_like(rows.logits, torch.nan)
     loss = kernels.loss(rows, terms, out)
     statistics = kernels.statistics(rows, entropy=True)
@@ -178,11 +178,11 @@ def test_a_forked_child_computes_with_threads_of_its_own(rows, threads):
     threads(2)
     given, terms = rows(count=40)
     kernels, out = CpuRows(), torch.empty_like(given.logits)
-    expected = kernels.loss(given, terms, out).log_probs  # the pool's threads are there now, and not in the child
+    expected = kernels.loss(given, terms, out).log_probs  # the pool's threads now exist, but not in the child
     results = [torch.empty_like(expected) for _ in range(3)]
     child = os.fork()
     if child == 0:
-        # No PyTorch kernels in here: its own OpenMP pool is what doesn't survive a fork.
+        # No PyTorch kernels here: PyTorch's own OpenMP pool does not survive a fork.
         loss = kernels.loss(given, terms, out)
         os._exit(0 if loss.log_probs.tolist() == expected.tolist() else 1)
     assert os.waitpid(child, 0)[1] == 0
@@ -191,7 +191,7 @@ def test_a_forked_child_computes_with_threads_of_its_own(rows, threads):
 
 @pytest.mark.parametrize("shape", [(2, 0, 1), (0, 3, 5)])
 def test_an_empty_batch_of_any_strides(shape):
-    """A transposed one has strides of 0, which elsewhere means that elements share their memory."""
+    """Transposed, it has strides of 0, which normally means that elements share memory."""
     logits = torch.zeros(shape).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     log_probs, entropy = ek.log_probs_and_entropy(logits, torch.zeros(shape[:2], dtype=torch.int64), backend="cpu")
     (log_probs.sum() + entropy.sum()).backward()

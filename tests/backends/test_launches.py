@@ -1,4 +1,4 @@
-"""How much a loss call launches on a GPU: Triton's kernels, counted where they are called, and operators of PyTorch."""
+"""The number of launches of a loss call on a GPU: Triton kernels, counted when called, and PyTorch operators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 class Launches(TorchDispatchMode):
-    """Names of what would be launched: views and empty tensors cost nothing."""
+    """Names of the launches: views and empty tensors cost nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Launches(TorchDispatchMode):
 
 
 class Kernel:
-    """A kernel that says when it is launched, and hides how the interpreter runs it."""
+    """A kernel that records its launches, and hides how the interpreter runs it."""
 
     def __init__(self, name: str, kernel, names: list[str]) -> None:
         self.name, self.kernel, self.names = name, kernel, names
@@ -92,7 +92,7 @@ def test_a_packed_call_makes_ids_and_lengths_of_cu_seqlens_first(launched):
 
 @pytest.mark.parametrize(("scope", "dtype"), [("segment", torch.float32), ("token", torch.float16)])
 def test_segments_and_float16_read_the_logits_once_a_pass(launched, scope, dtype):
-    """What goes between the two passes is eager, over (B, T) tensors."""
+    """Between the two passes the maths is eager, over (B, T) tensors."""
     forward, backward = launched(busy_case(replace(BUSY, band_scope=scope), vocab=40, dtype=dtype))
     assert [name for name in forward if name.endswith("_kernel")] == ["row_statistics_kernel"]
     assert [name for name in backward if name.endswith("_kernel")] == ["row_gradient_kernel"]

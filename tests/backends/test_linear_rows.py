@@ -1,4 +1,4 @@
-"""The linear losses over the row kernels of every backend that runs on a CPU: Triton's by its interpreter."""
+"""The linear losses over the row kernels of every backend that runs on a CPU (Triton's in its interpreter)."""
 
 import pytest
 import torch

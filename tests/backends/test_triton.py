@@ -1,4 +1,4 @@
-"""The Triton kernels under the interpreter, and the rules by which they are launched."""
+"""The Triton kernels in the interpreter, and their launch rules."""
 
 import os
 import subprocess
@@ -226,7 +226,7 @@ def test_without_a_gpu_the_reason_names_the_cure():
 
 def test_without_triton_the_reason_names_the_cure(monkeypatch):
     monkeypatch.setattr(triton, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"backend='triton' can't run here.*pip install"):
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run here.*pip install"):
         run(busy_case(), "triton")
 
 

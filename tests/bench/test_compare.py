@@ -1,4 +1,4 @@
-"""Changes beyond the noise, and none within."""
+"""Changes beyond the noise are reported, changes within it are not."""
 
 import pytest
 

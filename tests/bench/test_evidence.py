@@ -1,4 +1,4 @@
-"""The evidence page says what the records say, and what is fixed beforehand stays fixed."""
+"""The evidence page matches the records, and the parts fixed beforehand do not change."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from epo_kernels.train.envs import Task
 from epo_kernels.train.evaluate import summarize
 
 LIFT = [name for name, one in experiments.EXPERIMENTS.items() if one.arms is experiments.ARMS]
-BAND = [name for name in experiments.EXPERIMENTS if name not in LIFT]
+BAND = [name for name in experiments.EXPERIMENTS if name.startswith("band_")]
 BEFORE = experiments.Outcome(
     arm=experiments.RL,
     seed=0,
@@ -44,7 +44,7 @@ def test_committed_results_are_whole(name):
         for arm in experiments.ARMS:
             moments = [o.when for o in found if (o.arm, o.seed) == (arm, seed)]
             assert moments == ["before", "after"], f"{arm}, seed {seed}"
-        # All arms of a seed begin with one policy.
+        # All arms of a seed start from the same policy.
         assert len({tuple(o.successes) for o in found if o.seed == seed and o.when == "before"}) == 1
     assert all(len(o.successes) >= 128 for o in found)
 
@@ -66,6 +66,27 @@ def test_what_is_fixed_beforehand(name, tmp_path, monkeypatch):
     assert same != is_earlier
 
 
+def test_the_language_model_has_its_own_baseline_and_all_held_out_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "RUNS", tmp_path)
+    experiment = experiments.EXPERIMENTS["llm"]
+    config = evidence.config_of("llm", experiment.baseline, 0)
+    assert config.evaluate.episodes == 63
+    assert (config.evaluate.panels, config.evaluate.decoding) == ([experiments.PANEL], [experiments.DECODING])
+    assert (config.loss.entropy_coeff, config.loss.penalty) == (0, "none")
+    place = evidence.folder("llm", experiment.baseline, 0)
+    place.mkdir(parents=True)
+    (place / "cost.jsonl").write_text(json.dumps({"start": 10.0, "run": 20.0}) + "\n")
+    more = evidence.config_of("llm", experiments.CLONING, 0)
+    assert more.steps == 0
+    assert more.model.warm_start.epochs == 3 * config.model.warm_start.epochs
+
+
+def test_the_page_compares_with_the_experiments_own_baseline():
+    text = evidence_page.page({"llm": outcomes(experiments.PLAIN_ARMS)}, {})
+    assert "| RL against more cloning | +0.0 (+0.0 to +0.0) |" in text
+    assert "still to run are RL, seed 2; more cloning, seed 2." in text
+
+
 def test_more_cloning_gets_what_rl_spent(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RUNS", tmp_path)
     place = evidence.folder("practice", experiments.RL, 1)
@@ -84,14 +105,14 @@ def test_an_interrupted_run_is_accounted_for(tmp_path):
         raise KeyboardInterrupt
     with evidence.account(place) as built:
         built()
-        with pytest.raises(RuntimeError, match="another process is at"), evidence.account(place):
+        with pytest.raises(RuntimeError, match="another process is working on"), evidence.account(place):
             pass
     interrupted, complete = map(json.loads, (place / "cost.jsonl").read_text().splitlines())
     assert interrupted["start"] == 0
     assert min(interrupted["run"], complete["start"], complete["run"]) >= 0
 
 
-def test_a_killed_run_begins_anew(tmp_path):
+def test_a_killed_run_starts_over(tmp_path):
     place = tmp_path / "RL-0"
     with evidence.account(place):
         pass
@@ -101,7 +122,7 @@ def test_a_killed_run_begins_anew(tmp_path):
     )
     killed = subprocess.run([sys.executable, "-c", dies], check=False, cwd=evidence.ROOT)
     assert killed.returncode == -9
-    assert len((place / "cost.jsonl").read_text().splitlines()) == 1  # what the killed one spent isn't known
+    assert len((place / "cost.jsonl").read_text().splitlines()) == 1  # the cost of the killed one is unknown
     with evidence.account(place):
         assert not list(place.iterdir())
     assert len((place / "cost.jsonl").read_text().splitlines()) == 1
@@ -130,7 +151,7 @@ def test_page_names_what_is_missing(monkeypatch):
         experiments.EXPERIMENTS, "practice", replace(experiments.EXPERIMENTS["practice"], seeds=(0, 1, 2))
     )
     text = evidence_page.page({"practice": [o for o in outcomes() if (o.arm, o.seed) != (experiments.CLONING, 1)]}, {})
-    assert "still to run are RL with EPO, seed 2; more cloning, seed 1; more cloning, seed 2; RL without" in text
+    assert "**Incomplete**: RL with EPO, seed 2; more cloning, seed 1; more cloning, seed 2; RL without" in text
     assert "| RL with EPO against more cloning | +0.0 (+0.0 to +0.0) |" in text  # of seed 0, which both have
 
 
@@ -191,7 +212,7 @@ def test_arms_of_the_band_differ_in_the_entropy_term_alone(name, tmp_path, monke
 
 
 def test_a_killed_series_goes_on(tmp_path, monkeypatch):
-    """Complete runs stay as they are, the killed one is repeated, and the results hold all of them."""
+    """Complete runs are kept, the killed one is repeated, and the results contain all of them."""
     monkeypatch.setattr(evidence, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     name, arms = "band_tiny", {"first": [], "second": [], "third": []}
@@ -221,7 +242,7 @@ def test_a_killed_series_goes_on(tmp_path, monkeypatch):
 
 
 def complete(name, arm, seed):
-    """Leave what a complete run leaves."""
+    """Write the files of a complete run."""
     place = evidence.folder(name, arm, seed)
     place.mkdir(parents=True)
     (place / "cost.jsonl").write_text(json.dumps({"start": 1.0, "run": 2.0, "load": 1.0, "commit": "abc1234"}) + "\n")

@@ -1,4 +1,4 @@
-"""The gate's truth is the reference's, and nothing wrong passes it."""
+"""The gate's truth equals the reference's, and incorrect results fail it."""
 
 import pytest
 import torch

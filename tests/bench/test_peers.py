@@ -1,4 +1,4 @@
-"""Peers' modules are found past their packages' own imports."""
+"""Peers' modules are loaded without their packages' own imports."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The quick start: its frozen data, and what the evidence page says of its runs."""
+"""The quick start: its frozen data, and its section of the evidence page."""
 
 from dataclasses import replace
 

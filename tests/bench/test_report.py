@@ -1,4 +1,4 @@
-"""Tables say what the records say; README and docs are in step with the committed results."""
+"""Tables match the records; README and docs match the committed results."""
 
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ def test_full_report_drops_nothing():
     assert "Floor 1.16 ms: 4.98 GB." in text
     assert "fails: loss is off by 2.0e-01" in text
     assert "| ours:cuda | 1.31 | 1.28 – 1.34 | 2.00 |" in text
-    # What a budget left out is named.
+    # Cases skipped for the budget are listed.
     assert "- linear-loss/d4096-v131072/8192/bf16/100%" in text.partition("## Not measured")[2]
 
 
@@ -92,3 +92,20 @@ def test_report_and_plots_are_written(tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"report.md", "roofline.png", "time_against_vocabulary.png"}
     assert "![roofline](roofline.png)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_policy_losses_are_shown_relative_to_ppo(tmp_path):
+    case = "loss/qwen2.5-3b/128/fp32/100%/policies"
+    found = [
+        record(case, "ours:cpu ppo", 10.0, spread_ms=[9.5, 10.5]),
+        record(case, "ours:cpu gspo", 13.3, spread_ms=[13.0, 14.0]),
+        record(case, "ours:cpu vespo", None, gate="fails: loss is off by 2.0e-01"),
+        record(case, "ceiling: copy", 1.0),
+    ]
+    records.write(tmp_path / "cpu" / "results.json", MACHINE, found)
+    section = report.performance_page(tmp_path)
+    assert "| policy loss | loss/qwen2.5-3b/128/fp32/100% (cpu) |" in section
+    assert "| ppo | 1.00 (0.95 – 1.05) |" in section
+    assert "| gspo | 1.33 (1.30 – 1.40) |" in section
+    assert "| vespo | fails |" in section
+    assert "| case |" not in section, "no case compares the library with anything else"

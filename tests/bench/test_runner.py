@@ -1,9 +1,10 @@
-"""How a case is measured, with a stopwatch that is told what to say."""
+"""How a case is measured, with a fake stopwatch."""
 
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import torch
 from bench import measure, runner
 from bench.cases import Case
 from bench.implementations import Implementation, missing_memory, ours
+from bench.inputs import make_inputs
 from bench.measure import CpuStopwatch, Lap, interleaved
 from bench.roster import implementations
 from bench.runner import DeviceLost, measure_case
+from epo_kernels.declaration import PolicyLossName, RowPolicyLoss
 
 CPU = torch.device("cpu")
 CASE = Case("loss", "tiny", 64, "fp32")
@@ -46,7 +49,7 @@ def implementation(name, run, **arguments):
 
 
 class Timed(dict):
-    """Outputs that tell the fake stopwatch how long they took."""
+    """Outputs that carry their duration for the fake stopwatch."""
 
 
 @pytest.fixture
@@ -170,9 +173,10 @@ def test_cpu_stopwatch_sees_memory_and_time():
 
 
 def test_peak_memory_counts_what_the_allocator_kept_from_an_earlier_call():
-    """In a process of its own: glibc keeps freed memory here, as it does in a trainer's process."""
+    """In a separate process in which glibc keeps freed memory, as in a trainer's process."""
     script = """
 import ctypes, torch
+from bench.inputs import make_inputs
 from bench.measure import CpuStopwatch
 libc = ctypes.CDLL(None)
 libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 1 << 30)  # trim threshold, mmap threshold
@@ -196,3 +200,15 @@ def test_budget_leaves_out_what_would_not_fit():
 
 def test_stopwatch_is_chosen_by_device():
     assert isinstance(measure.stopwatch(CPU), CpuStopwatch)
+
+
+@pytest.mark.parametrize("task", ["loss", "linear-loss"])
+def test_every_policy_loss_is_measured_and_passes_its_gate(seconds, task):
+    case = Case(task, "tiny", 64, "fp32", policies=True)
+    chosen = implementations(case, CPU)
+    policies = {entry.name.partition(" ")[2] for entry in chosen}
+    assert policies == {*get_args(RowPolicyLoss), *get_args(PolicyLossName)} - {"dppo"}
+    found, _ = measure_case(case, chosen, FakeWatch(), CPU, seconds=0.1)
+    assert {found[entry.name].gate for entry in chosen} == {"pass"}
+    losses = {entry.name: entry.build()(make_inputs(case, CPU, 0))["loss"].item() for entry in chosen}
+    assert len(set(losses.values())) >= len(losses) - 1, "each is another loss; the regions of dppo may agree"

@@ -1,4 +1,4 @@
-"""The whole step runs on the driver's own pieces, and both backends take the same step."""
+"""The whole step runs on the driver's own parts, and both backends take the same step."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: the matrix of every backend, and each family of kernels over the widths it is made for.
+"""The CUDA kernels on a GPU: the matrix of every backend, and each family of kernels over its intended widths.
 
 tests/native/test_emulated_cuda.py runs the same matrices and random shapes on an emulated GPU.
 """
@@ -35,7 +35,7 @@ class TestCudaAutograd(AutogradMatrix):
 
 @pytest.fixture
 def family(request, monkeypatch):
-    """Insists on one family of kernels where backend="cuda" computes a loss."""
+    """Forces one family of kernels for losses with backend="cuda"."""
     backend = ek.backends.choose_backend("cuda", torch.device("cuda"))
     assert isinstance(backend, FusedBackend)
     monkeypatch.setattr(backend, "kernels", CudaRows(request.param))

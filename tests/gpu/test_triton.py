@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: the matrix of tests/backends, and what only a GPU can show."""
+"""The Triton kernels on a GPU: the matrix of tests/backends, and GPU-only behaviour."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_more_rows_than_a_grid_has_in_y():
 
 @pytest.mark.parametrize("kind", ["contiguous", "vocab"])
 def test_offsets_past_2_to_the_31(kind):
-    """2.3e9 logits: the last rows lie past what 32 bits address, and equal a small batch of the same rows."""
+    """2.3e9 logits: the last rows are beyond 32-bit addresses, and equal a small batch of the same rows."""
     rows, vocab = 16_384, 140_000
     shape, order = ((rows, vocab), (0, 1)) if kind == "contiguous" else ((vocab, rows), (1, 0))
     logits = torch.zeros(shape, dtype=torch.bfloat16, device=CUDA).permute(order)[None]

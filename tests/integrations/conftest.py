@@ -1,4 +1,4 @@
-"""What the integrations' tests share: no hub, no telemetry."""
+"""Shared by the integration tests: no Hub, no telemetry."""
 
 import os
 

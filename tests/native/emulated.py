@@ -47,7 +47,7 @@ H200_SHARED_BYTES = 232_448  # that a block may ask for
 
 
 def build(target: str = "_native") -> Path:
-    """Builds what has changed of it; returns the module's or the program's path. Tests may do so side by side."""
+    """Builds the parts that changed; returns the path of the module or program. Safe for concurrent tests."""
     import pybind11
 
     folder = ROOT / "build" / "emulated"
@@ -76,7 +76,7 @@ def shared_bytes(slots: int) -> int:
 
 
 class Emulator:
-    """The module, and what its GPU is like.
+    """The module, and the properties of its GPU.
 
     Attributes:
         module: stands in for epo_kernels._native. Arrays that it makes are what the next launch may touch; those that a

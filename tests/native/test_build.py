@@ -1,4 +1,4 @@
-"""What a build leaves behind: kernels without spills, and an install even where nothing can be compiled."""
+"""The results of a build: kernels without spills, and a working install even if nothing can be compiled."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def test_no_cuda_kernel_spills(capsys):
 
 
 def build(tmp_path, **environment):
-    """setup.py in a copy of what it needs; (output, whether a module came out)."""
+    """Runs setup.py in a copy of the files it needs; (output, whether a module was built)."""
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "python"):
@@ -72,9 +72,9 @@ def build(tmp_path, **environment):
 def test_without_a_compiler_the_package_still_installs_and_says_what_is_missing(tmp_path):
     output, built = build(tmp_path, CXX="/nowhere/c++", EPO_KERNELS_CUDA="off")
     assert not built
-    assert "the native module was not built, other backends remain" in output
+    assert "the native module was not built; other backends remain" in output
     script = (
-        # This project's own editable install would lend its module to the copy.
+        # Otherwise this project's editable install would provide its module to the copy.
         "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in str(finder)];"
         "import epo_kernels as ek, torch; print(ek.available_backends()['cpu']);"
         "print(ek.backends.choose_backend('auto', torch.device('cpu')).name);"
@@ -82,7 +82,7 @@ def test_without_a_compiler_the_package_still_installs_and_says_what_is_missing(
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     reason, chosen = done.stdout.splitlines()
-    assert "isn't built (No module named 'epo_kernels._native')" in reason
+    assert "is not built (No module named 'epo_kernels._native')" in reason
     assert "install a C++17 compiler" in reason
     assert chosen == "reference"
-    assert "RuntimeError: backend='cpu' can't run here: the native module isn't built" in done.stderr
+    assert "RuntimeError: backend='cpu' cannot run here: the native module is not built" in done.stderr

@@ -22,5 +22,5 @@ def test_native_code_is_clean_under_sanitizers(tmp_path):
     run(CMAKE, "--build", tmp_path, "--parallel", "2")
     assert run(tmp_path / "epo_checks").endswith("all checks passed\n")
     for objects in tmp_path.glob("CMakeFiles/epo_sweeps_*.dir/csrc/*.o"):
-        # A weak function could be linked for the whole library, and hold instructions that a processor hasn't got.
+        # A weak function could be linked for the whole library, with instructions that a processor lacks.
         assert not [line for line in run("nm", objects).splitlines() if line.split()[-2] == "W"]

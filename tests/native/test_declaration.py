@@ -1,4 +1,4 @@
-"""The header that csrc/ takes names and orders from, and the module that remembers them."""
+"""The generated header with names and orders for csrc/, and the module that records them."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The CUDA kernels on an emulated GPU: what every backend is held to, random shapes and schedules, planted faults."""
+"""The CUDA kernels on an emulated GPU: the matrix of every backend, random shapes and schedules, planted faults."""
 
 import os
 import random
@@ -40,7 +40,7 @@ class TestEmulatedAutograd(AutogradMatrix):
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_the_ring_over_shapes_and_schedules(seed):
-    """As accurate as eager, and the same bits whatever the order in which threads run and copies land."""
+    """As accurate as eager, and bit-identical for any order of threads and copies."""
     draw = random.Random(seed)
     slots, ranks = draw.choice((4, 5, 13)), (1, 2, 4, 8)[seed % 4]
     most_tiles = (slots - SPARE_SLOTS) * WARPS * ranks - 1

@@ -12,7 +12,7 @@ from tests.test_controller import RULES
 
 
 def case_one_coefficient_on_all_ranks(rank, world):
-    """Of tokens shared unevenly: the last rank has none; all ranks end with the coefficient of one process."""
+    """Uneven numbers of tokens, none on the last rank; all ranks end with the coefficient of one process."""
     for rule, settings in RULES.items():
         whole, shared = ek.EntropyController(0.3, rule, **settings), ek.EntropyController(0.3, rule, **settings)
         for step in range(6):

@@ -80,7 +80,7 @@ def _alone(rank):
 
 
 def check_placements(rank, world, hidden_at, weight_at, bias_at=None, expected_gathers=None):
-    """Loss, whole gradients, and the placements they come back in. None: a plain tensor, the same everywhere."""
+    """Loss, whole gradients, and their placements. None: a plain tensor, the same on every rank."""
     mesh = init_device_mesh("cpu", (world,))
     case, cfg = Case(), ek.EPOConfig(**HINGE)
 
@@ -158,10 +158,10 @@ def case_batches_of_their_own_are_averaged(rank, world):
 def case_what_makes_no_sense_is_refused(rank, world):
     mesh, case = init_device_mesh("cpu", (world,)), busy_case(vocab=30)
     split = distribute_tensor(case["logits"], mesh, [Shard(2)])
-    with pytest.raises(ValueError, match="group must be left out beside DTensors"):
+    with pytest.raises(ValueError, match="group must be omitted with DTensors"):
         ek.epo_loss(**{**case, "logits": split, "group": dist.group.WORLD})
     tokens = distribute_tensor(case["tokens"], mesh, [Replicate()])
-    with pytest.raises(TypeError, match=r"tokens must be a plain tensor, got a DTensor; give tokens.full_tensor"):
+    with pytest.raises(TypeError, match=r"tokens must be a plain tensor, got a DTensor; pass tokens.full_tensor"):
         ek.epo_loss(**{**case, "tokens": tokens})
 
 
@@ -224,7 +224,7 @@ def case_tied_embedding_under_fsdp2(rank, world):
 
 
 def case_mixed_precision_under_fsdp2_leaves_ratios_alone(rank, world):
-    """README's advice: with the weights that made the old log-probs every ratio is 1. FSDP2's default is refused."""
+    """The docs' advice: with the weights that computed the old log-probs every ratio is 1. FSDP2's default raises."""
     case, mesh = Case(torch.float32), init_device_mesh("cpu", (world,))
     ids, tokens, _, advantages, mask = batches(case, rank, world)[0]
     count = torch.tensor(float(mask.sum()))

@@ -1,4 +1,4 @@
-"""A rank that dies in the middle of a call: the others get an error."""
+"""A rank that dies during a call: the others raise an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases over NCCL, on a GPU a rank: called as (rank, world) on every rank."""
+"""Cases over NCCL, with one GPU per rank: called as (rank, world) on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks as processes of their own: each runs the cases of some modules, up to one that fails, and says how it went."""
+"""Ranks as separate processes: each runs the cases of some modules until one fails, and reports the outcome."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Failures = dict[str, str]  # of one rank, by case: the traceback
 def run_on_ranks(
     modules: list[str], world: int, folder: Path, *, device: str = "cpu", seconds: int = 60, dies: int | None = None
 ) -> list[Failures | None]:
-    """The cases of tests.sharded.<module> on `world` ranks; what failed, by rank, None for the one that is to die."""
+    """The cases of tests.sharded.<module> on `world` ranks; failures by rank, None for the rank meant to die."""
     context = mp.get_context("spawn")
     settings = modules, world, folder, device, seconds
     ranks = [context.Process(target=_rank, args=(rank, *settings)) for rank in range(world)]

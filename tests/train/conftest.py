@@ -1,4 +1,4 @@
-"""A small policy on the practice environment, made once: knows little, but its shapes are those of real runs."""
+"""A small policy on the practice environment, built once: barely trained, but with the shapes of real runs."""
 
 import copy
 import json
@@ -59,7 +59,7 @@ def weights_of(run_dir, step):
 
 @contextmanager
 def files_at_most(size):
-    """Inside, a file that grows beyond `size` bytes is refused as by a full disk."""
+    """Inside the context, a file that grows beyond `size` bytes fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -70,7 +70,7 @@ def files_at_most(size):
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
-    """Four steps without a stop, under the settings WHOLE."""
+    """Four uninterrupted steps with the settings WHOLE."""
     run_dir = tmp_path_factory.mktemp("whole")
     assert train(f"run_dir={run_dir}", *WHOLE) == 0
     return run_dir
@@ -88,7 +88,7 @@ def suite(config: TrainConfig) -> Suite:
 
 @pytest.fixture
 def policy(cloned: Policy) -> Policy:
-    """A policy of the test's own, free to be trained."""
+    """A separate policy that the test may train."""
     return Policy(copy.deepcopy(cloned.model), cloned.tokenizer)
 
 

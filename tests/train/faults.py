@@ -5,21 +5,43 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import time
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["epo_kernels.train.build", "epo_kernels.train.trainer", "tests.train.faults"])
 
 
-def start(arguments, fault=None, log=os.devnull):
+def start(arguments, fault=None, log=os.devnull, environment=None):
     """A process that runs the driver; `fault` is (signal, "module:Class.method", n): what it sends itself, and when."""
-    process = _CONTEXT.Process(target=_run, args=(list(map(str, arguments)), fault, str(log)))
+    process = _CONTEXT.Process(target=_run, args=(list(map(str, arguments)), fault, str(log), environment or {}))
     process.start()
     return process
 
 
+def start_ranks(size, arguments, folder, faults=None):
+    """The processes of a torchrun without its agent, which would end the others when one dies. Logs: folder/rank_N.log.
+
+    Args:
+        faults: {rank: fault}; see `start`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(
+            arguments,
+            (faults or {}).get(rank),
+            folder / f"rank_{rank}.log",
+            {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
+        )
+        for rank in range(size)
+    ]
+
+
 def wait_for(path, process, timeout=120):
-    """Until the process has made that file."""
+    """Wait until the process has created that file."""
     deadline = time.monotonic() + timeout
     while not path.exists():
         if not process.is_alive() or time.monotonic() > deadline:
@@ -37,7 +59,8 @@ def end_of(process, timeout=120):
     return process.exitcode
 
 
-def _run(arguments, fault, log):
+def _run(arguments, fault, log, environment):
+    os.environ.update(environment)
     import torch
 
     from epo_kernels.train.__main__ import main

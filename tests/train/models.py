@@ -1,4 +1,4 @@
-"""Model folders as users have them, in miniature: a Qwen3-style, a Llama-3-style and a base model."""
+"""Miniature versions of users' model folders: a Qwen3-style, a Llama-3-style and a base model."""
 
 from pathlib import Path
 

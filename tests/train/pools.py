@@ -4,12 +4,12 @@ from epo_kernels.train.envs import EnvironmentFailure
 
 
 def reset_all(pool, tasks):
-    """Begin an episode in slots 0, 1, ... and wait for all; a failure stands in the place of its observation."""
+    """Start an episode in slots 0, 1, ... and wait for all; a failure replaces its observation."""
     return [_outcome(future) for future in [pool.reset(slot, task) for slot, task in enumerate(tasks)]]
 
 
 def step_all(pool, actions):
-    """Play an action in each slot named and wait for all; a failure stands in the place of its result."""
+    """Play an action in each slot named and wait for all; a failure replaces its result."""
     futures = {slot: pool.step(slot, action) for slot, action in actions.items()}
     return {slot: _outcome(future) for slot, future in futures.items()}
 

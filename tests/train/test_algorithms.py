@@ -1,4 +1,4 @@
-"""Two episodes of one task, worked by hand: A earns 1 in three turns, its second not understood; B earns 0 in two."""
+"""Two episodes of one task, by hand: A earns 1 in three turns, the second not understood; B earns 0 in two."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""model.attn_implementation: what is used, and what is refused before anything is loaded."""
+"""model.attn_implementation: which one is used, and which are rejected before anything is loaded."""
 
 import pytest
 import torch

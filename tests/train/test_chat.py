@@ -1,4 +1,4 @@
-"""Chat templates: what messages contain stays text, and text without control tokens has its usual ids."""
+"""Chat templates: message contents stay text, and text without control tokens gets its usual ids."""
 
 import random
 

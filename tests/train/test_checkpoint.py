@@ -115,7 +115,7 @@ def test_pickles_of_strangers_are_refused_and_not_run(cloned, tmp_path, content)
         path.write_bytes(path.read_bytes()[:-100])
     else:
         path.write_bytes(b"#!/bin/sh\n")
-    with pytest.raises(ConfigError, match=r"trainer\.pt is not read.*go on from another checkpoint with resume=FOLDER"):
+    with pytest.raises(ConfigError, match=r"trainer\.pt cannot be loaded.*resume=FOLDER"):
         load_state(folder)
     assert not trace.exists()
 

@@ -47,7 +47,7 @@ def test_without_refills_everything_stays():
     assert collected.metrics() == {"episode/draws": 1, "episode/groups_dropped": 0}
 
 
-def test_groups_without_spread_are_drawn_anew_until_there_are_enough():
+def test_zero_variance_groups_are_resampled_until_there_are_enough():
     rollout = Scripted()
     collected, bars = collect(rollout, refills=20)
     assert len(collected.kept) == 12
@@ -82,7 +82,7 @@ def test_where_nothing_has_spread_what_there_is_must_do():
     assert len(collected.kept) == 36
 
 
-def test_lost_episodes_are_not_learned_from_and_drawn_anew_where_all_are_lost():
+def test_lost_episodes_are_excluded_and_resampled_if_all_are_lost():
     collected, bars = collect(Scripted(lost=lambda task: task.variation % 3 == 0))
     assert len(bars) == 1
     assert all(e.task.variation % 3 for e in collected.kept)

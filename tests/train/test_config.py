@@ -213,7 +213,7 @@ MISTAKES = {
     "a text that is no": (
         "tracking: {wandb_name: no}\n",
         1,
-        "tracking.wandb_name must be text, in quotes if need be, got",
+        "tracking.wandb_name must be text, quoted if necessary, got",
     ),
     "a group without its settings": ("optim:\nlr: 1\n", 1, "got nothing: indent them under it"),
     "settings of a setting": ("run_dir:\n  a: 1\n", 1, "run_dir is a setting, not a group: it has no 'a'"),
@@ -325,7 +325,7 @@ def test_every_setting_is_explained():
     [
         (["practice", "optim.lrr=1"], "error: unknown setting 'optim.lrr'; did you mean 'optim.lr'?\n"),
         (["practice", "quickstart"], "a run starts from one preset, got practice"),
-        (["--print"], "unknown option --print; the options are --print-config, --dry-run and --help"),
+        (["--print"], "unknown option --print; the options are --print-config, --dry-run, --plan and --help"),
     ],
 )
 def test_the_command_line_ends_with_2(arguments, words):

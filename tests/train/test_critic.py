@@ -25,7 +25,7 @@ def critic_of(policy, *settings):
 
 
 def with_targets(played):
-    """Samples whose returns tell early turns from late ones."""
+    """Samples whose returns differ between early and late turns."""
     samples = samples_of(played, "turn")
     for sample in samples:
         sample.returns = torch.full((len(sample.turns),), float(sample.turns[0] >= 2))

@@ -1,4 +1,4 @@
-"""A sample an episode: prompts that grow, and what the learner makes of them against a sample a turn."""
+"""One sample per episode: growing prompts, and their training compared with one sample per turn."""
 
 import copy
 from dataclasses import replace
@@ -66,7 +66,7 @@ def test_a_response_is_closed_once(cloned, ended):
     assert ids == ([5, 6, 7, end] if ended else [5, 6, 7, 8, end]) + wanted
 
 
-def test_a_dialogue_that_outgrows_the_limit_begins_anew_with_the_goal(cloned, suite):
+def test_a_dialogue_beyond_the_limit_restarts_with_the_goal(cloned, suite):
     limit = 70
     episodes = play(cloned, suite, dialogue_of(cloned, limit))
     samples = samples_of(episodes, "episode")

@@ -1,4 +1,4 @@
-"""Two processes by torchrun and gloo, layers split by FSDP2, against one process on the same draws."""
+"""Two processes with torchrun and gloo, layers sharded with FSDP2, against one process on the same draws."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("step 2/2") == 2  # the first rank alone tells
+    assert ended.stdout.count("step 2/2") == 2  # only the first rank prints
     ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     return folder / "one", folder / "two", ranks
 

@@ -113,8 +113,8 @@ def test_the_paired_interval_covers_the_truth_as_often_as_it_says():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (([], []), "one value a task"),
-        (([1.0], [1.0, 2.0]), "one value a task"),
+        (([], []), "one value per task"),
+        (([1.0], [1.0, 2.0]), "one value per task"),
         (([float("nan")], [1.0]), "must be finite"),
         (([0.0], [1.0], 1.0), "confidence must be"),
     ],

@@ -1,4 +1,4 @@
-"""The recipes of docs/extending.md, followed as written."""
+"""The recipes of docs/extending.md, followed literally."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Every fault that the driver promises to survive, injected into a real run."""
+"""Every fault that the driver is documented to survive, injected into a real run."""
 
 import errno
 import itertools
@@ -38,7 +38,7 @@ def assert_equal_runs(run_dir, whole):
 
 
 TRAIN = "epo_kernels.train."
-# Moments at which a process is killed, in the order in which one run comes to them, process after process.
+# The points at which a process is killed, in the order in which one run reaches them.
 KILLS = {
     "while it clones": (TRAIN + "start:clone", 1),
     "while the first checkpoint is written": (TRAIN + "io.checkpoint:_flush", 2),
@@ -55,7 +55,7 @@ KILLS = {
 
 
 def test_a_run_killed_again_and_again_goes_on_to_the_last_bit(whole_run, tmp_path):
-    """At every moment of the list, then at random ones: the next process goes on from what the last one left."""
+    """At every listed point, then at random ones: the next process continues from the state left by the last one."""
     arguments = command(f"run_dir={tmp_path}", *WHOLE)
     for moment, fault in KILLS.items():
         assert faults.end_of(faults.start(arguments, (signal.SIGKILL, *fault))) == -9, moment
@@ -136,7 +136,7 @@ def test_output_that_nobody_takes_costs_nothing(whole_run, tmp_path, gone):
 
 
 def failing_where(holds):
-    """PracticeEnvironment.step, but that it raises in a rollout where `holds()`."""
+    """PracticeEnvironment.step, except that it raises in a rollout if `holds()`."""
     play = PracticeEnvironment.step
 
     def step(self, action):
@@ -155,7 +155,7 @@ def test_too_many_failures_in_a_row_stop_the_run_with_everything_saved(whole_run
         patch.setattr(PracticeEnvironment, "step", failing_where(lambda: logged))  # from step 2 on
         assert train(*settings, "env.max_failures=20") == 1
     error = capsys.readouterr().err
-    assert "20 episodes in a row were lost to their environments (env.max_failures)" in error
+    assert "20 consecutive episodes were lost to their environments (env.max_failures)" in error
     assert "MemoryError: a bug in the game" in error
     assert steps_of(tmp_path)[-1] == len(lines_of(tmp_path)) == 1
     assert (tmp_path / "report.html").exists()
@@ -222,7 +222,7 @@ def test_updates_without_a_finite_gradient_stop_the_run_and_keep_their_batch(who
         patch.setattr(Learner, "update", poisoned)
         assert train(f"run_dir={tmp_path}", *WHOLE, "optim.max_skipped_updates=3") == 1
     error = capsys.readouterr().err
-    assert "step 2: 3 policy updates in a row had no finite loss and gradient (loss nan, gradient norm nan" in error
+    assert "step 2: 3 policy updates in a row had a non-finite loss or gradient (loss nan, gradient norm nan" in error
     assert "all weights are finite" in error
     folder = tmp_path / "nonfinite" / "step_00002"
     assert str(folder) in error
@@ -247,7 +247,7 @@ def test_updates_of_the_critic_without_a_finite_gradient_stop_the_run_too(tmp_pa
     settings = ["algorithm.name=ppo", "critic.epochs=3", "optim.max_skipped_updates=2", "evaluate.panels=[]"]
     assert train(f"run_dir={tmp_path}", *settings) == 1
     error = capsys.readouterr().err
-    assert "step 1: 2 critic updates in a row had no finite loss and gradient (loss nan, gradient norm" in error
+    assert "step 1: 2 critic updates in a row had a non-finite loss or gradient (loss nan, gradient norm" in error
     folder = tmp_path / "nonfinite" / "step_00001"
     poisoned_samples = [sample for sample in load_batch(folder) if sample.returns.isnan().any()]
     assert len(poisoned_samples) == 1
@@ -320,9 +320,9 @@ def test_jvms_that_die_hang_starve_or_never_start_cost_their_episodes_alone(tmp_
     for reason in (
         "needs Java 8 or newer and none runs",
         "ran out of its 24m of memory; raise env.options.jvm_memory",
-        "didn't start within 120 s (it said: Error occurred during initialization of VM",
+        "did not start within 120 s (its output: Error occurred during initialization of VM",
         "ended with code -9",
-        "didn't answer within 4 s",
+        "did not answer within 4 s",
     ):
         assert any(reason in told for told in reasons), (reason, reasons)
     assert (first["episode/failed"], first["episode/played"]) == (5, 7)

@@ -84,6 +84,22 @@ def test_kept_casts_change_nothing_and_do_not_outlive_an_update(cloned):
         assert not torch.equal(updated, plain[0])
 
 
+def test_kept_casts_last_until_the_outermost_block_ends(cloned):
+    model = copy.deepcopy(cloned.model)
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), precision(model, "bfloat16"):
+        with casts_kept(model):
+            with casts_kept(model):
+                first = model(ids).logits
+            for module in model.get_decoder().modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight.mul_(1.1)
+            with casts_kept(model):
+                assert torch.equal(model(ids).logits, first)  # no weight was cast again
+        with casts_kept(model):
+            assert not torch.equal(model(ids).logits, first)
+
+
 def test_log_probs_are_those_of_a_plain_forward_pass(cloned):
     for temperature in (1.0, 0.7):
         for request, completion in zip(

@@ -1,4 +1,4 @@
-"""GGUF files, written here with the gguf package: what they become, where it is kept, and what is wrong with them."""
+"""GGUF files, written here with the gguf package: their conversion, its cache, and errors about them."""
 
 import subprocess
 import sys

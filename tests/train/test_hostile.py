@@ -1,4 +1,4 @@
-"""Model output is text for the environment and nothing else."""
+"""Model output is only text for the environment."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Models that are changed before their weights are read. Those that are split over ranks: test_distributed.py."""
+"""Models modified before their weights are read. For sharded models see test_distributed.py."""
 
 import copy
 
@@ -19,7 +19,7 @@ from tests.train.conftest import SMALL
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def saved(request, tmp_path_factory):
-    """A policy that was saved, and its folder."""
+    """A saved policy and its folder."""
     torch.manual_seed(0)
     tokenizer = build_from_scratch([], ModelConfig(), seed=0).tokenizer
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

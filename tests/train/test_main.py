@@ -100,7 +100,7 @@ def test_a_used_folder_takes_no_checkpoint_of_another_run(whole_run, tmp_path, c
     before = lines_of(tmp_path)
     foreign = whole_run / "checkpoints" / "global_step_3"
     assert train(f"run_dir={tmp_path}", *WHOLE, f"resume={foreign}") == 2
-    assert "choose another run_dir, or go on with the run that is there by resume=auto" in capsys.readouterr().err
+    assert "choose another run_dir, or continue the existing run with resume=auto" in capsys.readouterr().err
     assert lines_of(tmp_path) == before
 
 
@@ -119,7 +119,8 @@ def test_what_memory_demands_may_change_on_resume(tmp_path, capsys):
     assert train(*settings, "rollout.environments=2", "env.step_timeout=9") == 0
     said = capsys.readouterr().out
     assert (
-        "warning: rollout.environments, optim.micro_batch_tokens changed: the same draws are rounded otherwise" in said
+        "warning: rollout.environments, optim.micro_batch_tokens changed: the same draws are rounded differently"
+        in said
     )
     assert [line["training/global_step"] for line in lines_of(tmp_path)] == [2]
 
@@ -194,7 +195,7 @@ def test_a_branch_has_settings_of_its_own(whole_run, tmp_path, capsys):
         ["loss.history_window", "None", "2"],
         ["optim.lr", "0.0003", "0.001"],
     ]
-    assert "had no critic: a new one is trained" in said
+    assert "had no critic: training a new one" in said
     assert "the entropy history starts empty" in said
     lines = lines_of(tmp_path / "branch")
     assert [line["training/global_step"] for line in lines] == [4, 5]
@@ -254,7 +255,7 @@ def test_a_line_that_is_lost_for_good_is_told(whole_run, tmp_path, capsys):
     first, second, *rest = path.read_text().splitlines()
     path.write_text("\n".join([first, second[:50], *rest]) + "\n")
     assert train(f"run_dir={tmp_path / 'run'}", *WHOLE) == 0
-    assert "metrics.jsonl was damaged and is repaired; no line is left for steps [2]" in capsys.readouterr().out
+    assert "metrics.jsonl was damaged and has been repaired; steps [2] are missing" in capsys.readouterr().out
     assert [line["training/global_step"] for line in lines_of(tmp_path / "run")] == [1, 3, 4]
 
 
@@ -270,10 +271,10 @@ def test_where_a_run_begins(whole_run, tmp_path):
     assert found(run_dir=whole_run).name == "global_step_4"
     assert found(run_dir=tmp_path) is None
     assert found(run_dir=tmp_path, resume="never") is None
-    with pytest.raises(ConfigError, match="holds a run"):
+    with pytest.raises(ConfigError, match="contains a run"):
         found(run_dir=whole_run, resume="never")
     (tmp_path / "checkpoints" / "global_step_0").mkdir(parents=True)  # killed before config.yaml
-    with pytest.raises(ConfigError, match="holds a run"):
+    with pytest.raises(ConfigError, match="contains a run"):
         found(run_dir=tmp_path, resume="never")
     with pytest.raises(ConfigError, match=r"no trainer\.pt"):
         found(run_dir=tmp_path, resume=str(tmp_path))
@@ -371,7 +372,7 @@ def test_an_error_that_names_its_reason_needs_no_traceback(tmp_path, capsys):
     quick = ("evaluate.panels=[]", "model.warm_start.epochs=1")
     cut = ("algorithm.mask_truncated=true", "rollout.max_response_tokens=1")
     assert train(f"run_dir={tmp_path}", *quick, *cut) == 1
-    assert capsys.readouterr().err.startswith("error: every response takes all of rollout.max_response_tokens=1")
+    assert capsys.readouterr().err.startswith("error: every response reaches rollout.max_response_tokens=1")
     assert not (tmp_path / "traceback.txt").exists()
 
 

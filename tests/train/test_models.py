@@ -1,4 +1,4 @@
-"""Models of users: what is wrong with a folder is said in one line, before anything is played."""
+"""User models: faults in a folder are reported in one line, before anything is played."""
 
 import json
 
@@ -96,10 +96,10 @@ def test_code_in_a_model_folder_never_runs(folder, tmp_path, monkeypatch):
     policy.save(tmp_path / "saved")
     assert "auto_map" not in (tmp_path / "saved" / "config.json").read_text()
     owned(folder, trace, tokenizer_class="Evil")
-    assert "code of its own (auto_map in its JSON files), which is never run; use" in refusal(folder)
+    assert "custom code (auto_map in its JSON files), which is never run; use" in refusal(folder)
     edit(folder / "tokenizer_config.json", auto_map=None, tokenizer_class="PreTrainedTokenizerFast")
     owned(folder, trace, model_type="evil")
-    assert "code of its own (auto_map in its JSON files), which is never run; use" in refusal(folder)
+    assert "custom code (auto_map in its JSON files), which is never run; use" in refusal(folder)
     assert not trace.exists()
 
 
@@ -114,8 +114,8 @@ def spoil(weights):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (drop_head, ["lm_head.weight", "at random", "tie_word_embeddings=true"]),
-        (lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"), ["layers.1.mlp.up_proj", "at random"]),
+        (drop_head, ["lm_head.weight", "randomly", "tie_word_embeddings=true"]),
+        (lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"), ["layers.1.mlp.up_proj", "randomly"]),
         (spoil, ["model.norm.weight", "finite"]),
         (
             lambda weights: weights.update({"model.norm.weight": torch.ones(16)}),
@@ -133,7 +133,7 @@ def test_weights_are_complete_and_finite(folder, change, words):
 def test_layers_that_are_not_used_are_a_warning(folder):
     edit(folder / "config.json", num_hidden_layers=1)
     check(folder, said=(said := []))
-    assert "9 weights of its files are not used" in said[0]
+    assert "9 weights in its files are not used" in said[0]
     assert "num_hidden_layers" in said[0]
 
 
@@ -159,11 +159,11 @@ FILES = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "copy them too"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json; give the folder"),
     "bad config": (lambda f: (f / "config.json").write_text("{"), "not a valid JSON"),
-    "bad tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "can't load it"),
+    "bad tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "cannot load it"),
     "GPTQ": (lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}), "quantized (gptq)"),
     "attention": (
         lambda f: edit(f / "config.json", attn_implementation="flash_attention_2"),
-        "flash_attn isn't installed; install it, or remove attn_implementation",
+        "flash_attn is not installed; install it, or remove attn_implementation",
     ),
     "hub's attention": (lambda f: edit(f / "config.json", attn_implementation="them/kernel"), "never run; remove"),
     "positions": (lambda f: edit(f / "config.json", max_position_embeddings=64), "lower rollout.max_prompt_tokens"),
@@ -296,7 +296,7 @@ def test_a_model_that_sees_what_comes_later(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=len(tokenizer), **size))
-    with pytest.raises(ConfigError, match="see later ones"):
+    with pytest.raises(ConfigError, match="attend to later ones"):
         check_policy(Policy(model.eval(), tokenizer), load_config("practice", []))
 
 
@@ -316,7 +316,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     said = []
-    with pytest.raises(ConfigError, match=r"can't be reached \(no route\).*give its folder"):
+    with pytest.raises(ConfigError, match=r"cannot be reached \(no route\).*give its folder"):
         check("nobody/nothing", said=said)
     assert asked == [model_files.HUB_TIMEOUT]
     assert said[0].startswith("model: asking ")

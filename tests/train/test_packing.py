@@ -1,4 +1,4 @@
-"""Packed rows: the same hidden states, scores and gradients as a row for each sample."""
+"""Packed rows: the same hidden states, scores and gradients as one row per sample."""
 
 import copy
 import random
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def drawn_samples(seed, count=40):
-    """Groups that share prompts, of many lengths."""
+    """Groups with shared prompts of many lengths."""
     draw = random.Random(seed)
     prompts = [[draw.randrange(1, 97) for _ in range(draw.randint(1, 20))] for _ in range(count // 4)]
     return [

@@ -24,7 +24,7 @@ def test_the_goal_is_never_cut_and_the_limit_holds(cloned, limit, goal_last):
     builder = PromptBuilder(cloned.chat, 6, 3, limit, "plain", goal_last)
     goal_tokens = len(cloned.tokenizer(f"<|user|>{GOAL}<|act|>")["input_ids"])
     if goal_tokens > limit:
-        with pytest.raises(PromptTooLong, match=r"rollout\.max_prompt_tokens is"):
+        with pytest.raises(PromptTooLong, match=r"rollout\.max_prompt_tokens must be"):
             builder.encode([state()])
         return
     for ids in builder.encode([state(), state(0), state(2, scene="")]):

@@ -1,4 +1,4 @@
-"""The quick start's demonstrations and tokenizer, which the package contains."""
+"""The quick start's demonstrations and tokenizer, shipped with the package."""
 
 import copy
 import re

@@ -110,19 +110,19 @@ def test_the_report_is_one_whole_page(finished_run):
         "Entropy by turn",
         "Against its band",
         "Profile and band",
-        "Tokens out of their band",
+        "Tokens outside the band",
         "Band penalty",
         "Phase weight",
         "Clip fraction",
         "KL",
         "Gradient norm",
-        "Time of a step",
+        "Time per step",
     ):
         assert heading in page.text
     assert "Success rose by 62.5 points on 16 held-out tasks." in page.text
     assert "a rise" in page.text
     assert "Warning at step 2" in page.text
-    assert "entropy 0.70 nats a token is above 0.5 (watch.entropy_high)" in page.text
+    assert "entropy 0.70 nats per token is above 0.5 (watch.entropy_high)" in page.text
     assert "band_high: 1.1" in page.text
     assert "torch" in page.text
     assert "nan" not in page.text
@@ -147,7 +147,7 @@ def test_what_a_model_wrote_is_text_and_nothing_else(finished_run):
     assert "<script>alert(1)</script> \\x1b[31m & [bold]" in page.text
     assert "\x1b" not in html
     assert "<think><script>alert(1)</script> \\x1b[31m & [bold]" in page.text, "the response, which was not understood"
-    assert "response 6 tokens, cut" in page.text
+    assert "response 6 tokens, truncated" in page.text
     assert "variation 2" in page.text
     assert "variation 3" not in page.text, "three episodes a panel are enough"
 
@@ -159,7 +159,7 @@ def test_an_interval_that_holds_0_is_said_plainly(finished_run):
         after[name] = before[name]
     path.write_text(json.dumps([before, after]))
     page = Page(write_report(finished_run).read_text())
-    assert "No change of success is shown: +0.0 points, and the interval includes 0." in page.text
+    assert "No significant change in success: +0.0 points, and the interval includes 0." in page.text
     assert "the interval includes 0, so no change is shown" in page.text
 
 
@@ -171,7 +171,7 @@ def test_a_run_that_has_only_begun_has_a_report_too(tmp_path):
     tracker.close()
     page = Page(write_report(tmp_path).read_text())
     assert "before" in page.text
-    assert "response 6 tokens, cut" in page.text
+    assert "response 6 tokens, truncated" in page.text
     path = tmp_path / "episodes" / "before_iid_sampled.jsonl"
     old = [json.loads(line) for line in path.read_text().splitlines()]
     for name in ("response", "response_tokens", "finish_reason"):

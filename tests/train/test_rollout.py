@@ -13,7 +13,7 @@ from tests.train.conftest import engine_of, prompts_of
 
 
 class CountingEngine:
-    """Passes on, and counts what it was asked."""
+    """Forwards requests and counts them."""
 
     def __init__(self, engine):
         self.engine = engine

@@ -1,4 +1,4 @@
-"""The engine's policy q against the learner's p: weights by hand, and gradients that they put right."""
+"""The engine's policy q against the learner's p: weights by hand, and the gradients they correct."""
 
 import math
 
@@ -25,7 +25,7 @@ def sample_of(ratios, turns, q=0.125):
 
 
 def samples_of(layout):
-    """The same tokens as one sample, or a sample a turn."""
+    """The same tokens as one sample, or as one sample per turn."""
     if layout == "episode":
         return [sample_of(RATIOS, TURNS)]
     return [sample_of(RATIOS[:2], [0, 0]), sample_of(RATIOS[3:], [1, 1, 1])]
@@ -175,7 +175,7 @@ def test_padding_carries_no_weight():
     assert batch.is_weights[0].tolist() == [2.0, 0, 0, 0, 0, 0]
     assert torch.where(batch.mask, 0.0, batch.is_weights).count_nonzero() == 0
     samples[0].is_weights = None
-    with pytest.raises(ValueError, match="1 of 2 samples have what all of them or none must have"):
+    with pytest.raises(ValueError, match="must be set in all samples or in none, got 1 of 2"):
         MiniBatch.of(samples, 0, torch.device("cpu"))
 
 
@@ -183,7 +183,7 @@ def test_a_ratio_that_is_no_number_is_not_hidden():
     sample = sample_of([1.0, math.nan], [0, 0])
     set_rollout_weights([sample], "token", 2.0)
     assert math.isnan(sample.is_weights[1])  # the loss is NaN with it, and that update is left out and counted
-    with pytest.raises(ValueError, match="engine's log-probs"):
+    with pytest.raises(ValueError, match="rollout_log_probs"):
         set_rollout_weights([Sample.of_turn([1], [2], 0)], "token", 2.0)
 
 

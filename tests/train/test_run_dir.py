@@ -1,4 +1,4 @@
-"""The run's folder: one process at a time, whatever became of the last one; and none that can't be used."""
+"""The run's folder: one process at a time, however the last one ended; and unusable folders are rejected."""
 
 import errno
 import fcntl
@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path, monkeypatch, capsys, 
         else:
             (run_dir / "metrics.jsonl").mkdir()
     assert train(f"run_dir={run_dir}", *flags) == 2
-    assert f"run_dir={run_dir} can't be used: " in capsys.readouterr().err
+    assert f"run_dir={run_dir} cannot be used: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
@@ -144,14 +144,14 @@ def test_so_is_one_on_a_full_or_read_only_disk(tmp_path, monkeypatch, capsys, no
 
     monkeypatch.setattr(run_dir_module.Holder, "this", refuse)  # as the first bytes are written
     assert train(f"run_dir={tmp_path / 'run'}") == 2
-    assert f"can't be used: {os.strerror(number)}" in capsys.readouterr().err
+    assert f"cannot be used: {os.strerror(number)}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_and_one_that_takes_no_byte(tmp_path, capsys, nothing_computed):
     with files_at_most(0):
         assert train(f"run_dir={tmp_path / 'run'}") == 2
-    assert "can't be used: File too large" in capsys.readouterr().err
+    assert "cannot be used: File too large" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

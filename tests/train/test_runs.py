@@ -1,4 +1,4 @@
-"""Whole short runs of every algorithm, with and without EPO, in both layouts; and going on where one stopped."""
+"""Short complete runs of every algorithm, with and without EPO, in both layouts; and resuming interrupted ones."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ EPO = {"with EPO": ["loss.penalty=hinge"], "without": ["loss.penalty=none", "los
 
 @pytest.fixture(scope="module")
 def start(cloned, tmp_path_factory):
-    """Settings that begin with a policy that is there: no run clones its own."""
+    """Settings that start from an existing policy, so that no run clones its own."""
     folder = tmp_path_factory.mktemp("start") / "policy"
     cloned.save(folder)
     return [f"model.name_or_path={folder}", "model.warm_start.demonstrations=0"]

@@ -1,4 +1,4 @@
-"""Declared settings: everything that is said of them follows from the declaration, in any dataclass."""
+"""Declared settings: help, names and errors all follow from the declaration, in any dataclass."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Signals: which ask a run to stop, and when a later one ends it."""
+"""Signals: which ones request a stop, and when a later one ends the run."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""A reader of stdout that goes away costs the text alone."""
+"""If the reader of stdout goes away, only text is lost."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""What of the vLLM engine needs no vLLM. The rest: tests/integrations/vllm."""
+"""The parts of the vLLM engine that need no vLLM. The rest is in tests/integrations/vllm."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Cloning of demonstrations, of any length."""
+"""Cloning demonstrations of any length."""
 
 import math
 from dataclasses import replace

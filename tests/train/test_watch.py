@@ -15,8 +15,8 @@ FINE = {
 @pytest.mark.parametrize(
     ("metrics", "sign", "figure"),
     [
-        ({"actor/entropy": 0.001}, "entropy_low", "entropy 0.0010 nats a token is below 0.005 (watch.entropy_low)"),
-        ({"actor/entropy": 5.0}, "entropy_high", "entropy 5.00 nats a token is above 4 (watch.entropy_high)"),
+        ({"actor/entropy": 0.001}, "entropy_low", "entropy 0.0010 nats per token is below 0.005 (watch.entropy_low)"),
+        ({"actor/entropy": 5.0}, "entropy_high", "entropy 5.00 nats per token is above 4 (watch.entropy_high)"),
         ({"episode/groups_without_variance": 4}, "uniform_groups", "100% of groups have equal returns"),
         ({"response/repeated_token_share": 0.5}, "repeated_tokens", "50% of response tokens repeat earlier ones"),
         (

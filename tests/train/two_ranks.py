@@ -1,4 +1,4 @@
-"""Run by torchrun, as two processes, from test_distributed.py: runs, then what is seen of the parts. Writes JSON."""
+"""Run by torchrun, as two processes, from test_distributed.py: runs, then inspections of the parts. Writes JSON."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Settings and presets as `--help` shows them, and the answer to an option that does not exist."""
+"""Settings and presets as shown by `--help`, and the error for an option that does not exist."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,10 +17,10 @@ def describe_settings(environment: str | None = None) -> str:
     """Every setting with its default and help text, by group.
 
     Args:
-        environment: whose options and panels to show; None: those of all built-in ones.
+        environment: the environment whose options and panels to show; None: all built-in ones.
 
     Raises:
-        ValueError, ImportError: there is no such environment, or it can't be imported.
+        ValueError, ImportError: there is no such environment, or it cannot be imported.
     """
     if environment is not None:
         return "\n".join(_describe(schema_of(suite_class(environment))))
@@ -33,12 +33,12 @@ def describe_settings(environment: str | None = None) -> str:
 
 
 def preset_titles() -> dict[str, str]:
-    """{name: title}, the title being the preset's first comment."""
+    """{name: title}; the title is the preset's first comment."""
     return {name: preset_text(name).splitlines()[0].removeprefix("# ") for name in preset_names()}
 
 
 def option_as_setting(option: str, following: Sequence[str]) -> str:
-    """The error for an option that does not exist, such as --steps 5: how to write the setting that is meant."""
+    """The error for an option that does not exist, such as --steps 5, with the setting that was probably meant."""
     given, equals, value = option.lstrip("-").partition("=")
     given, known = given.replace("-", "_"), known_settings()
     if group := [name for name in known if name.startswith(f"{given}.")]:
@@ -46,8 +46,8 @@ def option_as_setting(option: str, following: Sequence[str]) -> str:
     name = given if given in known else closest(given, known)
     if name is None:
         return (
-            f"unknown option {option}; the options are --print-config, --dry-run and --help, and settings are written "
-            "GROUP.KEY=VALUE"
+            f"unknown option {option}; the options are --print-config, --dry-run, --plan and --help, and settings are "
+            "written GROUP.KEY=VALUE"
         )
     if not equals:
         value = following[0] if following and "=" not in following[0] and following[0][:2] != "--" else "VALUE"
@@ -62,7 +62,7 @@ def _describe(settings: type, prefix: str = "") -> Iterator[str]:
             yield f"{name}: {member.help}"
             yield from _describe(member.type, f"{name}.")
             continue
-        if member.type is Any:  # env.options, where no environment is chosen
+        if member.type is Any:  # env.options without a chosen environment
             continue
         choices = f" ({' | '.join(member.rule.choices)})" if member.rule and member.rule.choices else ""
         yield f"  {name}={yaml_value(member.default)} ".ljust(_COLUMN) + member.help + choices

@@ -1,4 +1,4 @@
-"""How the settings depend on the environment: its suite declares `env.options` and the panels of `evaluate.panels`."""
+"""How the settings depend on the environment, which declares `env.options` and the panels of `evaluate.panels`."""
 
 from collections.abc import Sequence
 from dataclasses import make_dataclass
@@ -32,10 +32,10 @@ def _derived(settings: type, **replaced: Any) -> type:
 
 
 def choose_environment(layers: Sequence[Layer]) -> str:
-    """The value of `env.name`; drops the options that a preset or file gives to another environment.
+    """The value of `env.name`; drops options that a preset or file sets for another environment.
 
     Raises:
-        OmegaConfBaseException: a name given by an interpolation that can't be resolved.
+        OmegaConfBaseException: the name is an interpolation that cannot be resolved.
     """
     names = [_name_in(layer) for layer in layers]
     chosen = next((name for name in reversed(names) if name is not None), EnvConfig.name)
@@ -48,7 +48,7 @@ def choose_environment(layers: Sequence[Layer]) -> str:
 
 
 def _name_in(layer: Layer) -> str | None:
-    """None where the layer has no such text; what it has instead is refused when its settings are checked."""
+    """None if the layer has no text there; any other value is rejected when its settings are checked."""
     env = layer.settings.get("env")
     name = OmegaConf.select(env, "name") if OmegaConf.is_dict(env) else None
     return name if isinstance(name, str) else None

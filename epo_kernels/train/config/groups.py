@@ -57,7 +57,7 @@ class ModelConfig:
     )
     initializer_range: float = setting(0.02, "standard deviation of a new model's initial weights", POSITIVE)
     chat_template: str | None = setting(
-        None, "null: the tokenizer's | plain | a template file | one of the tokenizer's by name"
+        None, "null: the tokenizer's | plain | a template file | the name of one of the tokenizer's templates"
     )
     chat_template_kwargs: dict[str, Any] = setting({}, "chat template variables, such as {enable_thinking: false}")
     dtype: str = setting("float32", "precision of matrix products; weights are float32", one_of("float32", "bfloat16"))
@@ -90,7 +90,7 @@ class ModelConfig:
         require(
             self.warm_start.demonstrations >= 1,
             f"model.warm_start.demonstrations must be at least 1, got 0: model.name_or_path={self.name_or_path} is a "
-            "new model that knows nothing. Set it, or name a pretrained model",
+            "new, untrained model. Set it, or name a pretrained model",
         )
         require(
             self.chat_template is None and not self.chat_template_kwargs,

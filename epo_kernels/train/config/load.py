@@ -71,7 +71,7 @@ def _merge(layers: Sequence[Layer]) -> TrainConfig:
 
 
 def _schema_for(layers: Sequence[Layer]) -> type[TrainConfig]:
-    """The settings that the environment named in the layers has."""
+    """The settings of the environment named in the layers."""
     try:
         return schema_of(suite_class(choose_environment(layers)))
     except OmegaConfBaseException as error:
@@ -82,7 +82,7 @@ def _schema_for(layers: Sequence[Layer]) -> type[TrainConfig]:
 
 def _read_sources(sources: list[str]) -> list[Layer]:
     """The preset, then the files."""
-    layers, asked = [], {}  # {preset: who names it}
+    layers, asked = [], {}  # {preset: where it is named}
     for source in sources:
         if source.endswith((".yaml", ".yml")):
             layers.append(layer := read_settings_file(source))
@@ -134,9 +134,9 @@ def _read_override(override: str) -> Layer:
 
 
 def _check_names(given: Any, settings: type, layer: Layer, known: list[str], prefix: str = "") -> None:
-    """Check the names in a layer against a settings dataclass, and what OmegaConf would convert without complaint.
+    """Check the names in a layer against a settings dataclass, and reject values that OmegaConf converts silently.
 
-    `known` are the full names of all settings, to suggest one of them.
+    `known` are the full names of all settings, used for suggestions.
     """
     declared = {member.name: member for member in members(settings)}
     for name, value in given.items():
@@ -163,20 +163,20 @@ def _unknown_name(full: str, known: list[str], in_file: bool) -> str:
 
 
 def _nested(full: str) -> str:
-    """a.b as YAML writes it: a: {b: ...}."""
+    """a.b in YAML: a: {b: ...}."""
     *groups, last = full.split(".")
     return "".join(f"{group}: {{" for group in groups) + f"{last}: ..." + "}" * len(groups)
 
 
 def _check_type(full: str, value: Any, member: Member, layer: Layer) -> None:
-    """Refuse what OmegaConf would convert to text, or would explain in its own terms."""
+    """Reject values that OmegaConf would convert to text, or whose error would use OmegaConf's own terms."""
     if isinstance(value, dict):
         raise ConfigError(
             f"{layer.where(full)}{full} is a setting, not a group: it has no {', '.join(map(repr, value))}"
         )
     parts = value if isinstance(value, list) else [value]
     if str in (member.type, *get_args(member.type)) and any(isinstance(part, bool) for part in parts):
-        wanted = member.rule.text if member.rule else "text, in quotes if need be"
+        wanted = member.rule.text if member.rule else "text, quoted if necessary"
         raise ConfigError(
             f"{layer.where(full)}{full} must be {wanted}, got {yaml_value(value)} (YAML reads on, off, yes and no as "
             "true and false)"
@@ -184,7 +184,7 @@ def _check_type(full: str, value: Any, member: Member, layer: Layer) -> None:
 
 
 def _setting_error(error: Exception, layers: Sequence[Layer]) -> ConfigError:
-    """OmegaConf's error about one setting, with the place where the setting was last given."""
+    """OmegaConf's error about one setting, prefixed with the place where the setting was last given."""
     name = getattr(error, "full_key", None) or ""
     reason = _first_line(error)
     if unset := re.search("Environment variable '(.+?)' not found", reason):
@@ -196,7 +196,7 @@ def _setting_error(error: Exception, layers: Sequence[Layer]) -> ConfigError:
 
 
 def _place_of(name: str, layers: Sequence[Layer]) -> str:
-    """Where the setting was last given."""
+    """The place where the setting was last given."""
     return next((layer.where(name) for layer in reversed(layers) if name in layer.lines), "")
 
 

@@ -13,7 +13,7 @@ from epo_kernels.defaults import BAND
 from epo_kernels.schedule import SCHEDULES
 from epo_kernels.train.setting import NOT_NEGATIVE, ConfigError, at_least, one_of, require, setting
 
-# Defaults of `ek.EntropyController`, and the settings of the group loss that its arguments come from.
+# Defaults of `ek.EntropyController`, and the loss settings that provide its arguments.
 _CONTROLLER = {name: one.default for name, one in inspect.signature(ek.EntropyController).parameters.items()}
 _CONTROLLER_SETTINGS = {
     "target": "entropy_target",
@@ -30,7 +30,7 @@ _CONTROLLER_SETTINGS = {
 
 
 def _library(defaults: Any, name: str, text: str) -> Any:
-    """A setting with the default and the choices of a field of the library's dataclass."""
+    """A setting that takes its default and choices from a field of a library dataclass."""
     owner = defaults if isinstance(defaults, type) else type(defaults)
     kind = get_type_hints(owner)[name]
     listed = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
@@ -49,7 +49,7 @@ def _band(name: str, text: str) -> Any:
 class LossConfig:
     """The loss (`epo_kernels.EPOConfig`), its entropy band, and corrections for rollout mismatch.
 
-    The defaults of the band are those of `epo_kernels.defaults.BandDefaults`: the paper's hinge.
+    The band's defaults are `epo_kernels.defaults.BandDefaults`: the paper's hinge.
     """
 
     policy_loss: str = _epo("policy_loss", "policy-gradient loss")
@@ -61,7 +61,7 @@ class LossConfig:
     clip_ratio_high: float = _epo("clip_ratio_high", "above clip_ratio_low: DAPO's clip-higher")
     clip_ratio_c: float | None = _epo("clip_ratio_c", "ppo, gspo: dual-clip bound; dppo: ratio bound; null: none")
     ratio_scope: str | None = _epo("ratio_scope", "tokens that share a ratio (segment: a turn); null: policy_loss's")
-    ratio_gradient: str = _epo("ratio_gradient", "of a shared ratio: each token's own (verl) or the mean's (TRL)")
+    ratio_gradient: str = _epo("ratio_gradient", "gradient of a shared ratio: per token (verl), or of the mean (TRL)")
     sapo_tau_pos: float = _epo("sapo_tau_pos", "sapo: temperature for positive advantages")
     sapo_tau_neg: float = _epo("sapo_tau_neg", "sapo: temperature for other advantages")
     dppo_divergence: str = _epo("dppo_divergence", "dppo: divergence of the trust region")
@@ -122,10 +122,10 @@ class LossConfig:
         self.controller()
 
     def controller(self, device: torch.device | str = "cpu") -> ek.EntropyController | None:
-        """What adjusts entropy_coeff; None without a target.
+        """The controller of entropy_coeff; None without a target.
 
         Raises:
-            ConfigError: settings that EntropyController refuses.
+            ConfigError: EntropyController rejects the settings.
         """
         if self.entropy_target is None:
             return None

@@ -1,4 +1,4 @@
-"""The presets that come with the package."""
+"""The presets shipped with the package."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -10,5 +10,5 @@ def preset_names() -> list[str]:
 
 
 def preset_text(name: str) -> str:
-    """Its YAML; the first line is a comment with its title."""
+    """The preset's YAML; the first line is a comment with its title."""
     return (files("epo_kernels.train") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")

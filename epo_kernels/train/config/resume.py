@@ -1,4 +1,4 @@
-"""What differs between the settings of a saved run and those it is resumed with, and what may."""
+"""Compares the settings of a saved run with those of its resumption, and says which may differ."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from epo_kernels.train.setting import Resume, members
 
 
 def read_settings(saved: str, schema: type[TrainConfig] = TrainConfig) -> dict[str, Any]:
-    """{"a.b": value} of a saved config.yaml; a setting that it lacks has its default, if `schema` declares one."""
+    """{"a.b": value} of a saved config.yaml; missing settings get the default declared in `schema`, if any."""
     return flatten(schema()) | flatten_tree(OmegaConf.to_container(OmegaConf.create(saved)))
 
 
 def differences(saved: str, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from a saved config.yaml, {"a.b": (saved, now)}, except those declared resume="free".
 
-    A setting that is newer than the file had its default. `schedule_steps` is compared by its effective value.
+    Settings newer than the file count as having their default. `schedule_steps` is compared by its effective value.
     """
     before, now = read_settings(saved, type(config)), flatten(config)
     for settings in (before, now):
@@ -40,7 +40,7 @@ def is_among(name: str, listed: tuple[str, ...]) -> bool:
 
 
 def _resume_of(name: str, schema: type[TrainConfig]) -> Resume:
-    """By its own declaration or the innermost group's that has one; a name that is unknown now follows its group."""
+    """The setting's own `resume`, or that of the innermost group that has one; unknown names follow their group."""
     settings: Any = schema
     resume: Resume = "fixed"
     for part in name.split("."):

@@ -21,7 +21,7 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 
 def flatten_tree(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """As `flatten`, of settings as nested dicts, which may contain unknown ones."""
+    """Like `flatten`, for settings as nested dicts, which may contain unknown names."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         known = all_settings().get(f"{prefix}{name}")
@@ -38,7 +38,7 @@ def all_settings(schema: type = TrainConfig) -> dict[str, Member]:
 
 
 def yaml_value(value: Any) -> str:
-    """A value as YAML and the command line write it: true, null, [a, b]."""
+    """A value as written in YAML and on the command line: true, null, [a, b]."""
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 

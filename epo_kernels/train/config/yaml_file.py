@@ -1,4 +1,4 @@
-"""Parses a YAML settings file, and keeps the line of every setting for error messages."""
+"""Parses a YAML settings file, and records the line of every setting for error messages."""
 
 import codecs
 import re
@@ -19,11 +19,11 @@ class Layer:
     """Settings from one source; later layers override earlier ones."""
 
     settings: DictConfig  # nested groups
-    name: str  # the file's; "" for the command line
+    name: str  # file name; "" for the command line
     lines: dict[str, int]  # {"a.b": line number} of every key
 
     def where(self, setting: str) -> str:
-        """The prefix of an error about this setting: its file and line, or "" on the command line."""
+        """The prefix of an error about this setting: file and line, or "" for the command line."""
         if not self.name:
             return ""
         line = self.lines.get(setting)
@@ -34,7 +34,7 @@ def read_settings_file(path: str) -> Layer:
     """Read a YAML file in UTF-8, or in another Unicode encoding with a byte-order mark.
 
     Raises:
-        ConfigError: the file can't be read or isn't a YAML mapping; the message names the line.
+        ConfigError: the file cannot be read or is not a YAML mapping; the message names the line.
     """
     try:
         data = Path(path).expanduser().read_bytes()
@@ -71,7 +71,7 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def _lines_of(root: yaml.MappingNode, name: str) -> Iterator[tuple[str, int]]:
-    """("a.b", line number) of every key. Raises ConfigError for a repeated key, or one that isn't text."""
+    """("a.b", line number) of every key. Raises ConfigError for a repeated key, or a key that is not text."""
     waiting, known = [("", root)], {id(root)}  # an alias repeats a node, possibly inside itself
     while waiting:
         prefix, mapping = waiting.pop()
@@ -95,7 +95,7 @@ def _lines_of(root: yaml.MappingNode, name: str) -> Iterator[tuple[str, int]]:
 
 
 def _explain(error: Exception, text: str) -> str:
-    """One line, ", line N: problem: the text of that line", from a YAML error of several lines."""
+    """One line, ", line N: problem: the text of that line", from a multi-line YAML error."""
     lines = text.splitlines()
     if isinstance(error, yaml.reader.ReaderError):
         number = text[: error.position].count("\n")
@@ -105,7 +105,7 @@ def _explain(error: Exception, text: str) -> str:
         return f", line {number}: {str(error).splitlines()[0]}: {lines[number - 1].strip()[:80]!r}"
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return f" is not valid YAML: {str(error).strip().splitlines()[0]}"
-    # An unclosed bracket or quote is detected at the end, but the mistake is where it opens.
+    # An unclosed bracket or quote is only detected at the end of the file, but the mistake is where it opens.
     began_there = error.context_mark and re.search("flow|scanning", error.context or "")
     mark = error.context_mark if began_there else error.problem_mark
     if mark.line >= len(lines) and error.context_mark:

@@ -1,4 +1,4 @@
-"""Environments: what the agent acts in, behind one small interface."""
+"""Environments in which the agent acts, behind one small interface."""
 
 from epo_kernels.train.envs.base import (
     SPLITS,

@@ -1,4 +1,4 @@
-"""What every environment, suite and rollout agrees on: text in, text out, one frozen record a step."""
+"""The interface shared by environments, suites and rollout: text in, text out, one frozen record per step."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ MAX_ACTION = 200  # characters; the longest gold action has about 90 (ScienceWor
 
 
 class EnvironmentFailure(RuntimeError):
-    """An environment died, hung or could not start. The message says what happened and how to cure it."""
+    """An environment died, hung or could not start. The message gives the reason and the fix."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Task:
 
     name: str  # the task type, e.g. "find-non-living-thing"
     variation: int
-    seed: int = 0  # only for environments that have randomness of their own
+    seed: int = 0  # only for environments with their own randomness
 
 
 @dataclass(frozen=True)
@@ -29,34 +29,34 @@ class Observation:
     """What the policy sees before it acts."""
 
     goal: str  # the task: the sentence that must never be cut from a prompt
-    text: str  # the answer to the last action; at reset, the opening text
-    scene: str = ""  # what can be seen now; "" where `text` says all
-    state: str = ""  # GiGPO compares turns of which this is the same; "": those of the same scene, or text without one
-    actions: tuple[str, ...] = ()  # all that can be done now, where the environment knows and `scene` doesn't say
+    text: str  # the answer to the last action; after reset, the opening text
+    scene: str = ""  # what is visible now; "" if `text` includes it
+    state: str = ""  # GiGPO compares turns with the same state; "": the scene, or the text if there is no scene
+    actions: tuple[str, ...] = ()  # admissible actions, if the environment lists them and `scene` does not
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one action brought about."""
+    """The outcome of one action."""
 
     observation: Observation
-    reward: float  # what RL gets for this step, by the suite's documented rule; sums to the return
+    reward: float  # the RL reward of this step, by the suite's documented rule; sums to the return
     done: bool
     score: float  # 0..100
-    success: bool  # truly completed
+    success: bool  # the task is completed
     valid: bool = True  # the environment understood the action
 
     @property
     def official_success(self) -> bool:
-        """What the published EPO code counts as success."""
+        """Success as defined by the published EPO code."""
         return self.done and self.score > 0
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A shown episode, for cloning and for the tokenizer's text.
+    """A demonstrated episode, used for cloning and to train the tokenizer.
 
-    `observations[i]` is what was seen before `actions[i]`; `score` is the final one, 0..100.
+    `observations[i]` is what was seen before `actions[i]`; `score` is the final score, 0..100.
     """
 
     task: Task
@@ -66,9 +66,9 @@ class Demonstration:
 
 
 class Environment(Protocol):
-    """One episode at a time. Belongs to one thread at a time.
+    """Plays one episode at a time. Not thread-safe: use from one thread at a time.
 
-    Every method may raise EnvironmentFailure; the driver then closes this environment and makes a new one.
+    Every method may raise EnvironmentFailure; the driver then closes this environment and creates a new one.
     """
 
     def reset(self, task: Task) -> Observation: ...
@@ -76,17 +76,17 @@ class Environment(Protocol):
     def step(self, action: str) -> StepResult: ...
 
     def close(self) -> None:
-        """Release everything (by default, nothing). May be called twice, and from another thread while a call hangs."""
+        """Release all resources (default: none). May be called twice, and from another thread while a call hangs."""
 
 
 @dataclass
 class NoOptions:
-    """A suite without settings of its own."""
+    """For a suite without settings of its own."""
 
 
 @dataclass
 class EnvConfig:
-    """The environment and its limits; each has settings of its own, env.options."""
+    """The environment and its limits; each environment has its own settings in env.options."""
 
     name: str = setting("scienceworld", "scienceworld | alfworld | practice | a plug-in, as my_module:MySuite")
     max_turns: int | None = setting(None, "actions per episode; null: the environment's default", at_least(1))
@@ -106,18 +106,18 @@ class EnvConfig:
 
 
 def clean_action(action: str | None) -> str:
-    """Any model's output as one printable line of at most MAX_ACTION characters, harmless to send to an engine."""
+    """Model output as one printable line of at most MAX_ACTION characters, safe to send to an engine."""
     printable = (action or "").encode("utf-8", "ignore").decode()
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", printable).strip()[:MAX_ACTION]
 
 
 def unknown_task_name(suite: str, name: str, known: Sequence[str]) -> str:
-    """The complaint about a task type that a suite doesn't have."""
+    """The error for a task type that a suite does not have."""
     return f"{suite} has no task type {name!r}; it has: {', '.join(known)}{suggest(name, known)}"
 
 
 def check_task_names(names: Sequence[str], held_out: Sequence[str]) -> None:
-    """Raises ConfigError unless there are task types to train on and none of them is held out."""
+    """Raise ConfigError unless there are task types to train on and none of them is held out."""
     require(bool(names), "env.options.task_names must name at least one task type")
     both = sorted(set(names) & set(held_out))
     require(

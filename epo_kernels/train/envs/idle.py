@@ -1,4 +1,4 @@
-"""Environments that a suite keeps between uses, since starting one costs seconds."""
+"""Environments that a suite reuses, because starting one takes seconds."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ E = TypeVar("E", bound=Environment)
 
 
 class IdleEnvironments(Generic[E]):
-    """Lends environments, each to one thread at a time, and makes another where none is idle."""
+    """Lends environments, each to one thread at a time, and creates another if none is idle."""
 
     def __init__(self, make: Callable[[], E]) -> None:
         self._make = make
@@ -20,7 +20,7 @@ class IdleEnvironments(Generic[E]):
 
     @contextmanager
     def borrow(self) -> Iterator[E]:
-        """One for the caller alone. Whatever is raised inside, it comes back, but where the environment failed."""
+        """An environment for exclusive use. It is returned after any exception except an environment failure."""
         with self._lock:
             environment = self._idle.pop() if self._idle else None
         environment = environment or self._make()
@@ -36,7 +36,7 @@ class IdleEnvironments(Generic[E]):
                     self._idle.append(environment)
 
     def close(self) -> None:
-        """End those that are idle. It goes on lending."""
+        """Close the idle environments. Further calls of `borrow` still work."""
         with self._lock:
             idle, self._idle = self._idle, []
         for environment in idle:

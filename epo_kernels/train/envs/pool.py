@@ -1,8 +1,8 @@
-"""Many blocking environments at once, each on a thread of its own, where one that dies or hangs harms no other.
+"""Runs many blocking environments concurrently, one thread each; one that dies or hangs does not affect the others.
 
-A slot is a place for one environment. `reset` and `step` return futures at once, so that a caller may wait for all,
-for any, or do something else meanwhile; a future always completes, with EnvironmentFailure where the environment
-raised or took too long. The environment of a failed slot is ended, and its next `reset` makes a new one.
+A slot holds one environment. `reset` and `step` return futures immediately, so a caller can wait for all of them, for
+any of them, or do something else meanwhile. A future always completes, with EnvironmentFailure if the environment
+raised or timed out. The environment of a failed slot is closed, and its next `reset` creates a new one.
 """
 
 import math
@@ -22,49 +22,49 @@ from epo_kernels.train.envs.suite import Suite
 @dataclass(frozen=True)
 class _Job:
     call: Callable[[Environment], Any]
-    limit: float  # seconds, from the moment it runs
-    hint: str  # the setting to raise when it was only slow
+    limit: float  # seconds after it starts
+    hint: str  # the setting to raise if it was only slow
     future: Future[Any] = field(default_factory=Future)
 
 
 class _Worker:
-    """One environment on its thread, made at its first job. Broken once, broken for good."""
+    """One environment and its thread, created with its first job. Once it fails it stays failed."""
 
     def __init__(self, make: Callable[[], Environment], name: str) -> None:
         self._make = make
         self._environment: Environment | None = None
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the attributes below
         self._unfinished: deque[_Job] = deque()
         self._deadline = math.inf
         self.broken = False
-        self.failure: EnvironmentFailure | None = None  # what broke it
+        self.failure: EnvironmentFailure | None = None  # the reason it failed
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, job: _Job) -> None:
         with self._lock:
             if not self.broken:
-                job.future.set_running_or_notify_cancel()  # from now on nobody can cancel it
+                job.future.set_running_or_notify_cancel()  # can no longer be cancelled
                 self._unfinished.append(job)
                 self._queue.put(job)
                 return
         job.future.set_exception(EnvironmentFailure("the environment of this slot has failed; reset the slot"))
 
     def expire(self) -> None:
-        """Give the environment up if its job is late."""
+        """Abandon the environment if its job is late."""
         with self._lock:
             is_late = not self.broken and time.monotonic() > self._deadline
             late = self._unfinished[0] if is_late else None
         if late:
             self.abandon(
                 EnvironmentFailure(
-                    f"an environment didn't answer within {late.limit:g} s and is replaced; "
+                    f"an environment did not answer within {late.limit:g} s and is replaced; "
                     f"if it was only slow, raise {late.hint} or lower rollout.environments"
                 )
             )
 
     def abandon(self, failure: EnvironmentFailure) -> threading.Thread | None:
-        """Fail all unfinished jobs and end the environment; returns the thread that ends it, if any."""
+        """Fail all unfinished jobs and close the environment; returns the thread that closes it, if any."""
         with self._lock:
             if self.broken:
                 return None
@@ -75,9 +75,9 @@ class _Worker:
         self._queue.put(None)
         for job in unfinished:
             job.future.set_exception(failure)
-        if environment is None:  # never made, or still in the making: then its thread ends it
+        if environment is None:  # not created yet, or being created: then its own thread closes it
             return None
-        ending = threading.Thread(target=environment.close, daemon=True)  # it may hang as well
+        ending = threading.Thread(target=environment.close, daemon=True)  # closing may hang too
         ending.start()
         return ending
 
@@ -87,7 +87,7 @@ class _Worker:
                 self._deadline = time.monotonic() + job.limit
             try:
                 result = job.call(self._environment or self._begin())
-            except Exception as error:  # of whatever kind: it is this episode's failure, and is reported as such
+            except Exception as error:  # of any kind: reported as a failure of this episode
                 self.abandon(_as_failure(error))
                 break
             with self._lock:
@@ -104,7 +104,7 @@ class _Worker:
         with self._lock:
             self._environment = environment
             if self.broken:
-                raise EnvironmentFailure("the environment was given up before it began")
+                raise EnvironmentFailure("the environment was abandoned before it started")
         return environment
 
 
@@ -118,22 +118,22 @@ def _as_failure(error: Exception) -> EnvironmentFailure:
 
 @dataclass
 class EnvironmentPool:
-    """`size` slots over the environments of `suite`, which are made when first needed.
+    """`size` slots over the environments of `suite`, which are created when first needed.
 
     Close it, or use it as a context manager: environments may be processes.
     """
 
     suite: Suite
     size: int
-    step_timeout: float = 30.0  # seconds a step may take
-    start_timeout: float = 120.0  # seconds a reset may take, the making of the environment included
-    max_failures: int = 100  # episodes in a row that may be lost before `reset` raises
-    replaced: int = field(default=0, init=False)  # environments that failed and were replaced
+    step_timeout: float = 30.0  # seconds per step
+    start_timeout: float = 120.0  # seconds per reset, including the creation of the environment
+    max_failures: int = 100  # consecutive lost episodes before `reset` raises
+    replaced: int = field(default=0, init=False)  # number of environments that failed and were replaced
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"a pool needs at least one slot, not {self.size}")
-        self._failures = 0  # in a row
+            raise ValueError(f"size must be at least 1 slot, got {self.size}")
+        self._failures = 0  # consecutive
         self._acted = [False] * self.size  # since the slot's last reset
         self._workers = [self._worker(slot) for slot in range(self.size)]
         self._prefetched: dict[int, tuple[Task, Future[Observation]]] = {}
@@ -141,10 +141,10 @@ class EnvironmentPool:
         threading.Thread(target=self._watch, name="environment-watchdog", daemon=True).start()
 
     def reset(self, slot: int, task: Task) -> Future[Observation]:
-        """Begin an episode in `slot`; where this very reset was prefetched, its future.
+        """Start an episode in `slot`; if this reset was prefetched, returns its future.
 
         Raises:
-            EnvironmentFailure: too many episodes in a row were lost, with the reason of the last.
+            EnvironmentFailure: too many consecutive episodes were lost; includes the reason of the last.
         """
         prefetched, future = self._prefetched.pop(slot, (None, None))
         if future is not None and prefetched == task:
@@ -163,15 +163,15 @@ class EnvironmentPool:
         return self._submit(slot, lambda e: e.step(action), self.step_timeout, "env.step_timeout")
 
     def prefetch(self, tasks: Sequence[Task]) -> None:
-        """Begin to reset slots 0, 1, ... to `tasks`, while something else is done: the next `reset` finds it ready.
+        """Start to reset slots 0, 1, ... to `tasks` in the background, so that the next `reset` finds them ready.
 
-        Ends whatever episode these slots are in.
+        Ends any episode in these slots.
         """
         for slot, task in enumerate(tasks):
             self._prefetched[slot] = (task, self.reset(slot, task))
 
     def close(self) -> None:
-        """End all environments. What is still running fails."""
+        """Close all environments. Unfinished jobs fail."""
         self._closed.set()
         failure = EnvironmentFailure("the pool was closed")
         endings = [worker.abandon(failure) for worker in self._workers]
@@ -192,7 +192,7 @@ class EnvironmentPool:
         self._workers[slot] = self._worker(slot)
         if self._failures >= self.max_failures:
             raise EnvironmentFailure(
-                f"{self._failures} episodes in a row were lost to their environments (env.max_failures); "
+                f"{self._failures} consecutive episodes were lost to their environments (env.max_failures); "
                 f"the last: {failure}"
             ) from failure
 

@@ -1,19 +1,19 @@
-"""A walk to a vault: no dependency, microseconds a step, and the trap that long-horizon agents fall into.
+"""A walk to a vault: no dependencies, microseconds per step, and a typical trap of long-horizon agents.
 
-Every room has a sign, and each sign means one way (`WAYS`); by night left and right are swapped. After `length`
-right turns the vault opens: reward 1, nothing before. In many rooms metal glints on a wrong way. Gold pays 0.1 at
-once and ends the episode. Silver pays 0.03, leads back, and the vault stays shut for a thief. So a policy that
-settles early on following the glint is paid at once and can never win. Any other wrong way costs one of
-`spare_turns`: where the meaning of a sign isn't known, trying another way helps and insisting doesn't.
+Every room has a sign, and each sign stands for a direction (`WAYS`); at night left and right are swapped. After
+`length` correct turns the vault opens with reward 1; there is no reward before. In many rooms metal glints in a wrong
+direction. Gold pays 0.1 once and ends the episode. Silver pays 0.03 and leads back, but the vault then stays shut. A
+policy that converges early on following the glint is rewarded immediately and can never win. Any other wrong direction
+costs one of `spare_turns`: if the meaning of a sign is unknown, trying another direction helps and repeating does not.
 
-Signs are not equally frequent, so that a policy cloned from a few demonstrations knows the common ones only. "walk"
-is what is trained; "long-walk", half as long again, with every sign as frequent as any other and nights as frequent
-as days, is the out-of-distribution panel. An episode is wholly determined by its Task and the configuration.
+Signs have different frequencies, so a policy cloned from a few demonstrations knows only the common ones. "walk" is the
+training task. "long-walk", the out-of-distribution panel, is half as long again, with uniform sign frequencies and as
+many nights as days. An episode is fully determined by its Task and the configuration.
 
-Who demonstrates is a setting. The "expert" reads every sign right, so imitating it to the end is all one needs. The
-"novice" has learnt the signs by day only: by night it takes any way, each as likely, tries again after a dead end and
-is caught by gold as often as chance has it. Its episodes are shown whatever their end. So perfect imitation wins no
-more often than the novice does, however many demonstrations it gets, and what night means is learnt from reward alone.
+The demonstrator is a setting. The "expert" reads every sign correctly, so perfect imitation is enough. The "novice"
+knows the signs only by day: at night it picks a uniformly random direction, retries after a dead end, and is caught by
+gold as often as chance has it. Its episodes are shown whatever their outcome. Perfect imitation therefore wins no more
+often than the novice, however many demonstrations there are, and the meaning of night can only be learned from reward.
 """
 
 import random
@@ -33,7 +33,7 @@ from epo_kernels.train.envs.base import (
 from epo_kernels.train.envs.suite import Suite
 from epo_kernels.train.setting import SHARE, Rule, at_least, one_of, require, setting
 
-WAYS = {  # what each sign means by day, the most frequent first
+WAYS = {  # direction of each sign by day, most frequent first
     "sun": "left",
     "tree": "ahead",
     "fish": "right",
@@ -60,9 +60,9 @@ OOD_VARIATIONS = range(0, 512)
 class Kind:
     """A task type."""
 
-    stretch: float  # its length in units of the configured one
-    night: float  # share of rooms by night
-    decay: float  # how much rarer each sign is than the one before
+    stretch: float  # length relative to the configured one
+    night: float  # share of rooms at night
+    decay: float  # how much rarer each sign is than the previous one
 
 
 KINDS = {"walk": Kind(stretch=1, night=0.3, decay=0.75), "long-walk": Kind(stretch=1.5, night=0.5, decay=1)}
@@ -81,7 +81,7 @@ class PracticeOptions:
     )
     temptation: float = setting(0.5, "share of rooms with a shortcut", SHARE)
     demonstrator: str = setting(
-        "expert", "who demonstrates; the novice knows the signs only by day", one_of("expert", "novice")
+        "expert", "demonstrator; the novice knows the signs only by day", one_of("expert", "novice")
     )
 
     def check(self) -> None:
@@ -98,7 +98,7 @@ class Room:
 
     @property
     def way(self) -> str:
-        """The right one."""
+        """The correct direction."""
         return SWAPPED[WAYS[self.sign]] if self.night else WAYS[self.sign]
 
     def describe(self) -> str:
@@ -107,10 +107,10 @@ class Room:
 
 
 def rooms(task: Task, config: PracticeOptions) -> list[Room]:
-    """The rooms of an episode, first to last.
+    """The rooms of an episode, in order.
 
     Raises:
-        ValueError: an unknown task type.
+        ValueError: unknown task type.
     """
     kind = KINDS.get(task.name)
     if kind is None:
@@ -129,7 +129,7 @@ def rooms(task: Task, config: PracticeOptions) -> list[Room]:
 
 
 class PracticeEnvironment(Environment):
-    """One walk at a time."""
+    """Plays one walk at a time."""
 
     def __init__(self, config: PracticeOptions) -> None:
         self._config = config
@@ -198,7 +198,7 @@ class PracticeEnvironment(Environment):
 
 
 class PracticeSuite(Suite):
-    """Walks: "train" and "iid" differ in their variations, "ood" is the longer, harder kind."""
+    """Walks: "train" and "iid" differ in their variations, "ood" is longer and harder."""
 
     Options = PracticeOptions
     panels = ("iid", "ood", "train")
@@ -223,7 +223,7 @@ class PracticeSuite(Suite):
         return PracticeEnvironment(self._options)
 
     def demonstrate(self, task: Task) -> Demonstration:
-        """The demonstrator's episode, whatever its end; the same task is always shown the same way."""
+        """The demonstrator's episode, whatever its outcome; deterministic for each task."""
         walk, environment = rooms(task, self._options), self.make()
         generator = random.Random(f"novice/{task.name}/{task.variation}/{task.seed}")
         is_novice = self._options.demonstrator == "novice"

@@ -1,4 +1,4 @@
-"""Environments that play in processes of their own: for simulators that aren't thread-safe, leak memory or hang."""
+"""Environments in separate processes: for simulators that are not thread-safe, leak memory or hang."""
 
 import importlib
 from dataclasses import asdict
@@ -10,18 +10,18 @@ from epo_kernels.train.envs.workers import Worker
 
 
 class ProcessEnvironment(Environment):
-    """An environment of class `kind` in a process of its own. Belongs to one thread at a time.
+    """An environment of class `kind` in its own process. Not thread-safe: use from one thread at a time.
 
     The process imports the module of `kind` and `epo_kernels.train.envs`, but not PyTorch, so that it starts in a
-    fraction of a second. In it, the package `epo_kernels` itself has no names: import from its submodules.
+    fraction of a second. In it, the package `epo_kernels` itself is empty: import from its submodules.
 
     Args:
         kind: a class at the top level of its module.
-        config: its timeouts hold for each call.
-        arguments: of the class's constructor; JSON values.
+        config: its timeouts apply to each call.
+        arguments: arguments of the class's constructor; JSON values.
 
     Raises:
-        EnvironmentFailure: the process or the environment didn't start.
+        EnvironmentFailure: the process or the environment did not start.
     """
 
     def __init__(self, kind: type[Environment], config: EnvConfig, **arguments: Any) -> None:
@@ -47,7 +47,7 @@ class ProcessEnvironment(Environment):
         return StepResult(**result | {"observation": observation_of(result["observation"])})
 
     def call(self, method: str, **arguments: Any) -> Any:
-        """What another method of `kind` returns. Arguments and result are JSON values."""
+        """Call another method of `kind`. Arguments and result are JSON values."""
         return self._worker.call(method, self._config.start_timeout, "env.start_timeout", **arguments)
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class ProcessEnvironment(Environment):
 
 
 class _Served:
-    """The other end: the environment, with its records as JSON values."""
+    """The server side: the environment, with its records as JSON values."""
 
     def __init__(self, module: str, kind: str, arguments: dict[str, Any]) -> None:
         self._environment = getattr(importlib.import_module(module), kind)(**arguments)

@@ -1,7 +1,7 @@
-"""Which class an environment's name stands for.
+"""Resolves an environment's name to its suite class.
 
-A name is built in, an entry point of the group `epo_kernels.environments` of an installed package, or
-`my_module:MySuite`. All three are loaded the same way.
+A name is built in, an entry point in the group `epo_kernels.environments` of an installed package, or
+`my_module:MySuite`. All three are loaded in the same way.
 """
 
 import re
@@ -17,7 +17,7 @@ from epo_kernels.train.envs.suite import Suite
 from epo_kernels.train.setting import check_settings, suggest
 
 GROUP = "epo_kernels.environments"
-# Not entry points of our own: those would be missing until a source tree is installed again.
+# Not entry points of this package: those would be missing until a source tree is reinstalled.
 BUILT_IN = {
     "scienceworld": "epo_kernels.train.envs.scienceworld.suite:ScienceWorldSuite",
     "alfworld": "epo_kernels.train.envs.alfworld.suite:ALFWorldSuite",
@@ -26,11 +26,11 @@ BUILT_IN = {
 
 
 def suite_class(name: str) -> type[Suite]:
-    """The class that `env.name` names. Its module is imported; the packages it requires need not be installed.
+    """The class named by `env.name`. Its module is imported; the packages it requires need not be installed.
 
     Raises:
-        ValueError: no such environment, module or class, or a class that isn't a complete suite.
-        ImportError: the module imports a package that isn't installed.
+        ValueError: no such environment, module or class, or the class is not a complete suite.
+        ImportError: the module imports a package that is not installed.
     """
     if name in BUILT_IN or ":" in name:
         return _checked(_load(name, BUILT_IN.get(name, name)), f"env.name={name}")
@@ -51,12 +51,12 @@ def _load(name: str, address: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise ImportError(
-                f"env.name={name}: the module {module} needs {error.name}, which isn't installed: "
+                f"env.name={name}: the module {module} needs {error.name}, which is not installed: "
                 f"pip install {(error.name or '').partition('.')[0]}"
             ) from error
         raise ValueError(
             f"env.name={name}: there is no module {error.name!r}. `python -m epo_kernels.train` finds installed "
-            f"packages, folders on PYTHONPATH and what lies in the current folder, which is {Path.cwd()}"
+            f"packages, folders on PYTHONPATH and modules in the current folder, {Path.cwd()}"
         ) from error
     except AttributeError as error:
         if _raised_by_module(error):
@@ -67,7 +67,7 @@ def _load(name: str, address: str) -> Any:
 
 
 def _raised_by_module(error: Exception) -> bool:
-    """Whether the module's own code raised it, and not the look-up of the class in it."""
+    """Whether the module's own code raised it, rather than the look-up of the class."""
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name != "metadata"
 
 
@@ -85,10 +85,10 @@ def _checked(found: Any, named: str) -> type[Suite]:
             f"{methods}, got {found!r}"
         )
     if missing := sorted(found.__abstractmethods__):
-        raise ValueError(f"{named} is not a complete suite: it doesn't define {', '.join(missing)}")
+        raise ValueError(f"{named} is not a complete suite: it does not define {', '.join(missing)}")
     if not (isinstance(found.Options, type) and is_dataclass(found.Options)):
         raise ValueError(f"{named}: its Options must be a dataclass, got {found.Options!r}")
-    # Episodes are saved to files with the name of their panel.
+    # Panel names become part of file names.
     if isinstance(found.panels, str) or not found.panels or not all(re.fullmatch(r"[\w-]+", p) for p in found.panels):
         raise ValueError(
             f"{named}: its panels must be a tuple of names of splits (letters, digits, _ and -), such as ('iid',), got "
@@ -98,13 +98,13 @@ def _checked(found: Any, named: str) -> type[Suite]:
 
 
 def make_suite(config: EnvConfig) -> Suite:
-    """The suite that `config.name` names; where `config.options` is None, with its default options.
+    """The suite named by `config.name`; with its default options if `config.options` is None.
 
-    Nothing heavy starts before its first task or environment.
+    Expensive resources start only with its first task or environment.
 
     Raises:
-        ImportError: a package that the suite requires isn't installed.
-        ValueError: as `suite_class`, or a setting out of range.
+        ImportError: a package required by the suite is not installed.
+        ValueError: as for `suite_class`, or a setting is out of range.
     """
     found = suite_class(config.name)
     for module, package in found.requires.items():

@@ -1,7 +1,7 @@
-"""The program of a helper process: makes one object and calls its methods, a JSON line in, a JSON line out.
+"""The program of a helper process: creates one object and calls its methods; one JSON line in, one JSON line out.
 
-It is run by path, and what it imports of epo_kernels is imported without the package's own __init__: with PyTorch in
-it, a process would need several times the memory and seconds to start. What the object prints goes to stderr.
+It is run by path, and imports parts of epo_kernels without the package's __init__: with PyTorch, a process would need
+several times the memory and seconds to start. The object's own output goes to stderr.
 """
 
 import importlib
@@ -25,7 +25,7 @@ def open_object(path: list[str], package: str, address: str, arguments: dict[str
 def main() -> None:
     served: Any = None
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
-        os.dup2(2, 1)  # libraries print, which must not get between the answers
+        os.dup2(2, 1)  # libraries print to stdout, which must not mix with the answers
         for line in sys.stdin:
             request = json.loads(line)
             name, arguments = request["call"], request["arguments"]
@@ -35,7 +35,7 @@ def main() -> None:
                 else:
                     answer = getattr(served, name)(**arguments)
                 text = json.dumps({"answer": answer})
-            except Exception as error:  # a broken game file, say: reported to whoever asked
+            except Exception as error:  # such as a broken game file: reported to the caller
                 text = json.dumps({"error": f"{type(error).__name__}: {error}"})
             answers.write(text + "\n")
             answers.flush()

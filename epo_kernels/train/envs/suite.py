@@ -1,4 +1,4 @@
-"""The base class of all environments' suites, and of plug-ins."""
+"""The base class of all suites, built-in and plug-in."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,23 +11,23 @@ from epo_kernels.train.envs.idle import IdleEnvironments
 
 
 class Suite(ABC):
-    """A family of tasks, as `env.name` names it. Its methods may be called from any thread.
+    """A family of tasks, named by `env.name`. Its methods may be called from any thread.
 
-    A plug-in derives from this class. It must define `tasks` and `make`; it should define `demonstrate`, since a model
-    from scratch is cloned from demonstrations first. The rest has defaults.
+    Plug-ins derive from this class. They must define `tasks` and `make`, and should define `demonstrate`, because a
+    model built from scratch is first cloned from demonstrations. Everything else has defaults.
 
     Args:
         config: the `env.*` settings; `config.options` is an instance of `Options`.
 
     Raises:
-        ValueError: options that don't work, named as the user writes them (env.options.size).
+        ValueError: invalid options, named as the user writes them (env.options.size).
     """
 
     Options: ClassVar[type] = NoOptions  # the dataclass of env.options.* (see train/setting.py)
-    panels: ClassVar[tuple[str, ...]] = ("iid",)  # the splits that can be evaluated; the first is the default
-    default_max_turns: ClassVar[int] = 30  # actions an episode, unless env.max_turns says otherwise
+    panels: ClassVar[tuple[str, ...]] = ("iid",)  # splits that can be evaluated; the first is the default
+    default_max_turns: ClassVar[int] = 30  # actions per episode, unless env.max_turns is set
     lists_actions: ClassVar[bool] = False  # whether `Observation.actions` is filled in
-    requires: ClassVar[Mapping[str, str]] = {}  # {module that must be importable: what pip installs for it}
+    requires: ClassVar[Mapping[str, str]] = {}  # {module that must be importable: pip requirement that provides it}
 
     def __init__(self, config: EnvConfig) -> None:
         self.config = config
@@ -43,15 +43,15 @@ class Suite(ABC):
 
     @staticmethod
     def in_turns(columns: Sequence[Sequence[Task]]) -> list[Task]:
-        """The tasks of several types, in turn: any first n of them are balanced."""
+        """Tasks of several types, interleaved: the first n are always balanced."""
         return [task for row in zip_longest(*columns) for task in row if task is not None]
 
     @abstractmethod
     def make(self) -> Environment:
-        """A new environment. It is used in one thread, beside others in theirs (see `ProcessEnvironment`)."""
+        """A new environment. It is used in one thread, while others run in theirs (see `ProcessEnvironment`)."""
 
     def demonstrate(self, task: Task) -> Demonstration:
-        """An episode worth imitating.
+        """An episode to imitate.
 
         Raises:
             ValueError: there is none.
@@ -59,11 +59,11 @@ class Suite(ABC):
         raise ValueError(f"{self.name} has no demonstrations; set model.warm_start.demonstrations=0")
 
     def borrow(self) -> AbstractContextManager[Any]:
-        """An environment for the caller alone, inside `with`: for listing tasks and demonstrating. It is kept for the
+        """An environment for exclusive use inside the `with`, for listing tasks and demonstrating. It is kept for the
         next caller.
         """
         return self._idle.borrow()
 
     def close(self) -> None:
-        """End the environments that were borrowed. The suite stays usable."""
+        """Close the environments kept by `borrow`. The suite stays usable."""
         self._idle.close()

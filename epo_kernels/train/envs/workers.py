@@ -1,4 +1,4 @@
-"""An object in a process of its own: started, called and ended with time limits, never blocking for good."""
+"""An object in its own process: started, called and stopped with time limits, never blocking forever."""
 
 import json
 import os
@@ -24,14 +24,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class Worker:
-    """An object in a process of its own. Belongs to one thread at a time; only `close` may come from another.
+    """An object in its own process. Not thread-safe, except that `close` may be called from another thread.
 
     Args:
         address: its class, as "module:Class".
-        title: what it is, for messages, as in "an ALFWorld engine".
+        title: description used in messages, such as "an ALFWorld engine".
 
     Raises:
-        EnvironmentFailure: it didn't start.
+        EnvironmentFailure: it did not start.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class Worker:
         self._title = title
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process has died)
         self.process = subprocess.Popen(
-            # -P: the program's folder must not shadow packages by the names of its modules.
+            # -P: modules in the program's folder must not shadow packages of the same name.
             [sys.executable, "-P", str(PROGRAM)],
-            stdin=subprocess.PIPE,  # breaks when this process dies, and ends the worker
+            stdin=subprocess.PIPE,  # closes when this process dies, which ends the worker
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env={**os.environ, **(variables or {})},
-            start_new_session=True,  # Ctrl-C is for the driver, which then ends its environments itself
+            start_new_session=True,  # Ctrl-C goes to the driver, which closes its environments itself
         )
         self._finalizer = weakref.finalize(self, _end, self.process)
         self._unread = b""
@@ -63,13 +63,13 @@ class Worker:
             raise
 
     def call(self, name: str, timeout: float, setting: str = "env.step_timeout", **arguments: Any) -> Any:
-        """What the object's method of that name returns.
+        """Call the object's method of that name.
 
         Args:
-            timeout: seconds it may take; `setting` is what to raise when it was only slow.
+            timeout: limit in seconds; `setting` is the setting to raise if it was only slow.
 
         Raises:
-            EnvironmentFailure: it died, didn't answer in time, or reported an error.
+            EnvironmentFailure: it died, did not answer in time, or reported an error.
         """
         request = json.dumps({"call": name, "arguments": arguments}).encode() + b"\n"
         assert self.process.stdin is not None
@@ -81,18 +81,18 @@ class Worker:
         return self._answer(timeout, setting)
 
     def close(self) -> None:
-        """End the process at once. A call that waits in another thread then raises EnvironmentFailure."""
+        """Kill the process immediately. A call that waits in another thread then raises EnvironmentFailure."""
         self._finalizer()
 
     def _answer(self, timeout: float, setting: str) -> Any:
         assert self.process.stdout is not None
         pipe, deadline = self.process.stdout.fileno(), time.monotonic() + timeout
-        poll = select.poll()  # not select: that knows only the first 1,024 file numbers
+        poll = select.poll()  # not select.select, which is limited to file descriptors below 1,024
         poll.register(pipe, select.POLLIN)
         while b"\n" not in self._unread:
             if not poll.poll(max(0.0, 1000 * (deadline - time.monotonic()))):
                 raise EnvironmentFailure(
-                    f"{self._title} (process {self.process.pid}) didn't answer within {timeout:g} s; "
+                    f"{self._title} (process {self.process.pid}) did not answer within {timeout:g} s; "
                     f"if it was only slow, raise {setting} or lower rollout.environments"
                 )
             received = os.read(pipe, 1 << 16)
@@ -109,10 +109,10 @@ class Worker:
         try:
             code = self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            return f"{self._title} (process {self.process.pid}) closed its pipes and doesn't answer"
+            return f"{self._title} (process {self.process.pid}) closed its pipes and does not answer"
         self._errors.seek(0)
         said = " ".join(self._errors.read().decode(errors="replace").split())[-500:]
         return (
-            f"{self._title} (process {self.process.pid}) ended with code {code} (it said: {said or 'nothing'}); "
+            f"{self._title} (process {self.process.pid}) ended with code {code} (its output: {said or 'none'}); "
             "if it was killed for memory, lower rollout.environments"
         )

@@ -1,1 +1,1 @@
-"""What a run reads and writes: checkpoints, metrics, the report, signals and streams."""
+"""A run's input and output: checkpoints, metrics, the report, signals and streams."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 400, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26  # margins, for the axes' numbers
-MOST_COLUMNS = 160  # of a heat map: more steps share columns
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26  # margins for the axis labels
+MOST_COLUMNS = 160  # per heat map; with more steps, neighbouring steps share a column
 _SEQUENTIAL = ("#1d1147", "#51127c", "#822681", "#b63679", "#e65164", "#fb8861", "#fec287", "#fcfdbf")
 
 
@@ -21,7 +21,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Scale:
-    """From values to pixels."""
+    """Maps values to pixels."""
 
     low: float
     high: float
@@ -34,7 +34,7 @@ class Scale:
 
 
 def number(value: float) -> str:
-    """Short, for people: 0.00012, 0.35, 12, 1,234."""
+    """Short and readable: 0.00012, 0.35, 12, 1,234."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     if abs(value) >= 1000:
@@ -47,7 +47,7 @@ def percent(value: float) -> str:
 
 
 def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
-    """Round numbers from `low` to `high`; `whole`: no fractions."""
+    """Round numbers from `low` to `high`; `whole`: integers only."""
     if high <= low:
         return [low]
     raw = (high - low) / most
@@ -61,7 +61,7 @@ def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[f
 def line_chart(
     title: str, series: Sequence[Series], show: Callable[[float], str] = number, over: str = "step"
 ) -> Markup:
-    """All series on one pair of axes, from 0 on; a percentage's axis ends at 100 % where it comes near."""
+    """All series on one pair of axes, starting at 0; a percentage axis ends at 100 % if values come close."""
     values = [value for line in series for _, value in line.points]
     values += [value for line in series for pair in line.interval for value in pair]
     low, high = min(0.0, *values), max(values)
@@ -95,11 +95,11 @@ def line_chart(
     return _figure(title, parts, legend, over)
 
 
-Grid = Sequence[Sequence[float | None]]  # a row a step, in it a value a turn; None: nobody got that far
+Grid = Sequence[Sequence[float | None]]  # a row per step, a value per turn; None: no episode got that far
 
 
 def heat_map(title: str, steps: Sequence[float], grid: Grid) -> Markup:
-    """Steps to the right, turns upwards, values by colour from the least to the greatest."""
+    """Steps to the right, turns upwards, values coloured from minimum to maximum."""
     steps, grid = _condensed(steps, grid)
     values = [value for row in grid for value in row if value is not None]
     low, high = min(values), max(values)
@@ -116,7 +116,7 @@ def heat_map(title: str, steps: Sequence[float], grid: Grid) -> Markup:
 def band_map(
     title: str, steps: Sequence[float], grid: Grid, bounds: Sequence[Sequence[tuple[float, float] | None]]
 ) -> Markup:
-    """Where each value of `grid` lies against its (lower, upper): below, inside or above."""
+    """Whether each value of `grid` is below, inside or above its (lower, upper) band."""
     sides = [
         [
             None if value is None or bound is None else -1.0 if value < bound[0] else 1.0 if value > bound[1] else 0.0
@@ -175,7 +175,7 @@ def _cells(
 
 
 def _condensed(steps: Sequence[float], grid: Grid) -> tuple[list[float], list[list[float | None]]]:
-    """At most MOST_COLUMNS rows: neighbouring steps share one, with their mean."""
+    """At most MOST_COLUMNS rows; neighbouring steps are averaged."""
     share = math.ceil(len(steps) / MOST_COLUMNS)
     turns = range(max(map(len, grid)))
     groups = [grid[start : start + share] for start in range(0, len(steps), share)]
@@ -190,7 +190,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _colour(share: float) -> str:
-    """Of a value at `share`, 0 to 1, of the sequential ramp."""
+    """The colour at `share`, 0 to 1, of the sequential ramp."""
     position = min(max(share, 0.0), 1.0) * (len(_SEQUENTIAL) - 1)
     left = min(int(position), len(_SEQUENTIAL) - 2)
     mixed = [

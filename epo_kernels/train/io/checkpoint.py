@@ -1,4 +1,4 @@
-"""Checkpoints: `global_step_N/actor` as save_pretrained writes it, and trainer.pt. Each is complete or absent."""
+"""Checkpoints: `global_step_N/actor` in the format of save_pretrained, and trainer.pt. Each is complete or absent."""
 
 import os
 import pickle
@@ -20,22 +20,22 @@ _UNFINISHED = ".writing_"
 
 
 class SaveError(RunError):
-    """A checkpoint could not be written. The message says what is still whole, and how to go on."""
+    """A checkpoint could not be written. The message says what is intact and how to continue."""
 
 
 def save_checkpoint(
     folder: Path, step: int, save_policy: Callable[[Path], None], state: dict[str, Any], keep: int
 ) -> Path:
-    """Write `folder`/global_step_N under another name, rename it, then remove all but the last `keep`.
+    """Write `folder`/global_step_N under a temporary name, rename it, then remove all but the last `keep`.
 
-    An existing checkpoint of this step is left as it is.
+    An existing checkpoint of this step is left unchanged.
 
     Args:
         save_policy: writes the policy into the folder it is given.
         state: the rest, for trainer.pt: plain tensors and numbers.
 
     Raises:
-        SaveError: nothing was saved, and nothing that was there before is lost.
+        SaveError: nothing was saved, and no earlier checkpoint was lost.
     """
     final = folder / f"global_step_{step}"
     if final.exists():
@@ -43,7 +43,7 @@ def save_checkpoint(
     temporary = folder / f"{_UNFINISHED}{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed while it saved
+        for left in folder.glob(f"{_UNFINISHED}*"):  # from a process that was killed while saving
             shutil.rmtree(left)
         save_policy(temporary / "actor")
         torch.save(state, temporary / "trainer.pt")
@@ -51,7 +51,7 @@ def save_checkpoint(
             _flush(path)
         os.rename(temporary, final)
         _flush(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk can raise any of them
         shutil.rmtree(temporary, ignore_errors=True)
         raise SaveError(_save_failed(folder, step, error)) from error
     except BaseException:
@@ -66,9 +66,9 @@ def room_warning(folder: Path, trained: int, other: int, keep: int) -> str | Non
     """A warning if the disk is too small for a run's checkpoints.
 
     Args:
-        trained: number of parameters saved with AdamW's two moments, four bytes each.
-        other: number of parameters saved without.
-        keep: checkpoint.keep; the newest is written before the oldest goes.
+        trained: number of parameters saved together with AdamW's two moments, four bytes each.
+        other: number of parameters saved alone.
+        keep: checkpoint.keep; the newest is written before the oldest is removed.
     """
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
@@ -94,7 +94,7 @@ def _save_failed(folder: Path, step: int, error: Exception) -> str:
 
 
 def drop_later_checkpoints(folder: Path, step: int) -> None:
-    """Remove checkpoints of steps after `step`: a run that goes on from there makes these steps again."""
+    """Remove checkpoints after `step`: a run that continues from there repeats those steps."""
     for path in list_checkpoints(folder):
         if step_of(path) > step:
             shutil.rmtree(path)
@@ -110,30 +110,30 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     match = _NAME.fullmatch(checkpoint.name)
     if match is None:
-        raise ValueError(f"{checkpoint} is no checkpoint; a checkpoint's folder is called global_step_N")
+        raise ValueError(f"{checkpoint} is not a checkpoint; a checkpoint's folder is called global_step_N")
     return int(match.group(1))
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state, as plain tensors and numbers: nothing in the file can run code.
+    """The trainer's state, as plain tensors and numbers: the file cannot execute code.
 
-    Tensors stay in the file until they are used: each of several processes needs but a part of them.
+    Tensors are memory-mapped until they are used, because each of several processes needs only part of them.
 
     Raises:
-        ConfigError: the file holds something else, or is damaged.
+        ConfigError: the file contains something else, or is damaged.
     """
     path = checkpoint / "trainer.pt"
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ConfigError(
-            f"{path} is not read, since it is damaged or holds more than plain tensors and numbers (weights_only): "
-            f"{one_line(error, 200)}; go on from another checkpoint with resume=FOLDER"
+            f"{path} cannot be loaded: it is damaged or contains more than plain tensors and numbers (weights_only): "
+            f"{one_line(error, 200)}; continue from another checkpoint with resume=FOLDER"
         ) from error
 
 
 def rng_state() -> dict[str, Any]:
-    """Torch's generators (dropout); everything else draws from generators seeded by step and episode."""
+    """State of torch's generators (dropout); all other draws use generators seeded by step and episode."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
@@ -145,7 +145,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Onto the disk, so that the rename never shows a checkpoint whose bytes a power cut took."""
+    """Sync to disk, so that a rename never exposes a checkpoint whose bytes a power cut lost."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

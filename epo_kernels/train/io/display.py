@@ -1,4 +1,4 @@
-"""What a run shows while it runs: lines, progress bars and the closing table."""
+"""Console output of a run: lines, progress bars and the closing table."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +15,11 @@ from epo_kernels.train.io.progress import Progress, Report, every
 from epo_kernels.train.io.text import printable
 
 PLAIN_WIDTH = 120  # of tables in a log
-LOG_EVERY = 30.0  # seconds between two lines about a phase that continues
+LOG_EVERY = 30.0  # seconds between two progress lines of a phase
 
 
 class Display:
-    """Lines and bars on a terminal; anywhere else lines alone, each with its time, and progress every `LOG_EVERY`."""
+    """Lines and bars on a terminal; otherwise lines only, with timestamps, and progress every `LOG_EVERY` seconds."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True, highlight=False)
@@ -46,16 +46,16 @@ class Display:
     def say(self, text: str) -> None:
         for line in printable(text).split("\n"):
             stamp = "" if self.console.is_terminal else time.strftime("%Y-%m-%d %H:%M:%S ")
-            self.console.print(Text(stamp + line))  # as Text nothing in it is markup
+            self.console.print(Text(stamp + line))  # as Text, so that nothing is parsed as markup
 
     @contextmanager
     def bar(
         self, name: str, total: int | None, unit: str = "episodes", check: Callable[[], None] = lambda: None
     ) -> Iterator[Report]:
-        """Gives a function to call with the amount done so far, of `total`; it also calls `check`, which may raise.
+        """Yields a function to call with the amount done so far, of `total`; it also calls `check`, which may raise.
 
-        `total` is None where the amount isn't known. Without a terminal, a line every `LOG_EVERY` seconds says how far
-        it is, whether or not anything was reported.
+        `total` is None if the amount is unknown. Without a terminal, progress is logged every `LOG_EVERY` seconds, even
+        if nothing new was reported.
         """
         task = self._bars.add_task(name, total=total)
         progress = Progress(name, total, unit)
@@ -72,7 +72,7 @@ class Display:
                 self._bars.remove_task(task)
 
     def table(self, records: Sequence[Record]) -> None:
-        """Before and after side by side, then what the paired intervals say of the difference."""
+        """Before and after side by side, followed by the paired intervals of the differences."""
         shown = [record for record in records if record.when in ("before", "after")]
         if not shown:
             return

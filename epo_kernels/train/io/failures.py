@@ -1,4 +1,4 @@
-"""How a run fails: for a reason that it knows, or with a traceback that is kept."""
+"""How a run fails: with a known reason, or with a traceback that is saved."""
 
 import time
 import traceback
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 class RunError(RuntimeError):
-    """The run can't go on. The message says why, what is left, and what to do."""
+    """The run cannot continue. The message gives the reason, what is intact, and what to do."""
 
 
 def keep_traceback(run_dir: Path, error: BaseException, rank: int = 0) -> Path:
     """Append the error's traceback, with the time, to a file in the run's folder; returns its path.
 
     Raises:
-        OSError: the file can't be written.
+        OSError: the file cannot be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / (f"traceback_rank_{rank}.txt" if rank else "traceback.txt")

@@ -1,4 +1,4 @@
-"""The phases of a training step: each is timed, and shows a bar."""
+"""The phases of a training step, each timed and shown as a bar."""
 
 import time
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str, samples: int) -> Iterator[Report]:
-        """Time one of `BARS`, which is never stopped half done; gives a Report of the number of samples done."""
+        """Time one of `BARS`, which is never interrupted; yields a Report of the number of samples done."""
         with self.timed(name), self.display.bar(f"step {self.step}, {BARS[name]}", samples, "samples") as report:
             yield report
 

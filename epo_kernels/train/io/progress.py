@@ -1,4 +1,4 @@
-"""How far a phase is: what long work reports, and the lines that a log gets of it."""
+"""Progress of a phase: reports from long-running work, and the log lines made from them."""
 
 import threading
 import time
@@ -6,30 +6,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-Report = Callable[[float], None]  # gets the amount done so far
+Report = Callable[[float], None]  # receives the amount done so far
 
 
 def ignore(done: float) -> None:
-    """A Report that nobody reads."""
+    """A Report that is discarded."""
 
 
 def part_of(report: Report, start: float, share: float = 1.0) -> Report:
-    """Reports to `report` as a part that begins after `start` and counts by `share`."""
+    """A Report for a part of `report` that begins at `start` and is scaled by `share`."""
     return lambda done: report(start + share * done)
 
 
 @dataclass
 class Progress:
-    """What was reported of a phase."""
+    """The reported progress of a phase."""
 
     name: str
-    total: int | None  # amount of work; None: not known, and nothing is reported
-    unit: str  # in the plural
+    total: int | None  # amount of work; None: unknown, and nothing is reported
+    unit: str  # plural
     done: float = 0.0
     start: float = field(default_factory=lambda: time.monotonic())
 
     def line(self) -> str:
-        """Done of total, and as soon as something is done the pace and the time left."""
+        """Done of total, with the rate and the remaining time once something is done."""
         spent = time.monotonic() - self.start
         if self.total is None:
             return f"{self.name}: {duration(spent)} so far"
@@ -52,7 +52,7 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def every(seconds: float, act: Callable[[], None]) -> Iterator[None]:
-    """Inside, call `act` at this interval, in a thread of its own: a single piece of work may take longer."""
+    """Inside the context, call `act` at this interval in a separate thread, because a single step may take longer."""
     over = threading.Event()
 
     def repeat() -> None:

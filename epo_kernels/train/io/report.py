@@ -1,4 +1,4 @@
-"""report.html: one file that opens from disk, made from what the run's folder holds. It fetches and runs nothing."""
+"""report.html: one self-contained file, built from the run's folder. It loads nothing and contains no scripts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ Metrics = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder contains: the lines of metrics.jsonl, the evaluations, the settings by name."""
+    """The contents of a run's folder: the lines of metrics.jsonl, the evaluations, the settings by name."""
 
     metrics: Metrics
     records: list[Record]
@@ -33,11 +33,11 @@ class Run:
 
 
 Played = tuple[str, dict[str, Any]]  # when, and the episode
-SHOWN_TASKS = 3  # of each panel: the first ones, so that nobody chose them
+SHOWN_TASKS = 3  # per panel: always the first ones, so that they are not cherry-picked
 
 
 def write_report(run_dir: Path) -> Path:
-    """Make or renew `run_dir`/report.html. What has no data yet is left out."""
+    """Create or update `run_dir`/report.html. Sections without data are omitted."""
     path = run_dir / "config.yaml"
     config_text = path.read_text(encoding="utf-8") if path.exists() else ""
     run = Run(read_metrics(run_dir), read_evaluation(run_dir), read_settings(config_text))
@@ -94,7 +94,7 @@ def _headline(comparisons: Sequence[Comparison], metrics: Metrics) -> str:
     first = comparisons[0]
     difference, low, high = (100 * value for value in first.success)
     if low <= 0 <= high:
-        return f"No change of success is shown: {difference:+.1f} points, and the interval includes 0."
+        return f"No significant change in success: {difference:+.1f} points, and the interval includes 0."
     verb = "rose" if difference > 0 else "fell"
     return f"Success {verb} by {abs(difference):.1f} points on {first.episodes} held-out tasks."
 
@@ -104,7 +104,7 @@ def _lines(
     show: Callable[[float], str] = charts.number,
     interval: Callable[[dict[str, Any]], tuple[float, float]] | None = None,
 ) -> "Draw":
-    """A chart of the metrics `names` (name: label) that were measured, with the interval of each line of metrics."""
+    """A chart of the metrics `names` (name: label) that were measured, with an interval for each line of metrics."""
 
     def draw(run: Run) -> Markup | None:
         series = []
@@ -141,11 +141,11 @@ def _entropies(run: Run) -> tuple[list[int], Grid]:
 
 
 def _bounds(run: Run) -> list[list[tuple[float, float] | None]]:
-    """(lower, upper) of each turn's band, a row per step; None where nothing was known."""
+    """(lower, upper) of each turn's band, a row per step; None where it is unknown."""
     known, settings = run.lines_with("epo/entropy_by_turn"), run.settings
     rows = []
     for index, line in enumerate(known):
-        # What the band of a step knew: the history after it, or after the step before.
+        # The history used by a step's band: after that step, or after the step before.
         source = line if settings["loss.history_includes_current"] else known[index - 1] if index else {}
         means = source.get("epo/history_by_turn") or []
         turns = len(line["epo/entropy_by_turn"])
@@ -203,42 +203,42 @@ _SUCCESS, _RETURN = {"episode/success_rate": "success"}, {"episode/reward/mean":
 _LENGTH = {"response_length/mean": "mean", "response_length/max": "longest"}
 SECTIONS: dict[str, list[tuple[str, str, Draw]]] = {  # (title, note, chart)
     "Reward and success": [
-        ("Success on held-out tasks", "the fixed panels, Wilson 95 %", _draw_panels),
-        ("Success in training", "of a step's episodes, Wilson 95 %", _lines(_SUCCESS, percent, _of_success)),
-        ("Return in training", "mean of a step's episodes, normal 95 %", _lines(_RETURN, interval=_of_return)),
+        ("Success on held-out tasks", "fixed panels, Wilson 95 %", _draw_panels),
+        ("Success in training", "episodes of a step, Wilson 95 %", _lines(_SUCCESS, percent, _of_success)),
+        ("Return in training", "mean over a step's episodes, normal 95 %", _lines(_RETURN, interval=_of_return)),
     ],
     "Entropy": [
-        ("Entropy by turn", "a column a step, turns upwards", _draw_entropy_by_turn),
-        ("Against its band", "where each turn's mean lies", _draw_band_by_turn),
+        ("Entropy by turn", "one column per step, turns upwards", _draw_entropy_by_turn),
+        ("Against its band", "position of each turn's mean", _draw_band_by_turn),
         ("Profile and band", "entropy over the turns of an episode", _draw_profile),
-        ("Entropy", "mean over the tokens the policy wrote, nats", _lines({"actor/entropy": "entropy"})),
-        ("Tokens out of their band", "share of the tokens learnt from", _lines(_OUT_OF_BAND, percent)),
-        ("Band penalty", "its mean, before its weight", _lines({"epo/penalty": "penalty"})),
-        ("Phase weight", "how much the penalty counts", _lines({"epo/phase_weight": "weight"})),
+        ("Entropy", "mean over generated tokens, nats", _lines({"actor/entropy": "entropy"})),
+        ("Tokens outside the band", "share of training tokens", _lines(_OUT_OF_BAND, percent)),
+        ("Band penalty", "mean, before its weight", _lines({"epo/penalty": "penalty"})),
+        ("Phase weight", "weight of the penalty", _lines({"epo/phase_weight": "weight"})),
     ],
     "Policy": [
         ("Clip fraction", "tokens whose ratio was clipped", _lines({"actor/pg_clipfrac": "clipped"}, percent)),
         ("KL", "nats a token", _lines(_KL)),
         ("Critic's error", "squared, a state", _lines({"critic/vf_loss": "loss"})),
-        ("Critic's insight", "share of the returns' variance", _lines({"critic/vf_explained_var": "explained"})),
+        ("Explained variance", "share of the returns' variance", _lines({"critic/vf_explained_var": "explained"})),
         ("Gradient norm", "before clipping", _lines({"actor/grad_norm": "norm"})),
         ("Learning rate", "", _lines({"actor/lr": "rate"})),
-        ("Sampler against learner", "difference of a token's probability", _lines(_MISMATCH)),
+        ("Rollout mismatch", "difference in token probability", _lines(_MISMATCH)),
     ],
     "Health": [
         ("Actions understood", "share", _lines({"episode/valid_action_ratio": "understood"}, percent)),
-        ("Responses cut", "share at the limit of tokens", _lines({"response_length/clip_ratio": "cut"}, percent)),
-        ("Groups that teach nothing", "all returns equal", _lines({"episode/groups_without_variance": "groups"})),
-        ("Repeated tokens", "of the responses'", _lines({"response/repeated_token_share": "repeated"}, percent)),
+        ("Truncated responses", "share at the token limit", _lines({"response_length/clip_ratio": "cut"}, percent)),
+        ("Zero-variance groups", "all returns equal", _lines({"episode/groups_without_variance": "groups"})),
+        ("Repeated tokens", "share of response tokens", _lines({"response/repeated_token_share": "repeated"}, percent)),
         ("Response length", "tokens", _lines(_LENGTH)),
-        ("Episodes lost", "to their environments", _lines({"episode/failed": "lost"})),
-        ("Time of a step", "seconds, whole and by part", _lines(_TIMES)),
+        ("Lost episodes", "environment failures", _lines({"episode/failed": "lost"})),
+        ("Time per step", "seconds, in total and by phase", _lines(_TIMES)),
     ],
 }
 
 
 def _sample_episodes(run_dir: Path, records: Sequence[Record]) -> list[tuple[str, list[list[Played]]]]:
-    """The first tasks of each panel: each as it was played before and, when the run is over, after."""
+    """The first tasks of each panel, each as played before and, once the run is over, after training."""
     found = []
     for panel, decoding in sorted({(r.panel, r.decoding) for r in records}, key=lambda p: (p[0], p[1] != "sampled")):
         moments = [

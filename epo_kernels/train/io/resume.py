@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and which settings may differ from that checkpoint's."""
+"""Which checkpoint a run continues from, and which settings may differ from it."""
 
 import json
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from epo_kernels.train.io.tracking import read_json, write_atomically
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run continues from."""
+    """The checkpoint a run continues from."""
 
     checkpoint: Path  # its folder
     state: dict[str, Any]  # its trainer.pt
@@ -27,7 +27,7 @@ def find_origin(config: TrainConfig) -> Origin | None:
     """The checkpoint to continue from (`find_checkpoint`), read; None: the run starts at the beginning.
 
     Raises:
-        ConfigError: as `find_checkpoint`; or the checkpoint is damaged.
+        ConfigError: as for `find_checkpoint`; or the checkpoint is damaged.
     """
     checkpoint = find_checkpoint(config)
     if checkpoint is None:
@@ -36,19 +36,19 @@ def find_origin(config: TrainConfig) -> Origin | None:
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, by `resume`: of this run, or one of another run that this one branches from.
+    """The checkpoint to continue from, by `resume`: of this run, or of another run that this one branches from.
 
-    A branch that has a checkpoint of its own goes on from there, so that the same command resumes it.
+    A branch that already has a checkpoint continues from it, so that the same command resumes it.
 
     Raises:
-        ConfigError: nothing at the path given; or the run folder holds a run that this one would be mixed with.
+        ConfigError: nothing at the given path; or the run folder contains a run that would be mixed with this one.
     """
     run_dir = Path(config.run_dir)
     present = list_checkpoints(run_dir / "checkpoints")
     last = present[-1] if present else None
     if config.resume == "never":
         if last or (run_dir / "config.yaml").exists():
-            raise ConfigError(f"resume=never, but {run_dir} holds a run; choose another run_dir, or resume=auto")
+            raise ConfigError(f"resume=never, but {run_dir} contains a run; choose another run_dir, or resume=auto")
         return None
     if config.resume == "auto":
         return last
@@ -63,8 +63,8 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     step_of(path)
     if is_branch and (last or (run_dir / "config.yaml").exists()):
         raise ConfigError(
-            f"resume={path} is another run's checkpoint, but {run_dir} holds a run already and their records would "
-            "mix; choose another run_dir, or go on with the run that is there by resume=auto"
+            f"resume={path} is another run's checkpoint, but {run_dir} already contains a run and their records would "
+            "mix; choose another run_dir, or continue the existing run with resume=auto"
         )
     return path
 
@@ -97,7 +97,7 @@ def keep_horizon(saved: str, config: TrainConfig) -> TrainConfig:
     return replace(config, schedule_steps=before["schedule_steps"] or before["steps"] or None)
 
 
-# These define a checkpoint's weights: a branch can't change them.
+# These define a checkpoint's weights, so a branch cannot change them.
 _OF_THE_WEIGHTS = ("model.name_or_path", "model.lora_rank", "model.lora_alpha", "model.lora_targets")
 
 
@@ -127,7 +127,7 @@ def review_differences(saved: str, config: TrainConfig, step: int, is_branch: bo
     said = []
     if config.steps != steps:
         is_extended = config.steps > steps
-        # An extended run may begin another schedule.
+        # An extended run may start a different schedule.
         former = changed.pop("schedule_steps")[0] if is_extended and "schedule_steps" in changed else config.horizon
         until_now = f", until now {former}" if former != config.horizon else ""
         said.append(
@@ -141,8 +141,8 @@ def review_differences(saved: str, config: TrainConfig, step: int, is_branch: bo
         )
     if changed:
         said.append(
-            f"warning: {', '.join(changed)} changed: the same draws are rounded otherwise, so later steps differ from "
-            "those of a run never stopped"
+            f"warning: {', '.join(changed)} changed: the same draws are rounded differently, so later steps differ "
+            "from an uninterrupted run"
         )
     return said
 

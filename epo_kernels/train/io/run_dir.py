@@ -20,7 +20,7 @@ from epo_kernels.train.config import ConfigError
 from epo_kernels.train.io.checkpoint import list_checkpoints
 
 LOCK = "run.lock"
-HEARTBEAT = 5.0  # seconds between two signs of life of the lock's holder
+HEARTBEAT = 5.0  # seconds between heartbeats of the lock's holder
 FILES = (
     "config.yaml",
     "metrics.jsonl",
@@ -50,10 +50,10 @@ class Holder:
 
 
 def check_usable(run_dir: Path) -> None:
-    """Check, without writing anything, that a run can be kept there.
+    """Check, without writing anything, that the folder can hold a run.
 
     Raises:
-        ConfigError: it is not a folder, isn't writable, or contains another program's files.
+        ConfigError: it is not a folder, is not writable, or contains another program's files.
     """
     with _explained(run_dir):
         nearest = next(path for path in (run_dir, *run_dir.parents) if os.path.lexists(path))
@@ -69,17 +69,17 @@ def check_usable(run_dir: Path) -> None:
 
 @contextmanager
 def held(run_dir: Path, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Create the folder if need be, and lock it against other processes inside the `with`.
+    """Create the folder if necessary, and lock it against other processes inside the `with`.
 
     The lock is an flock on run_dir/run.lock, which the system releases when its holder dies; the file names the holder.
-    If the holder is on another host, or the filesystem has no flock, that is no proof of death: such a holder is alive
-    if it touches the file, as it does every HEARTBEAT seconds, while we watch for three of them.
+    If the holder is on another host, or the filesystem has no flock, the lock may be held without being visible. Such a
+    holder touches the file every HEARTBEAT seconds, so it counts as dead after three heartbeats are missed.
 
     Args:
         say: receives a line before waiting for a heartbeat, and one when a lock is taken over.
 
     Raises:
-        ConfigError: another process holds the lock (the message names it); or as `check_usable`.
+        ConfigError: another process holds the lock (the message names it); or as for `check_usable`.
     """
     check_usable(run_dir)
     is_new = not run_dir.exists()
@@ -98,12 +98,12 @@ def held(run_dir: Path, say: Callable[[str], None] = lambda text: None) -> Itera
             _release(file, run_dir)
     finally:
         if is_new:
-            with suppress(OSError):  # it holds a run now
+            with suppress(OSError):  # the folder now contains a run
                 run_dir.rmdir()
 
 
 def clear_records(run_dir: Path) -> None:
-    """Remove what an earlier run left that has no checkpoint to continue from; the new one starts without it."""
+    """Remove the records of an earlier run that has no checkpoint to continue from."""
     for name in FILES:
         if name != "config.yaml":
             (run_dir / name).unlink(missing_ok=True)
@@ -134,10 +134,10 @@ def _acquire(path: Path, say: Callable[[str], None]) -> IO[str]:
             file.close()
             raise _in_use(path, former)
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        file.close()  # its holder removed it meanwhile
+        file.close()  # its holder removed it in the meantime
         return _acquire(path, say)
     if former:
-        say(f"{path.parent}: took over from {former}, which ended without giving it back")
+        say(f"{path.parent}: took over from {former}, which ended without releasing it")
     try:
         file.truncate(0)
         file.write(json.dumps(asdict(Holder.this())) + "\n")
@@ -151,7 +151,7 @@ def _acquire(path: Path, say: Callable[[str], None]) -> IO[str]:
 def _release(file: IO[str], run_dir: Path) -> None:
     with suppress(OSError):  # a full disk, or a folder that was removed
         if _records(run_dir) and not _is_run(run_dir):
-            file.truncate(0)  # kept as the only sign that these files are a run's
+            file.truncate(0)  # the empty file still marks the folder as a run's
         else:
             (run_dir / LOCK).unlink()
     with suppress(OSError):
@@ -185,7 +185,7 @@ def _in_use(path: Path, holder: Holder | None) -> ConfigError:
 
 
 def _beats(path: Path) -> bool:
-    """Whether the file is touched while we watch. No clock is compared, since those of hosts differ."""
+    """Whether the file is touched while we watch. Clocks are not compared, because they differ between hosts."""
 
     def touched() -> int:
         with path.open() as file:  # opening bypasses a network filesystem's attribute cache
@@ -213,7 +213,7 @@ def _explained(run_dir: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.filename:
             reason += f" ({error.filename})"
-        raise ConfigError(f"run_dir={run_dir} can't be used: {reason}; fix that, or choose another folder") from error
+        raise ConfigError(f"run_dir={run_dir} cannot be used: {reason}; fix that, or choose another folder") from error
 
 
 def _check_folder(path: Path) -> None:
@@ -224,7 +224,7 @@ def _check_folder(path: Path) -> None:
 
 
 def _refuse_foreign(run_dir: Path) -> None:
-    """Raise where files have the names of a run's records but are not a run's: they would be overwritten."""
+    """Raise if files have the names of a run's records but do not belong to a run: they would be overwritten."""
     present = _records(run_dir)
     if present and not (run_dir / LOCK).exists() and not _is_run(run_dir):
         raise ConfigError(

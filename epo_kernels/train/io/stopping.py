@@ -1,4 +1,4 @@
-"""Signals that stop a run: the first one asks it to stop where its state is whole, a later one ends it at once."""
+"""Signals that stop a run: the first one requests a stop in a consistent state, a later one ends it immediately."""
 
 import os
 import signal
@@ -8,14 +8,14 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-# Asked to end, Ctrl-C, the terminal or connection lost, and SLURM's warning before its time limit.
+# Termination, Ctrl-C, a lost terminal or connection, and SLURM's warning before its time limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-# Seconds during which further signals belong to the first: `timeout` sends two, a closed terminal two SIGHUPs.
+# Seconds in which further signals count as the first: `timeout` sends two, a closed terminal two SIGHUPs.
 SAME_REQUEST = 1.0
 
 
 class Stopped(Exception):
-    """The run was asked to stop, by the signal given."""
+    """The run was asked to stop by the given signal."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -25,8 +25,8 @@ class Stopped(Exception):
 class StopRequest:
     """Listens to SIGNALS within a `with`; `check` raises Stopped after the first of them.
 
-    A signal that comes more than a second after the first ends the process at once. Signals reach the main thread
-    alone: in another thread it listens to nothing.
+    A signal more than a second after the first ends the process immediately. Python delivers signals to the main thread
+    only: in another thread this listens to nothing.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class StopRequest:
         if self._received is None:
             self._received, self._since = number, time.monotonic()
             with suppress(OSError):  # the terminal may be gone
-                # Not through the display: the signal may have come while it was printing.
-                os.write(2, b"stopping as soon as everything is whole; once more: at once\n")
+                # Not through the display, because the signal may have interrupted its printing.
+                os.write(2, b"stopping at the next consistent state; send the signal again to stop immediately\n")
         elif time.monotonic() - self._since > SAME_REQUEST:
             if number == signal.SIGINT:
                 signal.default_int_handler(number, frame)

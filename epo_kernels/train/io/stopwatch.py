@@ -1,4 +1,4 @@
-"""Seconds of named parts of the learner's work, without making a GPU wait."""
+"""Time spent in the named parts of the learner's work, without synchronising the GPU."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of each part: a clock on the CPU, pairs of events in the stream's order on a GPU."""
+    """Adds up the time of each part: by clock on the CPU, by pairs of stream events on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -29,7 +29,7 @@ class Stopwatch:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Seconds by part. On a GPU this waits for the last of them, so ask when the work is done."""
+        """Seconds by part. On a GPU this waits for the last event, so call it when the work is done."""
         for name, began, ended in self._events:
             ended.synchronize()
             self._seconds[name] = self._seconds.get(name, 0.0) + began.elapsed_time(ended) / 1e3

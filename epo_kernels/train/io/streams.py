@@ -1,4 +1,4 @@
-"""Keeps a run going when stdout or stderr can no longer be written: a closed pipe, a lost terminal, a full disk."""
+"""Keeps a run going if stdout or stderr can no longer be written: a closed pipe, a lost terminal, a full disk."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from typing import Any, TextIO, cast
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Inside, text that stdout or stderr does not take is dropped instead of raising."""
+    """Inside the context, text that stdout or stderr cannot accept is dropped instead of raising."""
     out, err = _Lasting(sys.stdout), _Lasting(sys.stderr)
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
         try:
@@ -21,10 +21,10 @@ def lasting_streams() -> Iterator[None]:
 
 
 class _Lasting:
-    """A text stream that drops what can't be written, and delegates everything else."""
+    """A text stream that drops text it cannot write, and delegates everything else."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        # None: the descriptor was closed before the process began.
+        # None: the descriptor was closed before the process started.
         self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, text: str) -> int:
@@ -43,7 +43,7 @@ class _Lasting:
             self._lose(error)
 
     def finish(self) -> None:
-        """Flush, and give up what remains, so that the interpreter doesn't fail on it as it exits."""
+        """Flush and drop the rest, so that the interpreter does not fail on it at exit."""
         try:
             self._stream.flush()
         except OSError:
@@ -53,10 +53,10 @@ class _Lasting:
         return getattr(self._stream, name)
 
     def _lose(self, error: OSError) -> None:
-        if error.errno in (errno.EPIPE, errno.EIO):  # for good; a full disk may get room again
+        if error.errno in (errno.EPIPE, errno.EIO):  # permanent; a full disk may be freed later
             self._discard()
 
     def _discard(self) -> None:
-        """Point the descriptor to /dev/null, also for what is buffered and for libraries that write to it directly."""
+        """Redirect the descriptor to /dev/null, also for buffered text and libraries that write to it directly."""
         with suppress(OSError), open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())

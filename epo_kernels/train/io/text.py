@@ -1,14 +1,14 @@
-"""Text that a model or an environment wrote, made fit to be shown: it must not steer a terminal."""
+"""Makes text from a model or an environment safe to display: it must not control a terminal."""
 
 import unicodedata
 
 _KEPT = "\n\t"
-# Controls and what reorders or hides text (bidirectional overrides, zero-width marks), unassigned and lone surrogates.
+# Control characters, characters that reorder or hide text (bidirectional, zero-width), unassigned ones and surrogates.
 _HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def printable(text: str) -> str:
-    """The text with what can't be seen written as escapes, such as \\x1b; line breaks and tabs stay."""
+    """The text with invisible characters as escapes, such as \\x1b; line breaks and tabs stay."""
     return "".join(
         character
         if character in _KEPT or unicodedata.category(character) not in _HIDDEN_CATEGORIES
@@ -18,5 +18,5 @@ def printable(text: str) -> str:
 
 
 def one_line(error: object, limit: int | None = None) -> str:
-    """What an error says, in one line of at most `limit` characters; its type where it says nothing."""
+    """An error's message on one line of at most `limit` characters; its type if it has no message."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -24,7 +24,7 @@ Value = float | int | list[float | None]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; what a kill, a power cut or a full disk left incomplete is left out."""
+    """The lines of metrics.jsonl, without those left incomplete by a kill, a power cut or a full disk."""
     return [entry for entry in _metrics_lines(run_dir) if entry is not None]
 
 
@@ -48,18 +48,18 @@ def read_evaluation(run_dir: Path) -> list[Record]:
 
 
 def read_episodes(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    """What `Tracker.save_episodes` kept under that name, as plain data; [] where nothing was kept."""
+    """The episodes saved by `Tracker.save_episodes` under that name, as plain data; [] if there are none."""
     path = run_dir / "episodes" / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="ascii").split("\n")[:-1]] if path.exists() else []
 
 
 def read_versions(run_dir: Path) -> list[dict[str, Any]]:
-    """What the run was made with: an entry for each process that worked on it."""
+    """The software versions of a run: one entry per process that worked on it."""
     return read_json(run_dir / "versions.json", [])
 
 
 def read_json(path: Path, missing: Any) -> Any:
-    """What the file holds, or `missing` where there is none.
+    """The contents of the file, or `missing` if it does not exist.
 
     Raises:
         ConfigError: it is damaged.
@@ -70,12 +70,12 @@ def read_json(path: Path, missing: Any) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(
-            f"{path} is damaged ({error}); restore it, or remove it and the run goes on without what it held"
+            f"{path} is damaged ({error}); restore it, or remove it to continue without its contents"
         ) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole text or, after a kill or a power cut, the file that was there before."""
+    """Replace the file completely or, after a kill or a power cut, leave the old one."""
     temporary = path.with_name(f".writing_{path.name}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -89,7 +89,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class Board(Protocol):
-    """Where numbers are shown as curves."""
+    """Displays numbers as curves."""
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
@@ -97,7 +97,7 @@ class Board(Protocol):
 
 
 class TensorBoard:
-    """Event files in run_dir/tensorboard; what they hold of steps after `step` is shown no more."""
+    """Event files in run_dir/tensorboard; events after `step` are hidden."""
 
     def __init__(self, run_dir: Path, step: int) -> None:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
@@ -115,12 +115,12 @@ class Tracker:
     """Writes a run's records.
 
     Args:
-        step: the step the run goes on from; what an earlier process wrote of later steps is dropped, since these steps
-            are made again.
-        boards: that show the numbers too, beside TensorBoard; closed with the tracker.
+        step: the step the run continues from; records of later steps by an earlier process are dropped, because these
+            steps are repeated.
+        boards: further boards besides TensorBoard; closed with the tracker.
 
     Attributes:
-        lost: steps up to `step` without a line in metrics.jsonl, where some of its lines were damaged.
+        lost: steps up to `step` without a line in metrics.jsonl, if some of its lines were damaged.
     """
 
     def __init__(self, run_dir: Path, step: int, *boards: Board) -> None:
@@ -148,20 +148,20 @@ class Tracker:
         return list(self._records)
 
     def log(self, step: int, metrics: dict[str, Value]) -> None:
-        """One line of metrics.jsonl; scalars go to the boards, lists there entry by entry.
+        """Write one line of metrics.jsonl; scalars, and list entries one by one, also go to the boards.
 
-        What isn't finite is null in the file, since JSON has no NaN.
+        Non-finite values become null in the file, because JSON has no NaN.
         """
         line = {
             name: None if value in (math.inf, -math.inf) or value != value else value for name, value in metrics.items()
         }
         self._metrics.write(json.dumps({"training/global_step": step, **line}, allow_nan=False) + "\n")
         self._metrics.flush()
-        os.fsync(self._metrics.fileno())  # before the checkpoint that counts on it
+        os.fsync(self._metrics.fileno())  # before the checkpoint that relies on it
         self._show(step, dict(pair for name, value in metrics.items() for pair in _scalars(name, value)))
 
     def extend(self, steps: int) -> None:
-        """Now that the run has so many steps, what was "after" an earlier last one is an evaluation between."""
+        """After the run was extended to `steps`, relabel an earlier "after" evaluation as an intermediate one."""
         names = {record.name for record in self._records}
         for former in [record for record in self._records if record.when == "after" and record.step < steps]:
             between = replace(former, when=f"step {former.step}")
@@ -180,7 +180,7 @@ class Tracker:
             self._show(record.step, {f"{place}/{name}": getattr(record, name) for name in names})
 
     def save_episodes(self, name: str, episodes: Sequence[Episode]) -> None:
-        """`episodes`/name.txt to read, and name.jsonl with the same as data. `name` comes from the program alone."""
+        """`episodes`/name.txt for reading, and name.jsonl as data. `name` never comes from outside the program."""
         folder = self._run_dir / "episodes"
         text = "\n\n".join(episode_text(episode) for episode in episodes)
         write_atomically(folder / f"{name}.txt", text + "\n")
@@ -197,7 +197,7 @@ class Tracker:
         write_atomically(self._run_dir / "evaluation.json", json.dumps(entries, indent=1) + "\n")
 
     def _drop_later(self, step: int, evaluated: Sequence[Record]) -> None:
-        """Remove what `evaluated` and played steps hold of the time after `step`."""
+        """Remove evaluations and episodes recorded after `step`."""
         if len(self._records) < len(evaluated):
             self._write_records()
         stale = {record.name for record in evaluated if record.step > step}
@@ -212,7 +212,7 @@ class Tracker:
 
 
 def episode_text(episode: Episode) -> str:
-    """An episode to read: what was seen, done, and earned; what can't be printed is escaped."""
+    """An episode as readable text: observations, actions and rewards; unprintable characters are escaped."""
     outcome = "success" if episode.success else "no success"
     head = f"# {episode.task.name}, variation {episode.task.variation}: score {episode.score:g}, {outcome}"
     lines = [f"{head}, return {episode.total_reward:.3f}, {episode.finish}"]
@@ -265,7 +265,7 @@ def _versions() -> dict[str, str]:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            continue  # an extra that this run does without
+            continue  # an optional package that is not installed
     found["backends"] = ", ".join(name for name, hindrance in ek.available_backends().items() if hindrance is None)
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     return found

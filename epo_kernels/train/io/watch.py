@@ -1,4 +1,4 @@
-"""The collapse watch: signs in a step's metrics that training goes wrong, told with their figures."""
+"""The collapse watch: detects signs of failing training in a step's metrics."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ NGRAM = 3
 
 @dataclass(frozen=True)
 class Alarm:
-    """One sign, from the step at which it had shown for `watch.patience` steps in a row."""
+    """A sign, at the step at which it has been present for `watch.patience` consecutive steps."""
 
     step: int
     sign: str
@@ -21,18 +21,18 @@ class Alarm:
 
 
 class CollapsedError(RunError):
-    """A warning came and watch.stop was set."""
+    """A collapse warning was raised and watch.stop is set."""
 
 
 class CollapseWatch:
-    """Counts for how many steps in a row each sign shows; warns when that reaches `patience`, once for each spell."""
+    """Counts consecutive steps with each sign; warns when the count reaches `patience`, once per streak."""
 
     def __init__(self, config: WatchConfig) -> None:
         self._config = config
         self._spells: Counter[str] = Counter()
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> list[Alarm]:
-        """Take in a step's metrics, as metrics.jsonl holds them; returns what is new to warn of."""
+        """Process a step's metrics, as in metrics.jsonl; returns new warnings."""
         signs = self._signs(metrics)
         self._spells = Counter({sign: self._spells[sign] + 1 for sign in signs})
         return [
@@ -42,7 +42,7 @@ class CollapseWatch:
         ]
 
     def _signs(self, metrics: Mapping[str, Any]) -> dict[str, str]:
-        """What shows in these metrics, by name; a figure that was not measured shows nothing."""
+        """The signs present in these metrics, by name; metrics that were not measured show none."""
         config = self._config
         entropy, groups = metrics.get("actor/entropy"), metrics.get("episode/groups")
         uniform = metrics["episode/groups_without_variance"] / groups if groups else None
@@ -50,18 +50,18 @@ class CollapseWatch:
         found = {}
         if entropy is not None and entropy < config.entropy_low:
             found["entropy_low"] = (
-                f"entropy {entropy:.4f} nats a token is below {config.entropy_low:g} (watch.entropy_low): the policy "
-                "hardly explores; raise loss.entropy_coeff or loss.band_low, or lower optim.lr"
+                f"entropy {entropy:.4f} nats per token is below {config.entropy_low:g} (watch.entropy_low): too little "
+                "exploration; raise loss.entropy_coeff or loss.band_low, or lower optim.lr"
             )
         if entropy is not None and entropy > config.entropy_high:
             found["entropy_high"] = (
-                f"entropy {entropy:.2f} nats a token is above {config.entropy_high:g} (watch.entropy_high): the policy "
-                "writes noise; lower loss.entropy_coeff, or let the band restore it (loss.penalty=hinge, alpha > 1)"
+                f"entropy {entropy:.2f} nats per token is above {config.entropy_high:g} (watch.entropy_high): the "
+                "policy generates noise; lower loss.entropy_coeff, or use a restoring band (penalty=hinge, alpha > 1)"
             )
         if uniform is not None and uniform >= config.uniform_groups:
             found["uniform_groups"] = (
                 f"{uniform:.0%} of groups have equal returns (watch.uniform_groups {config.uniform_groups:.0%}): "
-                "nothing to learn from; take easier or harder tasks, a larger algorithm.group_size or a higher "
+                "no learning signal; choose easier or harder tasks, a larger algorithm.group_size or a higher "
                 "rollout.temperature"
             )
         if repeated is not None and repeated >= config.repeated_tokens:
@@ -73,14 +73,14 @@ class CollapseWatch:
             cut = metrics.get("response_length/clip_ratio") or 0.0
             found["valid_actions"] = (
                 f"the environment understood {valid:.1%} of actions, below {config.valid_actions:.0%} "
-                f"(watch.valid_actions), and {cut:.0%} of responses were cut at rollout.max_response_tokens: read them "
-                "in episodes/, and see rollout.response_format, rollout.max_response_tokens and model.warm_start"
+                f"(watch.valid_actions), and {cut:.0%} of responses were truncated at rollout.max_response_tokens: "
+                "read episodes/, and check rollout.response_format, rollout.max_response_tokens and model.warm_start"
             )
         return found
 
 
 def repeated_share(responses: Sequence[Sequence[int]]) -> float:
-    """Share of tokens that end a run of three tokens which the same response held before. Loops of any period count."""
+    """Share of tokens that complete a trigram seen earlier in the same response. Detects loops of any period."""
     repeated = total = 0
     for ids in responses:
         total += len(ids)
@@ -93,6 +93,6 @@ def repeated_share(responses: Sequence[Sequence[int]]) -> float:
 
 
 def watched(lines: Sequence[Mapping[str, Any]], config: WatchConfig) -> tuple[CollapseWatch, list[Alarm]]:
-    """A watch that has seen the lines of metrics.jsonl, and what it warned of."""
+    """A watch that has processed the lines of metrics.jsonl, and its warnings."""
     watch = CollapseWatch(config)
     return watch, [warning for line in lines for warning in watch.observe(line["training/global_step"], line)]

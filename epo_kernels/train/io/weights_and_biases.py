@@ -1,4 +1,4 @@
-"""Weights & Biases, for who asks for it (tracking.wandb). metrics.jsonl stays the truth."""
+"""Weights & Biases, if enabled by tracking.wandb. metrics.jsonl remains the authoritative record."""
 
 import json
 import math
@@ -13,11 +13,11 @@ from epo_kernels.train.io.tracking import read_json, write_atomically
 
 INSTALL = 'pip install --constraint constraints.txt "epo-kernels[wandb]"'
 STEP = "training/global_step"  # every curve's x-axis; W&B's own step counts rows
-FINISH_TIMEOUT = 60.0  # seconds that the end of a run waits for uploads; what is left stays in run_dir/wandb
+FINISH_TIMEOUT = 60.0  # seconds to wait for uploads at the end of a run; the rest stays in run_dir/wandb
 
 
 def require_wandb(config: TrackingConfig) -> None:
-    """Raises ConfigError where W&B is asked for and isn't installed, or is to be sent to and knows no key."""
+    """Raise ConfigError if W&B is enabled but not installed, or is online without an API key."""
     if config.wandb != "disabled":
         try:
             import wandb
@@ -25,22 +25,22 @@ def require_wandb(config: TrackingConfig) -> None:
             raise ConfigError(f"tracking.wandb={config.wandb} needs the package wandb; {INSTALL}") from error
         if config.wandb == "online" and not wandb.login(prompt=False, verify=False):
             raise ConfigError(
-                "tracking.wandb=online: W&B finds no API key; run `wandb login`, or set WANDB_API_KEY, or take "
+                "tracking.wandb=online: W&B finds no API key; run `wandb login`, or set WANDB_API_KEY, or use "
                 "tracking.wandb=offline"
             )
 
 
 class WeightsAndBiases:
-    """A `Board`: one W&B run for a run folder, however many processes work on it. Its id is kept in run_dir/wandb.
+    """A `Board`: one W&B run per run folder, however many processes work on it. Its id is stored in run_dir/wandb.
 
-    A row that was sent can't be taken back. So what an earlier process sent of steps that are made again isn't sent
-    anew: both are equal, but for what the machine doesn't compute alike twice.
+    W&B cannot delete rows, so rows of repeated steps that an earlier process already sent are not sent again. The
+    values are the same, except where the hardware is not deterministic.
 
-    Nothing that W&B does ends a run. Where its server isn't reached at the start, the run is kept in run_dir/wandb, to
-    be sent by `wandb sync`; where W&B itself fails, the run goes on without. `say` tells.
+    W&B problems never end a run. If its server is unreachable at the start, the run is stored in run_dir/wandb for a
+    later `wandb sync`; if W&B itself fails, the run continues without it. Both are reported through `say`.
 
     Raises:
-        ConfigError: W&B refuses the settings.
+        ConfigError: W&B rejects the settings.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, say: Callable[[str], None]) -> None:
@@ -49,7 +49,7 @@ class WeightsAndBiases:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         state = read_json(self._path, {})
         self._id: str = state.get("id", uuid.uuid4().hex[:12])
-        self._sent: dict[str, int] = state.get("sent", {})  # the last step of each name
+        self._sent: dict[str, int] = state.get("sent", {})  # last step sent, by metric name
         self._keep()
         self._run: Any = self._begin(run_dir, config)
         self._safely(lambda run: run.define_metric("*", step_metric=STEP))
@@ -81,14 +81,14 @@ class WeightsAndBiases:
                     resume="allow",
                     dir=str(run_dir),
                     config=flatten(config),
-                    allow_val_change=True,  # of what may change when a run is resumed
+                    allow_val_change=True,  # some settings may change when a run is resumed
                     settings=wandb.Settings(console="off", silent=True, finish_timeout=FINISH_TIMEOUT),
                 )
             except wandb.errors.UsageError as error:
                 raise ConfigError(f"tracking.wandb={tracking.wandb}: {one_line(error)}") from error
-            except Exception as error:  # a server that isn't reached, a service that doesn't start
-                self._say(f"warning: W&B doesn't start in mode {mode}: {one_line(error)}")
-                wandb.teardown()  # its service holds the run's id otherwise
+            except Exception as error:  # an unreachable server, or a service that does not start
+                self._say(f"warning: W&B does not start in mode {mode}: {one_line(error)}")
+                wandb.teardown()  # otherwise its service keeps the run's id
                 continue
             self._say(f"W&B: kept in {run.dir}; `wandb sync` sends it" if mode == "offline" else f"W&B: {run.url}")
             return run
@@ -98,8 +98,8 @@ class WeightsAndBiases:
         if self._run is not None:
             try:
                 act(self._run)
-            except Exception as error:  # whatever breaks in there, the run is worth more
-                self._say(f"warning: W&B failed, and the run goes on without: {one_line(error)}")
+            except Exception as error:  # whatever fails in W&B, the run is more important
+                self._say(f"warning: W&B failed, and the run continues without it: {one_line(error)}")
                 self._run = None
 
     def _keep(self) -> None:

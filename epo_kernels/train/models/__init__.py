@@ -1,1 +1,1 @@
-"""Policies: what the agent thinks with, how it is prompted, sampled from and warm-started."""
+"""Policies: loading, prompting, scoring and checking models."""

@@ -1,9 +1,9 @@
-"""Chat templates: what a template writes around messages, and token ids in which messages stay text.
+"""Chat templates: the text a template writes around messages, and token ids in which messages stay plain text.
 
-A template is rendered once, with placeholders for the messages. Its control tokens (`<|im_start|>`, `[INST]`, ...) then
-get names that no message can spell, in the rendered text and in a copy of the tokenizer. So a message that contains
-`<|im_end|>` is tokenized as those characters, while text without control tokens gets the usual ids, merges across the
-borders of a message included.
+A template is rendered once, with placeholders for the messages. Its control tokens (`<|im_start|>`, `[INST]`, ...) are
+then renamed, in the rendered text and in a copy of the tokenizer, to names that no message can contain. A message that
+contains `<|im_end|>` is therefore tokenized as those characters, while text without control tokens gets its usual ids,
+including merges across the boundaries of a message.
 """
 
 import json
@@ -21,10 +21,10 @@ from epo_kernels.train.io.text import one_line
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
 ANOTHER_TEMPLATE = "set model.chat_template to a file with another template, or to plain"
-_PADDING = " \n "  # around a message, to see whether the template strips it
+_PADDING = " \n "  # around a message, to detect whether the template strips it
 _ORDINARY_TEXT = "Sign: moon, by day.\n> go left\n\n  2 doors"
 
-# For base models. Turns are divided by the end token, which no observation can spell.
+# For base models. Turns are separated by the end token, which no observation can spell.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
     "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
@@ -35,29 +35,29 @@ PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True)
 class _Scaffold:
-    """What surrounds messages: the text before, between and after them, and how each is stripped."""
+    """The text before, between and after messages, and how each message is stripped."""
 
     texts: list[str]
-    strips: list[tuple[bool, bool]]  # of each message: on its left, on its right
+    strips: list[tuple[bool, bool]]  # per message: on its left, on its right
 
 
 class Chat:
     """A tokenizer's chat template, ready to encode prompts.
 
     Args:
-        tokenizer: with a chat template, and backed by the tokenizers library.
+        tokenizer: has a chat template and is backed by the tokenizers library.
         settings: variables of the template, such as enable_thinking.
 
     Attributes:
-        opening: what the template begins a response with that belongs to the response: "<think>" or "".
-        may_think: whether the template knows of thoughts and leaves room for one.
-        writes_date: whether the template writes today's date, which no setting fixes.
-        control_tokens: that the template writes.
-        end_ids: the control token that the template ends a response with, if any.
+        opening: the part of the response that the template writes itself: "<think>" or "".
+        may_think: whether the template supports thoughts and leaves room for one.
+        writes_date: whether the template writes today's date, which no setting can fix.
+        control_tokens: control tokens that the template writes.
+        end_ids: the control token with which the template ends a response, if any.
 
     Raises:
-        ConfigError: no template, one that fails or changes messages, settings it doesn't know, or a tokenizer that
-            can't keep text apart from control tokens.
+        ConfigError: no template, a template that fails or changes messages, unknown settings, or a tokenizer that
+            cannot separate text from control tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None = None) -> None:
@@ -74,7 +74,7 @@ class Chat:
         try:
             self._dialogue: _Scaffold | ConfigError = self._scaffold(["user", "assistant", "user"])
         except ConfigError as error:
-            self._dialogue = error  # of consequence only for those who continue dialogues
+            self._dialogue = error  # matters only if dialogues are continued
         scaffolds = [prompt, self._dialogue] if isinstance(self._dialogue, _Scaffold) else [prompt]
         self._text = _TextEncoder(
             tokenizer, template, [_fill(one, [_ORDINARY_TEXT] * len(one.strips)) for one in scaffolds]
@@ -88,22 +88,22 @@ class Chat:
             self._dialogue = self._text.mark(self._dialogue)
 
     def prompts(self, messages: Sequence[str]) -> list[list[int]]:
-        """Ids of the prompts that hold a user's message each and ask for a response."""
+        """Ids of the prompts, each with one user message and a request for a response."""
         return self._text.encode([_fill(self._prompt, [message]) for message in messages])
 
     def require_dialogue(self) -> None:
-        """Raises ConfigError where the template doesn't write a response, and the user's answer to it, as they are."""
+        """Raise ConfigError unless the template writes a response, and the user's answer to it, unchanged."""
         if isinstance(self._dialogue, ConfigError):
             raise ConfigError(f"rollout.layout=episode: {self._dialogue}; or set rollout.layout=turn")
 
     def after_response(self, answer: str) -> list[int]:
-        """Ids from the end of one response, over the user's answer, to the opening of the next response."""
+        """Ids from the end of one response, through the user's answer, to the opening of the next response."""
         assert isinstance(self._dialogue, _Scaffold)
         after = _Scaffold(self._dialogue.texts[2:], self._dialogue.strips[2:])
         return self._text.encode([_fill(after, [answer])])[0]
 
     def text(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts alone, none of them a control token."""
+        """Ids of plain texts, without control tokens."""
         return self._text.encode(list(texts))
 
     def _scaffold(self, roles: Sequence[str]) -> _Scaffold:
@@ -119,7 +119,7 @@ class Chat:
             expected[number] += "" if left else _PADDING
             expected[number + 1] = ("" if right else _PADDING) + expected[number + 1]
         if padded != expected:
-            raise ConfigError(f"the chat template doesn't write a message as it is; {ANOTHER_TEMPLATE}")
+            raise ConfigError(f"the chat template does not write messages unchanged; {ANOTHER_TEMPLATE}")
         return _Scaffold(bare, strips)
 
     def _render(self, roles: Sequence[str], contents: Sequence[str]) -> str:
@@ -140,16 +140,16 @@ class Chat:
         expected = self._tokenizer(_fill(prompt, [_ORDINARY_TEXT]), add_special_tokens=False)["input_ids"]
         if self.prompts([_ORDINARY_TEXT]) != [expected]:
             raise ConfigError(
-                f"the tokenizer ({type(self._tokenizer).__name__}) reads ordinary text in another way once its control "
-                "tokens are set apart; choose another model in model.name_or_path"
+                f"the tokenizer ({type(self._tokenizer).__name__}) encodes ordinary text differently once its control "
+                "tokens are separated; choose another model in model.name_or_path"
             )
 
 
 class _TextEncoder:
-    """Encodes text in which control tokens count only where `mark` has named them.
+    """Encodes text in which control tokens have an effect only where `mark` has renamed them.
 
-    Control tokens are the tokenizer's special tokens, its other added tokens that occur in the template's source or in
-    what it writes, such as <tool_response>, and the tags of a thought.
+    Control tokens are the tokenizer's special tokens, other added tokens that occur in the template's source or output,
+    such as <tool_response>, and the tags of a thought.
 
     Attributes:
         written: the control tokens in `rendered`.
@@ -159,7 +159,7 @@ class _TextEncoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ConfigError(
-                f"the tokenizer ({type(tokenizer).__name__}) has no tokenizer.json, which is needed to keep text apart "
+                f"the tokenizer ({type(tokenizer).__name__}) has no tokenizer.json, which is needed to separate text "
                 "from control tokens; save the model's fast tokenizer beside it"
             )
         nonce = secrets.token_hex(8)
@@ -179,12 +179,12 @@ class _TextEncoder:
         self._translation = {found: index for found, index in encoder_ids.items() if found != index}
 
     def mark(self, scaffold: _Scaffold) -> _Scaffold:
-        """The scaffold with its control tokens named."""
+        """The scaffold with its control tokens renamed."""
         texts = [self._pattern.sub(lambda found: self._names[found[0]], text) for text in scaffold.texts]
         return _Scaffold(texts, scaffold.strips)
 
     def first_control(self, text: str) -> set[int]:
-        """The id of the control token that the text begins with, white space aside; or none."""
+        """The id of the control token at the start of the text, ignoring white space; empty if there is none."""
         found = self._pattern.match(text.lstrip())
         return {self._ids[found[0]]} if found else set()
 
@@ -201,7 +201,7 @@ def _looks_like_control(token: str) -> bool:
 
 
 def _renamed(backend: str, names: Mapping[str, str]) -> str:
-    """A tokenizer's JSON with other names for some tokens, which then no text, and no merge of text, leads to."""
+    """A tokenizer's JSON in which some tokens are renamed, so that no text and no merge produces them."""
     settings = json.loads(backend)
     settings |= {"truncation": None, "padding": None, "post_processor": None}
     for token in settings["added_tokens"]:
@@ -220,7 +220,7 @@ def _renamed(backend: str, names: Mapping[str, str]) -> str:
 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of the template that a dialogue is rendered by."""
+    """The text of the template used to render a dialogue."""
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
@@ -242,7 +242,7 @@ def _split(rendered: str, names: Sequence[str]) -> list[str]:
     for name in names:
         before, found, rendered = rendered.partition(name)
         if not found or name in rendered:
-            raise ConfigError(f"the chat template doesn't write every message once and in order; {ANOTHER_TEMPLATE}")
+            raise ConfigError(f"the chat template must write every message once and in order; {ANOTHER_TEMPLATE}")
         parts.append(before)
     return [*parts, rendered]
 

@@ -1,4 +1,4 @@
-"""The check of a model right after loading: what can't work is refused before anything is played or trained."""
+"""Checks a model right after loading, so that unusable ones are rejected before any episode is played."""
 
 from tempfile import TemporaryDirectory
 
@@ -11,16 +11,16 @@ from epo_kernels.train.data import MiniBatch, Sample
 from epo_kernels.train.io.text import one_line
 from epo_kernels.train.models.policy import Policy, precision, response_hidden, response_logits
 
-THOUGHT_TOKENS = 128  # that a thought may well take
+THOUGHT_TOKENS = 128  # a realistic length of a thought
 _TOLERANCE = 1e-3  # of the largest logit: float32 products of other shapes round differently
 _TOLERANCE_16_BIT = 3e-2  # the same, in bfloat16
 
 
 def check_policy(policy: Policy, config: TrainConfig) -> list[str]:
-    """Hold a policy against what a run asks of it. Returns warnings.
+    """Check a policy against the requirements of a run. Returns warnings.
 
     Raises:
-        ConfigError: naming what doesn't fit, and what to change.
+        ConfigError: the message says what is unsuitable and what to change.
     """
     _check_tokens(policy)
     _check_positions(policy, config.rollout)
@@ -34,8 +34,8 @@ def check_policy(policy: Policy, config: TrainConfig) -> list[str]:
     warnings = _check_thinking(policy, config)
     if policy.chat.writes_date:
         warnings.append(
-            "its chat template writes today's date, so a run that goes on tomorrow has other prompts; set "
-            "model.chat_template_kwargs.date_string where the template has it"
+            "its chat template writes today's date, so a run resumed tomorrow has different prompts; set "
+            "model.chat_template_kwargs.date_string if the template supports it"
         )
     return warnings
 
@@ -43,7 +43,7 @@ def check_policy(policy: Policy, config: TrainConfig) -> list[str]:
 def _check_tokens(policy: Policy) -> None:
     rows = _embedding_rows(policy.model)
     beyond = [token for token, index in policy.tokenizer.get_vocab().items() if index >= rows]
-    # Special tokens that the chat template doesn't write never occur: some models have them without a row.
+    # Special tokens that the chat template does not write never occur; some models have no embedding row for them.
     special = {token.content for token in policy.tokenizer.added_tokens_decoder.values() if token.special}
     if found := [token for token in beyond if token not in special - policy.chat.control_tokens]:
         raise ConfigError(
@@ -75,7 +75,7 @@ def _check_positions(policy: Policy, rollout: RolloutConfig) -> None:
 
 @torch.no_grad()
 def _check_scoring(policy: Policy) -> None:
-    """Logits of a batch with padding must be those of its sequences alone, and never depend on what comes later."""
+    """Logits in a padded batch must equal those of each sequence alone, and never depend on later tokens."""
     model, (first, second) = policy.model, _sequences(policy)
     samples = [Sample.of_turn(first[:4], first[4:], 0), Sample.of_turn(second[:1], second[1:], 0)]
     try:
@@ -85,17 +85,17 @@ def _check_scoring(policy: Policy) -> None:
     except Exception as error:  # from any architecture's code
         raise _cannot(model, f"fails on a batch of two sequences ({_reason(error)})", False) from error
     if not all(logits.isfinite().all() for logits in whole):
-        raise ConfigError("its logits aren't finite; export or download the model again")
+        raise ConfigError("its logits are not finite; export or download the model again")
     if not _agree(whole[0][: len(early)], early):
-        raise _cannot(model, "lets tokens see later ones, so it can't write", False)
+        raise _cannot(model, "lets tokens attend to later ones, so it cannot generate", False)
     pairs = [(padded[0, : len(first) - 4], whole[0][3:-1]), (padded[1, : len(second) - 1], whole[1][:-1])]
     if not all(_agree(*pair) for pair in pairs):
-        raise _cannot(model, "computes other logits in a batch with padding than alone", False)
+        raise _cannot(model, "computes different logits in a padded batch than alone", False)
 
 
 @torch.no_grad()
 def _check_cache(policy: Policy) -> None:
-    """What the engine does: read padded prompts, share and drop their rows, write on; against no cache at all."""
+    """Repeats the engine's use of the cache (padded prompts, shared and dropped rows) and compares with no cache."""
     model, (first, second) = policy.model, _sequences(policy)
     prompts = [first[:-1], second[:-1]]
     width = len(prompts[0])
@@ -106,7 +106,7 @@ def _check_cache(policy: Policy) -> None:
     try:
         settings = {"use_cache": True, "logits_to_keep": 1}
         cache = model(input_ids=ids, attention_mask=seen, position_ids=position, **settings).past_key_values
-        for rows in ([1, 0, 1], [0, 1]):  # the second sequence comes first afterwards
+        for rows in ([1, 0, 1], [0, 1]):  # afterwards the second sequence comes first
             cache.batch_select_indices(torch.tensor(rows, device=model.device))
         written = model(
             input_ids=torch.tensor([[second[-1]], [first[-1]]], device=model.device),
@@ -116,18 +116,18 @@ def _check_cache(policy: Policy) -> None:
             **settings,
         ).logits[:, -1]
     except Exception as error:  # from any architecture's code
-        raise _cannot(model, f"can't be sampled from in batches ({_reason(error)})", True) from error
+        raise _cannot(model, f"cannot be sampled from in batches ({_reason(error)})", True) from error
     for logits, sequence in zip(written, (second, first), strict=True):
         if not _agree(logits.float(), _logits(model, sequence)[-1]):
-            raise _cannot(model, "computes other logits with its cache than without", True)
+            raise _cannot(model, "computes different logits with its cache than without", True)
 
 
 @torch.no_grad()
 def row_width_of(policy: Policy, config: TrainConfig) -> int | None:
-    """Tokens of the rows that the policy's samples are packed into for training; None: it can't be trained so.
+    """Width in tokens of the packed rows used for training; None: the model cannot be trained on packed rows.
 
-    Packed rows need an attention mask of the caller's. Sliding windows would count tokens of other sequences, and other
-    architectures take no mask: such models are trained with a row for each sample.
+    Packed rows need a custom attention mask. Sliding windows would count tokens of other sequences, and some
+    architectures accept no mask: such models are trained with one row per sample.
     """
     width = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     decoder = policy.model.get_decoder()
@@ -156,15 +156,15 @@ def _batch(policy: Policy, samples: list[Sample], row_width: int | None) -> Mini
 
 
 def _check_saving(policy: Policy) -> None:
-    """Everything that a checkpoint has beside the weights."""
+    """Check that everything in a checkpoint besides the weights can be saved."""
     try:
         with TemporaryDirectory() as folder:
             policy.model.config.save_pretrained(folder)
             if policy.model.generation_config is not None:
                 policy.model.generation_config.save_pretrained(folder)
             policy.tokenizer.save_pretrained(folder)
-    except Exception as error:  # transformers checks contents in many ways
-        raise ConfigError(f"it couldn't be saved as a checkpoint ({_reason(error)}); correct its JSON files") from error
+    except Exception as error:  # transformers validates contents in many ways
+        raise ConfigError(f"it cannot be saved as a checkpoint ({_reason(error)}); correct its JSON files") from error
 
 
 def _check_thinking(policy: Policy, config: TrainConfig) -> list[str]:
@@ -174,18 +174,18 @@ def _check_thinking(policy: Policy, config: TrainConfig) -> list[str]:
     if policy.chat.opening and config.model.warm_start.demonstrations:
         raise ConfigError(
             "its chat template begins every response with <think>, and model.warm_start clones bare actions; "
-            f"{switch} where the template has it, or model.warm_start.demonstrations=0"
+            f"{switch} if the template supports it, or model.warm_start.demonstrations=0"
         )
     if policy.chat.may_think and config.rollout.max_response_tokens < THOUGHT_TOKENS:
         return [
-            "this model may think before it acts, for which rollout.max_response_tokens="
-            f"{config.rollout.max_response_tokens} leaves no room; {switch}, or raise it"
+            "this model may think before it acts, but rollout.max_response_tokens="
+            f"{config.rollout.max_response_tokens} leaves no room for that; {switch}, or raise the limit"
         ]
     return []
 
 
 def _sequences(policy: Policy) -> tuple[list[int], list[int]]:
-    """Two of different lengths, of tokens that any vocabulary has."""
+    """Two sequences of different lengths, of tokens in every vocabulary."""
     size = _embedding_rows(policy.model)
     ids = [index % size for index in range(3, 40) if index % size != policy.pad_id]
     return ids[:7], ids[2:6]
@@ -198,12 +198,12 @@ def _embedding_rows(model: PreTrainedModel) -> int:
 
 
 def _logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """(T, V) float32, of one sequence alone."""
+    """(T, V) float32, of a single sequence."""
     return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
 
 
 def _precision_of_checks(model: PreTrainedModel) -> torch.autocast:
-    """float32, except that flash attention only takes 16-bit inputs."""
+    """float32, except that flash attention accepts only 16-bit inputs."""
     is_flash = (model.config._attn_implementation or "").startswith("flash")
     return precision(model, "bfloat16" if is_flash else "float32")
 

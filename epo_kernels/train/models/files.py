@@ -1,4 +1,4 @@
-"""Where a model is loaded from, and whether its files are there, whole, and all that it needs."""
+"""Finds the source of a model, and checks that its files are present, intact and complete."""
 
 import json
 import re
@@ -20,12 +20,12 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
-    """Whether the model's files come from the hub. False: a folder, which is checked here, or the cache while offline.
+    """Whether the model's files come from the Hub. False: a folder, which is checked here, or the cache while offline.
 
-    Asks the hub once, with a short timeout. The loaders would ask for every file and retry each.
+    Asks the Hub once, with a short timeout. The loaders would ask for every file and retry each.
 
     Raises:
-        ConfigError: no such folder or model, files that are missing or damaged, or a hub that can't be reached.
+        ConfigError: no such folder or model, missing or damaged files, or an unreachable Hub.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -33,7 +33,7 @@ def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
         base = _base_of_adapters(folder)
         return is_on_hub(base, say) if base else False
     if folder.exists():
-        raise ConfigError(f"{source} is a file; give the folder that it lies in")
+        raise ConfigError(f"{source} is a file; give the folder that contains it")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source):
         raise ConfigError(f"there is no folder {source}; give a model's folder, or a hub id such as Qwen/Qwen3-0.6B")
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
@@ -43,7 +43,7 @@ def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
     if constants.HF_HUB_OFFLINE:
         if not is_cached:
             raise ConfigError(
-                f"there is no folder {source}, HF_HUB_OFFLINE is set, and the hub's cache doesn't have it"
+                f"there is no folder {source}, HF_HUB_OFFLINE is set, and the Hub's cache does not have it"
             )
         return False
     say(f"model: asking {constants.ENDPOINT} for {source}")
@@ -58,17 +58,17 @@ def is_on_hub(source: str, say: Callable[[str], None]) -> bool:
         reason = one_line(error, 200)
         if not is_cached:
             raise ConfigError(
-                f"there is no folder {source}, and {constants.ENDPOINT} can't be reached ({reason}); download the "
-                "model where there is a connection (`hf download`), and give its folder"
+                f"there is no folder {source}, and {constants.ENDPOINT} cannot be reached ({reason}); download the "
+                "model on a machine with a connection (`hf download`), and give its folder"
             ) from error
-        say(f"model: {constants.ENDPOINT} can't be reached ({reason}); taking {source} from the cache")
+        say(f"model: {constants.ENDPOINT} cannot be reached ({reason}); loading {source} from the cache")
         return False
-    say(f"model: downloading what the cache lacks of {source}")
+    say(f"model: downloading files of {source} that are not cached")
     return True
 
 
 def check_files(folder: Path) -> None:
-    """Raises ConfigError where a model's folder lacks a file, or has a damaged one."""
+    """Raise ConfigError if a model's folder lacks a file, or has a damaged one."""
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ConfigError(
             f"{folder} has no config.json; give the folder that save_pretrained wrote (of a run: "
@@ -76,13 +76,13 @@ def check_files(folder: Path) -> None:
         )
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(_LFS_POINTER):
-            raise ConfigError(f"{path} is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder")
+            raise ConfigError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
         rest = (
-            f", only {pickles[0].name}, a pickle, which can run code: convert it where you trust it "
-            "(load it with transformers and call save_pretrained)"
+            f", only {pickles[0].name}, a pickle, which can execute code: convert it in an environment where you trust "
+            "it (load it with transformers and call save_pretrained)"
             if pickles
             else ": the weights are missing, copy them too"
         )
@@ -98,30 +98,30 @@ def check_files(folder: Path) -> None:
 
 
 def check_config(settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a model's config.json asks for what can't be trained here, or for others' code."""
+    """Raise ConfigError if a model's config.json requires unsupported features or third-party code."""
     if method := settings.get("quantization_config"):
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise ConfigError(
-            f"its weights are quantized ({name}), and such weights can't be trained; choose the unquantized model"
+            f"its weights are quantized ({name}), and quantized weights cannot be trained; choose the unquantized model"
         )
     attention = settings.get("attn_implementation") or settings.get("_attn_implementation")
     if not isinstance(attention, str):
         return
     if "/" in attention:
         raise ConfigError(
-            f"its config.json asks for attention from the hub ({attention}), which is code of others and never run; "
+            f"its config.json requests attention from the Hub ({attention}), which is third-party code and never run; "
             "remove attn_implementation from config.json"
         )
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(attention)
     if package and find_spec(package) is None:
         raise ConfigError(
-            f"its config.json asks for attn_implementation={attention}, and the package {package} isn't installed; "
+            f"its config.json requests attn_implementation={attention}, but the package {package} is not installed; "
             "install it, or remove attn_implementation from config.json"
         )
 
 
 def _base_of_adapters(folder: Path) -> str | None:
-    """What the adapters in a folder without a model belong to."""
+    """The base model of the adapters in a folder without a model."""
     if (folder / "config.json").is_file():
         return None
     try:
@@ -142,32 +142,32 @@ def _check_shards(index: Path) -> None:
 
 
 def check_weights(model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
-    """Hold a model against its files.
+    """Check a loaded model against its files.
 
     Args:
-        loading: what `from_pretrained` reports of it with `output_loading_info`.
+        loading: the report of `from_pretrained` with `output_loading_info`.
 
     Raises:
-        ConfigError: weights that the files don't have, or that aren't finite.
+        ConfigError: weights are missing from the files or not finite.
     """
     for name, found, expected in sorted(loading["mismatched_keys"]):
         raise ConfigError(
-            f"its weight {name} has the shape {tuple(found)}, where config.json makes it {tuple(expected)}; take the "
+            f"its weight {name} has the shape {tuple(found)}, but config.json implies {tuple(expected)}; use the "
             "config.json that belongs to the weights"
         )
     if missing := sorted(loading["missing_keys"]):
         head = any("lm_head" in name or "embed_out" in name for name in missing)
         raise ConfigError(
-            f"its files lack {len(missing)} weights that {type(model).__name__} has ({', '.join(missing[:3])}), which "
-            "would start at random; export the whole model (AutoModelForCausalLM, save_pretrained)"
+            f"its files lack {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}), which would "
+            "be initialised randomly; export the whole model (AutoModelForCausalLM, save_pretrained)"
             + (", or set tie_word_embeddings=true in config.json if its head is its embedding" if head else "")
         )
     for name, weight in model.named_parameters():
-        # The sum costs no memory; only where it isn't finite is every element looked at.
+        # The sum costs no memory; elements are examined only if it is not finite.
         if not _whole(weight.detach().sum()).isfinite() and _whole((~weight.detach().isfinite()).sum()) > 0:
-            raise ConfigError(f"its weight {name} has values that aren't finite; export or download the model again")
+            raise ConfigError(f"its weight {name} has non-finite values; export or download the model again")
 
 
 def _whole(value: Tensor) -> Tensor:
-    """Of a weight that is split over ranks the result over all of them, so that all come to the same answer."""
+    """For a sharded weight, the result over all ranks, so that they reach the same conclusion."""
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,4 +1,4 @@
-"""Loads a run's policies: split over its ranks where it asks for that, and checked against its settings."""
+"""Loads a run's policies, sharded over its ranks if requested, and checks them against its settings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +23,22 @@ class PolicyLoader:
     display: Display
 
     def load(self, source: str | Path, whole: bool = False) -> Policy:
-        """The policy to train, from a folder or the hub. Under `model.fsdp` each rank reads its shards, unless `whole`.
+        """The policy to train, from a folder or the Hub. Under `model.fsdp` each rank reads its shards, unless `whole`.
 
         Raises:
-            ConfigError: it can't be loaded or trained under these settings.
+            ConfigError: it cannot be loaded or trained with these settings.
         """
         return self.checked(self._read(source, self.ranks.fsdp and not whole), str(source))
 
     def load_frozen(self, source: str | Path) -> PreTrainedModel:
-        """A model that isn't trained; its linear layers have the dtype of matrix products (`hold_products_in`)."""
+        """A model that is not trained; its linear layers have the dtype of matrix products (`hold_products_in`)."""
         return self._read(source, self.ranks.fsdp, frozen=True).model.requires_grad_(False)
 
     def checked(self, policy: Policy, source: str) -> Policy:
-        """The policy, if it can do what the settings ask of it; prints warnings.
+        """The policy, after checking that it supports the settings; prints warnings.
 
         Raises:
-            ConfigError: it can't.
+            ConfigError: it does not.
         """
         try:
             for warning in check_policy(policy, self.config):

@@ -1,8 +1,8 @@
-"""Causal LMs that are changed between construction and loading, while their weights are on the meta device.
+"""Loads causal LMs that are modified after construction and before loading, while on the meta device.
 
-transformers builds a model there and then reads from the files what the model's parameters ask for at that moment: in
-their dtype, and of a DTensor the local shard alone. A model that is split over ranks before its weights are read is
-never whole in any process.
+transformers builds a model on the meta device, then reads from the files what the model's parameters require: their
+dtype and, for a DTensor, only the local shard. A model that is sharded before its weights are read is therefore never
+whole in any process.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,15 +27,15 @@ def load_causal_lm(
     local_files_only: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` in float32, from safetensors alone, without running code of the source.
+    """`AutoModelForCausalLM.from_pretrained` in float32, from safetensors only, without running code from the source.
 
     Args:
-        source: a folder or hub id, of a model or of adapters.
-        prepare: changes the model before its weights are read; afterwards where they can't be read in parts.
-        say: receives a warning of weights that the model doesn't use.
+        source: a folder or Hub id, of a model or of adapters.
+        prepare: modifies the model before its weights are read, or afterwards if they cannot be read in parts.
+        say: receives a warning about unused weights.
 
     Raises:
-        ConfigError: weights that are missing, of another shape, or not finite.
+        ConfigError: weights are missing, have another shape, or are not finite.
     """
     options = {"attn_implementation": attn_implementation, "local_files_only": local_files_only}
     if prepare is None:
@@ -61,24 +61,24 @@ def _loaded(auto: Any, source: str, options: dict[str, Any], say: Callable[[str]
         dtype=torch.float32,
         **options,
         trust_remote_code=False,
-        use_safetensors=True,  # other formats are pickles, which can contain programs
+        use_safetensors=True,  # other formats are pickles, which can execute code
         ignore_mismatched_sizes=True,  # `check_weights` names them
         output_loading_info=True,
     )
     check_weights(model, loading)
     if unused := sorted(loading["unexpected_keys"]):
         say(
-            f"warning: {source}: {len(unused)} weights of its files are not used ({', '.join(unused[:3])}); where they "
-            "are layers, config.json has too few (num_hidden_layers)"
+            f"warning: {source}: {len(unused)} weights in its files are not used ({', '.join(unused[:3])}); if they "
+            "are layers, num_hidden_layers in config.json is too small"
         )
     return model
 
 
 def hold_products_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Keep the weights of linear layers in the dtype that autocast gives them anyway.
+    """Store the weights of linear layers in the dtype that autocast would convert them to.
 
-    Under autocast a frozen model computes the same to the last bit, in less memory. Embeddings and norms stay in
-    float32: autocast leaves them alone, and so would differ. So does a head that is tied to the embedding.
+    Under autocast a frozen model then gives bit-identical results with less memory. Embeddings and norms stay in
+    float32, because autocast does not convert them. So does a head that is tied to the embedding.
     """
     embedding = model.get_input_embeddings().weight
     for module in model.modules():
@@ -87,10 +87,10 @@ def hold_products_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _reads_in_parts(model: PreTrainedModel) -> bool:
-    """Whether a shard along the first dimension is found without the rest of the parameter.
+    """Whether a shard along the first dimension can be read without the rest of the parameter.
 
-    What transformers joins, splits or permutes along that dimension comes out wrong from shards of the parts, and so
-    may what it dequantizes. Experts that it stacks are whole parts: a rank reads those of its shard.
+    If transformers joins, splits or permutes parameters along that dimension, shards of the parts give wrong results;
+    dequantized parameters may too. Stacked experts are whole parts: a rank reads the experts of its shard.
     """
     if getattr(model.config, "quantization_config", None) is not None:
         return False
@@ -103,7 +103,7 @@ def _reads_in_parts(model: PreTrainedModel) -> bool:
 
 
 class _PreparedClasses(Mapping[type, Any]):
-    """A mapping from configurations to model classes, with classes whose constructor ends in `prepare(model)`."""
+    """A mapping from configurations to model classes whose constructor ends with `prepare(model)`."""
 
     def __init__(self, classes: Mapping[type, Any], prepare: Prepare) -> None:
         self._classes = classes
@@ -127,5 +127,5 @@ class _PreparedClasses(Mapping[type, Any]):
             self.__class__ = original
             prepare(self)
 
-        # transformers goes by a class's name and module.
+        # transformers identifies a class by its name and module.
         return type(original.__name__, (original,), {"__init__": construct, "__module__": original.__module__})

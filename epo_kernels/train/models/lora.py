@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by PEFT: a few million weights are trained instead of all."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT: trains a few million weights instead of all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ INSTALL = 'pip install --constraint constraints.txt "epo-kernels[lora]"'
 
 
 def require_peft(config: ModelConfig) -> None:
-    """Raises ConfigError where adapters are asked for and PEFT isn't installed."""
+    """Raise ConfigError if adapters are requested and PEFT is not installed."""
     if config.lora_rank:
         try:
             import peft  # noqa: F401
@@ -23,7 +23,7 @@ def require_peft(config: ModelConfig) -> None:
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Put an adapter on each target, in place. They change nothing yet; from here on they alone are trained.
+    """Add an adapter to each target, in place. The output is unchanged at first; only the adapters are trained.
 
     Raises:
         ConfigError: PEFT is missing, or the model has no such targets.
@@ -48,14 +48,14 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def train_adapters_alone(model: PreTrainedModel) -> None:
-    """Freeze everything else: adapters that were loaded come frozen themselves."""
+    """Freeze everything else, and unfreeze the adapters, which PEFT loads frozen."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
 
 @contextmanager
 def without_adapters(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Inside, the model is what it was before its adapters."""
+    """Inside the context, the model's adapters are disabled."""
     model.disable_adapters()
     try:
         yield model
@@ -64,9 +64,9 @@ def without_adapters(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """All weights, whole, by the names they have without adapters, with what the adapters add; one at a time.
+    """All weights, unsharded, with adapters merged, under their names without adapters; one at a time.
 
-    Weights that are split over ranks are gathered, so every rank must consume all of them.
+    Sharded weights are gathered, so every rank must consume all of them.
     """
     for name, weight in model.state_dict().items():
         if ".lora_" in name:

@@ -1,4 +1,4 @@
-"""The policy: a causal LM with its tokenizer, loaded from a folder or the hub, or built from scratch."""
+"""The policy: a causal LM with its tokenizer, loaded from a folder or the Hub, or built from scratch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -58,7 +58,7 @@ class Policy:
 
     @property
     def end_ids(self) -> set[int]:
-        """Token ids that end a response: those declared, and what the chat template ends one with."""
+        """Token ids that end a response: the declared ones, and the one used by the chat template."""
         generation = self.model.generation_config
         declared = generation.eos_token_id if generation is not None else None
         ids = set(declared) if isinstance(declared, list) else {declared}
@@ -71,11 +71,11 @@ class Policy:
 
     @property
     def pad_id(self) -> int:
-        """Fills batches up; always masked, so any id will do where the tokenizer names none."""
+        """Pads batches; always masked, so any id works if the tokenizer defines none."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.end_ids)
 
     def read(self, responses: Sequence[list[int]]) -> list[str]:
-        """Texts of responses, without special tokens other than those around a thought."""
+        """Texts of responses, without special tokens except those around a thought."""
         return self.tokenizer.batch_decode([[i for i in ids if i not in self._unread] for ids in responses])
 
     @cached_property
@@ -84,7 +84,7 @@ class Policy:
         return {index for index, token in tokens if token.special and token.content not in (THOUGHT, THOUGHT_END)}
 
     def full_weights(self) -> dict[str, Tensor]:
-        """What `save` writes (with adapters, these alone), unsharded, on the CPU of the first rank; {} on the others.
+        """The weights written by `save` (adapters only, if any), unsharded, on the CPU of rank 0; {} on other ranks.
 
         All ranks must call it.
         """
@@ -93,13 +93,13 @@ class Policy:
         return cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write the format that `load_policy` reads; `weights` (`full_weights`) of a model that is split over ranks."""
+        """Write the format that `load_policy` reads; `weights` is `full_weights()`, required for sharded models."""
         self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
 
 def resolve_device(name: str) -> torch.device:
-    """Raises ConfigError where the device isn't there."""
+    """Raise ConfigError if the device does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -117,16 +117,16 @@ def load_policy(
     prepare: Callable[[PreTrainedModel, torch.device], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Policy:
-    """A policy saved with `save_pretrained`, from the hub, or of a GGUF file.
+    """A policy saved with `save_pretrained`, from the Hub, or from a GGUF file.
 
     Args:
-        source: a folder, hub id, GGUF file or smollm2: config.name_or_path, or what a run saved, which has its chat
-            template already.
-        prepare: called with the model and the device it is for, before its weights are read (`load_causal_lm`).
+        source: a folder, Hub id, GGUF file or smollm2: either config.name_or_path, or a policy saved by a run, which
+            already has its chat template.
+        prepare: called with the model and its target device, before its weights are read (`load_causal_lm`).
 
     Raises:
-        ConfigError: nothing to load there, or nothing that can be trained: code of its own, damaged or missing weights,
-            no usable chat template, adapters without PEFT, or an attention implementation that can't run.
+        ConfigError: there is no model, or it cannot be trained: custom code, damaged or missing weights, no usable
+            chat template, adapters without PEFT, or an attention implementation that cannot run.
     """
     require_peft(config)
     device = resolve_device(config.device)
@@ -139,11 +139,11 @@ def load_policy(
         if own and config.chat_template is not None:
             tokenizer.chat_template = _chosen_template(config.chat_template, tokenizer.chat_template)
         policy = Policy(model, tokenizer, dict(config.chat_template_kwargs))
-        _ = policy.chat  # refuses a template that can't be used
+        _ = policy.chat  # raises if the template is unusable
     except ConfigError as error:
         where = f"model.name_or_path={source}: {error}"
         raise ConfigError(
-            where if own else f"{source}: {error} (to go on from another checkpoint: resume=FOLDER)"
+            where if own else f"{source}: {error} (to continue from another checkpoint: resume=FOLDER)"
         ) from error
     _make_savable(model, tokenizer, say)
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -158,7 +158,7 @@ def _load(
     if file := gguf_file(source):
         source = str(converted(file, say))
     is_here = not is_on_hub(source, say)
-    with suppress(OSError):  # adapters have no config.json, and whatever else it is, the loaders say it better
+    with suppress(OSError):  # adapters have no config.json; other errors are reported better by the loaders
         check_config(PreTrainedConfig.get_config_dict(source, local_files_only=is_here)[0])
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_here, trust_remote_code=False)
@@ -168,20 +168,20 @@ def _load(
         return model, tokenizer
     except ConfigError:
         raise
-    except Exception as error:  # whatever reading someone's files may raise
+    except Exception as error:  # reading third-party files may raise anything
         reason = one_line(error)
         if "trust_remote_code" in reason:
             raise ConfigError(
-                "it needs code of its own (auto_map in its JSON files), which is never run; use a version of the model "
+                "it needs custom code (auto_map in its JSON files), which is never run; use a version of the model "
                 "in one of transformers' own architectures (often called NAME-hf), or convert it to one"
             ) from error
         if attn_implementation is not None and "attention" in reason.lower():
             raise ConfigError(
-                f"it can't run with model.attn_implementation={attn_implementation} ({reason[:200]}); set it to eager "
+                f"it cannot run with model.attn_implementation={attn_implementation} ({reason[:200]}); set it to eager "
                 "or null"
             ) from error
         raise ConfigError(
-            f"transformers can't load it ({reason[:300]}); correct its files, or choose another model"
+            f"transformers cannot load it ({reason[:300]}); correct its files, or choose another model"
         ) from error
 
 
@@ -196,19 +196,19 @@ def _chosen_template(choice: str, present: Any) -> str:
     except (OSError, UnicodeDecodeError) as error:
         named = f", or one of the tokenizer's own: {', '.join(present)}" if isinstance(present, dict) else ""
         raise ConfigError(
-            f"model.chat_template must be plain or a file with a Jinja template{named}; {choice} can't be read "
+            f"model.chat_template must be plain or a file with a Jinja template{named}; {choice} cannot be read "
             f"({error})"
         ) from error
 
 
 def _make_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
-    """Change what would break a checkpoint, or ask its readers to run code; the driver itself uses none of it."""
+    """Fix settings that would prevent saving, or make checkpoints require custom code; the driver uses neither."""
     generation = model.generation_config
     if generation is not None and not _is_valid(generation):
-        generation.do_sample, change = True, "do_sample=true"  # as a temperature without it was meant
+        generation.do_sample, change = True, "do_sample=true"  # the intent of a temperature without it
         if not _is_valid(generation):
             ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            model.generation_config, change = GenerationConfig(**ids), "its token ids alone"
+            model.generation_config, change = GenerationConfig(**ids), "its token ids only"
         say(f"model: its generation_config.json contradicts itself, so checkpoints are saved with {change}")
     for holder in (vars(model.config), tokenizer.init_kwargs):
         holder.pop("auto_map", None)
@@ -223,9 +223,9 @@ def _is_valid(generation: GenerationConfig) -> bool:
 
 
 def build_from_scratch(demonstrations: Sequence[Demonstration], config: ModelConfig, seed: int) -> Policy:
-    """A Qwen2 of `FROM_SCRATCH` that knows nothing yet.
+    """An untrained Qwen2 of size `FROM_SCRATCH`.
 
-    Its tokenizer is the frozen one of `config.warm_start.frozen`, or trained on the demonstrations' text.
+    Its tokenizer is the frozen one in `config.warm_start.frozen`, or is trained on the demonstrations' text.
     """
     device = resolve_device(config.device)
     require_attention(config, device)
@@ -251,10 +251,10 @@ def build_from_scratch(demonstrations: Sequence[Demonstration], config: ModelCon
 
 
 def precision(model: PreTrainedModel, dtype: str) -> torch.autocast:
-    """Inside, matrix products run in `dtype`; the weights stay float32.
+    """Inside the context, matrix products run in `dtype`; the weights stay float32.
 
-    A weight in bfloat16 has 8 bits: an update below 1/512 of it would be rounded away, and those of RL are. Casts are
-    not cached, since a cached one would outlive an update of the weights.
+    bfloat16 weights have 8 bits of precision: updates below 1/512 of a weight, typical in RL, would be rounded away.
+    Casts are not cached, because a cached cast would outlive an update of the weights.
     """
     wanted = getattr(torch, dtype)
     return torch.autocast(model.device.type, wanted, enabled=wanted != torch.float32, cache_enabled=False)
@@ -262,25 +262,30 @@ def precision(model: PreTrainedModel, dtype: str) -> torch.autocast:
 
 @contextmanager
 def casts_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `precision` casts each trained weight once and not in every call: for passes between two updates.
+    """Inside the context, `precision` casts each trained weight once instead of in every call. Use between updates.
 
-    On a CPU the casts of a small model cost as much as its products. The results are the same to the last bit. A model
-    that is split over ranks keeps none, since it would then be whole on each of them.
+    On a CPU the casts of a small model cost as much as its products. The results are bit-identical. A sharded model
+    keeps none, because it would then be whole on each rank.
+
+    Casts last until the outermost of nested blocks ends. Do not nest a block that needs gradients in one under
+    `no_grad`: the casts kept there have no graph.
     """
+    if torch.is_autocast_cache_enabled():
+        yield
+        return
     whole = not any(isinstance(weight, DTensor) for weight in model.parameters())
-    before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(whole)
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(before)
+        torch.set_autocast_cache_enabled(False)
         torch.clear_autocast_cache()
 
 
 def _placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Ready for sampling and training: without dropout, for good, since both must see one distribution."""
-    # A copy even on the same device: loaded weights lie in the mapped file at odd addresses, and matrix products round
-    # by alignment, so a resumed run would differ in the last bit. `_apply` copies a DTensor's local shard too.
+    """Prepare for sampling and training: dropout is disabled permanently, so that both see the same distribution."""
+    # Copied even on the same device: loaded weights are at unaligned addresses in the mapped file, and matrix products
+    # round by alignment, so a resumed run would differ in the last bit. `_apply` copies a DTensor's local shard too.
     model._apply(lambda tensor: tensor.to(device, copy=True))
     return model.eval()
 
@@ -294,7 +299,7 @@ def _frozen_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(demonstrations: Sequence[Demonstration]) -> PreTrainedTokenizerBase:
-    """Byte-level BPE: any text can be encoded. Qwen2's class, since that is what loads a saved Qwen2 again."""
+    """Byte-level BPE, which can encode any text. Uses Qwen2's class, which is what loads a saved Qwen2."""
     texts = (
         text
         for demonstration in demonstrations
@@ -320,17 +325,17 @@ def response_hidden(decoder: PreTrainedModel, batch: MiniBatch) -> Tensor:
 
 def _rows(model: PreTrainedModel, batch: MiniBatch) -> dict[str, Tensor]:
     mask = batch.attention_mask
-    if mask.dim() == 4 and model.config._attn_implementation == "eager":  # which adds the mask to the scores
+    if mask.dim() == 4 and model.config._attn_implementation == "eager":  # adds the mask to the scores
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
     return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids}
 
 
 @contextmanager
 def checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
-    """Inside, layers keep their inputs alone and compute the rest again in backward, where enabled.
+    """Inside the context, layers store only their inputs and recompute the rest in backward, if enabled.
 
-    transformers asks a layer's `training` for that. It is set on the layers alone, not on what they hold, so that
-    dropout stays off; and inside alone, since checkpointed layers drop the KV cache that generation needs.
+    transformers requires a layer's `training` flag for that. It is set only on the layers, not on their submodules, so
+    that dropout stays off; and only inside the context, because checkpointed layers drop the KV cache for generation.
     """
     layers = []
     if enabled:

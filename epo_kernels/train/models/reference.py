@@ -1,4 +1,4 @@
-"""The reference model of the KL term: the policy before RL, frozen, kept in run_dir/reference."""
+"""The reference model of the KL term: the policy before RL, frozen, stored in run_dir/reference."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +20,10 @@ def reference_model(
     loader: PolicyLoader,
     say: Callable[[str], None],
 ) -> PreTrainedModel | None:
-    """The model of the KL term; None where the KL counts neither in the loss nor in the reward. All ranks call it.
+    """The model of the KL term; None if neither the loss nor the reward uses the KL. All ranks must call it.
 
-    With LoRA it is the policy's own model, to be asked without its adapters. Otherwise the starting policy is saved, or
-    for a branch copied from the run it comes from, so that a resumed run finds the same one.
+    With LoRA it is the policy's own model, used without its adapters. Otherwise the starting policy is saved (for a
+    branch, copied from the run it comes from), so that a resumed run finds the same one.
     """
     if not (config.loss.kl_coeff or config.algorithm.kl_reward_coeff):
         return None
@@ -41,9 +41,9 @@ def reference_model(
 
 
 def _source(origin: Origin, say: Callable[[str], None]) -> Path:
-    """Where a branch's reference is: with the run it comes from, if that kept one."""
+    """The reference of a branch: that of the run it comes from, if it has one."""
     reference = origin.checkpoint.parent.parent / "reference"
     if reference.is_dir():
         return reference
-    say(f"the KL is to the policy of {origin.checkpoint}, since its run kept no policy from before RL")
+    say(f"the KL is to the policy of {origin.checkpoint}, because its run has no saved policy from before RL")
     return origin.checkpoint / "actor"

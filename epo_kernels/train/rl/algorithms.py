@@ -1,7 +1,7 @@
 """From the rewards of episodes to the advantage of each token: GRPO, RLOO, GiGPO, and PPO's GAE.
 
-Each of them sees `Credit`: what every turn earned, and what is charged for it (an action that the environment didn't
-understand, and the KL where it is part of the reward). All give an advantage a turn, but PPO on tokens one a token.
+Each algorithm uses `Credit`: the rewards of every turn, and its penalties (invalid actions, and the KL if it is part of
+the reward). All compute one advantage per turn, except token-level PPO, which computes one per token.
 """
 
 from collections import Counter
@@ -31,13 +31,13 @@ from epo_kernels.train.rl.shaping import shape_samples
 
 @dataclass
 class Credit:
-    """What the turns of one episode brought, each (T,) float64."""
+    """Rewards and penalties of the turns of one episode, each (T,) float64."""
 
     group: int
     earned: Tensor  # the environment's rewards
     charged: Tensor  # penalties, positive numbers
-    kl: Tensor  # of which: the KL of the turn's tokens
-    states: list[str]  # what was seen before each turn
+    kl: Tensor  # the part of charged that is the KL of the turn's tokens
+    states: list[str]  # the state before each turn
 
     @property
     def net(self) -> Tensor:
@@ -47,14 +47,14 @@ class Credit:
 def assign_advantages(
     episodes: Sequence[Episode], samples: Sequence[Sample], config: AlgorithmConfig, kl_type: str
 ) -> dict[str, float]:
-    """Set each sample's `advantages`, and with PPO its `returns`. Returns what there is to log about them.
+    """Set each sample's `advantages`, and with PPO its `returns`. Returns metrics of them.
 
-    algorithm.shape comes last: the advantages logged are the shaped ones, those that the loss sees.
+    algorithm.shape is applied last: the logged advantages are the shaped ones, as used by the loss.
 
     Args:
-        episodes: played; `Sample.episode` counts them.
-        samples: with old_log_probs; with entropy where shape isn't none; with ref_log_probs where kl_reward_coeff
-            isn't 0; with values for PPO.
+        episodes: played; `Sample.episode` indexes them.
+        samples: with old_log_probs; with entropy if advantages are shaped; with ref_log_probs unless kl_reward_coeff is
+            0; with values for PPO.
         kl_type: estimator of the KL in the reward: k1, k2, k3 or abs.
     """
     token_kl = _token_kl(samples, config.kl_reward_coeff, kl_type)
@@ -80,7 +80,7 @@ def assign_advantages(
 
 
 def drop_groups_without_spread(episodes: Sequence[Episode]) -> list[Episode]:
-    """DAPO's dynamic sampling (arXiv 2503.14476): without the groups whose episodes all earned the same."""
+    """DAPO's dynamic sampling (arXiv 2503.14476): drops groups whose episodes all have the same return."""
     if not episodes:
         return []
     dropped = groups_without_spread(_returns(episodes), torch.tensor([episode.group for episode in episodes]))
@@ -88,9 +88,9 @@ def drop_groups_without_spread(episodes: Sequence[Episode]) -> list[Episode]:
 
 
 def leave_out_truncated(samples: Sequence[Sample], max_response_tokens: int) -> list[Sample]:
-    """Samples whose cut responses don't count (DAPO's overlong filtering), without those of which nothing is left.
+    """Masks truncated responses (DAPO's overlong filtering), and drops samples with nothing left.
 
-    A response that takes all of `max_response_tokens` counts as cut.
+    A response that uses all of `max_response_tokens` counts as truncated.
 
     Raises:
         RunError: nothing is left.
@@ -101,34 +101,34 @@ def leave_out_truncated(samples: Sequence[Sample], max_response_tokens: int) -> 
     left = [sample for sample in samples if sample.num_sampled]
     if not left:
         raise RunError(
-            f"every response takes all of rollout.max_response_tokens={max_response_tokens}, and "
-            "algorithm.mask_truncated leaves those out: nothing is left to learn from; raise the limit, or set it false"
+            f"every response reaches rollout.max_response_tokens={max_response_tokens}, and algorithm.mask_truncated "
+            "excludes those: nothing is left to learn from; raise the limit, or set mask_truncated=false"
         )
     return left
 
 
 def first_tokens(turns: Sequence[int]) -> Tensor:
-    """(R,) bool: the first token of each turn, whose state is the turn's."""
+    """(R,) bool: the first token of each turn, whose state is the turn's state."""
     before = [ENVIRONMENT, *turns[:-1]]
     return torch.tensor([turn not in (ENVIRONMENT, last) for turn, last in zip(turns, before, strict=True)])
 
 
 def value_states(sample: Sample, level: str) -> Tensor:
-    """(R,) bool: the tokens before which the critic is asked for a value, by algorithm.gae."""
+    """(R,) bool: the tokens before which the critic estimates a value, by algorithm.gae."""
     return first_tokens(sample.turns) if level == "turn" else sample.mask
 
 
 def spread_over_tokens(samples: Sequence[Sample], advantages: Sequence[Tensor]) -> None:
-    """Set each sample's advantages from those of the turns, (T,) an episode."""
+    """Set each sample's advantages from those of the turns, (T,) per episode."""
     for sample in samples:
-        own = torch.cat([advantages[sample.episode].float(), torch.zeros(1)])  # ENVIRONMENT, -1, finds the last
+        own = torch.cat([advantages[sample.episode].float(), torch.zeros(1)])  # index -1 (ENVIRONMENT) is the last
         sample.advantages = own[torch.tensor(sample.turns)]
 
 
 def _compared(
     credits: Sequence[Credit], config: AlgorithmConfig, compare: Callable[[Tensor, Tensor], Tensor]
 ) -> list[Tensor]:
-    """One advantage a turn, by comparing episodes, or turns as the published code does."""
+    """One advantage per turn, by comparing episodes, or turns as in the published code."""
     if config.group_over == "episodes":
         returns = torch.stack([credit.net.sum() for credit in credits])
         values = compare(returns, torch.tensor([credit.group for credit in credits]))
@@ -147,16 +147,15 @@ def _rloo(credits: Sequence[Credit], config: AlgorithmConfig) -> list[Tensor]:
 
 
 def _gigpo(credits: Sequence[Credit], config: AlgorithmConfig) -> list[Tensor]:
-    """Group in group (arXiv 2505.10978): the episode's advantage, and that of the turn among its anchor group.
+    """Group-in-group (arXiv 2505.10978): the episode's advantage plus the turn's advantage within its anchor group.
 
-    An anchor group are the turns of a group's episodes that were taken in the same state; what they earned from there
-    on, discounted, is compared. A state seen once has nobody to compare with, and adds 0.
+    An anchor group contains all turns of a group's episodes taken in the same state; their discounted returns from
+    there on are compared. A state seen only once adds 0.
 
-    The paper's anchor is the environment's state, which its code takes from the observation's text. Here too it is what
-    the environment tells of itself, never the prompt with its history: ScienceWorld's look-around and inventory in
-    their fixed order; ALFWorld's last answer to a move, and what is carried (nothing has changed after "Nothing
-    happens." or a look at things; the list of commands isn't part of it, so `admissible_commands` changes no
-    anchor); practice's scene.
+    The paper's anchor is the environment's state, which its code derives from the observation's text. Here too it is
+    the environment's own state, never the prompt with its history. ScienceWorld: look-around and inventory in their
+    fixed order. ALFWorld: the last answer to a move, and the inventory ("Nothing happens." and looking at things change
+    no state; the list of commands is not included, so `admissible_commands` changes no anchor). practice: the scene.
     """
     anchors: dict[tuple[int, str], int] = {}
     keys = [anchors.setdefault((c.group, state), len(anchors)) for c in credits for state in c.states]
@@ -175,9 +174,9 @@ def _assign_gae(
 ) -> dict[str, float]:
     """PPO: sets advantages and returns of the samples, by the level of algorithm.gae.
 
-    "turn": a turn is one action, its state that of its first token. "token": a token is one action, through all turns
-    of the episode; a turn's reward comes with its last token. "published": each turn by itself, by tokens, and the
-    whole return with the last one.
+    "turn": one action per turn, with the state before its first token. "token": one action per token, through all turns
+    of the episode; a turn's reward comes with its last token. "published": each turn separately, by tokens, with the
+    whole return on its last token.
     """
     for number, credit in enumerate(credits):
         own = [(sample, kl) for sample, kl in zip(samples, token_kl, strict=True) if sample.episode == number]
@@ -251,7 +250,7 @@ def _credits(
 
 
 def _token_kl(samples: Sequence[Sample], coeff: float, kl_type: str) -> list[Tensor]:
-    """What each token is charged for its KL to the reference, (R,) float64."""
+    """The KL penalty of each token, (R,) float64."""
     if not coeff:
         return [torch.zeros(len(sample.turns), dtype=torch.float64) for sample in samples]
     return [

@@ -1,4 +1,4 @@
-"""A training step's episodes: which tasks, drawn by lot, and which groups to learn from."""
+"""Collects the episodes of a training step: random tasks, and the groups to learn from."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -19,12 +19,12 @@ from epo_kernels.train.rollout.shared import SharedRollout
 class Collected:
     episodes: list[Episode] = field(default_factory=list)  # all
     kept: list[Episode] = field(default_factory=list)  # to learn from
-    draws: int = 0  # how often groups were drawn
-    seconds: dict[str, float] = field(default_factory=dict)  # of the rollouts' parts
+    draws: int = 0  # number of sampling rounds
+    seconds: dict[str, float] = field(default_factory=dict)  # time by part of the rollouts
 
     @property
     def played(self) -> list[Episode]:
-        """Those not lost to their environment."""
+        """The episodes not lost to environment failures."""
         return [episode for episode in self.episodes if not episode.failed]
 
     def metrics(self) -> dict[str, float]:
@@ -35,10 +35,10 @@ class Collected:
 
 @dataclass
 class Collector:
-    """Draws tasks by lot and plays a group of episodes of each.
+    """Draws random tasks and plays a group of episodes of each.
 
-    Under `algorithm.refills` it is DAPO's dynamic sampling (arXiv 2503.14476): groups whose episodes all earned the
-    same are dropped, and as many drawn anew, up to that many times; then what there is must do.
+    With `algorithm.refills` it implements DAPO's dynamic sampling (arXiv 2503.14476): groups whose episodes all have
+    the same return are dropped and replaced, for up to that many rounds; then the step uses what it has.
     """
 
     tasks: Sequence[Task]
@@ -46,7 +46,7 @@ class Collector:
     config: TrainConfig
 
     def draw(self, step: int, attempt: int = 0, groups: int | None = None) -> list[Episode]:
-        """Episodes not yet played: `group_size` of each of so many tasks (None: algorithm.groups)."""
+        """Unplayed episodes: `group_size` for each of `groups` tasks (None: algorithm.groups)."""
         config = self.config
         most, size = config.algorithm.groups, config.algorithm.group_size
         groups = most if groups is None else groups
@@ -59,10 +59,9 @@ class Collector:
         ]
 
     def collect(self, step: int, bar: Callable[[int], AbstractContextManager[Report]]) -> Collected:
-        """Play until there is something to learn from. `bar(number of episodes)` shows the progress of each draw.
+        """Play until there is something to learn from. `bar(number of episodes)` shows the progress of each round.
 
-        Where every episode is lost to its environment, others are drawn, until the pool gives up with an
-        EnvironmentFailure.
+        If every episode is lost to its environment, others are drawn, until the pool raises EnvironmentFailure.
         """
         algorithm, collected = self.config.algorithm, Collected()
         for attempt in count():

@@ -1,8 +1,8 @@
-"""PPO's critic: what return to expect from a state on.
+"""PPO's critic: estimates the return from a state.
 
-A copy of the policy's backbone of its own with a value head, as verl and verl-agent have it (they load the same model
-a second time): the value loss, far larger than the policy's at first, then never pulls on the weights that act, and has
-a learning rate of its own. It costs the memory of a second model.
+It is a separate copy of the policy's backbone with a value head, as in verl and verl-agent (which load the same model a
+second time). The value loss, initially far larger than the policy's, therefore never affects the policy's weights, and
+has its own learning rate. It costs the memory of a second model.
 """
 
 import copy
@@ -28,14 +28,14 @@ from epo_kernels.train.rl.post_mortem import Circumstances, NonFiniteError
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """Half the squared error, clipped as PPO's first code and verl do: the worse of the value and the clipped value.
+    """Half the squared error, clipped as in PPO's original code and verl: the larger of the two losses.
 
     Args:
         values, old_values, returns: (N,) float32.
-        clip_range: a value counts as at most so far from the old one.
+        clip_range: maximum distance of the clipped value from the old one.
 
     Returns:
-        (loss, clipped): (N,) float32, and (N,) bool where the clipped value decides.
+        (loss, clipped): (N,) float32, and (N,) bool where the clipped value determines the loss.
     """
     near = old_values + (values - old_values).clamp(-clip_range, clip_range)
     plain, clipped = (values - returns).square(), (near - returns).square()
@@ -43,7 +43,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
 
 
 def _copied_backbone(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:
-    """A copy of the model's decoder; of one that is split over ranks, shard by shard."""
+    """A copy of the model's decoder; for a sharded model, shard by shard."""
     decoder: PreTrainedModel = model.get_decoder()
     is_split = isinstance(decoder, FSDPModule)
     if not is_split:
@@ -63,10 +63,10 @@ def _copied_backbone(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) 
 
 
 class Critic:
-    """Owns backbone, value head and optimiser. New values are 0: the head starts at 0.
+    """Owns backbone, value head and optimizer. Initial values are 0, because the head starts at 0.
 
     Args:
-        config: of the run; `critic`, `optim` and `algorithm.gae` count.
+        config: the run's; uses `critic`, `optim` and `algorithm.gae`.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig, ranks: Ranks | None = None) -> None:
@@ -84,7 +84,7 @@ class Critic:
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample], report: Report = ignore) -> None:
-        """Set each sample's `values`: of the state before each of its response tokens."""
+        """Set each sample's `values`, of the state before each of its response tokens."""
         found: dict[int, Tensor] = {}
         batches = list(micro_batches(samples, self._config.optim.micro_batch_tokens, self._row_width))
         for indices, _ in self._ranks.deal(batches, report):
@@ -98,10 +98,10 @@ class Critic:
     def update(self, samples: Sequence[Sample], seed: tuple[int, ...], report: Report = ignore) -> dict[str, float]:
         """All epochs and minibatches of a step, towards the samples' `returns`. Returns the metrics `critic/*`.
 
-        An update whose loss or gradient isn't finite is skipped and counted.
+        An update whose loss or gradient is not finite is skipped and counted.
 
         Raises:
-            NonFiniteError: optim.max_skipped_updates of them in a row.
+            NonFiniteError: optim.max_skipped_updates consecutive updates were skipped.
         """
         losses, clipped, states, done = [], [], 0.0, 0
         for minibatch in self._optimizer.minibatches(samples, seed):
@@ -122,19 +122,19 @@ class Critic:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Of what is trained (beside adapters, the rest is the policy's), unsharded; complete on the first rank."""
+        """State of the trained parameters (with adapters, the rest is the policy's), unsharded; complete on rank 0."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         network = get_model_state_dict(self._network, options=options)
         return {"network": network, "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        options = StateDictOptions(full_state_dict=True, strict=False)  # what is frozen is missing
+        options = StateDictOptions(full_state_dict=True, strict=False)  # frozen parameters are missing
         set_model_state_dict(self._network, dict(state["network"]), options=options)
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _backward(self, samples: list[Sample], report: Report = ignore) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Add the gradient of one minibatch's mean loss; returns it, and how many states were clipped, had a loss that
-        isn't finite, and there were."""
+        """Add the gradient of one minibatch's mean loss; returns the loss and the numbers of clipped states, of states
+        with a non-finite loss, and of all states."""
         level = self._config.algorithm.gae
         count = float(sum(int(value_states(sample, level).sum()) for sample in samples))
         sums = torch.zeros(3)  # loss, clipped, nonfinite
@@ -166,5 +166,5 @@ class Critic:
     def _values(self, batch: MiniBatch) -> Tensor:
         """(B, R) float32."""
         hidden = response_hidden(self._backbone, batch).float()
-        with torch.autocast(hidden.device.type, enabled=False):  # 8 bits are too few for a value
+        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 is too coarse for values
             return self._head(hidden)[..., 0]

@@ -1,7 +1,7 @@
 """The learner: scores samples with the current weights, then updates the weights with the EPO loss.
 
-Both go from hidden states to scores and loss without logits (`ek.linear_log_probs_and_entropy`, `ek.linear_epo_loss`);
-tokens that the policy didn't write are dropped before the head.
+Both go from hidden states to scores and loss without materialising logits (`ek.linear_log_probs_and_entropy`,
+`ek.linear_epo_loss`); tokens that the policy did not generate are dropped before the head.
 """
 
 from collections.abc import Sequence
@@ -48,14 +48,14 @@ class RowFilling:
 
 
 class Learner:
-    """Owns the optimiser.
+    """Owns the optimizer.
 
     Args:
-        reference: frozen model of the KL term, needed where the KL counts in loss or reward. The policy's own model
-            where it has adapters: it is then asked without them.
+        reference: frozen model of the KL term, required if the loss or the reward uses the KL. With adapters it is the
+            policy's own model, used without them.
 
     Raises:
-        ConfigError: a model whose logits can't be computed from its hidden states; see `check_head`.
+        ConfigError: the model's logits cannot be computed from its hidden states; see `check_head`.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Learner:
         self._optimizer = StepOptimizer(policy.model, config.optim, config.optim, config.horizon, self._ranks)
 
     def score(self, samples: Sequence[Sample], report: Report = ignore) -> None:
-        """Set each sample's `old_log_probs` and `entropy` (and `ref_log_probs`), in one pass without gradient.
+        """Set each sample's `old_log_probs` and `entropy` (and `ref_log_probs`), without gradients.
 
-        `report` gets the number of samples scored; with a reference each of two passes counts by half.
+        `report` receives the number of samples scored; with a reference, each of the two passes counts half.
         """
         share = 1.0 if self._reference is None else 0.5
         with casts_kept(self._policy.model):
@@ -103,11 +103,11 @@ class Learner:
     ) -> dict[str, float]:
         """All epochs and minibatches of a step. Returns the metrics `actor/*` and `epo/*`, means over the updates.
 
-        An update whose loss or gradient isn't finite is left out and counted. `report` gets the number of samples
-        learned from, counted in each epoch.
+        An update whose loss or gradient is not finite is skipped and counted. `report` receives the number of samples
+        used, counted in each epoch.
 
         Raises:
-            NonFiniteError: optim.max_skipped_updates of them in a row.
+            NonFiniteError: optim.max_skipped_updates consecutive updates were skipped.
         """
         watch = Stopwatch(self._policy.model.device)
         self._filling = RowFilling()
@@ -138,7 +138,7 @@ class Learner:
         return {**self._optimizer.state_dict(), "entropy_controller": controller}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore optimiser and entropy controller. Where a branch has another rule, its controller starts afresh."""
+        """Restore optimizer and entropy controller. In a branch with another rule, the controller is reset."""
         self._optimizer.load_state_dict(state)
         saved = state.get("entropy_controller")
         if self._controller and saved and saved["rule"] == self._controller.rule:
@@ -162,7 +162,7 @@ class Learner:
             self._filling.add(batch, [samples[i] for i in indices])
             with checkpointing(model, self._config.model.gradient_checkpointing):
                 hidden = response_hidden(model.get_decoder(), batch)
-                with watch.timed("loss"):  # cut out of the graph, so that it can be timed: the same gradients
+                with watch.timed("loss"):  # detached from the graph so that it can be timed: same gradients
                     leaf = hidden.detach().requires_grad_()
                     out = self._loss(leaf, batch, history, penalty_weight, normalizer)
                     (out.loss if counts else 0.0 * out.loss).backward()
@@ -207,13 +207,13 @@ class Learner:
             ref_log_probs=batch.ref_log_probs if loss.kl_coeff else None,
             is_weights=batch.is_weights,
             normalizer=normalizer,
-            # Constant: the padded width differs from micro-batch to micro-batch.
+            # A constant, because the padded width differs between micro-batches.
             max_length=longest,
         )
 
     @torch.no_grad()
     def _scores(self, model: PreTrainedModel, samples: Sequence[Sample], report: Report) -> list[tuple[Tensor, Tensor]]:
-        """(log-probs, entropies) of each sample's tokens, (R,) float32 each; 0 where the policy didn't write."""
+        """(log-probs, entropies) per sample, (R,) float32 each; 0 at tokens that the policy did not generate."""
         scores: dict[int, tuple[Tensor, Tensor]] = {}
         head = head_of(model)
         for indices, _ in self._ranks.deal(self._micro_batches(samples), report):
@@ -253,10 +253,10 @@ class Learner:
             "epo/band_low_share": sums["below_band_fraction"],
             "epo/band_high_share": sums["above_band_fraction"],
         }
-        if self._loss_config.penalty not in ("none", "gate"):  # a gate has no value to tell
+        if self._loss_config.penalty not in ("none", "gate"):  # a gate has no penalty value
             named["epo/penalty"] = sums["penalty"] / updates
         if self._loss_config.kl_coeff:
             named["actor/kl_loss"] = sums["kl_loss"] / updates
-        if self._controller:  # what the next update takes
+        if self._controller:  # used by the next update
             named["actor/entropy_coeff"] = float(self._controller.entropy_coeff)
         return named

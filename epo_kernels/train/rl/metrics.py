@@ -1,4 +1,4 @@
-"""What a training step tells of itself, under the names people know from verl and verl-agent."""
+"""The metrics of a training step, under the names used by verl and verl-agent."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -15,7 +15,7 @@ from epo_kernels.train.io.watch import repeated_share
 
 
 def entropy_metrics(turns: Tensor, entropy: Tensor, history: ek.EntropyHistory) -> dict[str, Value]:
-    """Entropy of the tokens just sampled, over all and by turn (null: nobody got that far), and the history's means."""
+    """Entropy of the sampled tokens, overall and by turn (null: no episode got that far), and the history's means."""
     sums = torch.zeros(int(turns.max()) + 1, dtype=torch.float64).index_add_(0, turns, entropy.double())
     counts = torch.bincount(turns)
     return {
@@ -26,18 +26,18 @@ def entropy_metrics(turns: Tensor, entropy: Tensor, history: ek.EntropyHistory) 
 
 
 def sampled_entropy(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """(turns, entropies) of all tokens that the policy wrote, (N,) each."""
+    """(turns, entropies) of all generated tokens, (N,) each."""
     turns = torch.cat([torch.tensor(sample.turns)[sample.mask] for sample in samples])
     return turns, torch.cat([sample.entropy[sample.mask] for sample in samples if sample.entropy is not None])
 
 
 def episode_metrics(episodes: Sequence[Episode], played: Sequence[Episode]) -> dict[str, Value]:
-    """Of all that were played, whether or not they are learned from."""
+    """Metrics of all played episodes, whether or not they are used for learning."""
     rewards = [episode.total_reward for episode in played]
     lengths = [len(episode.turns) for episode in played]
     turns = [turn for episode in played for turn in episode.turns]
     return {
-        "critic/rewards/mean": _mean(rewards),  # as verl names an episode's return, with or without a critic
+        "critic/rewards/mean": _mean(rewards),  # verl's name for the episode return, with or without a critic
         "critic/rewards/max": max(rewards),
         "critic/rewards/min": min(rewards),
         "critic/score/mean": _mean([episode.score for episode in played]),
@@ -56,7 +56,7 @@ def episode_metrics(episodes: Sequence[Episode], played: Sequence[Episode]) -> d
 
 
 def token_metrics(samples: Sequence[Sample], limit: int) -> dict[str, Value]:
-    """Of all samples, before truncated responses are masked; response lengths are those of turns."""
+    """Metrics of all samples, before truncated responses are masked; response lengths are per turn."""
     turns = [response for sample in samples for response in _responses(sample)]
     responses = [len(response) for response in turns]
     prompts = [len(sample.prompt_ids) for sample in samples]

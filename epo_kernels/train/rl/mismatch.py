@@ -1,6 +1,6 @@
-"""The mismatch between the engine that sampled and the learner that updates, as the driver's settings ask for it.
+"""The mismatch between sampling engine and learner, corrected as configured.
 
-The weights and metrics are those of `ek.rollout_weights`; here they are taken over the samples of a training step.
+Computes the weights and metrics of `ek.rollout_weights` over the samples of a training step.
 """
 
 import math
@@ -14,7 +14,7 @@ from epo_kernels.train.config import TrainConfig
 from epo_kernels.train.data import Sample
 from epo_kernels.train.rl.packed import PackedSamples
 
-# Logged as training/NAME; rollout_is_truncated_share is added to them.
+# Logged as training/NAME, together with rollout_is_truncated_share.
 _LOGGED = (
     "rollout_probs_diff_mean",
     "rollout_probs_diff_max",
@@ -34,13 +34,13 @@ def rollout_is_level(config: TrainConfig) -> str:
 
 
 def set_rollout_weights(samples: Sequence[Sample], level: str, cap: float) -> None:
-    """Set each sample's `is_weights`, min(p/q, `cap`) where the policy wrote and 0 elsewhere.
+    """Set each sample's `is_weights`: min(p/q, `cap`) for generated tokens, 0 elsewhere.
 
     Args:
         samples: scored (old_log_probs), with the engine's rollout_log_probs.
         level: "none": no weights. "token": each token's own ratio, which ignores that earlier tokens of the turn were
-            sampled from q too: a small bias for a small variance. "turn": the product over the turn's tokens, for each
-            of them; untruncated, the expected gradient is the on-policy one given what the turn saw, with a variance
+            also sampled from q: a small bias for low variance. "turn": the product over the turn's tokens, used for all
+            of them; untruncated, the expected gradient is the on-policy one given the turn's prompt, with a variance
             that grows with the turn's length.
         cap: larger ratios are truncated to this.
     """
@@ -53,10 +53,10 @@ def set_rollout_weights(samples: Sequence[Sample], level: str, cap: float) -> No
 
 
 def mismatch_metrics(samples: Sequence[Sample], level: str, cap: float) -> dict[str, float]:
-    """How far the engine's probabilities of the tokens it sampled are from the learner's, corrected or not.
+    """Differences between the engine's and the learner's probabilities of the sampled tokens, corrected or not.
 
-    The names are those of `ek.rollout_weights` after `training/`; `training/rollout_is_truncated_share` is the share of
-    tokens whose ratio is above the cap. Where there are no weights, `training/rollout_is_*` are of those by token.
+    Metric names are those of `ek.rollout_weights` after `training/`; `training/rollout_is_truncated_share` is the share
+    of tokens whose ratio exceeds the cap. Without weights, `training/rollout_is_*` describe token-level weights.
     """
     _, metrics = _weights(samples, PackedSamples.of(samples), level, cap)
     named = {f"training/{name}": float(metrics[name]) for name in _LOGGED}
@@ -78,5 +78,5 @@ def _weights(
 
 def _of(values: Tensor | None) -> Tensor:
     if values is None:
-        raise ValueError("samples must have the engine's log-probs and be scored before the two are compared")
+        raise ValueError("samples must have rollout_log_probs and be scored before they are compared")
     return values

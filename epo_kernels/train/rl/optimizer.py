@@ -1,4 +1,4 @@
-"""The optimizer of policy and critic: a step's minibatches, the learning rate's schedule, and skipped updates."""
+"""The optimizer of policy and critic: minibatches, learning-rate schedule, and skipped updates."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,22 +22,22 @@ from epo_kernels.train.distributed import Ranks
 
 
 def cosine_with_warmup(updates: int, warmup_ratio: float, min_ratio: float) -> Callable[[int], float]:
-    """The factor on the learning rate by update: linear to 1 over the warm-up, then cosine to `min_ratio`.
+    """The learning-rate factor per update: linear warm-up to 1, then cosine decay to `min_ratio`.
 
     Args:
-        updates: how many the schedule spans; later ones keep the last rate.
-        warmup_ratio: share of them that is warm-up.
-        min_ratio: the last update's factor; a schedule of one update has factor 1.
+        updates: number of updates in the schedule; later ones keep the last rate.
+        warmup_ratio: share of updates used for warm-up.
+        min_ratio: factor of the last update; a schedule of one update has factor 1.
     """
     warmup = round(warmup_ratio * updates)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
-        torch.optim.SGD([torch.zeros(())]),  # the formula alone is used: updates a step, and so `updates`, may vary
+        torch.optim.SGD([torch.zeros(())]),  # only the formula is used, because `updates` may vary between steps
         num_warmup_steps=warmup,
-        num_training_steps=updates - 1,  # the last update, not the one after it, has the minimum
+        num_training_steps=updates - 1,  # so that the last update has the minimum, not the one after it
         min_lr_rate=min_ratio,
     )
     (factor,) = schedule.lr_lambdas
-    # The library's warm-up begins at 0, which would waste an update.
+    # The library's warm-up starts at 0, which would waste an update.
     return lambda update: factor(update + 1 if update < warmup else max(min(update, updates - 1), warmup))
 
 
@@ -47,16 +47,16 @@ class StepOptimizer:
 
     model: nn.Module
     config: OptimConfig
-    passes: OptimConfig | CriticConfig  # whose lr, epochs, minibatches and minibatch_size hold
-    steps: int  # that the schedule spans; any after them have its last rate
+    passes: OptimConfig | CriticConfig  # provides lr, epochs, minibatches and minibatch_size
+    steps: int  # steps in the schedule; later steps keep its last rate
     ranks: Ranks
-    skipped_in_row: int = field(default=0, init=False)  # updates, from one training step into the next
+    skipped_in_row: int = field(default=0, init=False)  # consecutive skipped updates, across training steps
 
     def __post_init__(self) -> None:
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         split = [parameter for parameter in self._parameters if isinstance(parameter, DTensor)]
         whole = [parameter for parameter in self._parameters if not isinstance(parameter, DTensor)]
-        self._groups = [group for group in (whole, split) if group]  # no operation takes both kinds at once
+        self._groups = [group for group in (whole, split) if group]  # fused operations cannot mix the two kinds
         self._adamw = torch.optim.AdamW(
             [{"params": group} for group in self._groups],
             lr=self.passes.lr,
@@ -68,7 +68,7 @@ class StepOptimizer:
         self._skipped = 0
 
     def minibatches(self, samples: Sequence[Sample], seed: tuple[int, ...]) -> Iterator[list[Sample]]:
-        """All epochs' minibatches of a training step, in an order drawn with `seed`; `apply` belongs after each."""
+        """The minibatches of all epochs of a step, shuffled with `seed`; call `apply` after each."""
         self._norms, self._skipped = [], 0
         passes = self.passes
         a_pass = math.ceil(len(samples) / passes.minibatch_size) if passes.minibatch_size else passes.minibatches
@@ -86,7 +86,7 @@ class StepOptimizer:
         self._steps_done += 1
 
     def apply(self, loss: Tensor) -> float:
-        """Update by the gradients there are, unless they or the loss aren't finite. Drops them, returns their norm."""
+        """Update with the current gradients, unless they or the loss are not finite; clears them, returns the norm."""
         self.ranks.add_gradients(self._parameters)
         norm = self._clip()
         if math.isfinite(norm) and bool(loss.isfinite()):
@@ -100,20 +100,20 @@ class StepOptimizer:
         return norm
 
     def metrics(self, group: str) -> dict[str, float]:
-        """Of the last training step: {"`group`/lr", "`group`/skipped_updates", "`group`/grad_norm"}."""
+        """Metrics of the last training step: {"`group`/lr", "`group`/skipped_updates", "`group`/grad_norm"}."""
         named = {f"{group}/lr": float(self._adamw.param_groups[0]["lr"]), f"{group}/skipped_updates": self._skipped}
         if self._norms:
             named[f"{group}/grad_norm"] = sum(self._norms) / len(self._norms)
         return named
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's moments by parameter name, unsharded on the CPU: a run may continue on another number of ranks.
+        """AdamW's moments by parameter name, unsharded on the CPU, so a run may continue with another number of ranks.
 
-        All ranks call it; it is complete on the first. Settings such as betas are the configuration's, so they are not
-        part of it.
+        All ranks must call it; it is complete on the first. Settings such as betas come from the configuration and are
+        not included.
         """
         adamw: dict[str, Any] = {}
-        if self._adamw.state:  # else torch would make a first update of its own, to have moments
+        if self._adamw.state:  # otherwise torch would perform an update of its own to create the moments
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             adamw |= get_optimizer_state_dict(self.model, self._adamw, options=options)
         return {"adamw": adamw.get("state", {}), "steps_done": self._steps_done, "skipped_in_row": self.skipped_in_row}
@@ -127,13 +127,13 @@ class StepOptimizer:
                 {"state": state["adamw"], "param_groups": groups},
                 options=StateDictOptions(full_state_dict=True),
             )
-            for moments in self._adamw.state.values():  # whole ones still lie in the checkpoint's file
+            for moments in self._adamw.state.values():  # unsharded ones are still mapped from the checkpoint's file
                 moments.update({name: v.clone() for name, v in moments.items() if not isinstance(v, DTensor)})
         self._steps_done = state["steps_done"]
         self.skipped_in_row = state["skipped_in_row"]
 
     def _clip(self) -> float:
-        """Clip the gradients to `max_grad_norm`; returns the norm that they had."""
+        """Clip the gradients to `max_grad_norm`; returns their norm before clipping."""
         norms = []
         for group in self._groups:
             norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])

@@ -1,4 +1,4 @@
-"""The batch of an update whose loss or gradient wasn't finite, kept to be looked into: safetensors beside JSON."""
+"""Saves the batch of an update with a non-finite loss or gradient for analysis: safetensors and JSON."""
 
 import json
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from epo_kernels.train.data import Sample
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What the update came to. JSON has no NaN or infinity, so numbers that may be either are written as text."""
+    """The result of the update. JSON has no NaN or infinity, so numbers that may be either are stored as text."""
 
     network: str  # policy | critic
-    updates_in_a_row: int  # that were not finite
+    updates_in_a_row: int  # consecutive non-finite updates
     loss: str
     grad_norm: str
-    nonfinite_tokens: int  # of the critic: states
+    nonfinite_tokens: int  # for the critic: states
     penalty_weight: float | None  # None: the critic's loss has no penalty
-    nonfinite_weights: list[str]  # names of parameters that hold NaN or infinity: then no batch is to blame
+    nonfinite_weights: list[str]  # names of parameters with NaN or infinity: if any, the batch is not the cause
 
     @classmethod
     def of(
@@ -41,14 +41,14 @@ class Circumstances:
 
 
 def nonfinite_weights(model: nn.Module) -> list[str]:
-    """Names of parameters that hold NaN or infinity. Of a model that is split over ranks, all of them must call it."""
+    """Names of parameters with NaN or infinity. For a sharded model, all ranks must call it."""
     finite = {name: parameter.isfinite().all() for name, parameter in model.named_parameters()}
     whole = {name: flag.full_tensor() if isinstance(flag, DTensor) else flag for name, flag in finite.items()}
     return [name for name, flag in whole.items() if not flag]
 
 
 class NonFiniteError(RuntimeError):
-    """Too many updates in a row had no finite loss and gradient. Carries the last one's batch."""
+    """Too many consecutive updates had a non-finite loss or gradient. Carries the last one's batch."""
 
     def __init__(self, samples: Sequence[Sample], circumstances: Circumstances) -> None:
         self.samples = list(samples)
@@ -57,17 +57,17 @@ class NonFiniteError(RuntimeError):
         cause = (
             f"weights are not finite ({', '.join(circumstances.nonfinite_weights[:3])}): lower {rate}"
             if circumstances.nonfinite_weights
-            else "all weights are finite, so look at the batch and the settings of the loss"
+            else "all weights are finite, so check the batch and the loss settings"
         )
         updates = f"{circumstances.updates_in_a_row} {circumstances.network} updates"
         came_to = f"loss {circumstances.loss}, gradient norm {circumstances.grad_norm}"
         super().__init__(
-            f"{updates} in a row had no finite loss and gradient ({came_to}; optim.max_skipped_updates); {cause}"
+            f"{updates} in a row had a non-finite loss or gradient ({came_to}; optim.max_skipped_updates); {cause}"
         )
 
 
 def save_batch(folder: Path, error: NonFiniteError) -> Path:
-    """Write `folder`/batch.safetensors and `folder`/circumstances.json; `load_batch` reads the samples again."""
+    """Write `folder`/batch.safetensors and `folder`/circumstances.json; `load_batch` reads the samples back."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name in (field.name for field in fields(Sample)):
@@ -88,7 +88,7 @@ def save_batch(folder: Path, error: NonFiniteError) -> Path:
 
 
 def load_batch(folder: Path) -> list[Sample]:
-    """The samples of `save_batch`, as `Learner.update` and `Critic.update` take them."""
+    """The samples saved by `save_batch`, in the form accepted by `Learner.update` and `Critic.update`."""
     tensors = load_file(folder / "batch.safetensors")
     widths = tensors["response_ids.lengths"].tolist()
     columns: dict[str, Sequence[object]] = {}

@@ -14,12 +14,12 @@ from epo_kernels.train.rl.packed import PackedSamples
 
 
 def shape_samples(episodes: Sequence[Episode], samples: Sequence[Sample], config: AlgorithmConfig) -> None:
-    """Shape each sample's `advantages` in place; nothing happens with algorithm.shape=none.
+    """Shape each sample's `advantages` in place; a no-op with algorithm.shape=none.
 
     AEM normalises over the turns of a group of episodes, EMPG over all turns of the step, as published.
 
     Args:
-        episodes: played; `Sample.episode` counts them.
+        episodes: played; `Sample.episode` indexes them.
         samples: scored (old_log_probs, entropy), with advantages.
     """
     if config.shape == "none":
@@ -46,5 +46,5 @@ def shape_samples(episodes: Sequence[Episode], samples: Sequence[Sample], config
 
 def _of(values: Tensor | None) -> Tensor:
     if values is None:
-        raise ValueError("samples must be scored and have advantages before these are shaped")
+        raise ValueError("samples must be scored and have advantages before they are shaped")
     return values

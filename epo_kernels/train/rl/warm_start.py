@@ -1,4 +1,4 @@
-"""The warm start: cross-entropy on the actions of demonstrations, seen through the prompts of the rollout."""
+"""The warm start: cross-entropy on demonstrated actions, with the prompts of the rollout."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +17,12 @@ from epo_kernels.train.rollout.prompts import Prompts
 
 
 def demonstrate(suite: Suite, count: int, report: Report = ignore) -> list[Demonstration]:
-    """Shown episodes of the first `count` training tasks (of all, where there are fewer).
+    """Demonstrations of the first `count` training tasks, or of all tasks if there are fewer.
 
-    `report` gets the number of those played; what it raises ends the playing.
+    `report` receives the number played so far; an exception it raises stops the work.
 
     Raises:
-        ConfigError: a task that the environment cannot demonstrate.
+        ConfigError: the environment cannot demonstrate one of the tasks.
     """
     threads = ThreadPoolExecutor(2)
     demonstrations: list[Demonstration] = []
@@ -34,7 +34,7 @@ def demonstrate(suite: Suite, count: int, report: Report = ignore) -> list[Demon
         raise ConfigError(f"model.warm_start.demonstrations: {error}") from error
     finally:
         threads.shutdown(cancel_futures=True)
-        suite.close()  # the simulators that played are not needed any more
+        suite.close()  # its simulators are no longer needed
     return demonstrations
 
 
@@ -45,7 +45,7 @@ def cloning_samples(
     max_response_tokens: int,
     layout: str = "turn",
 ) -> list[Sample]:
-    """Samples as the rollout would make them, had it played the actions shown: prompts, actions and end tokens."""
+    """Samples as if the rollout had played the demonstrated actions: prompts, actions and end tokens."""
     episodes = []
     for demonstration in demonstrations:
         responses = policy.chat.text(demonstration.actions)
@@ -55,7 +55,7 @@ def cloning_samples(
             response_ids = [*responses[index], policy.end_id][:max_response_tokens]
             is_last = index + 1 == len(demonstration.actions)
             result = "" if is_last else demonstration.observations[index + 1].text
-            log_probs = [0.0] * len(response_ids)  # nobody sampled them
+            log_probs = [0.0] * len(response_ids)  # not sampled
             past.append(Turn(seen, prompt_ids, response_ids, log_probs, action, valid=True, result=result))
         episodes.append(Episode(demonstration.task, 0, (0, Draw.CLONING, 0, 0), turns=past))
     return samples_of(episodes, layout)
@@ -64,7 +64,7 @@ def cloning_samples(
 def clone(policy: Policy, samples: list[Sample], config: WarmStartConfig, seed: int, report: Report) -> list[float]:
     """Train the policy on the samples in place; returns the mean loss of each epoch.
 
-    `report` gets the number of epochs done, after every batch.
+    `report` receives the number of epochs done, after every batch.
     """
     means = []
     model, head = policy.model, head_of(policy.model)
@@ -72,7 +72,7 @@ def clone(policy: Policy, samples: list[Sample], config: WarmStartConfig, seed: 
     batches_an_epoch = -(-len(samples) // config.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
     steps = config.epochs * batches_an_epoch + 1
-    # Of ten steps a tenth would be none, which the schedule divides by.
+    # With fewer than ten steps a tenth would be zero, and the schedule divides by it.
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, total_steps=steps, pct_start=max(0.1, 2 / steps)
     )
@@ -102,7 +102,7 @@ def clone(policy: Policy, samples: list[Sample], config: WarmStartConfig, seed: 
 
 
 def _alike_batches(samples: list[Sample], size: int, rng: np.random.Generator) -> list[list[Sample]]:
-    """A shuffled epoch whose batches hold samples alike in length, so that little is padding."""
+    """A shuffled epoch of batches with samples of similar length, to minimise padding."""
     order = sorted(rng.permutation(len(samples)), key=lambda i: samples[i].length // 16)
     batches = [[samples[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
     rng.shuffle(batches)

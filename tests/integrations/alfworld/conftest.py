@@ -1,4 +1,4 @@
-"""A small authored set, shared by the tests of one process."""
+"""A small generated set of games, shared by the tests of one process."""
 
 import pytest
 

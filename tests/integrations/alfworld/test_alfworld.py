@@ -1,4 +1,4 @@
-"""The real ALFWorld engine, in real processes, on games authored here."""
+"""The real ALFWorld engine, in real processes, on games generated here."""
 
 import os
 import shutil

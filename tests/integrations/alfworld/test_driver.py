@@ -1,4 +1,4 @@
-"""python -m epo_kernels.train alfworld, from end to end."""
+"""python -m epo_kernels.train alfworld, end to end."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The example of an environment of one's own, with the TextWorld that comes with ALFWorld."""
+"""The example of a custom environment, with the TextWorld installed by ALFWorld."""
 
 import json
 import subprocess

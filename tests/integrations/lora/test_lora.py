@@ -1,4 +1,4 @@
-"""Adapters by the real PEFT: a run, what its checkpoints hold, and going on from them."""
+"""Adapters with the real PEFT: a run, the contents of its checkpoints, and resuming from them."""
 
 import copy
 import json

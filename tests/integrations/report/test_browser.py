@@ -1,4 +1,4 @@
-"""report.html in a real browser: laid out whole on a desk and on a phone, by day and by night, and deaf to scripts."""
+"""report.html in a real browser: complete on desktop and phone, in light and dark mode, and without scripts."""
 
 import math
 import shutil
@@ -55,7 +55,7 @@ def step_metrics(step):
 
 
 def episodes(successes):
-    """As many tasks as asked for, the first `successes` of them done."""
+    """That many tasks, of which the first `successes` are completed."""
     seen = Observation(f"Find the vault. {HOSTILE}", "You walk on.", f"A hall. {HOSTILE} {'long' * 80}")
     turns = [Turn(seen, [], [], [], f"go left {HOSTILE}", 0.25, bool(n % 2), result=HOSTILE) for n in range(12)]
     return [
@@ -156,7 +156,7 @@ def test_every_chart_shows_something_and_no_label_covers_another(page):
 
 
 def test_all_text_can_be_read(page):
-    """The contrast of each piece of text with what lies behind it, by WCAG 2: 4.5 or more."""
+    """The contrast of each text with its background by WCAG 2: 4.5 or more."""
     faint = page.evaluate(
         """(() => {
             const numbers = colour => colour.match(/[0-9.]+/g).map(Number);

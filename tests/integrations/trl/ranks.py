@@ -29,9 +29,18 @@ def main(model, output):
         **common,
     )
     on.train()
+    pair = []
+    controls = {"use_adaptive_entropy": True, "entropy_target": 4.0, "top_entropy_quantile": 0.5, "max_steps": 2}
+    controls |= {"importance_sampling_level": "sequence", "loss_type": "grpo", "off_policy_mask_threshold": 0.01}
+    for kind, own in ((GRPOTrainer, {}), (EPOTrainer, {"penalty": "none"})):
+        pair.append(make(model, output, kind, entropy_coef=0.1, **common, **controls, **own))
+        pair[-1].train()
     weights = [trainer.model.lm_head.weight.detach() for trainer in (theirs, off, on)]
     report = {
         "off_by": float((weights[0] - weights[1]).abs().max()),
+        "controls_off_by": float((pair[0].model.lm_head.weight - pair[1].model.lm_head.weight).abs().max()),
+        "coefficients": [trainer.entropy_coef for trainer in pair],
+        "entropies": [trainer._last_world_entropy for trainer in pair],
         "moved": float((weights[0] - weights[2]).abs().max()),
         "sum": float(weights[2].double().sum()),
         "total": on.history.state_dict()["total"][:, 0].tolist(),

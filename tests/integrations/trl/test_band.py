@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from epo_kernels.integrations.trl import _turns
+from epo_kernels.integrations.trl_loss import turns_of
 from tests.integrations.trl.pairs import loss_and_gradients, make, micro_batch
 
 
@@ -44,7 +44,7 @@ def test_the_band_in_the_loss(folder, tmp_path, penalty, band_scope, beta):
     off = loss_and_gradients(make(folder, tmp_path, beta=beta, entropy_coef=0.0), inputs)
     trainer = make(folder, tmp_path, entropy_coef=0.3, **changes)
     mask = inputs["completion_mask"] * inputs["tool_mask"]
-    turns = _turns(mask.bool())
+    turns = turns_of(mask.bool())
     entropy = eager_entropy(trainer.model, inputs)
     trainer.history.update(turns, entropy, mask)
     trainer.history.commit()
@@ -69,7 +69,7 @@ def test_the_band_in_the_loss(folder, tmp_path, penalty, band_scope, beta):
 
 def test_turns_are_the_runs_of_ones():
     mask = torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1], [0, 1, 1, 0, 0, 1, 0, 0], [0] * 8, [1] * 8]).bool()
-    turns = _turns(mask)
+    turns = turns_of(mask)
     assert turns[0][mask[0]].tolist() == [0, 0, 1, 2, 2]
     assert turns[1][mask[1]].tolist() == [0, 0, 1]
     assert turns[3].tolist() == [0] * 8

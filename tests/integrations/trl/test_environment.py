@@ -5,7 +5,7 @@ from pathlib import Path
 import trl
 from datasets import Dataset
 
-from epo_kernels.integrations.trl import _loss_mask, _turns
+from epo_kernels.integrations.trl_loss import loss_mask, turns_of
 from tests.integrations.trl.pairs import make
 
 CALL = '<tool_call>\n{"name": "press", "arguments": {"key": "a"}}\n</tool_call><|im_end|>'
@@ -60,7 +60,7 @@ def test_an_environment_factory(folder, tmp_path, monkeypatch):
     compute, masks = trainer._compute_loss, []
 
     def watched(model, inputs):
-        masks.append(_loss_mask(inputs))
+        masks.append(loss_mask(inputs))
         return compute(model, inputs)
 
     monkeypatch.setattr(trainer, "_generate_single_turn", written)
@@ -68,7 +68,7 @@ def test_an_environment_factory(folder, tmp_path, monkeypatch):
     trainer.train()
     assert batches == [4, 2, 4, 2]
     # TRL shuffles the completions of a generation
-    turns = sorted(int(_turns(mask)[mask].max()) for mask in masks[0][:, None])
+    turns = sorted(int(turns_of(mask)[mask].max()) for mask in masks[0][:, None])
     assert turns == [0, 0, 1, 1]
     counts = trainer.history.state_dict()["total"][1]
     assert counts[:3].tolist() == [4 * (len(call) + len(rest)), 4 * len(rest), 0]

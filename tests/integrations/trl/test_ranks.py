@@ -21,6 +21,9 @@ def test_two_ranks(folder, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first["off_by"] < 1e-5 < 1e-3 < first["moved"]
+    assert first["controls_off_by"] < 1e-5
+    assert first["coefficients"][0] == first["coefficients"][1] == second["coefficients"][1]
+    assert first["entropies"][1] == second["entropies"][1] == pytest.approx(first["entropies"][0])
     assert first["sum"] == second["sum"], "the ranks hold the same weights"
     assert first["total"] == second["total"], "and the same history"
     assert first["steps"] == 2, "a step of it is a generation of both ranks"

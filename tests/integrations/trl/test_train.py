@@ -54,7 +54,14 @@ def test_epo_changes_the_run(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_iterations": 2, "beta": 0.1}, {"history_includes_current": True}], ids=str
+    "changes",
+    [
+        {},
+        {"num_iterations": 2, "beta": 0.1},
+        {"history_includes_current": True},
+        {"use_adaptive_entropy": True, "entropy_target": 10.0},
+    ],
+    ids=str,
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, changes):
     changes = {"entropy_coef": 0.1, "band_high": 1.0, "penalty_alpha": 5.0, "save_strategy": "steps"} | changes
@@ -65,6 +72,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, changes):
     resumed.train(resume_from_checkpoint=checkpoint)
     assert torch.equal(resumed.history.means().nan_to_num(), whole.history.means().nan_to_num())
     assert len(resumed.history) == len(whole.history)
+    assert resumed.entropy_coef == whole.entropy_coef
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
 

@@ -1,4 +1,4 @@
-"""A small policy of its own, and engines on it: the real vLLM, on the CPU."""
+"""A small policy, and engines for it: the real vLLM, on the CPU."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def config_of(*settings):
 
 
 def policy_of(config):
-    """As its tokenizer was made, nothing learnt."""
+    """An untrained policy with its tokenizer."""
     return build_from_scratch(demonstrate(make_suite(config.env), 4), config.model, seed=0)
 
 
@@ -45,7 +45,7 @@ def finish(engine, count, found=()):
 
 
 def requests_of(policy, count=16, seed=3, greedy=()):
-    """Of unequal lengths; the prompts of each four are equal."""
+    """Requests of unequal lengths; each four share a prompt."""
     texts = [f"Follow the signs. Sign: {'moon ' * (i // 4 + 1)}" for i in range(count)]
     prompts = policy.tokenizer(texts)["input_ids"]
     return [Request(ids, (seed, 1, i), greedy=i in greedy) for i, ids in enumerate(prompts)]
@@ -66,7 +66,7 @@ def told(completions):
 
 @pytest.fixture(scope="module")
 def config():
-    # At a temperature, so that what isn't divided by it shows; and long enough for some responses to end themselves.
+    # With a temperature, so that undivided logits show; and long enough for some responses to end by themselves.
     return config_of("rollout.temperature=0.7", "rollout.max_response_tokens=48", "rollout.environments=16")
 
 

@@ -1,4 +1,4 @@
-"""The real vLLM against the learner: the same log-probs, draws that follow seeds, responses that end as they must."""
+"""The real vLLM against the learner: equal log-probs, draws determined by seeds, correctly ended responses."""
 
 import copy
 
@@ -21,7 +21,7 @@ def test_log_probs_are_the_learners_before_and_after_an_update(engine, policy, c
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    second = write(engine, requests)  # equal prompts: what the cache holds of them is stale
+    second = write(engine, requests)  # equal prompts, whose cache entries are stale
     after = learner_log_probs(policy, config, requests, second)
     torch.testing.assert_close(told(second), after, rtol=0, atol=1e-5)
     # Old weights would have shown.

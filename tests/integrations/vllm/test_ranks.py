@@ -1,4 +1,4 @@
-"""Two processes whose layers are split between them, each with an engine of its own."""
+"""Two processes with sharded layers, each with its own engine."""
 
 import json
 import os
@@ -28,5 +28,5 @@ def test_every_rank_samples_with_whole_weights(tmp_path):
     lines = lines_of(tmp_path)
     assert [line["training/global_step"] for line in lines] == [1, 2]
     assert all(0 < line["training/rollout_probs_diff_max"] < 1e-5 for line in lines)
-    # Of one episode: the other rank has nothing to play, and takes part all the same.
+    # A single episode: the other rank has nothing to play, but takes part in the collectives.
     assert len(json.loads((tmp_path / "evaluation.json").read_text())) == 2

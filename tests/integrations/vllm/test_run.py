@@ -1,4 +1,4 @@
-"""A whole run whose rollouts vLLM writes: trained, killed on the way, gone on with."""
+"""A whole run with vLLM rollouts: trained, killed midway, resumed."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""What an engine is told of the run: response format, adapters, lengths; and what it refuses."""
+"""The settings passed to an engine: response format, adapters, lengths; and the ones it rejects."""
 
 import pytest
 import torch
@@ -80,13 +80,13 @@ def test_a_model_that_cannot_be_served():
     config = config_of()
     policy = policy_of(config)
     policy.model.config.max_position_embeddings = 64
-    with pytest.raises(ConfigError, match=r"vLLM can't serve this model.*take rollout\.engine=transformers"):
+    with pytest.raises(ConfigError, match=r"rollout.engine=vllm: .*use rollout\.engine=transformers"):
         engine_of(policy, config)
 
 
 @pytest.mark.parametrize("change", ["left out", "renamed"])
 def test_a_weight_that_vllm_does_not_take(monkeypatch, change):
-    """As of an architecture whose weights have other names in training: it would sample from what isn't there."""
+    """Like an architecture whose weights have other names in training: it would sample from missing weights."""
     config = config_of()
     policy = policy_of(config)
     odd = "model.layers.1.mlp.down_proj.weight"
@@ -99,10 +99,10 @@ def test_a_weight_that_vllm_does_not_take(monkeypatch, change):
                 yield f"{name}.anew", weight
 
     monkeypatch.setattr(vllm_engine, "merged_weights", others)
-    with pytest.raises(ConfigError, match=r"vLLM can't serve this model.*layers\.1\.mlp\.down_proj\.weight"):
+    with pytest.raises(ConfigError, match=r"rollout.engine=vllm: .*layers\.1\.mlp\.down_proj\.weight"):
         engine_of(policy, config)
     monkeypatch.undo()
-    engine = engine_of(policy, config)  # nothing of the one that was refused is in its way
+    engine = engine_of(policy, config)  # the rejected one left nothing behind
     try:
         assert len(write(engine, requests_of(policy))) == 16
     finally:

@@ -1,4 +1,4 @@
-"""A pretrained model from a GGUF file whose rollouts vLLM writes."""
+"""A pretrained model from a GGUF file with vLLM rollouts."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,4 @@
-"""No test talks to W&B's servers, and each begins with settings of its own."""
+"""No test contacts W&B's servers, and each starts with fresh settings."""
 
 import os
 

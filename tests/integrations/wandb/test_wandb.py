@@ -1,4 +1,4 @@
-"""Real W&B runs, offline: what they leave in run_dir/wandb is read back."""
+"""Real offline W&B runs, whose files in run_dir/wandb are read back."""
 
 import json
 import shutil
@@ -117,7 +117,7 @@ def test_a_server_out_of_reach_leaves_the_run_offline(tmp_path, monkeypatch, cap
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
     assert train(tmp_path, "steps=1", "evaluate.panels=[]", "tracking.wandb=online") == 0
     shown = capsys.readouterr().out
-    assert "warning: W&B doesn't start in mode online" in shown
+    assert "warning: W&B does not start in mode online" in shown
     assert "`wandb sync` sends it" in shown
     rows = [row for _, rows in rows_of(tmp_path) for row in rows]
     assert [row[STEP] for row in rows] == [1]
@@ -138,5 +138,5 @@ def test_a_run_outlives_its_tracker(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wandb.Run, "log", broken)
     assert train(tmp_path, "evaluate.panels=[]") == 0
     shown = capsys.readouterr().out
-    assert shown.count("warning: W&B failed, and the run goes on without: Connection lost") == 1
+    assert shown.count("warning: W&B failed, and the run continues without it: Connection lost") == 1
     assert len(lines_of(tmp_path)) == 2

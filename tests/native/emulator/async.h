@@ -1,4 +1,4 @@
-// What goes on beside the threads: mbarriers, bulk copies in either direction, st.async.
+// Asynchronous operations: mbarriers, bulk copies in both directions, st.async.
 #pragma once
 
 #include "machine.h"

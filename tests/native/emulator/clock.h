@@ -1,4 +1,5 @@
-// Vector clocks: what happens before what. A component for every thread, and one for each kind of asynchronous access.
+// Vector clocks of the happens-before relation. A component for every thread, and one for each kind of asynchronous
+// access.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +16,7 @@ struct Stamp {
     std::uint32_t seen = 0, shown = 0;
 };
 
-// Shared by threads that know the same, so never changed while anyone else holds it. Launches run in one host thread.
+// Shared by threads with equal clocks, so never modified while shared. Launches run in one host thread.
 class Clock {
 public:
     Clock() = default;

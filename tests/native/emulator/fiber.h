@@ -8,7 +8,7 @@ namespace emulator {
 
 constexpr std::size_t kStackBytes = 64 * 1024;
 
-// Runs `to`, saving where this one stands.
+// Switches to `to`, saving the state of this fiber.
 void switch_fiber(void** from, void* to);
 
 // A fiber that has not run yet, on the stack of that number; `entry` must not return.

@@ -1,4 +1,4 @@
-// The emulated GPU while it runs a grid: its threads, and what orders them.
+// The emulated GPU while it runs a grid: its threads, and their synchronisation.
 #pragma once
 
 #include <map>
@@ -117,7 +117,7 @@ struct Machine {
 };
 extern Machine machine;
 
-// Ends the launch with an error that says what is wrong, and where the running thread is.
+// Ends the launch with an error that gives the fault and the position of the running thread.
 [[noreturn]] void fault(const std::string& what);
 
 std::string name_of(const Thread& thread);

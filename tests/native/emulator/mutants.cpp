@@ -1,4 +1,4 @@
-// Runs the kernels with one planted fault at a time (mutants.py) and prints, for each, what gave it away.
+// Runs the kernels with one planted fault at a time (mutants.py) and prints how each was detected.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

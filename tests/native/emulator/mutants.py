@@ -41,7 +41,7 @@ MUTANTS = (
     ),
     Mutant(
         "no __syncwarp between the gradient and its bulk store",
-        "            __syncwarp();  // and is shown to the copy by all who wrote it\n",
+        "            __syncwarp();  // all writes are visible to the bulk copy\n",
         "",
         "a bulk store reads .* by the async proxy without a fence.proxy.async",
     ),
@@ -107,7 +107,7 @@ MUTANTS = (
     ),
     Mutant(
         "blocks send before others have initialised their mbarriers",
-        "    cluster_barrier();  // every block's mbarriers are there before anybody sends\n",
+        "    cluster_barrier();  // every block's mbarriers must exist before any block sends\n",
         "",
         "initialis",
     ),
@@ -155,7 +155,7 @@ MUTANTS = (
     ),
     Mutant(
         "the sweeps' next row begins while the last one is still read",
-        "        __syncthreads();  // the block's shared parts are free for the next row\n",
+        "        __syncthreads();  // the block's shared memory is free for the next row\n",
         "",
         "without any order after the read",
         "cuda_sweeps.cuh",

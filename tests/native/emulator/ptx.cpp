@@ -12,7 +12,8 @@ namespace {
 
 using Name = Instruction::Name;
 
-// Instructions by their first words, with the modifiers that they may have. What isn't here isn't modelled.
+// Instructions by their first words, with the modifiers that they may have. Instructions not listed here are not
+// modelled.
 struct Known {
     const char* words;
     Name name;

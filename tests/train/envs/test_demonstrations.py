@@ -1,4 +1,4 @@
-"""Demonstrations frozen to files."""
+"""Demonstrations stored in files."""
 
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
 def test_a_damaged_file_is_named(tmp_path, text):
     path = tmp_path / "0.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"0\.json holds no demonstration.*delete the file"):
+    with pytest.raises(ValueError, match=r"0\.json does not contain a demonstration.*delete the file"):
         read_demonstration(path)
 
 

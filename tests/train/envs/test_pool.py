@@ -124,13 +124,13 @@ def test_too_many_lost_episodes_in_a_row_are_an_error(suite):
             pool.reset(0, GOOD).result(10)
             step_all(pool, {0: action})
 
-        for _ in range(3):  # a good one between starts the count anew
+        for _ in range(3):  # a successful one in between resets the count
             episode("raise")
             episode("raise")
             episode("look")
         for _ in range(3):
             episode("raise")
-        with pytest.raises(EnvironmentFailure, match=r"3 episodes in a row.*env\.max_failures.*a bug in a game"):
+        with pytest.raises(EnvironmentFailure, match=r"3 consecutive episodes.*env\.max_failures.*a bug in a game"):
             pool.reset(0, GOOD)
 
 
@@ -177,7 +177,7 @@ def test_closing_ends_everything_even_while_one_hangs(suite):
 
 
 def test_a_pool_without_slots_is_refused(suite):
-    with pytest.raises(ValueError, match="at least one slot, not 0"):
+    with pytest.raises(ValueError, match="size must be at least 1 slot, got 0"):
         EnvironmentPool(suite, 0)
 
 

@@ -1,4 +1,4 @@
-"""The walk to the vault: its exact rules, its expert, and that no short cut wins."""
+"""The walk to the vault: its exact rules, its expert, and that no shortcut wins."""
 
 import random
 

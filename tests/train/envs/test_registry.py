@@ -1,4 +1,4 @@
-"""Environments from outside the package: found by name, with settings and panels of their own, trained."""
+"""Environments from outside the package: found by name, with their own settings and panels, and trained."""
 
 import json
 import re
@@ -102,7 +102,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def modules(tmp_path, monkeypatch):
-    """Modules of a user's own in the folder, which Python forgets afterwards."""
+    """User modules in the folder, unloaded afterwards."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "counting.py").write_text(COUNTING)
@@ -204,14 +204,14 @@ def test_help_shows_the_options_of_all_built_in_environments_or_of_the_one_named
     [
         ("parctice", "alfworld, practice, scienceworld, or a plug-in's my_module:MySuite.*did you mean 'practice'"),
         ("counting", "got 'counting'"),
-        ("cuonting:CountingSuite", f"no module 'cuonting'.*current folder, which is {Path.cwd()}"),
+        ("cuonting:CountingSuite", f"no module 'cuonting'.*current folder, {Path.cwd()}"),
         ("counting.inner:CountingSuite", "no module 'counting.inner'"),
         ("counting:CountingSiute", "the module counting has no 'CountingSiute'"),
         ("counting:Counting", "derived from epo_kernels.train.envs.Suite that defines make, tasks"),
-        ("counting:Taskless", "it doesn't define tasks"),
+        ("counting:Taskless", "it does not define tasks"),
         ("counting:Loose", "its Options must be a dataclass"),
         ("counting:Nameless", r"panels must be .*got \('iid', 'a/b'\)"),
-        ("needy:Suite", r"the module needy needs no_such_package, which isn't installed: pip install no_such_package"),
+        ("needy:Suite", r"the module needy needs no_such_package, which is not installed: pip install no_such_package"),
         ("broken:Suite", r"importing broken raised ZeroDivisionError: .*broken\.py, line 2\)"),
         ("garbled:Suite", r"importing garbled raised SyntaxError: .*garbled\.py, line 1"),
         ("slippery:Suite", r"importing slippery raised AttributeError: .*slippery\.py, line 3\)"),

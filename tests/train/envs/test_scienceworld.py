@@ -230,7 +230,7 @@ def test_two_at_once_do_not_corrupt_each_other(suite):
 
 
 class Watched:
-    """A suite that remembers what it made."""
+    """A suite that records the environments it created."""
 
     def __init__(self, suite):
         self.suite, self.made = suite, []
@@ -241,7 +241,7 @@ class Watched:
 
 
 @pytest.mark.parametrize(
-    ("blow", "message"), [(signal.SIGKILL, "ended with code -9"), (signal.SIGSTOP, "didn't answer within 6 s")]
+    ("blow", "message"), [(signal.SIGKILL, "ended with code -9"), (signal.SIGSTOP, "did not answer within 6 s")]
 )
 def test_a_killed_or_hung_jvm_fails_alone_and_is_replaced(suite, blow, message):
     watched = Watched(suite)
@@ -298,7 +298,7 @@ def test_no_java_at_all_tells_the_cure(monkeypatch, tmp_path):
 
 
 def test_a_jvm_that_does_not_start_says_why():
-    with pytest.raises(EnvironmentFailure, match=r"didn't start.*heap.*env\.options\.jvm_memory"):
+    with pytest.raises(EnvironmentFailure, match=r"did not start.*heap.*env\.options\.jvm_memory"):
         Simulator("1k", timeout=5, start_timeout=20)
 
 

@@ -1,4 +1,4 @@
-"""ScienceWorld's prose made short, on texts as the simulator gives them."""
+"""Shortening ScienceWorld's prose, on texts from the simulator."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Programs in processes of their own, without any environment in them."""
+"""Programs in separate processes, without an environment."""
 
 import os
 import signal

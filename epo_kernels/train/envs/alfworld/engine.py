@@ -1,4 +1,4 @@
-"""ALFWorld's engine. TextWorld's PDDL games keep global state, so each engine has a process of its own: a `Worker`."""
+"""ALFWorld's engine. TextWorld's PDDL games keep global state, so each engine runs in its own process, a `Worker`."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from alfworld.agents.environment.alfred_tw_env import AlfredDemangler, AlfredExp
 from alfworld.agents.utils.misc import add_task_to_grammar
 from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 
-EXPERT_STEPS = 200  # where the package's own expert gives up
+EXPERT_STEPS = 200  # the package's own expert gives up after this
 ABILITIES = {"clean": ("Cleanable", "cleanable"), "heat": ("Heatable", "heatable"), "cool": ("Coolable", "coolable")}
 
 
 def tell_rules() -> dict:
-    """What the package knows: which object types fit where, what can be cleaned, heated, cooled, what opens."""
+    """The package's rules: which object types fit where, and what can be cleaned, heated, cooled or opened."""
     return {
         "fits": {place: sorted(objects) for place, objects in constants.VAL_RECEPTACLE_OBJECTS.items()},
         "can": {verb: sorted(constants.VAL_ACTION_OBJECTS[name]) for verb, (name, _) in ABILITIES.items()},
@@ -28,7 +28,7 @@ def tell_rules() -> dict:
 
 
 class Player:
-    """The game that is being played."""
+    """The game being played."""
 
     def __init__(self) -> None:
         self._environment: textworld.Environment | None = None
@@ -41,7 +41,7 @@ class Player:
         return _shown(self._environment.reset())
 
     def step(self, action: str) -> dict:
-        assert self._environment is not None, "reset comes first"
+        assert self._environment is not None, "call reset first"
         state, _, _ = self._environment.step(action)
         return _shown(state)
 
@@ -57,7 +57,7 @@ def _shown(state: textworld.GameState) -> dict:
 
 
 def expert_actions(path: str) -> list[str]:
-    """What the package's hand-written expert does, which explores as an agent must; [] where it gives up."""
+    """The actions of the package's hand-written expert, which explores like an agent; [] if it gives up."""
     random.seed(0)
     environment = _start(path, [AlfredDemangler(), AlfredExpert])
     actions: list[str] = []
@@ -68,13 +68,13 @@ def expert_actions(path: str) -> list[str]:
             actions.append(action)
             state, _, _ = environment.step(action)
     except Exception as error:  # it raises bare Exceptions and NameErrors when it gives up
-        sys.stderr.write(f"the expert gives up {path}: {error}\n")
+        sys.stderr.write(f"the expert gave up on {path}: {error}\n")
         return []
     return actions if state["won"] else []
 
 
 def planned_actions(path: str) -> list[str]:
-    """A plan by Fast Downward, which knows where everything is; [] where there is none."""
+    """A plan by Fast Downward, which knows the location of everything; [] if there is none."""
     environment = _start(path, [AlfredDemangler()])
     environment.reset()
     inner = environment.unwrapped
@@ -87,7 +87,7 @@ def author(path: str, room: dict, task: dict, seed: int) -> dict:
     Args:
         room: {"places": {id: type}, "objects": {id: [type, id of its place]}}.
         task: ALFRED's traj_data: task_type and pddl_params.
-        seed: chooses among the wordings of the task.
+        seed: selects the wording of the task.
 
     Returns:
         {"won": whether the plan won, "walkthrough": its actions}.
@@ -117,12 +117,12 @@ def _write(folder: str, name: str, content: dict) -> str:
 
 
 def _problem(room: dict, task: dict) -> str:
-    """The room and the goal in PDDL. Each place has a location of its own; the agent begins at none of them."""
+    """The room and the goal in PDDL. Each place has its own location; the agent starts at none of them."""
     places, objects, abilities = room["places"], room["objects"], constants.VAL_ACTION_OBJECTS
     place_types, object_types = sorted(set(places.values())), sorted({kind for kind, _ in objects.values()})
     location = {place: f"loc{number}" for number, place in enumerate(places, 1)}
     declared = ["agent1 - agent", "loc0 - location", *(f"{name} - location" for name in location.values())]
-    # The domain names these constants without declaring them.
+    # The domain uses these constants without declaring them.
     declared += [f"{kind}Type - rtype" for kind in sorted({*place_types, "SinkBasin", "Microwave", "Fridge"})]
     declared += [f"{kind}Type - otype" for kind in sorted({*object_types, "Knife", "ButterKnife"})]
     declared += [f"{place} - receptacle" for place in places] + [f"{thing} - object" for thing in objects]
@@ -151,7 +151,7 @@ def _problem(room: dict, task: dict) -> str:
 
 
 class Engine(Player):
-    """What a `Worker` serves."""
+    """The object that a `Worker` serves."""
 
     rules = staticmethod(tell_rules)
     expert = staticmethod(expert_actions)

@@ -1,11 +1,11 @@
-"""ALFWorld games authored offline, from what the package alfworld carries:
+"""Generates ALFWorld games offline, from the data in the package alfworld:
 
     python -m epo_kernels.train.envs.alfworld.games OUT_DIR [--train N] [--seen N] [--unseen N] [--seed S]
 
-They are games of the real engine in the layout of the real data, so that ALFWORLD_DATA=OUT_DIR serves them: all six
-task types in kitchens, bathrooms, bedrooms and living rooms of 6 to 10 places (ALFRED's have 15 to 40, so these are
-the easier). A scene's furniture is fixed, a game's objects and where they lie are its own. Games of valid_seen are
-in scenes of train, those of valid_unseen in ALFRED's test scenes. Every game's plan was played and won.
+They are games for the real engine in the layout of the real data, to be used with ALFWORLD_DATA=OUT_DIR: all six task
+types in kitchens, bathrooms, bedrooms and living rooms of 6 to 10 places. ALFRED's rooms have 15 to 40 places, so these
+games are easier. The furniture is fixed per scene; each game has its own objects and positions. Games of valid_seen use
+scenes of train, games of valid_unseen use ALFRED's test scenes. Every game's plan was played and won.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 from epo_kernels.train.envs.workers import Worker
 
 ENGINE = "epo_kernels.train.envs.alfworld.engine:Engine"
-DATA = "json_2.1.1"  # the folder that ALFWORLD_DATA holds
+DATA = "json_2.1.1"  # the folder inside ALFWORLD_DATA
 PANELS = {"train": "train", "iid": "valid_seen", "ood": "valid_unseen"}
 TASK_NAMES = (
     "pick_and_place_simple",
@@ -35,16 +35,16 @@ TASK_NAMES = (
     "pick_two_obj_and_place",
 )
 EMBEDDED_COUNTS = {"train": 48, "iid": 24, "ood": 24}
-AUTHOR_TIMEOUT = 300.0  # seconds to plan and play a game; it takes half a second
+AUTHOR_TIMEOUT = 300.0  # seconds to plan and play a game; typically half a second
 
 
 @dataclass(frozen=True)
 class _Room:
-    """What a kind of room can hold. The first `needed` places stand in every such room."""
+    """What a kind of room can contain. The first `needed` places are in every such room."""
 
-    scenes: int  # ALFRED's numbers begin after this
+    scenes: int  # ALFRED's scene numbers start after this
     needed: int
-    places: str  # types, one word each
+    places: str  # types, separated by spaces
     objects: str
 
 
@@ -75,7 +75,7 @@ ROOMS = {
         "Cloth SoapBar SoapBottle SprayBottle ToiletPaper Candle TissueBox DishSponge",
     ),
 }
-LAMPS = {"LivingRoom": "FloorLamp", "Bedroom": "DeskLamp"}  # stand on the room's first place
+LAMPS = {"LivingRoom": "FloorLamp", "Bedroom": "DeskLamp"}  # placed on the room's first place
 DEVICES = {"clean": "SinkBasin", "heat": "Microwave", "cool": "Fridge"}
 
 
@@ -90,14 +90,14 @@ class _Game:
 def author_games(
     out: Path, counts: dict[str, int], seed: int, report: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
-    """Write `counts` games of "train", "iid" and "ood" below `out`, all of them or none; same seed, same games.
+    """Write `counts` games of "train", "iid" and "ood" to `out`, all or none; the same seed gives the same games.
 
     Args:
-        out: a folder in which there is no json_2.1.1 yet.
+        out: a folder that does not contain json_2.1.1 yet.
 
     Raises:
-        ValueError: no games asked for, or games are there already.
-        EnvironmentFailure: the engine doesn't start, or failed.
+        ValueError: no games requested, or games already exist.
+        EnvironmentFailure: the engine does not start, or failed.
     """
     target = out / DATA
     if target.exists():
@@ -117,7 +117,7 @@ def author_games(
             written = threads.map(lambda game: _write(game, unfinished, workers), games)
             for number, _ in enumerate(written, 1):
                 report(number, len(games))
-        if not target.exists():  # another process may have been first, with the same games
+        if not target.exists():  # another process may have written the same games first
             os.replace(unfinished, target)
     finally:
         for worker in started:
@@ -126,7 +126,7 @@ def author_games(
 
 
 def start_engine(data: Path, timeout: float) -> Worker:
-    """An ALFWorld engine; `data` is what it takes for ALFWORLD_DATA (it would make a folder at home otherwise)."""
+    """An ALFWorld engine with ALFWORLD_DATA=`data` (unset, it would create a folder in the home folder)."""
     return Worker(ENGINE, "an ALFWorld engine", timeout, {"ALFWORLD_DATA": str(data), "PYTHONHASHSEED": "0"})
 
 
@@ -139,11 +139,11 @@ def _write(game: _Game, root: Path, workers: "SimpleQueue[Worker]") -> None:
     finally:
         workers.put(worker)
     if not played["won"]:
-        raise RuntimeError(f"{game.folder} cannot be won by {played['walkthrough']}: a bug in the authoring of games")
+        raise RuntimeError(f"{game.folder} cannot be won by {played['walkthrough']}: a bug in the generator")
 
 
 def _design(rules: dict[str, Any], counts: dict[str, int], seed: int) -> list[_Game]:
-    """Games of all panels, task types in turn, no two alike."""
+    """Games of all panels, with alternating task types and no two alike."""
     games, seen = [], set()
     for split, count in counts.items():
         for index in range(count):
@@ -157,7 +157,7 @@ def _design(rules: dict[str, Any], counts: dict[str, int], seed: int) -> list[_G
                 if task and (key := repr((scene, room, task))) not in seen:
                     break
             else:
-                raise ValueError(f"no more than {index} different games of {split} can be authored; ask for fewer")
+                raise ValueError(f"only {index} different games of {split} can be generated; ask for fewer")
             seen.add(key)
             targets = task["pddl_params"]
             place = targets["parent_target"] or targets["toggle_target"]
@@ -169,11 +169,11 @@ def _design(rules: dict[str, Any], counts: dict[str, int], seed: int) -> list[_G
 def _furnish(
     name: str, kind: str, scene: random.Random, rng: random.Random, rules: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A room and a task in it; an empty task where this draw gives none.
+    """A room and a task in it; an empty task if this draw allows none.
 
     Args:
-        name: the task type; kind: of room.
-        scene: the draws that all games of the scene share; rng: those of this game.
+        name: the task type; kind: the kind of room.
+        scene: random draws shared by all games of the scene; rng: draws of this game.
     """
     furniture = ROOMS[kind]
     needed, optional = furniture.places.split()[: furniture.needed], furniture.places.split()[furniture.needed :]
@@ -193,7 +193,7 @@ def _furnish(
     if light:
         held[f"{LAMPS[kind].lower()}_bar_1"] = [LAMPS[kind], next(iter(places))]
     for thing in [target] * wanted + others:
-        # A target that lay at its goal already would win before the first action.
+        # A target already at its goal would win before the first action.
         room_for = [p for p, place in places.items() if thing in fits[place] and (thing != target or place != goal)]
         if not room_for:
             return {}, {}
@@ -205,7 +205,7 @@ def _furnish(
 
 
 def _identifier(place: str, number: int) -> str:
-    """As in ALFRED, where a basin is part of its sink: the package names places by what precedes "_bar_"."""
+    """As in ALFRED, where a basin is part of its sink: the package names places by the part before "_bar_"."""
     name = place.lower().removesuffix("basin")
     return f"{name}_bar_{number}" + ("_bar_basin" if place.endswith("Basin") else "")
 
@@ -213,7 +213,7 @@ def _identifier(place: str, number: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m epo_kernels.train.envs.alfworld.games", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="afterwards: ALFWORLD_DATA=OUT_DIR")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="output folder, to be used as ALFWORLD_DATA")
     for option, split in (("train", "train"), ("seen", "iid"), ("unseen", "ood")):
         default = EMBEDDED_COUNTS[split]
         parser.add_argument(f"--{option}", type=int, default=default, metavar="N", help=f"games (default {default})")

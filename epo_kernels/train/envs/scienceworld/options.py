@@ -1,4 +1,4 @@
-"""ScienceWorld's own settings, which can be read without its package."""
+"""ScienceWorld's own settings, importable without its package."""
 
 import re
 from dataclasses import dataclass

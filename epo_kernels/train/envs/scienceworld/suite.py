@@ -1,11 +1,11 @@
-"""ScienceWorld (Wang et al. 2022), the real simulator: 30 types of science task in a text house.
+"""ScienceWorld (Wang et al. 2022), the real simulator: 30 types of science tasks in a text house.
 
 Success is a score of 100. The published EPO code counts "done and score > 0" instead, which waiting alone often
-earns; it is reported beside, as `official_success`.
+achieves; it is reported separately as `official_success`.
 
-With w = `env.options.progress_reward`, RL gets w·(gain of the best score so far)/100 a step, and 1 − w on success. So a
-return lies in 0..1 and no partial score outweighs a completion. The best score never falls, so a wrong focus
-(which ends the episode) costs nothing that idling would have kept; and waiting earns no progress.
+With w = `env.options.progress_reward`, the reward of a step is w·(gain of the best score so far)/100, plus 1 − w on
+success. A return is therefore in 0..1, and no partial score outweighs a completion. The best score never falls, so a
+wrong focus (which ends the episode) loses nothing compared with idling; and waiting earns no progress.
 """
 
 from collections.abc import Callable
@@ -16,17 +16,17 @@ from epo_kernels.train.envs.demonstrations import cache_folder, play, read_demon
 from epo_kernels.train.envs.scienceworld.options import ScienceWorldOptions
 from epo_kernels.train.envs.suite import Suite
 
-if TYPE_CHECKING:  # it needs the package scienceworld
+if TYPE_CHECKING:  # requires the package scienceworld
     from epo_kernels.train.envs.scienceworld.environment import ScienceWorldEnvironment
 
-DEMONSTRATION_FORMAT = 1  # raise it when observations change: cached demonstrations show them as they were
+DEMONSTRATION_FORMAT = 1  # increase when observations change: cached demonstrations contain old ones
 
 
 def _is_needless(action: str, answer: str) -> bool:
     return action == "look around" or answer.endswith("is already open.")
 
 
-# What to leave out of a gold path, the most first: some tasks need their waits.
+# Actions to drop from a gold path, the most aggressive option first: some tasks need their waits.
 _CLEANINGS: tuple[Callable[[str, str], bool], ...] = (
     lambda action, answer: _is_needless(action, answer) or action.startswith("wait"),
     _is_needless,
@@ -34,12 +34,12 @@ _CLEANINGS: tuple[Callable[[str, str], bool], ...] = (
 
 
 def _demonstrate(environment: "ScienceWorldEnvironment", task: Task) -> Demonstration:
-    """Play a gold path for real, without its idle moves where it still scores 100.
+    """Play a gold path, without its idle moves if it still scores 100.
 
     Raises:
-        ValueError: no gold path scores 100 within the limit of ticks.
+        ValueError: no gold path scores 100 within the tick limit.
     """
-    environment.reset(task)  # refuses a variation that doesn't exist
+    environment.reset(task)  # raises for a variation that does not exist
     gold, answers = play(environment, task, environment.gold_actions(task))
     if gold.score == 100:
         for is_idle in _CLEANINGS:
@@ -49,7 +49,7 @@ def _demonstrate(environment: "ScienceWorldEnvironment", task: Task) -> Demonstr
                 return demonstration
         return gold
     raise ValueError(
-        f"the gold path of {task.name}, variation {task.variation}, scores {gold.score:g} and not 100 after "
+        f"the gold path of {task.name}, variation {task.variation}, must score 100, got {gold.score:g} after "
         f"{len(gold.actions)} actions; if it is only too long, raise env.options.tick_limit"
     )
 
@@ -57,11 +57,11 @@ def _demonstrate(environment: "ScienceWorldEnvironment", task: Task) -> Demonstr
 class ScienceWorldSuite(Suite):
     """ScienceWorld's tasks.
 
-    "train" holds the training variations of `task_names`, "iid" their unseen ones (dev, then test), "ood" the unseen
-    ones of `ood_task_names`. Task types take turns, so any first n tasks are a balanced panel.
+    "train" consists of the training variations of `task_names`, "iid" of their unseen ones (dev, then test), "ood" of
+    the unseen ones of `ood_task_names`. Task types alternate, so the first n tasks always form a balanced panel.
 
     Raises:
-        ValueError: an unknown task type.
+        ValueError: unknown task type.
     """
 
     Options = ScienceWorldOptions
@@ -88,7 +88,7 @@ class ScienceWorldSuite(Suite):
         self._variations: dict[str, tuple[list[int], list[int]]] = {}
 
     def tasks(self, split: str) -> list[Task]:
-        """Raises ValueError for an unknown split, or "ood" where no task type is held out."""
+        """Raises ValueError for an unknown split, or for "ood" if no task type is held out."""
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
         names = self._options.ood_task_names if split == "ood" else self._options.task_names
@@ -106,12 +106,12 @@ class ScienceWorldSuite(Suite):
         return ScienceWorldEnvironment(self.config)
 
     def demonstrate(self, task: Task) -> Demonstration:
-        """The task's gold episode, from the cache folder where it was made before.
+        """The task's gold episode, read from the cache folder if it was computed before.
 
-        As many JVMs run as threads call at once.
+        Uses as many JVMs as there are concurrent callers.
 
         Raises:
-            ValueError: no such task, or no gold path within the limit of ticks.
+            ValueError: no such task, or no gold path within the tick limit.
         """
         path = self._folder / task.name / f"{task.variation}.json"
         demonstration = read_demonstration(path)

@@ -1,16 +1,16 @@
-"""ScienceWorld's prose made short: the same things, by the names that actions use, at half the length."""
+"""Shortens ScienceWorld's prose: the same content, with the names used by actions, at half the length."""
 
 import re
 from collections import Counter
 
-LOOKED = "You look around."  # the answer to a look that says no more than the scene does
+LOOKED = "You look around."  # replaces the answer to a look that only repeats the scene
 MAX_ANSWER = 500  # characters; "objects" and "help" answer with pages
 MAX_OPTIONS = 10  # of an ambiguous request
 
 _AMBIGUOUS = "Ambiguous request"
 _NOT_UNDERSTOOD = ("No known action matches", "Unknown action", "ERROR")
 
-# In this order: each rule may count on those before it.
+# In this order: rules may rely on those before them.
 _RULES = [
     (re.compile(r"\s+"), " "),
     (re.compile(r"\ban? substance called "), ""),
@@ -32,7 +32,7 @@ _PLACE = re.compile(r"This .*?is called the (.+?)\. ")
 
 
 def _list(things: list[str]) -> str:
-    """Sorted and counted: the simulator's own order differs from run to run."""
+    """Sorted and counted, because the simulator's order differs from run to run."""
     counts = Counter(sorted(things))
     return ", ".join(thing if count == 1 else f"{thing} x{count}" for thing, count in counts.items())
 
@@ -53,7 +53,7 @@ def _order_contents(line: str) -> str:
 
 
 def clean_thing(line: str) -> str:
-    """One line of a look-around or an inventory: "a table. On the table is: an axe." gives "table (axe)"."""
+    """One line of a look-around or inventory: "a table. On the table is: an axe." becomes "table (axe)"."""
     for pattern, replacement in _RULES:
         line = pattern.sub(replacement, line)
     while (shorter := _CONTENTS.sub(r" (\1)", line)) != line:
@@ -63,18 +63,18 @@ def clean_thing(line: str) -> str:
 
 
 def is_animal(thing: str) -> bool:
-    """Whether a cleaned name is that of an animal at one of its stages of life: "baby wolf", "parrot egg"."""
+    """Whether a cleaned name is an animal at one of its life stages: "baby wolf", "parrot egg"."""
     return _ANIMAL.fullmatch(thing) is not None
 
 
 def clean_scene(look: str, inventory: str, shown: str = "full") -> str:
-    """The look-around and what is carried in one line.
+    """The look-around and the inventory in one line.
 
     Examples: "kitchen: chair, fridge (closed), table (glass cup). Doors: hallway, outside. You have: orange."
     With shown="animals": "outside: baby wolf, parrot egg. Doors: foundry, kitchen."
     """
     place = _PLACE.match(look)
-    if place is None:  # not a room: an answer that this module doesn't know is passed on, not lost
+    if place is None:  # not a room: an unknown kind of answer is passed on unchanged
         return clean_answer(look)
     things, doors = [], []
     for line in (line.strip() for line in look.splitlines()[1:]):
@@ -92,7 +92,7 @@ def clean_scene(look: str, inventory: str, shown: str = "full") -> str:
 
 
 def clean_goal(description: str) -> str:
-    """The task in its own words, without the formula before it."""
+    """The task description without its opening formula."""
     goal = " ".join(description.split()).removeprefix("Your task is to ").replace("a(n) ", "a ")
     return goal[:1].upper() + goal[1:]
 
@@ -100,7 +100,7 @@ def clean_goal(description: str) -> str:
 def clean_answer(answer: str) -> str:
     """The answer to an action on one line of at most MAX_ANSWER characters.
 
-    An ambiguous request names each different option once, with the number that chooses it.
+    For an ambiguous request, each distinct option is listed once, with the number that selects it.
     """
     if answer.startswith(_AMBIGUOUS):
         options: dict[str, str] = {}
@@ -115,5 +115,5 @@ def clean_answer(answer: str) -> str:
 
 
 def is_understood(answer: str) -> bool:
-    """Whether the simulator knew the action. An ambiguous request is known: it asks back."""
+    """Whether the simulator understood the action. An ambiguous request counts as understood."""
     return not answer.startswith(_NOT_UNDERSTOOD)
