@@ -257,7 +257,7 @@ def comparison() -> str:
 
 
 def presets() -> str:
-    head = "".join(f" {gpus} |" for gpus in PUBLISHED_GPUS)
+    head = "".join(f" {gpus} GPUs |" for gpus in PUBLISHED_GPUS)
     lines = [f"| preset |{head}", "| --- |" + " --- |" * len(PUBLISHED_GPUS)]
     for name in PAPER:
         totals = []

@@ -131,7 +131,14 @@ class Parameters:
 
     @classmethod
     def of(cls, architecture: PreTrainedConfig, model: ModelConfig) -> Parameters:
-        """Counted on the meta device, so it costs no memory."""
+        """Counted on the meta device, so it costs no memory; once for each model."""
+        key = architecture.to_json_string(), repr(model)
+        if key not in _counted:
+            _counted[key] = cls._count(architecture, model)
+        return _counted[key]
+
+    @classmethod
+    def _count(cls, architecture: PreTrainedConfig, model: ModelConfig) -> Parameters:
         with torch.device("meta"):
             policy = build(architecture, model)
         layers: Any = policy.get_decoder().layers
@@ -161,6 +168,9 @@ class Parameters:
             kv_per_token=2 * len(layers) * heads * head_dim,
             attention_width=len(layers) * text.num_attention_heads * head_dim,
         )
+
+
+_counted: dict[tuple[str, str], Parameters] = {}
 
 
 def _known_names() -> str:

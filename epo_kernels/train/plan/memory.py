@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from transformers import PreTrainedConfig
 
 from epo_kernels.functional import MAX_CHUNK_BYTES
 from epo_kernels.fused.head import chunk_rows
@@ -64,8 +65,12 @@ class MemoryPlan:
         require(self.machine.memory > 0, f"--gpu-memory must be positive, got {self.machine.memory / 1e9:g}")
 
     @cached_property
+    def architecture(self) -> PreTrainedConfig:
+        return architecture_of(self.config.model)
+
+    @cached_property
     def parameters(self) -> Parameters:
-        return Parameters.of(architecture_of(self.config.model), self.config.model)
+        return Parameters.of(self.architecture, self.config.model)
 
     @property
     def shards(self) -> int:
@@ -118,9 +123,7 @@ class MemoryPlan:
         config = self.config
         responses = config.rollout.max_response_tokens if config.rollout.layout == "turn" else self.row_width
         is_split = self.shards > 1
-        return ActivationModel(
-            architecture_of(config.model), config.model, self.row_width, responses, casts_kept=not is_split
-        )
+        return ActivationModel(self.architecture, config.model, self.row_width, responses, casts_kept=not is_split)
 
     def loss(self, rows: int) -> float:
         """The linear loss: a chunk's logits, the float32 gradient of the head's weight, and hidden states twice."""
