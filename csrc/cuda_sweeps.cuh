@@ -118,7 +118,8 @@ struct RowView {
 
     __device__ Spread2 spread(float m, float mean) const {
         Spread2 run{0.0f, 0.0f};
-        for_each_group([&](const auto& y) { add_spread_group(run, y, outer2, m, mean); });
+        const float scale = outer2;
+        for_each_group([&run, scale, m, mean](const auto& y) { add_spread_group(run, y, scale, m, mean); });
         return run;
     }
 };
@@ -228,8 +229,9 @@ __device__ inline Spread2 block_sum(const Spread2& thread) {
     return {warp_sum(part.variance), warp_sum(part.collision)};
 }
 
+// The bound of one block keeps ptxas from aiming at 48 registers on sm_120, where it would spill.
 template <class Element, bool Softcap>
-__global__ void __launch_bounds__(kMostThreads) spread_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kMostThreads, 1) spread_kernel(const __grid_constant__ Arguments args) {
     const Rows& rows = args.rows;
     for (std::int64_t i = blockIdx.x; i < rows.batch * rows.time; i += gridDim.x) {
         const TokenPlace at = place_of(rows, i);

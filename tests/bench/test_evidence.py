@@ -84,7 +84,7 @@ def test_the_language_model_has_its_own_baseline_and_all_held_out_tasks(tmp_path
 def test_the_page_compares_with_the_experiments_own_baseline():
     text = evidence_page.page({"llm": outcomes(experiments.PLAIN_ARMS)}, {})
     assert "| RL against more cloning | +0.0 (+0.0 to +0.0) |" in text
-    assert "still to run are RL, seed 2; more cloning, seed 2." in text
+    assert "RL, seed 2; more cloning, seed 2" in text
 
 
 def test_more_cloning_gets_what_rl_spent(tmp_path, monkeypatch):

@@ -96,7 +96,9 @@ class ActivationModel:
     def __init__(
         self, architecture: PreTrainedConfig, model: ModelConfig, width: int, responses: int, casts_kept: bool
     ) -> None:
-        self._one, self._two = (_count(architecture, model, (rows, width, responses), casts_kept) for rows in (1, 2))
+        self._one, self._two = (
+            _cached_count(architecture, model, (rows, width, responses), casts_kept) for rows in (1, 2)
+        )
 
     def at(self, rows: int) -> Activations:
         one, two = self._one, self._two
