@@ -40,7 +40,7 @@ def band_section(name: str, outcomes: Sequence[Outcome], curves: Sequence[Curve]
     fates = ["collapsed", "recovered", "habit", "noise"]
     return "\n\n".join(
         [
-            *([f"**Not complete**: {len(missing)} runs are still to run."] if missing else []),
+            *([f"**Incomplete**: {len(missing)} runs are missing."] if missing else []),
             f"![success, entropy and performance profiles](evidence_{name}.png)",
             markdown_table([*head, *fates, "variance between steps", "between turns"], rows),
             _METHOD.rstrip(),

@@ -74,7 +74,7 @@ def run_all(name: str) -> None:
         if arm == CLONING:
             pending[experiment.baseline, seed].result()
         command = [sys.executable, "-m", "bench.evidence", name, "--only", arm, str(seed)]
-        log = folder(name, arm, seed).with_suffix(".log")
+        log = beside(folder(name, arm, seed), ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as out:
             subprocess.run(command, check=True, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -147,7 +147,7 @@ def account(place: Path) -> Iterator[Callable[[], None]]:
         RuntimeError: another process is working on this run.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    mark = place.with_suffix(".running")
+    mark = beside(place, ".running")
     with mark.open("a") as running:
         try:
             fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,6 +191,11 @@ def settings(name: str, arm: str, seed: int) -> list[str]:
 
 def folder(name: str, arm: str, seed: int) -> Path:
     return RUNS / name / f"{arm.replace(' ', '_')}-{seed}"
+
+
+def beside(place: Path, ending: str) -> Path:
+    """A file named after the folder. Not `with_suffix`: names of candidates contain dots."""
+    return place.with_name(place.name + ending)
 
 
 def is_complete(name: str, arm: str, seed: int) -> bool:

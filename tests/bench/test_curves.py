@@ -84,7 +84,7 @@ def test_section_has_a_row_an_arm():
     # The area of 0, 0.1, ... 0.8 is 0.4.
     assert f"| {band.NO_TERM} | 10 | 50.0 (50.0 to 50.0) |  | 40.0 (40.0 to 40.0) | 0 | 0 | 0 | 0 |" in text
     assert "| gate | 10 | 100.0 (100.0 to 100.0) | 1.00 (1.00 to 1.00) | 40.0 (40.0 to 40.0) |" in text
-    assert "60 runs are still to run" in text  # six arms of ten seeds
+    assert "60 runs are missing" in text  # six arms of ten seeds
 
 
 def test_plot_is_a_picture(tmp_path):

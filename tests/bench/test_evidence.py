@@ -190,6 +190,13 @@ def test_each_arm_of_the_band_takes_its_best_candidate():
         experiments.chosen(found[1:], found[0].arm.partition(",")[0])
 
 
+@pytest.mark.parametrize("name", BAND)
+def test_no_two_runs_share_a_file(name):
+    experiment = experiments.EXPERIMENTS[name]
+    runs = [(arm, seed) for arm in experiment.arms for seed in experiment.seeds]
+    assert len({evidence.beside(evidence.folder(name, *run), ".log") for run in runs}) == len(runs)
+
+
 def test_all_arms_of_the_band_are_tuned_equally():
     assert {len(candidates) for candidates in band.CANDIDATES.values()} == {3}
     assert not set(band.SEEDS) & {seed for seeds in band.TUNING_SEEDS.values() for seed in seeds}
