@@ -1,26 +1,31 @@
 """The series on the entropy band, fixed before any of its runs: the benchmark, two regimes, the arms, the candidates.
 
 The arms differ in the entropy term alone: no arm has a KL term, which the paper's settings contain. Every arm with an
-entropy term gets the same number of tuning runs, on seeds from 100 on. The candidate whose sampled success on the
-held-out panel is highest after training (mean over the tuning seeds) is taken, by rule and not by hand.
+entropy term gets the same number of tuning runs, on seeds from 100 on. Each arm takes one candidate for both regimes,
+because users do not know beforehand in which regime their run is: the one with the highest sampled success on the
+held-out panel after training, averaged over the tuning seeds of both regimes. The rule decides, nobody's judgment.
 """
 
 from __future__ import annotations
 
 SEEDS = tuple(range(10))
-TUNING_SEEDS = (100, 101)
-NO_TERM = "no entropy term"
+NO_TERM, BONUS, INDICATOR = "no entropy term", "bonus only", "published indicator"
 
-# Walks of 30 rooms; a novice demonstrates, so what night means is learned from reward alone.
+# Walks of 30 rooms, at most 46 turns. A novice demonstrates, so what night means is learned from reward alone. With
+# fewer demonstrations or epochs, some seeds start at a success of 0, where no arm learns anything.
 BENCHMARK = (
+    "steps=60",
     "model.name_or_path=nano",
-    "model.warm_start.epochs=10",
+    "model.warm_start.demonstrations=64",
+    "model.warm_start.epochs=24",
     "env.options.length=30",
     "env.options.spare_turns=16",
     "env.options.signs=6",
     "env.options.temptation=0.15",
     "rollout.history=0",
     "rollout.max_response_tokens=4",
+    "algorithm.name=gigpo",  # one return for 46 turns is too weak a signal: see the tuning runs of GRPO
+    "algorithm.gamma=0.95",
     "algorithm.groups=8",
     "checkpoint.every=0",
     "evaluate.panels=[iid]",
@@ -28,16 +33,10 @@ BENCHMARK = (
     "evaluate.every=0",
 )
 REGIMES = {
-    "stable": ("steps=50", "optim.lr=5e-4", "optim.min_lr_ratio=0.5"),
-    # With GRPO, steps as large destroyed the policy before it had learned anything.
-    "collapse": (
-        "steps=50",
-        "optim.lr=3e-3",
-        "optim.min_lr_ratio=1",
-        "algorithm.name=gigpo",
-        "algorithm.gamma=0.95",
-    ),
+    "stable": ("optim.lr=5e-4", "optim.min_lr_ratio=0.5"),
+    "collapse": ("optim.lr=1.5e-3", "optim.min_lr_ratio=1"),
 }
+TUNING_SEEDS = {"stable": (100,), "collapse": (100, 101)}  # seeds differ more where runs collapse
 
 _NONE = ("loss.penalty=none",)
 _BAND = ("loss.history_weighting=step", "loss.history_includes_current=false")
@@ -46,12 +45,12 @@ _COEFFS = tuple(f"loss.entropy_coeff={value}" for value in ("3e-4", "1e-3", "3e-
 _TARGETS = tuple(f"loss.entropy_target={value}" for value in (0.1, 0.2, 0.3))
 ARMS: dict[str, tuple[str, ...]] = {
     NO_TERM: (*_NONE, "loss.entropy_coeff=0"),
-    "bonus only": _NONE,
+    BONUS: _NONE,
     # The published code and the paper compare single tokens with a band from 0 to twice the history's mean.
-    "published indicator": (
+    INDICATOR: (
         "loss.penalty=indicator",
         "loss.penalty_alpha=0.05",
-        "loss.phase_schedule=official",  # over the whole training; the published code spreads it over 150 steps
+        "loss.phase_schedule=official",  # over the whole training; the published code spreads it over 150
         "loss.history_weighting=step",
         "loss.history_includes_current=true",
     ),
@@ -74,7 +73,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "gate": ("loss.penalty=gate", "loss.penalty_alpha=0.1", "loss.phase_schedule=constant", *_BAND, *_AROUND),
     "target entropy": (*_NONE, "loss.entropy_coeff=0", "loss.entropy_rule=step", "loss.entropy_coeff_delta=2e-4"),
 }
-CANDIDATES = {arm: _TARGETS if arm == "target entropy" else _COEFFS for arm in ARMS if arm != NO_TERM}
+CANDIDATES = {arm: _TARGETS if arm == "target entropy" else _COEFFS for arm in ARMS if arm not in (NO_TERM, INDICATOR)}
+# The indicator has no gradient: it trains as the bonus does, and needs no tuning runs of its own.
+TUNED_AS = {INDICATOR: BONUS}
 
 
 def tuning_arm(arm: str, candidate: str) -> str:
@@ -89,30 +90,55 @@ TUNING_ARMS = {
 }
 
 _LEGEND = """\
-How the regime was found: all runs made, without an entropy term unless the row names one, stopped ones included. A run
-plays 64 episodes per step; before training, seed 100 wins 19.5 % with the demonstrator and the shortcuts of the series.
-The tuning runs of the entropy terms are in the tables above.
+How the regime was found: all runs made, stopped ones included, without an entropy term unless the row names one. A run
+plays 64 episodes per step. "Before" is the success of the cloned policy; success is in percent. The tuning runs of the
+entropy terms are in the tables above.
 
-| setting | seed | success after training (%) | course |
-| --- | --- | --- | --- |
+| setting | seed | before | after | course |
+| --- | --- | --- | --- | --- |
 """
 TUNING = {
     "stable": _LEGEND
     + """\
-| 24 rooms, 6 spare turns, temptation 0.3, 6 steps at lr 3e-4, hinge | 100 | 0.0 | 0.0 before: too hard |
-| GiGPO (gamma 0.95), 30 steps at lr 1e-3, min_lr_ratio 0.5 | 100 | 78.1 | 0 at step 4, recovered by step 20 |
-| GiGPO (gamma 0.95), 40 steps at lr 5e-4, min_lr_ratio 0.5 | 100 | 75.0 | rises to 88 in training |
-| GRPO, 40 steps at lr 5e-4, min_lr_ratio 0.5 | 100 | 71.1 | rises to 92 in training |
-| the same | 101 | 31.2 (0.8 before) | still rising, so the regime has 50 steps |
+| 24 rooms, 6 spare turns, temptation 0.3, 6 steps at lr 3e-4, hinge | 100 | 0.0 | 0.0 | too hard |
+| 32 demonstrations, 10 epochs: GiGPO, 30 steps at lr 1e-3, min_lr_ratio 0.5 | 100 | 19.5 | 78.1 | 0 at step 4 |
+| the same, 40 steps at lr 5e-4 | 100 | 19.5 | 75.0 | rises to 88 in training |
+| GRPO, 40 steps at lr 5e-4, min_lr_ratio 0.5 | 100 | 19.5 | 71.1 | rises to 92 in training |
+| the same | 101 | 0.8 | 31.2 | still rising |
+| 32 demonstrations, 20 epochs: GRPO, 60 steps at lr 5e-4, min_lr_ratio 0.5 | 101 | 13.3 | 78.1 | |
+| the same | 102 | 3.9 | 7.0 | hardly learned |
+| 64 demonstrations, 12 epochs: the same | 102 | 27.3 | 48.4 | |
+| the same | 103 | 1.6 | | 0 from step 15; stopped |
+| 64 demonstrations, 12 epochs: GiGPO, 60 steps at lr 5e-4, min_lr_ratio 0.5 | 102 | 27.3 | 51.6 | |
+| 64 demonstrations, 12 epochs: cloning alone, four seeds | 101 to 104 | 2.3, 27.3, 1.6, 1.6 | | |
+| 64 demonstrations, 24 epochs, as in the series: likewise | 101 to 104 | 25.8, 26.6, 32.8, 7.0 | | |
+| as in the series, bonus of 1e-2 | 100 | 1.6 | 0.0 | noise (5.9 nats), so 1e-2 is no candidate |
+| the same, paper's hinge | 100 | 1.6 | 0.0 | noise (5.9 nats) |
+| the same, restoring hinge | 100 | 1.6 | 0.0 | noise (3.2 nats) |
+| the same, quadratic | 100 | 1.6 | 0.0 | noise (4.8 nats) |
 """,
     "collapse": _LEGEND
     + """\
-| GiGPO (gamma 0.95), 40 steps at a constant lr of 3e-3 | 100 | 7.0 | 94 at step 14, 3 at 35 |
-| GiGPO, 40 steps at lr 2e-3, temptation 0.3, 7 cloning epochs | 100 | 0.0 | 0.0 before; ends by taking the gold |
-| GiGPO, 40 steps at a constant lr of 3e-3 | 101 | | stopped while cloning, to try GRPO |
-| GRPO, constant lr of 3e-3 | 100 | | never learned; noise (4.6 nats) from step 14, stopped at 32 |
-| GRPO, 50 steps at a constant lr of 2e-3 | 100 | 0.0 | 23 at step 23, 0 from step 29 |
-| GiGPO, constant lr of 3e-3 | 101 | | 0.8 before, 0 from step 4; stopped at about 25 |
-| GiGPO, 50 steps at a constant lr of 1e-3 | 101 | 53.1 | 0.8 before; no collapse |
+| 32 demonstrations, 10 epochs: GiGPO, 40 steps at a constant lr of 3e-3 | 100 | 19.5 | 7.0 | 94 at step 14 |
+| GiGPO, 40 steps at lr 2e-3, temptation 0.3, 7 epochs | 100 | 0.0 | 0.0 | ends by taking the gold |
+| GiGPO, 40 steps at a constant lr of 3e-3 | 101 | | | stopped while cloning |
+| GRPO, constant lr of 3e-3 | 100 | 19.5 | | noise (4.6 nats) from step 14; stopped at 32 |
+| GRPO, 50 steps at a constant lr of 2e-3 | 100 | 19.5 | 0.0 | 23 at step 23, 0 from step 29 |
+| GiGPO, constant lr of 3e-3 | 101 | 0.8 | | 0 from step 4; stopped at about 25 |
+| GiGPO, 50 steps at a constant lr of 1e-3 | 101 | 0.8 | 53.1 | no collapse |
+| GiGPO, 4 steps at lr 2e-3, a trial of the command | 102 | 0.8 | 0.0 | |
+| 32 demonstrations, 20 epochs: GiGPO, 60 steps at a constant lr of 1.5e-3 | 101 | 13.3 | 9.4 | 84 at step 42 |
+| the same | 102 | 3.9 | 0.0 | 28 at step 45, then a habit (0.01 nats) |
+| the same, lr 2e-3 | 101 | 13.3 | 0.0 | 44 at step 12, 0 from step 15 |
+| the same, lr 2e-3 | 102 | 3.9 | 0.0 | 0 from step 6 |
+| the same, lr 1e-3, temptation 0.3 | 101 | 0.0 | 0.0 | |
+| the same, lr 1e-3, temptation 0.3 | 102 | 18.0 | 0.8 | 83 at step 42, 0 from step 51 |
+| 64 demonstrations, 12 epochs: GiGPO, lr 1.5e-3 | 103 | 1.6 | | 0 from step 3; stopped |
+| 64 demonstrations, 24 epochs: GiGPO, 60 steps at a constant lr of 1.5e-3 | 103 | 32.8 | 0.0 | a habit from step 15 |
+| the same | 104 | 7.0 | 99.2 | no collapse |
+| the same, bonus of 1e-2 | 103 | 32.8 | 0.0 | noise (5.9 nats) |
+| the same, bonus of 1e-2 | 104 | 7.0 | 0.0 | noise (5.9 nats) |
+| the same, restoring hinge, 1e-2 | 103 | 32.8 | | 0 from step 18, entropy rising to 1.8; stopped at 48 |
+| the same, restoring hinge, 1e-2 | 104 | 7.0 | | 94 at step 30; stopped at 33 |
 """,
 }

@@ -15,7 +15,7 @@ from bench.aggregates import (
     performance_profile,
 )
 from bench.band import ARMS, NO_TERM, SEEDS, TUNING_ARMS
-from bench.curves import TURNS_EVERY, Curve, has_collapsed, has_recovered, late_variances
+from bench.curves import TURNS_EVERY, Curve, ends_in_noise, has_collapsed, has_recovered, late_variances
 from bench.experiments import Outcome, success_of
 from bench.report import markdown_table
 
@@ -24,7 +24,8 @@ A run's end point is its sampled success on the held-out panel after training; i
 training success. Both are summarized by the interquartile mean (IQM) over seeds with a 95 % bootstrap interval over
 seeds. P is the probability that a run of the arm ends higher than one without an entropy term, ties counting half; an
 interval that includes 0.5 shows no difference. A run has collapsed if its success (mean of five steps) fell below half
-of its best so far, by 10 points or more, and recovered if it ended at 80 % of that best or above. The variances of the
+of its best so far, by 5 points or more, and recovered if it ended at 80 % of that best or above. A collapsed run that
+did not recover ended in noise if its entropy ended above its start, and in a habit otherwise. The variances of the
 entropy are from the second half of training: variance of its mean between steps, and between the turns of a step.
 """
 
@@ -35,12 +36,13 @@ def band_section(name: str, outcomes: Sequence[Outcome], curves: Sequence[Curve]
     missing = [f"{arm}, seed {seed}" for arm in ARMS for seed in SEEDS if seed not in scores.get(arm, {})]
     rows = [_row(arm, scores, [curve for curve in curves if curve.arm == arm]) for arm in ARMS if arm in scores]
     spent = [outcome.cpu_seconds for outcome in outcomes if outcome.when == "after"]
-    head = ["arm", "runs", "end, IQM (%)", "P(better than no term)", "area, IQM (%)", "collapsed", "recovered"]
+    head = ["arm", "runs", "end, IQM (%)", "P(better than no term)", "area, IQM (%)"]
+    fates = ["collapsed", "recovered", "habit", "noise"]
     return "\n\n".join(
         [
-            *([f"**Not complete**: {len(missing)} runs are still to run."] if missing else []),
+            *([f"**Incomplete**: {len(missing)} runs are missing."] if missing else []),
             f"![success, entropy and performance profiles](evidence_{name}.png)",
-            markdown_table([*head, "variance between steps", "between turns"], rows),
+            markdown_table([*head, *fates, "variance between steps", "between turns"], rows),
             _METHOD.rstrip(),
             f"CPU seconds a run: {min(spent):.0f} to {max(spent):.0f}.\n",
         ]
@@ -72,6 +74,7 @@ def _row(arm: str, scores: Mapping[str, Mapping[int, float]], curves: Sequence[C
     own = [*scores[arm].values()]
     areas = [area_under_curve(curve.success) for curve in curves]
     collapsed = [curve for curve in curves if has_collapsed(curve.success)]
+    lost = [ends_in_noise(curve.entropy) for curve in collapsed if not has_recovered(curve.success)]
     variances = np.mean([late_variances(curve) for curve in curves], axis=0)
     better = "" if arm == NO_TERM or NO_TERM not in scores else _improvement(own, [*scores[NO_TERM].values()])
     return [
@@ -81,7 +84,9 @@ def _row(arm: str, scores: Mapping[str, Mapping[int, float]], curves: Sequence[C
         better,
         _percent(interquartile_mean_interval({"": areas})),
         str(len(collapsed)),
-        str(sum(has_recovered(curve.success) for curve in collapsed)),
+        str(len(collapsed) - len(lost)),
+        str(lost.count(False)),
+        str(lost.count(True)),
         f"{variances[0]:.2g}",
         f"{variances[1]:.2g}",
     ]

@@ -13,7 +13,7 @@ import numpy as np
 WINDOW = 5  # steps of a moving mean: one step of a few dozen episodes is noisy
 TURNS_EVERY = 4  # the entropy by turn is kept for every fourth step, which halves the size of the results
 COLLAPSE, RECOVERY = 0.5, 0.8  # relative to the best success so far
-MIN_DROP = 0.1  # minimum loss of success in a collapse; smaller drops are noise
+MIN_DROP = 0.05  # minimum loss of success in a collapse; smaller drops are noise
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def has_collapsed(success: Sequence[float]) -> bool:
-    """Whether smoothed success fell below half of its best so far, and by 0.1 or more, at any time."""
+    """Whether smoothed success fell below half of its best so far, and by MIN_DROP or more, at any time."""
     return bool(_fallen(smoothed(success)).any())
 
 
@@ -64,6 +64,12 @@ def has_recovered(success: Sequence[float]) -> bool:
     means = smoothed(success)
     fallen = np.flatnonzero(_fallen(means))
     return bool(len(fallen)) and means[-1] >= RECOVERY * max(means[: fallen[0]])
+
+
+def ends_in_noise(entropy: Sequence[float]) -> bool:
+    """Whether entropy ended above its start: a collapsed run of which this is False has settled into a habit."""
+    means = smoothed(entropy)
+    return means[-1] > means[0]
 
 
 def late_variances(curve: Curve) -> tuple[float, float]:

@@ -31,6 +31,7 @@ from threading import Lock
 from typing import Any
 
 from bench import experiments, quickstart_page
+from bench.band import INDICATOR
 from bench.band_page import plot_band, scores_of
 from bench.curves import Curve, curve_of, read_curves
 from bench.evidence_page import page, plot
@@ -73,7 +74,7 @@ def run_all(name: str) -> None:
         if arm == CLONING:
             pending[experiment.baseline, seed].result()
         command = [sys.executable, "-m", "bench.evidence", name, "--only", arm, str(seed)]
-        log = folder(name, arm, seed).with_suffix(".log")
+        log = beside(folder(name, arm, seed), ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as out:
             subprocess.run(command, check=True, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -81,10 +82,10 @@ def run_all(name: str) -> None:
             write_results(name)
         print(f"{name}: {arm}, seed {seed} is complete")
 
-    # More cloning comes last, because RL's cost determines its epochs. Otherwise seed by seed, so that an unfinished
-    # series has all arms of its seeds.
+    # More cloning comes last, because RL's cost determines its epochs; so does the arm that repeats another. Otherwise
+    # seed by seed, so that an unfinished series has all arms of its seeds.
     queue = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
-    queue.sort(key=lambda run: run[0] == CLONING)
+    queue.sort(key=lambda run: run[0] in (CLONING, INDICATOR))
     with ThreadPoolExecutor(experiment.jobs) as threads:
         pending = {(arm, seed): threads.submit(run, arm, seed) for arm, seed in queue}
         for future in pending.values():
@@ -146,7 +147,7 @@ def account(place: Path) -> Iterator[Callable[[], None]]:
         RuntimeError: another process is working on this run.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    mark = place.with_suffix(".running")
+    mark = beside(place, ".running")
     with mark.open("a") as running:
         try:
             fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,7 +177,7 @@ def settings(name: str, arm: str, seed: int) -> list[str]:
     experiment = EXPERIMENTS[name]
     own = [*experiment.overrides, f"seed={seed}", *experiment.arms[arm]]
     if experiment.tuned_by:
-        own += chosen(read(experiment.tuned_by), arm)
+        own += chosen([outcome for name in experiment.tuned_by for outcome in read(name)], arm)
     if arm == CLONING:
         # From scratch, with the learning-rate schedule over all epochs: the best use of RL's cost by cloning, both
         # evaluations included.
@@ -190,6 +191,11 @@ def settings(name: str, arm: str, seed: int) -> list[str]:
 
 def folder(name: str, arm: str, seed: int) -> Path:
     return RUNS / name / f"{arm.replace(' ', '_')}-{seed}"
+
+
+def beside(place: Path, ending: str) -> Path:
+    """A file named after the folder. Not `with_suffix`: names of candidates contain dots."""
+    return place.with_name(place.name + ending)
 
 
 def is_complete(name: str, arm: str, seed: int) -> bool:

@@ -37,7 +37,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     overrides: tuple[str, ...] = PRIMARY
     arms: Mapping[str, Sequence[str]] = field(default_factory=lambda: ARMS)
-    tuned_by: str | None = None  # the experiment whose best candidate each arm takes
+    tuned_by: tuple[str, ...] = ()  # the experiments whose best candidate each arm takes
     keeps_curves: bool = False  # records success and entropy of every step, too
 
     @property
@@ -126,7 +126,7 @@ for _regime, _settings in band.REGIMES.items():
         f"Tuning of the entropy terms, {_regime} regime",
         2,
         "",
-        seeds=band.TUNING_SEEDS,
+        seeds=band.TUNING_SEEDS[_regime],
         overrides=(*band.BENCHMARK, *_settings),
         arms=band.TUNING_ARMS,
     )
@@ -138,7 +138,7 @@ for _regime, _settings in band.REGIMES.items():
         seeds=band.SEEDS,
         overrides=(*band.BENCHMARK, *_settings),
         arms=band.ARMS,
-        tuned_by=f"band_{_regime}_tuning",
+        tuned_by=tuple(f"band_{name}_tuning" for name in band.REGIMES),
         keeps_curves=True,
     )
 SERIES = {"band": [f"band_{regime}{part}" for part in ("_tuning", "") for regime in band.REGIMES]}  # in this order
@@ -169,13 +169,14 @@ def read(name: str) -> list[Outcome]:
 
 
 def chosen(tuning: Sequence[Outcome], arm: str) -> list[str]:
-    """The best candidate of a band's arm: the highest success after training, mean over the tuning seeds.
+    """The best candidate of a band's arm: the highest success after training, mean over tuning seeds and regimes.
 
     An arm without candidates takes none. The first of equals is taken.
 
     Raises:
         ValueError: the tuning series is not complete.
     """
+    arm = band.TUNED_AS.get(arm, arm)
     candidates = band.CANDIDATES.get(arm, ())
     means = [_mean_success(tuning, band.tuning_arm(arm, candidate)) for candidate in candidates]
     return [candidates[int(np.argmax(means))]] if candidates else []
@@ -183,9 +184,10 @@ def chosen(tuning: Sequence[Outcome], arm: str) -> list[str]:
 
 def _mean_success(tuning: Sequence[Outcome], arm: str) -> float:
     shares = [success_of(o) for o in tuning if o.arm == arm and o.when == "after"]
-    if len(shares) < len(band.TUNING_SEEDS):
+    needed = sum(map(len, band.TUNING_SEEDS.values()))
+    if len(shares) < needed:
         raise ValueError(
-            f"the tuning of {arm!r} has {len(shares)} runs of {len(band.TUNING_SEEDS)}; "
+            f"the tuning of {arm!r} has {len(shares)} runs of {needed}; "
             "run `python -m bench.evidence band`, which tunes first"
         )
     return float(np.mean(shares))

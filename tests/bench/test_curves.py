@@ -44,13 +44,18 @@ def test_curve_of_the_metrics(tmp_path):
         ([0.8] * 5 + [0.0] * 10, True, False),
         ([0.8] * 5 + [0.0] * 10 + [0.7] * 5, True, True),
         ([0.8] * 5 + [0.0] * 10 + [0.6] * 5, True, False),  # 0.6 is less than 80 % of 0.8
-        ([0.08] * 5 + [0.0] * 10, False, False),  # too little to lose
+        ([0.04] * 5 + [0.0] * 10, False, False),  # too little to lose
         ([0.8, 0.0, 0.8, 0.8, 0.8, 0.8, 0.8], False, False),  # one bad step
     ],
 )
 def test_collapse_and_recovery(success, collapsed, recovered):
     assert curves.has_collapsed(success) == collapsed
     assert curves.has_recovered(success) == recovered
+
+
+def test_a_collapse_ends_in_a_habit_or_in_noise():
+    assert curves.ends_in_noise([0.2] * 5 + [5.0] * 5)
+    assert not curves.ends_in_noise([0.2] * 5 + [0.01] * 5)
 
 
 def test_mean_by_turn_leaves_out_turns_nobody_played():
@@ -77,9 +82,9 @@ def series():
 def test_section_has_a_row_an_arm():
     text = band_page.band_section("band_stable", *series())
     # The area of 0, 0.1, ... 0.8 is 0.4.
-    assert f"| {band.NO_TERM} | 10 | 50.0 (50.0 to 50.0) |  | 40.0 (40.0 to 40.0) | 0 | 0 |" in text
+    assert f"| {band.NO_TERM} | 10 | 50.0 (50.0 to 50.0) |  | 40.0 (40.0 to 40.0) | 0 | 0 | 0 | 0 |" in text
     assert "| gate | 10 | 100.0 (100.0 to 100.0) | 1.00 (1.00 to 1.00) | 40.0 (40.0 to 40.0) |" in text
-    assert "60 runs are still to run" in text  # six arms of ten seeds
+    assert "60 runs are missing" in text  # six arms of ten seeds
 
 
 def test_plot_is_a_picture(tmp_path):

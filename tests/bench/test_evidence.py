@@ -174,7 +174,8 @@ def tuning(best):
         replace(AFTER, arm=band.tuning_arm(arm, candidate), seed=seed, successes=[index == best[arm], False])
         for arm, candidates in band.CANDIDATES.items()
         for index, candidate in enumerate(candidates)
-        for seed in band.TUNING_SEEDS
+        for seeds in band.TUNING_SEEDS.values()
+        for seed in seeds
     ]
 
 
@@ -184,13 +185,21 @@ def test_each_arm_of_the_band_takes_its_best_candidate():
     for arm, candidates in band.CANDIDATES.items():
         assert experiments.chosen(found, arm) == [candidates[best[arm]]]
     assert experiments.chosen(found, band.NO_TERM) == []
+    assert experiments.chosen(found, band.INDICATOR) == experiments.chosen(found, band.BONUS)
     with pytest.raises(ValueError, match="the tuning of"):
         experiments.chosen(found[1:], found[0].arm.partition(",")[0])
 
 
+@pytest.mark.parametrize("name", BAND)
+def test_no_two_runs_share_a_file(name):
+    experiment = experiments.EXPERIMENTS[name]
+    runs = [(arm, seed) for arm in experiment.arms for seed in experiment.seeds]
+    assert len({evidence.beside(evidence.folder(name, *run), ".log") for run in runs}) == len(runs)
+
+
 def test_all_arms_of_the_band_are_tuned_equally():
     assert {len(candidates) for candidates in band.CANDIDATES.values()} == {3}
-    assert not set(band.SEEDS) & set(band.TUNING_SEEDS)
+    assert not set(band.SEEDS) & {seed for seeds in band.TUNING_SEEDS.values() for seed in seeds}
     assert len(band.SEEDS) == 10
 
 
@@ -198,7 +207,7 @@ def test_all_arms_of_the_band_are_tuned_equally():
 def test_arms_of_the_band_differ_in_the_entropy_term_alone(name, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     if tuned_by := experiments.EXPERIMENTS[name].tuned_by:
-        (tmp_path / f"{tuned_by}.json").write_text(
+        (tmp_path / f"{tuned_by[0]}.json").write_text(
             json.dumps([asdict(one) for one in tuning(dict.fromkeys(band.CANDIDATES, 0))])
         )
     arms = {arm: evidence.config_of(name, arm, 0) for arm in experiments.EXPERIMENTS[name].arms}
@@ -214,7 +223,7 @@ def test_a_killed_series_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     name, arms = "band_tiny", {"first": [], "second": [], "third": []}
-    experiment = replace(experiments.EXPERIMENTS["band_stable"], arms=arms, seeds=(0,), tuned_by=None, jobs=1)
+    experiment = replace(experiments.EXPERIMENTS["band_stable"], arms=arms, seeds=(0,), tuned_by=(), jobs=1)
     monkeypatch.setitem(experiments.EXPERIMENTS, name, experiment)
     started, dies = [], {"second"}
 
