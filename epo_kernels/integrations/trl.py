@@ -59,7 +59,7 @@ class EPOTrainer(GRPOTrainer):
 
     Raises:
         TypeError: args is another config.
-        ValueError: the model or an option isn't served; the message names the cure.
+        ValueError: the model or an option is not supported; the message says what to change.
     """
 
     _tag_names = [*GRPOTrainer._tag_names, "epo"]  # noqa: RUF012  (TRL's own form)
@@ -103,9 +103,9 @@ class EPOTrainer(GRPOTrainer):
 
     def _refuse_model(self) -> None:
         if isinstance(self.processing_class, ProcessorMixin):
-            raise ValueError("EPOTrainer serves text alone: give a tokenizer as processing_class, not a processor")
+            raise ValueError("EPOTrainer supports text only: pass a tokenizer as processing_class, not a processor")
         if is_deepspeed_zero3_enabled():
-            raise ValueError("EPOTrainer needs the head's weight whole: take DeepSpeed's stage 2 or FSDP, not stage 3")
+            raise ValueError("EPOTrainer needs the unsharded weight of the head: use DeepSpeed's stage 2, not stage 3")
 
     # --- The history ---
 
@@ -170,7 +170,7 @@ class EPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            # TRL samples anew a generation that a checkpoint cuts: what is open of it counts then.
+            # TRL repeats a generation that a checkpoint interrupts, so its open part will be counted then.
             state = {**self.history.state_dict(), "open": None}
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             torch.save(state, os.path.join(self._get_output_dir(trial=trial), folder, HISTORY_FILE))
@@ -184,7 +184,7 @@ class EPOTrainer(GRPOTrainer):
         if os.path.isfile(path):
             self.history.load_state_dict(torch.load(path, weights_only=True))
         else:
-            warnings.warn(f"{checkpoint} holds no {HISTORY_FILE}: the entropy history begins anew", stacklevel=2)
+            warnings.warn(f"{checkpoint} has no {HISTORY_FILE}: the entropy history starts empty", stacklevel=2)
 
     # --- The adaptive entropy coefficient ---
 

@@ -184,14 +184,14 @@ class EngineLoss:
             turns = turns[:, None].expand(mask.shape) if turns.shape == mask.shape[:1] else turns
             if turns.shape != mask.shape:
                 raise ValueError(
-                    f"{KEYS}.turns={name}: the field must hold an integer a sample ({mask.shape[0]},) or a "
+                    f"{KEYS}.turns={name}: the field must have one integer per sample ({mask.shape[0]},) or per "
                     f"response token {tuple(mask.shape)}, got {tuple(turns.shape)}"
                 )
         counted = turns[mask]
         if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < self.settings.num_turns:
             raise ValueError(
-                f"a turn of this batch is {int(counted.min())} and another {int(counted.max())}, they must be in "
-                f"[0, {self.settings.num_turns}): set {KEYS}.num_turns"
+                f"turns must be in [0, {self.settings.num_turns}), got {int(counted.min())} to {int(counted.max())}: "
+                f"number turns from 0, and set {KEYS}.num_turns above the largest"
             )
         return turns
 

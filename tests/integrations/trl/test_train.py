@@ -94,7 +94,7 @@ def test_a_checkpoint_without_history_warns(folder, tmp_path):
     checkpoint = tmp_path / "checkpoint-1"
     (checkpoint / HISTORY_FILE).unlink()
     resumed = make(folder, tmp_path, max_steps=2)
-    with pytest.warns(UserWarning, match="begins anew"):
+    with pytest.warns(UserWarning, match="epo_history.pt"):
         resumed.train(resume_from_checkpoint=str(checkpoint))
 
 
