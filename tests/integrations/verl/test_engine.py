@@ -246,7 +246,7 @@ def test_a_sample_that_fills_the_batch_up_may_keep_the_turns_of_another(workers)
 def test_turns_that_cannot_be_are_named(workers):
     tensors = episodes()
     for epo, batch, message in (
-        ({"num_turns": 2}, {}, "another 2, they must be in \\[0, 2\\): set actor_rollout_ref.*epo.num_turns"),
+        ({"num_turns": 2}, {}, r"turns must be in \[0, 2\), got 0 to 2: .*epo.num_turns"),
         ({"turns": "step"}, {}, "turns=step: the batch has no such field, it has .*response_mask"),
         ({"turns": "turn"}, {"turn": [0, -1, 0, 0]}, r"turns must be in .*, got -1 to"),
         ({"turns": "prompts"}, {}, "the field must have one integer per sample"),
