@@ -21,7 +21,7 @@ DEVICE_LOST_EXIT = 3
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
-    group.addoption("--bench-suite", choices=sorted(SUITES), help="cases to run (default: those of the device)")
+    group.addoption("--bench-suite", choices=sorted(SUITES), help="cases to run (default: the device's)")
     group.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda if available")
     group.addoption("--bench-out", type=Path, help="folder for results.json (default: bench/results/<machine>)")
     group.addoption(

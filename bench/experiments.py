@@ -58,7 +58,7 @@ the settings were found, every run since the expert's series below:
 _EXPERT_TUNING = """\
 The series before the novice: here imitation alone is enough, as "more cloning" shows.
 
-How the settings were found, every run; points are those of the primary figure:
+How the settings were found, every run; points refer to the primary figure:
 
 | setting | seed | result |
 | --- | --- | --- |

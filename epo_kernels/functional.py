@@ -359,8 +359,8 @@ def distribution_statistics(
 ) -> DistributionStatistics:
     """Entropy, varentropy, top-1 and collision probability of each token's distribution, for logs and filters.
 
-    Without gradients, and not inside `torch.compile(fullgraph=True)`. It reads the logits twice: the losses compute
-    none of this but the entropy.
+    No gradients, and no support for `torch.compile(fullgraph=True)`. It reads the logits twice. The losses compute only
+    the entropy of these.
 
     Args:
         logits: (B, T, V), or packed (N, V); see `epo_loss`, as for the arguments not named here.
@@ -403,7 +403,7 @@ def linear_distribution_statistics(
     backend: str = "auto",
     group: ProcessGroup | None = None,
 ) -> DistributionStatistics:
-    """`distribution_statistics` of the logits hidden weightᵀ + bias: 2·N·D·V operations, one chunk of logits alive.
+    """`distribution_statistics` of the logits hidden weightᵀ + bias: 2·N·D·V operations, one chunk in memory.
 
     hidden, weight, bias, logits_dtype, num_active, max_chunk_bytes and group are as in `linear_epo_loss`; all other
     arguments, the result and the errors are as in `distribution_statistics`.

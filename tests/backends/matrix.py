@@ -542,7 +542,7 @@ class BackendMatrix:
     # ---- distribution statistics -------------------------------------------------------------------------------------
 
     def check_distribution(self, logits, **arguments):
-        """The three-way rule, each statistic for itself; returns those of the backend."""
+        """Apply the three-way rule to each statistic; returns the backend's statistics."""
         arguments = {"temperature": 0.8, **arguments}
         truth = ek.distribution_statistics(logits.double(), **arguments, backend="reference")
         on_device = {**moved(arguments, self.device), "logits": logits.to(self.device)}

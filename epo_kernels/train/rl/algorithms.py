@@ -119,7 +119,7 @@ def value_states(sample: Sample, level: str) -> Tensor:
 
 
 def spread_over_tokens(samples: Sequence[Sample], advantages: Sequence[Tensor]) -> None:
-    """Set each sample's advantages from those of the turns, (T,) per episode."""
+    """Set each sample's advantages from the advantages of its turns, (T,) per episode."""
     for sample in samples:
         own = torch.cat([advantages[sample.episode].float(), torch.zeros(1)])  # index -1 (ENVIRONMENT) is the last
         sample.advantages = own[torch.tensor(sample.turns)]
