@@ -40,7 +40,7 @@ quickstart-evidence: venv
 # Does RL lift success? Three seeds, two controls, every run counted: docs/evidence.md. An interrupted run resumes; a run
 # that was killed (SIGKILL, a power cut) starts over.
 # make evidence (ScienceWorld, up to 90 minutes on two quiet cores), make evidence ARGS=practice (half an hour),
-# make evidence ARGS=band (the entropy band: 54 tuning runs, then eight arms of ten seeds in two regimes; about six CPU
+# make evidence ARGS=band (the entropy band: 54 tuning runs, then eight arms of ten seeds in two regimes; about four CPU
 # hours)
 evidence: venv
 	$(RUN) -m bench.evidence $(or $(ARGS),scienceworld)

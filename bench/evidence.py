@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
@@ -37,7 +37,9 @@ from bench.curves import Curve, curve_of, read_curves
 from bench.evidence_page import page, plot
 from bench.experiments import CLONING, EXPERIMENTS, SERIES, Outcome, chosen, read
 from epo_kernels.train.__main__ import keep_freed_memory
-from epo_kernels.train.config import TrainConfig, load_config
+from epo_kernels.train.config import TrainConfig, differences, is_among, load_config
+from epo_kernels.train.io.checkpoint import list_checkpoints
+from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.tracking import read_evaluation, read_metrics, write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +117,6 @@ def run_one(name: str, arm: str, seed: int) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from epo_kernels.train.build import build
-    from epo_kernels.train.io.display import Display
     from epo_kernels.train.io.stopping import StopRequest
     from epo_kernels.train.trainer import Trainer
 
@@ -126,6 +127,8 @@ def run_one(name: str, arm: str, seed: int) -> None:
     disable_progress_bar()
     keep_freed_memory()
     display = Display()
+    if EXPERIMENTS[name].shares_cloning:
+        config = replace(config, resume=str(cloned(config, display)))
     with (
         account(place) as built,
         StopRequest() as stop,
@@ -134,6 +137,27 @@ def run_one(name: str, arm: str, seed: int) -> None:
     ):
         built()
         display.table(Trainer(parts, stop).run())
+
+
+def cloned(config: TrainConfig, display: Display) -> Path:
+    """The checkpoint of the seed's cloned policy, from which the run branches; made if it is missing.
+
+    Raises:
+        RuntimeError: the present one was cloned with other settings.
+    """
+    from epo_kernels.train.build import build
+
+    place = RUNS / "cloned" / str(config.seed)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with beside(place, ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # runs side by side need the same one
+        if not list_checkpoints(place / "checkpoints"):
+            with build(replace(config, run_dir=str(place)), display):
+                pass  # building clones, and saves the starting weights
+    changed = differences((place / "config.yaml").read_text(), config)
+    if other := [name for name in changed if is_among(name, ("env", "model", "rollout"))]:
+        raise RuntimeError(f"the policy in {place} was cloned with another {', '.join(other)}; remove that folder")
+    return list_checkpoints(place / "checkpoints")[0]
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class Experiment:
     arms: Mapping[str, Sequence[str]] = field(default_factory=lambda: ARMS)
     tuned_by: tuple[str, ...] = ()  # the experiments whose best candidate each arm takes
     keeps_curves: bool = False  # records success and entropy of every step, too
+    shares_cloning: bool = False  # runs of a seed branch from one cloned policy, which no comparison of costs needs
 
     @property
     def baseline(self) -> str:
@@ -129,6 +130,7 @@ for _regime, _settings in band.REGIMES.items():
         seeds=band.TUNING_SEEDS[_regime],
         overrides=(*band.BENCHMARK, *_settings),
         arms=band.TUNING_ARMS,
+        shares_cloning=True,
     )
     EXPERIMENTS[f"band_{_regime}"] = Experiment(
         "practice",
@@ -140,6 +142,7 @@ for _regime, _settings in band.REGIMES.items():
         arms=band.ARMS,
         tuned_by=tuple(f"band_{name}_tuning" for name in band.REGIMES),
         keeps_curves=True,
+        shares_cloning=True,
     )
 SERIES = {"band": [f"band_{regime}{part}" for part in ("_tuning", "") for regime in band.REGIMES]}  # in this order
 

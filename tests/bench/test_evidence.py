@@ -13,6 +13,7 @@ from epo_kernels.train.config import load_config
 from epo_kernels.train.data import Episode
 from epo_kernels.train.envs import Task
 from epo_kernels.train.evaluate import summarize
+from epo_kernels.train.io.tracking import read_metrics
 
 LIFT = [name for name, one in experiments.EXPERIMENTS.items() if one.arms is experiments.ARMS]
 BAND = [name for name in experiments.EXPERIMENTS if name.startswith("band_")]
@@ -269,3 +270,25 @@ def complete(name, arm, seed):
         for number, success in enumerate((0.25, 0.5))
     ]
     (place / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+
+def test_arms_branch_from_one_cloned_policy(tmp_path, monkeypatch):
+    """A branch is bit-equal to a run that clones for itself, and a policy cloned otherwise is refused."""
+    monkeypatch.setattr(evidence, "RUNS", tmp_path)
+    small = ("model.warm_start.demonstrations=4", "model.warm_start.epochs=1", "steps=2", "env.options.length=4")
+    short = replace(
+        experiments.EXPERIMENTS["band_stable"], arms={"arm": []}, overrides=(*band.BENCHMARK, *small), tuned_by=()
+    )
+    for name in ("branched", "alone"):
+        monkeypatch.setitem(experiments.EXPERIMENTS, name, replace(short, shares_cloning=name != "alone"))
+        evidence.run_one(name, "arm", 7)
+    assert (tmp_path / "cloned" / "7" / "config.yaml").exists()
+    curves = [evidence.curve_of("arm", 7, read_metrics(evidence.folder(n, "arm", 7))) for n in ("branched", "alone")]
+    assert curves[0] == curves[1]
+    assert (
+        evidence.outcomes_of("branched", "arm", 7)[1].successes == evidence.outcomes_of("alone", "arm", 7)[1].successes
+    )
+    other = replace(short, overrides=(*short.overrides, "model.warm_start.epochs=2"))
+    monkeypatch.setitem(experiments.EXPERIMENTS, "other", other)
+    with pytest.raises(RuntimeError, match=r"cloned with another model\.warm_start\.epochs; remove that folder"):
+        evidence.run_one("other", "arm", 7)

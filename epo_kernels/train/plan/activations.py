@@ -73,15 +73,10 @@ _counts: dict[tuple[str, str, _Shape, bool], Activations] = {}  # seconds each f
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes beside weights and the gradients that exist already.
+    """Bytes beside weights and the gradients that exist already."""
 
-    Attributes:
-        saved: at the end of the decoder's forward pass, when the loss begins.
-        peak: the most in the forward and backward pass of the decoder.
-    """
-
-    saved: float
-    peak: float
+    saved: float  # at the end of the decoder's forward pass, when the loss begins
+    peak: float  # the most in the forward and backward pass of the decoder
 
 
 class ActivationModel:

@@ -109,25 +109,18 @@ class Parameters:
     Attributes:
         all, trained: of the policy. Adapters stay whole.
         linear: in linear layers that aren't tied to the embedding: what a frozen copy has in 16 bits (`load_frozen`).
-        head: rows and columns of the output layer.
-        outside_decoder: of the output layer that the critic's backbone lacks; 0 where it is tied.
-        layers: how many layers there are.
-        layer: of the largest layer.
-        largest: of the largest tensor in a layer.
-        kv_per_token: numbers that a token's keys and values are, in all layers.
-        attention_width: numbers that a token's queries are, in all layers.
     """
 
     all: Count
     trained: Count
     linear: Count
-    head: tuple[int, int]
-    outside_decoder: int
-    layers: int
-    layer: int
-    largest: int
-    kv_per_token: int
-    attention_width: int
+    head: tuple[int, int]  # rows and columns of the output layer
+    outside_decoder: int  # of the output layer that the critic's backbone lacks; 0 where it is tied
+    layers: int  # how many layers there are
+    layer: int  # of the largest layer
+    largest: int  # of the largest tensor in a layer
+    kv_per_token: int  # numbers that a token's keys and values are, in all layers
+    attention_width: int  # numbers that a token's queries are, in all layers
 
     @classmethod
     def of(cls, architecture: PreTrainedConfig, model: ModelConfig) -> Parameters:

@@ -36,12 +36,11 @@ class Machine:
     """The GPUs of a run.
 
     Attributes:
-        memory: of each, in bytes.
         foreach: whether AdamW updates all whole parameters at once, as on CUDA, with a temporary copy of them.
     """
 
     gpus: int
-    memory: float
+    memory: float  # of each, in bytes
     foreach: bool = True
 
     @property
