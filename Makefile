@@ -45,7 +45,8 @@ quickstart-evidence: venv
 evidence: venv
 	$(RUN) -m bench.evidence $(or $(ARGS),scienceworld)
 
-# `make train-llm` with three seeds, and more cloning at equal cost. Interrupted, it goes on.
+# `make train-llm` with three seeds, without and with two entropy bands, and more cloning at equal cost (three hours on
+# two quiet cores). Interrupted, it goes on.
 evidence-llm: $(VENV)/.installed-llm
 	$(RUN) -m bench.evidence llm
 

@@ -18,15 +18,19 @@ from bench.band import ARMS, NO_TERM, SEEDS, TUNING_ARMS
 from bench.curves import TURNS_EVERY, Curve, ends_in_noise, has_collapsed, has_recovered, late_variances
 from bench.experiments import Outcome, success_of
 from bench.report import markdown_table
+from epo_kernels.train.evaluate import paired_interval
 
 _METHOD = """\
 A run's end point is its sampled success on the held-out panel after training; its area is the mean height of its
 training success. Both are summarized by the interquartile mean (IQM) over seeds with a 95 % bootstrap interval over
 seeds. P is the probability that a run of the arm ends higher than one without an entropy term, ties counting half; an
-interval that includes 0.5 shows no difference. A run has collapsed if its success (mean of five steps) fell below half
-of its best so far, by 5 points or more, and recovered if it ended at 80 % of that best or above. A collapsed run that
-did not recover ended in noise if its entropy ended above its start, and in a habit otherwise. The variances of the
-entropy are from the second half of training: variance of its mean between steps, and between the turns of a step.
+interval that includes 0.5 shows no difference. The gain is the mean difference from the run without an entropy term of
+the same seed, which starts from the same policy. With seven comparisons, an interval may miss by chance.
+
+A run has collapsed if its success (mean of five steps) fell below half of its best so far, by 5 points or more, and
+recovered if it ended at 80 % of that best or above. A collapsed run that did not recover ended in noise if its entropy
+ended above its start, and in a habit otherwise. The variances of the entropy are from the second half of training:
+variance of its mean between steps, and between the turns of a step.
 """
 
 
@@ -36,7 +40,7 @@ def band_section(name: str, outcomes: Sequence[Outcome], curves: Sequence[Curve]
     missing = [f"{arm}, seed {seed}" for arm in ARMS for seed in SEEDS if seed not in scores.get(arm, {})]
     rows = [_row(arm, scores, [curve for curve in curves if curve.arm == arm]) for arm in ARMS if arm in scores]
     spent = [outcome.cpu_seconds for outcome in outcomes if outcome.when == "after"]
-    head = ["arm", "runs", "end, IQM (%)", "P(better than no term)", "area, IQM (%)"]
+    head = ["arm", "runs", "end, IQM (%)", "P(better than no term)", "gain (points)", "area, IQM (%)"]
     fates = ["collapsed", "recovered", "habit", "noise"]
     return "\n\n".join(
         [
@@ -47,6 +51,21 @@ def band_section(name: str, outcomes: Sequence[Outcome], curves: Sequence[Curve]
             f"CPU seconds a run: {min(spent):.0f} to {max(spent):.0f}.\n",
         ]
     )
+
+
+def band_answer(outcomes: Sequence[Outcome]) -> str:
+    """In a sentence: the arms of a regime that ended higher or lower than training without an entropy term."""
+    scores = {arm: [*own.values()] for arm, own in scores_of(outcomes).items()}
+    higher, lower = [], []
+    for arm in ARMS:
+        if arm in scores and arm != NO_TERM:
+            interval = improvement_interval({"": scores[arm]}, {"": scores[NO_TERM]})
+            _, low, high = interval
+            found = higher if low > 0.5 else lower if high < 0.5 else []
+            found.append(f"{arm}, P = {_probability(interval)}")
+    told = [f"{side} with {'; '.join(arms)}" for side, arms in (("higher", higher), ("lower", lower)) if arms]
+    answer = " and ".join(told) or "neither higher nor lower with any entropy term"
+    return f"compared with training without an entropy term, success ended {answer} ({len(scores[NO_TERM])} seeds)."
 
 
 def tuning_table(outcomes: Sequence[Outcome]) -> str:
@@ -76,12 +95,15 @@ def _row(arm: str, scores: Mapping[str, Mapping[int, float]], curves: Sequence[C
     collapsed = [curve for curve in curves if has_collapsed(curve.success)]
     lost = [ends_in_noise(curve.entropy) for curve in collapsed if not has_recovered(curve.success)]
     variances = np.mean([late_variances(curve) for curve in curves], axis=0)
-    better = "" if arm == NO_TERM or NO_TERM not in scores else _improvement(own, [*scores[NO_TERM].values()])
+    plain = {} if arm == NO_TERM else scores.get(NO_TERM, {})
+    both = sorted(scores[arm].keys() & plain.keys())
+    pair = [100 * plain[seed] for seed in both], [100 * scores[arm][seed] for seed in both]
     return [
         arm,
         str(len(own)),
         _percent(interquartile_mean_interval({"": own})),
-        better,
+        _probability(improvement_interval({"": own}, {"": [*plain.values()]})) if both else "",
+        "{:+.1f} ({:+.1f} to {:+.1f})".format(*paired_interval(*pair)) if both else "",
         _percent(interquartile_mean_interval({"": areas})),
         str(len(collapsed)),
         str(len(collapsed) - len(lost)),
@@ -92,8 +114,8 @@ def _row(arm: str, scores: Mapping[str, Mapping[int, float]], curves: Sequence[C
     ]
 
 
-def _improvement(own: Sequence[float], plain: Sequence[float]) -> str:
-    value, low, high = improvement_interval({"": own}, {"": plain})
+def _probability(interval: Interval) -> str:
+    value, low, high = interval
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 

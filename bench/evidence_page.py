@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.band_page import band_section, tuning_table
+from bench.band_page import band_answer, band_section, tuning_table
 from bench.curves import Curve
-from bench.experiments import CLONING, EXPERIMENTS, NO_ENTROPY, Outcome, difference
-from bench.quickstart_page import Run, section
+from bench.experiments import CLONING, DECODING, EXPERIMENTS, Outcome, difference
+from bench.quickstart_page import Run, rise, section
 from bench.report import markdown_table
 from epo_kernels.train.evaluate import verdict, wilson
 
@@ -39,7 +39,7 @@ def page(
     quickstart: Sequence[Run] = (),
 ) -> str:
     """The whole page, from `results` and `curves` by experiment, and the runs of the quick start."""
-    parts = [_INTRODUCTION]
+    parts = [_INTRODUCTION, *_in_short(results, quickstart)]
     if quickstart:
         parts.append(section(quickstart))
     for name, experiment in EXPERIMENTS.items():
@@ -57,6 +57,24 @@ def page(
     return "\n".join(parts).rstrip() + "\n"
 
 
+def _in_short(results: Mapping[str, Sequence[Outcome]], quickstart: Sequence[Run]) -> list[str]:
+    """The answers, in the order of the sections."""
+    lines = []
+    if quickstart:
+        _, points, _ = rise(quickstart, DECODING)
+        lines.append(f"The quick start: {points} points of sampled success over {len(quickstart)} seeds.")
+    for name, experiment in EXPERIMENTS.items():
+        outcomes = results.get(name, [])
+        if outcomes and CLONING in experiment.arms:
+            pairs = pairs_of(outcomes, experiment.baseline)
+            more = _shared(pairs_of(outcomes, CLONING), pairs)
+            against = f"; {_shown(difference(more))} against more cloning" if more else ""
+            lines.append(f"{experiment.title}: {_shown(difference(pairs))} points over {len(pairs)} seeds{against}.")
+        elif outcomes and experiment.keeps_curves:
+            lines.append(f"{experiment.title}: {band_answer(outcomes)}")
+    return ["## In short\n", *(f"- {line}" for line in lines), ""] if lines else []
+
+
 def _section(name: str, outcomes: Sequence[Outcome]) -> str:
     baseline = EXPERIMENTS[name].baseline
     arms = {arm: pairs for arm in EXPERIMENTS[name].arms if (pairs := pairs_of(outcomes, arm))}
@@ -68,8 +86,8 @@ def _section(name: str, outcomes: Sequence[Outcome]) -> str:
     single = [_line(*pair) for pairs in arms.values() for pair in pairs]
     against = [
         [f"{baseline} against {arm}", _shown(between), verdict(between)]
-        for arm in (CLONING, NO_ENTROPY)
-        if arm in arms and baseline in arms
+        for arm in arms
+        if arm != baseline and baseline in arms
         for both in [_shared(arms[arm], arms[baseline])]
         if both
         for between in [difference(both)]

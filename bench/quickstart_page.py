@@ -72,9 +72,9 @@ def read() -> list[Run]:
 
 def section(runs: Sequence[Run]) -> str:
     """The quick start's section of docs/evidence.md."""
-    pooled = [[decoding, *_rise(runs, decoding)] for decoding in DECODINGS]
+    pooled = [[decoding, *rise(runs, decoding)] for decoding in DECODINGS]
     single = [
-        [run.seed, d, _share(run, d, "before"), _share(run, d, "after"), _rise([run], d)[1], f"{run.cpu_seconds:.0f}"]
+        [run.seed, d, _share(run, d, "before"), _share(run, d, "after"), rise([run], d)[1], f"{run.cpu_seconds:.0f}"]
         for d in DECODINGS
         for run in runs
     ]
@@ -94,7 +94,7 @@ def section(runs: Sequence[Run]) -> str:
     )
 
 
-def _rise(runs: Sequence[Run], decoding: str) -> tuple[str, str, str]:
+def rise(runs: Sequence[Run], decoding: str) -> tuple[str, str, str]:
     """(episodes, points with interval, verdict); excludes episodes lost in either evaluation."""
     pairs = [
         (100.0 * first, 100.0 * second)

@@ -1,7 +1,7 @@
 """Learning curves and what is computed from them, against values computed by hand."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -82,9 +82,21 @@ def series():
 def test_section_has_a_row_an_arm():
     text = band_page.band_section("band_stable", *series())
     # The area of 0, 0.1, ... 0.8 is 0.4.
-    assert f"| {band.NO_TERM} | 10 | 50.0 (50.0 to 50.0) |  | 40.0 (40.0 to 40.0) | 0 | 0 | 0 | 0 |" in text
-    assert "| gate | 10 | 100.0 (100.0 to 100.0) | 1.00 (1.00 to 1.00) | 40.0 (40.0 to 40.0) |" in text
+    assert f"| {band.NO_TERM} | 10 | 50.0 (50.0 to 50.0) |  |  | 40.0 (40.0 to 40.0) | 0 | 0 | 0 | 0 |" in text
+    assert (
+        "| gate | 10 | 100.0 (100.0 to 100.0) | 1.00 (1.00 to 1.00) | +50.0 (+50.0 to +50.0) | 40.0 (40.0 to 40.0) |"
+        in text
+    )
     assert "60 runs are missing" in text  # six arms of ten seeds
+
+
+def test_answer_names_the_arms_that_differ():
+    outcomes, _ = series()
+    answer = "compared with training without an entropy term, success ended"
+    assert band_page.band_answer(outcomes) == f"{answer} higher with gate, P = 1.00 (1.00 to 1.00) (10 seeds)."
+    plain = [outcome for outcome in outcomes if outcome.arm == band.NO_TERM]
+    same = plain + [replace(outcome, arm="gate") for outcome in plain]
+    assert band_page.band_answer(same) == f"{answer} neither higher nor lower with any entropy term (10 seeds)."
 
 
 def test_plot_is_a_picture(tmp_path):
