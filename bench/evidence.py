@@ -75,6 +75,8 @@ def run_all(name: str) -> None:
     def run(arm: str, seed: int) -> None:
         if arm == CLONING:
             pending[experiment.baseline, seed].result()
+        if is_complete(name, arm, seed):
+            return
         command = [sys.executable, "-m", "bench.evidence", name, "--only", arm, str(seed)]
         log = beside(folder(name, arm, seed), ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +94,7 @@ def run_all(name: str) -> None:
         pending = {(arm, seed): threads.submit(run, arm, seed) for arm, seed in queue}
         for future in pending.values():
             future.result()
+    write_results(name)  # also where every run was complete already
 
 
 def write_results(name: str) -> None:
