@@ -138,12 +138,12 @@ class StepCase:
 
 GPU = (
     Case("loss", "qwen2.5-3b", 8192, "bf16", peers=True, compiled=True),
-    Case("loss", "llama-2-7b", 8192, "bf16", peers=True, compiled=True),
-    Case("loss", "llama-3-8b", 8192, "bf16", peers=True, compiled=True),
-    Case("loss", "qwen3.5", 8192, "bf16", peers=True, compiled=True),
     Case("linear-loss", "d4096-v131072", 8192, "bf16", peers=True),
-    Case("linear-loss", "qwen2.5-7b", 8192, "bf16", peers=True, compiled=True),
+    Case("loss", "llama-2-7b", 8192, "bf16", peers=True),
+    Case("linear-loss", "qwen2.5-7b", 8192, "bf16", peers=True),
     Case("linear-score", "d4096-v131072", 8192, "bf16", peers=True),
+    Case("loss", "llama-3-8b", 8192, "bf16", peers=True),
+    Case("loss", "qwen3.5", 8192, "bf16", peers=True),
     Case("linear-loss", "d4096-v131072", 8192, "bf16", unmasked=0.15),
     Case("linear-loss", "qwen2.5-7b", 8192, "bf16", unmasked=0.15, peers=True),
     Case("linear-loss", "d4096-v131072", 8192, "bf16", chunk_mb=512),

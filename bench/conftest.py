@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -63,12 +64,15 @@ class Session:
         self._budget = Budget(config.option.bench_budget)
         self._watch = stopwatch(self.device)
         self._found: dict[Case, tuple[dict[str, Record], dict[str, list[Lap]]]] = {}
+        self._broken: dict[Case, str] = {}
         _, before = records.merged(self.path, self.machine, []) if config.option.bench_resume else (None, [])
         self._done = {record.case for record in before if record.median_ms is not None}
         self._banned = {record.key for record in before if record.gate.startswith(LOST)}
 
     def measured(self, case: Case, name: str) -> tuple[Record, list[Lap]]:
         """The record of one implementation, and its rounds; no rounds if it was not timed."""
+        if case in self._broken:
+            pytest.skip(f"the case could not be measured: {self._broken[case]}")
         if case not in self._found:
             self.expect(case.name)
             self._found[case] = self._measure(case)
@@ -95,8 +99,14 @@ class Session:
             found, laps = measure_case(case, chosen, self._watch, self.device, self._seconds)
         except DeviceLost as lost:
             self.add({record.impl: record for record in lost.records})
-            pytest.exit(f"{case.name}: {lost}; run again with --bench-resume to continue", DEVICE_LOST_EXIT)
-        self._budget.spent(time.monotonic() - began)
+            sys.stderr.write(f"{case.name}: {lost}; run again with --bench-resume to continue\n")
+            sys.stderr.flush()
+            os._exit(DEVICE_LOST_EXIT)  # an ordinary exit would wait for a device that hangs
+        except Exception as error:
+            self._broken[case] = repr(error)
+            raise
+        finally:
+            self._budget.spent(time.monotonic() - began)
         self.add(found)
         return found, laps
 

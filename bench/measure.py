@@ -20,7 +20,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 _MB = 1e6
 _CPU_FLUSH_BYTES = 128 << 20
 # Long enough for the host to queue a whole forward and backward before the device starts.
-_HEAD_START_CYCLES = 4_000_000
+_HEAD_START_CYCLES = 12_000_000
 
 
 class Lap(NamedTuple):

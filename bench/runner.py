@@ -24,8 +24,9 @@ from epo_kernels.backends import choose_backend
 
 INPUT_SETS = 3
 SEED = 20
-ADMISSION_SECONDS = 150.0  # time limit to build, compile and check an implementation
-# After an illegal access the device is unusable for every implementation.
+ADMISSION_SECONDS = 60.0  # time limit to build, compile and check an implementation
+HANG_SECONDS = 20.0  # time limit of the device for one call
+# After an illegal access or a hang the device is unusable for every implementation of this process.
 LOST = "not run: lost the device"
 
 
@@ -35,6 +36,10 @@ class DeviceLost(RuntimeError):
     def __init__(self, records: list[Record]) -> None:
         super().__init__(records[0].gate)
         self.records = records
+
+
+class Hang(RuntimeError):
+    """A kernel does not end."""
 
 
 @dataclass
@@ -77,12 +82,19 @@ def measure_case(
     watch.close()
 
     ceilings = make_ceilings(case, first)
-    for ceiling in ceilings:
-        ceiling.run(0)
-        found[ceiling.name] = _record(case, ceiling.name, ceiling.computes, gate.PASS, ceiling.work)
     calls: dict[str, Callable[[int], object]] = {name: _in_turn(entry.run, sets) for name, entry in ready.items()}
     calls |= {ceiling.name: ceiling.run for ceiling in ceilings}
-    laps = interleaved(calls, watch, seconds)
+    try:
+        for ceiling in ceilings:
+            ceiling.run(0)
+        laps = interleaved(calls, watch, seconds)
+    except RuntimeError as error:
+        if device.type == "cuda" and not _answers():  # nobody knows whose call it was
+            lost = f"{LOST} in the rounds ({_line_of(error)})"
+            raise DeviceLost([_record(case, entry.name, entry.computes, lost) for entry in implementations]) from error
+        raise
+    for ceiling in ceilings:
+        found[ceiling.name] = _record(case, ceiling.name, ceiling.computes, gate.PASS, ceiling.work)
     _fill(case, found, ready, ceilings, laps, device)
     watch.close()
     return found, laps
@@ -104,14 +116,16 @@ def _admit(
         with _limited(ADMISSION_SECONDS):
             run = implementation.build()
             gate.poison(inputs.device, next(iter(inputs.leaves.values())).numel())
-            verdict = gate.check(case, run(inputs), true)
+            outputs = run(inputs)
+            _await(inputs.device)
+            verdict = gate.check(case, outputs, true)
             if verdict != gate.PASS:
                 return verdict, None
             peak_mb, launches = watch.peak_mb(lambda: run(inputs)), watch.launches(lambda: run(inputs))
             return verdict, Ready(run, peak_mb, launches, kernels_that_ran(implementation.name))
     except Exception as error:  # from another library, of any kind: shown in the report
-        message = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"[:200]
-        if inputs.device.type == "cuda" and not _answers():
+        message = _line_of(error)
+        if inputs.device.type == "cuda" and (isinstance(error, Hang) or not _answers()):
             record = _record(case, implementation.name, implementation.computes, f"{LOST} ({message})")
             raise DeviceLost([record]) from error
         watch.close()
@@ -142,6 +156,26 @@ def _limited(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def _await(device: torch.device) -> None:
+    """Wait for the device, but not forever: a signal's handler cannot interrupt a synchronization.
+
+    Raises:
+        Hang: the device did not finish in time.
+    """
+    if device.type != "cuda":
+        return
+    done, end = torch.cuda.Event(), time.monotonic() + HANG_SECONDS
+    done.record()
+    while not done.query():
+        if time.monotonic() > end:
+            raise Hang(f"still running on the device after {HANG_SECONDS:.0f} s")
+        time.sleep(0.001)
+
+
+def _line_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"[:200]
 
 
 def _answers() -> bool:

@@ -478,6 +478,7 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
         }
     }
     if (warp.lane == 0) wait_for_stores();
+    __syncwarp();
     cluster_barrier();  // precautionary: each block has already waited for everything that others send it
     if (warp.rank == 0)
         publish_sums(shared.sums, args.results.workspace, args.results.ticket, static_cast<int>(warp.cluster),

@@ -143,18 +143,22 @@ class Head:
             yield part, hidden, logits
 
     def _project(self, hidden: Tensor, logits: Tensor) -> None:
-        weight = self.product_weight.t()
+        weight, bias = self.product_weight.t(), self._product_bias
         if self.logits_dtype == hidden.dtype:
-            torch.mm(hidden, weight, out=logits)
-        elif hidden.is_cuda:
+            if bias is None:
+                torch.mm(hidden, weight, out=logits)
+            else:
+                torch.addmm(bias, hidden, weight, out=logits)  # rounds the sum once
+            return
+        if hidden.is_cuda:
             torch.mm(hidden, weight, out_dtype=self.logits_dtype, out=logits)
         else:
             wide = hidden.to(self.logits_dtype)
             with without_autocast(hidden.device):
                 for tile in _tiles(weight.shape[1], wide.shape[1] * wide.element_size()):
                     logits[:, tile] = wide @ weight[:, tile].to(wide.dtype)
-        if self._product_bias is not None:
-            logits.add_(self._product_bias)
+        if bias is not None:
+            logits.add_(bias)
 
 
 class HeadGradients:

@@ -75,3 +75,19 @@ def test_scoring_and_its_gradient(backend: str) -> None:
 
     for ours, theirs in zip(run(backend), run("reference"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@NEEDS_CPU
+def test_a_bias_is_rounded_together_with_its_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(*shape, generator=generator) for shape in ((2, 60, 64), (1003, 64), (1003,))]
+    tokens = torch.randint(1003, (2, 60), generator=generator)
+
+    def entropy(backend: str, dtype: torch.dtype) -> torch.Tensor:
+        hidden, weight, bias = (value.half().to(dtype) for value in exact)
+        _, entropy = ek.linear_log_probs_and_entropy(hidden, weight, tokens, bias=bias, backend=backend)
+        return entropy.double()
+
+    truth = entropy("reference", torch.float64)
+    ours, eager = ((entropy(backend, torch.float16) - truth).norm() for backend in ("cpu", "reference"))
+    assert ours <= 1.1 * eager

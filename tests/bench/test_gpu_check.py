@@ -25,7 +25,7 @@ def test_a_failure_is_reported_and_the_rest_still_runs(tmp_path, capsys):
         Stage("left out", None, note="nothing to do"),
         stage("good", "print('fine')"),
     ]
-    found = statuses(run_stages(stages, log, budget=60.0, kept_back=0.0))
+    found = statuses(run_stages(stages, log, budget=60.0))
     assert found["bad"] == "failed: exit code 2"
     assert found["absent"].startswith("failed: ")
     assert found["left out"] == "skipped: nothing to do"
@@ -47,8 +47,12 @@ def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path):
 
 
 def test_what_the_budget_leaves_no_time_for_is_said(tmp_path):
-    stages = [stage("first", "pass"), stage("second", "pass"), stage("report", "pass")]
-    found = statuses(run_stages(stages, tmp_path / "log.txt", budget=20.0, kept_back=18.0))
+    stages = [
+        stage("first", "pass", leaves=18.0),
+        stage("second", "pass", leaves=16.0),
+        stage("report", "pass", leaves=0),
+    ]
+    found = statuses(run_stages(stages, tmp_path / "log.txt", budget=20.0))
     assert found == {"first": "skipped: no time left", "second": "skipped: no time left", "report": "ok"}
 
 
@@ -71,13 +75,17 @@ def test_stages_come_in_the_order_of_their_worth(tmp_path, monkeypatch):
     stages = gpu_check.plan(tmp_path, dry=False, budget=560.0, site=tmp_path / "site", bench_arguments=["-k", "linear"])
     names = [entry.name for entry in stages]
     by_name = {entry.name: entry for entry in stages}
-    tests = ["cuda kernels", "tests", "memcheck", "racecheck"]
-    assert names == ["machine", "wheels", "build", "backends", *tests, "benchmarks", "report"]
+    sanitizer = ["memcheck", "racecheck"]
+    assert names == [
+        *("machine", "wheels", "build", "backends"),
+        *("cuda kernels", "tests", "benchmarks", *sanitizer, "report"),
+    ]
     assert by_name["cuda kernels"].command[-1] == "tests/gpu/test_cuda.py"
     assert by_name["wheels"].command[-1].endswith("trl-1.16.0-py3-none-any.whl")
     assert {"--bench-resume", "--bench-device=cuda", "linear"} <= set(by_name["benchmarks"].command)
-    before_benchmarks = sum(entry.limit for entry in stages[2:6])
-    assert before_benchmarks + 100 <= gpu_check.BUDGET_SECONDS
+    before_benchmarks = sum(entry.limit for entry in stages[: names.index("benchmarks")])
+    assert before_benchmarks + by_name["benchmarks"].leaves + 60 <= gpu_check.BUDGET_SECONDS
+    assert by_name["benchmarks"].leaves >= sum(by_name[tool].limit for tool in sanitizer) + gpu_check.REPORT_SECONDS
 
 
 def test_backends_that_are_not_there_are_named():

@@ -151,6 +151,42 @@ def test_a_lost_device_names_who_lost_it(monkeypatch):
     assert record.gate.startswith(f"{runner.LOST} (RuntimeError: CUDA error: an illegal memory access")
 
 
+def test_a_call_that_never_ends_loses_the_device(monkeypatch):
+    class Event:
+        def record(self):
+            pass
+
+        def query(self):
+            return False
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(runner, "HANG_SECONDS", 0.1)
+    monkeypatch.setattr(runner.gate, "poison", lambda device, size: None)
+    given = SimpleNamespace(device=torch.device("cuda"), leaves={"grad_logits": torch.zeros(1)})
+    truth = SimpleNamespace(outputs=lambda contract: {})
+    with pytest.raises(DeviceLost) as lost:
+        runner._admit(CASE, implementation("ours:cuda", lambda inputs: {}), given, truth, FakeWatch())
+    (record,) = lost.value.records
+    assert record.gate == f"{runner.LOST} (Hang: still running on the device after 0 s)"
+
+
+def test_a_device_lost_in_the_rounds_bans_all_who_were_timed(monkeypatch):
+    def crash(calls, watch, limit):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    class Device:
+        type = "cuda"
+
+    monkeypatch.setattr(runner, "interleaved", crash)
+    monkeypatch.setattr(runner, "_answers", lambda: False)
+    monkeypatch.setattr(runner, "make_inputs", lambda case, device, *rest: make_inputs(case, CPU, *rest))
+    chosen = [implementation(name, ours(CASE, "reference")) for name in ("ours:a", "ours:b")]
+    with pytest.raises(DeviceLost) as lost:
+        measure_case(CASE, chosen, FakeWatch(), Device(), seconds=0.1)
+    assert [record.impl for record in lost.value.records] == ["ours:a", "ours:b"]
+    assert all(record.gate.startswith(f"{runner.LOST} in the rounds") for record in lost.value.records)
+
+
 def test_eager_is_not_tried_beyond_memory():
     case = Case("linear-loss", "d64-v151936", 4096, "fp32", chunk_mb=512)
     (eager,) = (entry for entry in implementations(case, CPU) if entry.name == "eager")
