@@ -27,7 +27,7 @@ from epo_kernels.train.models.loading import hold_products_in
 from epo_kernels.train.models.policy import Policy, precision
 from epo_kernels.train.plan.activations import LiveBytes
 from epo_kernels.train.plan.architecture import architecture_of, build
-from epo_kernels.train.plan.memory import CRITIC, OPTIMIZER, POLICY, Machine, MemoryPlan
+from epo_kernels.train.plan.memory import CRITIC, POLICY, Machine, MemoryPlan
 from epo_kernels.train.rl.critic import Critic
 from epo_kernels.train.rl.learner import Learner
 
@@ -122,11 +122,8 @@ class ShardedBytes(LiveBytes):
 def planned(case: Case) -> float:
     """Bytes of the phase that `measured` watches."""
     with saved(MODELS[case.model]) as folder:
-        plan = MemoryPlan(config_of(case, folder), Machine(case.gpus, 80e9, foreach=False))
-        totals = plan.totals()
-    if case.of_critic:
-        return totals[CRITIC]
-    return max(totals[POLICY], totals[OPTIMIZER])
+        plan = MemoryPlan(config_of(case, folder), Machine(case.gpus, 80e9))
+        return plan.totals()[CRITIC if case.of_critic else POLICY]
 
 
 def measured(case: Case) -> int:

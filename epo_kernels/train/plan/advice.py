@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from epo_kernels.train.plan.memory import CRITIC, OPTIMIZER, POLICY, ROLLOUT, MemoryPlan
+from epo_kernels.train.plan.memory import CRITIC, POLICY, ROLLOUT, MemoryPlan
 
 MOST_GPUS = 1024
 
@@ -25,12 +25,13 @@ def refusal(plan: MemoryPlan) -> str | None:
     usable, totals = plan.machine.usable, plan.totals()
     over = [phase for phase, total in totals.items() if total > usable]
     reasons = []
-    if OPTIMIZER in over:
+    if plan.states > usable:
         reasons.append(_too_many_states(plan))
-    elif {POLICY, CRITIC} & set(over):
-        reasons.append(_too_large_update(plan))
-    if OPTIMIZER not in over and (ROLLOUT in over or _starves_vllm(plan)):
-        reasons.append(_rollout(plan))
+    else:
+        if {POLICY, CRITIC} & set(over):
+            reasons.append(_too_large_update(plan))
+        if ROLLOUT in over or _starves_vllm(plan):
+            reasons.append(_rollout(plan))
     if not reasons:
         return None
     shown = ", ".join(f"{phase} {totals[phase] / 1e9:.1f} GB" for phase in over) or "vLLM has too little memory"

@@ -2,7 +2,8 @@
 
 Per trained parameter: 4 bytes of weight, 4 of gradient and 8 of AdamW's moments, all float32, as in ZeRO
 (arXiv 1910.02054, section 3.1) but without a 16-bit copy. FSDP2 divides the layers' by the number of GPUs; embedding,
-last norm, head and adapters stay whole (`Ranks.shard`). Gradients exist only while their own network is updated.
+last norm, head and adapters stay whole (`Ranks.shard`). Gradients exist only while their own network is updated. A step
+of the fused AdamW needs no memory of its own.
 """
 
 from __future__ import annotations
@@ -28,20 +29,15 @@ GATHERED, REDUCED = 2, 2
 # fragmentation of the allocator.
 RESERVE = 0.08
 
-ROLLOUT, CRITIC, POLICY, OPTIMIZER = "rollout", "critic update", "policy update", "optimizer step"
+ROLLOUT, CRITIC, POLICY = "rollout", "critic update", "policy update"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs of a run.
-
-    Attributes:
-        foreach: whether AdamW updates all whole parameters at once, as on CUDA, with a temporary copy of them.
-    """
+    """The GPUs of a run."""
 
     gpus: int
     memory: float  # of each, in bytes
-    foreach: bool = True
 
     @property
     def usable(self) -> float:
@@ -101,8 +97,12 @@ class MemoryPlan:
             "loss": loss if at_loss else 0.0,
             **self._sharding(),
         }
-        phases[OPTIMIZER] = resident | self._optimizer_step()
         return phases
+
+    @property
+    def states(self) -> float:
+        """Bytes of weights, gradients and optimizer states, without which nothing can be updated."""
+        return sum(self._resident().values()) + WEIGHT * self._trained
 
     def totals(self, rows: int | None = None) -> dict[str, float]:
         return {phase: sum(parts.values()) for phase, parts in self.phases(rows).items()}
@@ -183,11 +183,3 @@ class MemoryPlan:
             return {}
         trained = 0 if self.config.model.lora_rank else REDUCED
         return {"gathered layers": (GATHERED + trained) * WEIGHT * self.parameters.layer}
-
-    def _optimizer_step(self) -> dict[str, float]:
-        """AdamW's square root of the second moment: of all whole parameters at once, else of one at a time, twice."""
-        largest = max(self.parameters.largest / self.shards, self.parameters.head[0] * self.parameters.head[1])
-        temporary = max(self.parameters.trained.whole if self.machine.foreach else 0, 2 * largest)
-        if self.config.model.lora_rank:
-            temporary = self.parameters.trained.whole
-        return {"gradients": WEIGHT * self._trained, "temporaries": WEIGHT * temporary}

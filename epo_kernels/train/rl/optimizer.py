@@ -62,6 +62,7 @@ class StepOptimizer:
             lr=self.passes.lr,
             betas=(self.config.beta1, self.config.beta2),
             weight_decay=self.config.weight_decay,
+            fused=True,  # one pass over weights, gradients and moments, without temporary copies
         )
         self._steps_done = 0
         self._norms: list[float] = []

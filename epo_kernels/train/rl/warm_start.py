@@ -70,7 +70,7 @@ def clone(policy: Policy, samples: list[Sample], config: WarmStartConfig, seed: 
     model, head = policy.model, head_of(policy.model)
     rng = np.random.default_rng([seed, Draw.CLONING])
     batches_an_epoch = -(-len(samples) // config.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01, fused=True)
     steps = config.epochs * batches_an_epoch + 1
     # With fewer than ten steps a tenth would be zero, and the schedule divides by it.
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
