@@ -118,6 +118,7 @@ def _run_once(stage: Stage, log: Path, limit: float) -> str:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that its child processes can be ended with it
+                preexec_fn=_heed_interrupts,
             )
         except OSError as error:
             return f"failed: {error}"
@@ -127,6 +128,11 @@ def _run_once(stage: Stage, log: Path, limit: float) -> str:
             _end(process)
             return f"failed: took more than {limit:.0f} s"
     return "ok" if code == 0 else f"failed: exit code {code}"
+
+
+def _heed_interrupts() -> None:
+    """A shell starts background commands with SIGINT ignored, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen) -> None:
