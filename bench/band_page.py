@@ -16,7 +16,7 @@ from bench.aggregates import (
 )
 from bench.band import ARMS, NO_TERM, SEEDS, TUNING_ARMS
 from bench.curves import TURNS_EVERY, Curve, ends_in_noise, has_collapsed, has_recovered, late_variances
-from bench.experiments import Outcome, success_of
+from bench.experiments import Outcome, shown, success_of
 from bench.report import markdown_table
 from epo_kernels.train.evaluate import paired_interval
 
@@ -56,6 +56,8 @@ def band_section(name: str, outcomes: Sequence[Outcome], curves: Sequence[Curve]
 def band_answer(outcomes: Sequence[Outcome]) -> str:
     """In a sentence: the arms of a regime that ended higher or lower than training without an entropy term."""
     scores = {arm: [*own.values()] for arm, own in scores_of(outcomes).items()}
+    if NO_TERM not in scores:
+        return "the runs without an entropy term are missing."
     higher, lower = [], []
     for arm in ARMS:
         if arm in scores and arm != NO_TERM:
@@ -103,7 +105,7 @@ def _row(arm: str, scores: Mapping[str, Mapping[int, float]], curves: Sequence[C
         str(len(own)),
         _percent(interquartile_mean_interval({"": own})),
         _probability(improvement_interval({"": own}, {"": [*plain.values()]})) if both else "",
-        "{:+.1f} ({:+.1f} to {:+.1f})".format(*paired_interval(*pair)) if both else "",
+        shown(paired_interval(*pair)) if both else "",
         _percent(interquartile_mean_interval({"": areas})),
         str(len(collapsed)),
         str(len(collapsed) - len(lost)),

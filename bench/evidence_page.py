@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.band_page import band_answer, band_section, tuning_table
 from bench.curves import Curve
-from bench.experiments import CLONING, DECODING, EXPERIMENTS, Outcome, difference
+from bench.experiments import CLONING, DECODING, EXPERIMENTS, Outcome, difference, shown
 from bench.quickstart_page import Run, rise, section
 from bench.report import markdown_table
 from epo_kernels.train.evaluate import verdict, wilson
@@ -68,8 +68,8 @@ def _in_short(results: Mapping[str, Sequence[Outcome]], quickstart: Sequence[Run
         if outcomes and CLONING in experiment.arms:
             pairs = pairs_of(outcomes, experiment.baseline)
             more = _shared(pairs_of(outcomes, CLONING), pairs)
-            against = f"; {_shown(difference(more))} against more cloning" if more else ""
-            lines.append(f"{experiment.title}: {_shown(difference(pairs))} points over {len(pairs)} seeds{against}.")
+            against = f"; {shown(difference(more))} against more cloning" if more else ""
+            lines.append(f"{experiment.title}: {shown(difference(pairs))} points over {len(pairs)} seeds{against}.")
         elif outcomes and experiment.keeps_curves:
             lines.append(f"{experiment.title}: {band_answer(outcomes)}")
     return ["## In short\n", *(f"- {line}" for line in lines), ""] if lines else []
@@ -79,13 +79,13 @@ def _section(name: str, outcomes: Sequence[Outcome]) -> str:
     baseline = EXPERIMENTS[name].baseline
     arms = {arm: pairs for arm in EXPERIMENTS[name].arms if (pairs := pairs_of(outcomes, arm))}
     whole = [
-        [arm, str(sum(len(before.successes) for before, _ in pairs)), _shown(rise), verdict(rise)]
+        [arm, str(sum(len(before.successes) for before, _ in pairs)), shown(rise), verdict(rise)]
         for arm, pairs in arms.items()
         for rise in [difference(pairs)]
     ]
     single = [_line(*pair) for pairs in arms.values() for pair in pairs]
     against = [
-        [f"{baseline} against {arm}", _shown(between), verdict(between)]
+        [f"{baseline} against {arm}", shown(between), verdict(between)]
         for arm in arms
         if arm != baseline and baseline in arms
         for both in [_shared(arms[arm], arms[baseline])]
@@ -161,7 +161,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def _line(before: Outcome, after: Outcome) -> list[str | int]:
-    rise = _shown(difference([(before, after)]))
+    rise = shown(difference([(before, after)]))
     return [after.arm, after.seed, _share(before), _share(after), rise, f"{after.cpu_seconds:.0f}"]
 
 
@@ -174,11 +174,6 @@ def _share(outcome: Outcome) -> str:
     successes, played = _counts(outcome)
     low, high = wilson(successes, played)
     return f"{100 * successes / played:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _shown(interval: tuple[float, float, float]) -> str:
-    value, low, high = interval
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _range(values: Sequence[str]) -> str:

@@ -210,6 +210,11 @@ def success_of(outcome: Outcome) -> float:
     return float(np.mean([success for success in outcome.successes if success is not None]))
 
 
+def shown(interval: tuple[float, float, float]) -> str:
+    """A difference in points, with its interval."""
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*interval)
+
+
 def difference(pairs: Sequence[tuple[Outcome, Outcome]]) -> tuple[float, float, float]:
     """(mean, low, high) of success, second minus first of each pair, over all their episodes, in points of 100.
 

@@ -202,9 +202,7 @@ def _sanitizer(tool: str, dry: bool, python: str, device: str) -> Stage:
     found = shutil.which("compute-sanitizer")
     # Without PyTorch's cache every tensor is a separate allocation, whose bounds the tool knows.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # Libraries call the driver in ways that it refuses, and recover: these are no errors of the kernels.
-    options = ("--tool", tool, "--report-api-errors", "no", "--error-exitcode", "99", "--print-limit", "20")
-    command = (found, *options, *call) if found else None
+    command = (found, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20", *call) if found else None
     return Stage(tool, command, SANITIZER_SECONDS, "compute-sanitizer is not installed", environment)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.experiments import RESULTS
+from bench.experiments import RESULTS, shown
 from bench.report import markdown_table
 from epo_kernels.train.evaluate import paired_interval, verdict, wilson
 
@@ -102,8 +102,8 @@ def rise(runs: Sequence[Run], decoding: str) -> tuple[str, str, str]:
         for first, second in zip(*(run.successes[decoding][when] for when in ("before", "after")), strict=True)
         if first is not None and second is not None
     ]
-    rise = paired_interval([first for first, _ in pairs], [second for _, second in pairs])
-    return str(len(pairs)), "{:+.1f} ({:+.1f} to {:+.1f})".format(*rise), verdict(rise)
+    points = paired_interval([first for first, _ in pairs], [second for _, second in pairs])
+    return str(len(pairs)), shown(points), verdict(points)
 
 
 def _share(run: Run, decoding: str, when: str) -> str:

@@ -95,6 +95,7 @@ def test_answer_names_the_arms_that_differ():
     answer = "compared with training without an entropy term, success ended"
     assert band_page.band_answer(outcomes) == f"{answer} higher with gate, P = 1.00 (1.00 to 1.00) (10 seeds)."
     plain = [outcome for outcome in outcomes if outcome.arm == band.NO_TERM]
+    assert "are missing" in band_page.band_answer([outcome for outcome in outcomes if outcome.arm == "gate"])
     same = plain + [replace(outcome, arm="gate") for outcome in plain]
     assert band_page.band_answer(same) == f"{answer} neither higher nor lower with any entropy term (10 seeds)."
 
