@@ -33,8 +33,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BUDGET_SECONDS = 560  # of the ten minutes that such a machine allows per command
-REPORT_SECONDS = 20  # reserved for the last stage
-SANITIZER_SECONDS = 60  # of each of the two tools
+REPORT_SECONDS = 20  # reserved
+SANITIZER_SECONDS = 60  # reserved for each of the two tools
 SECONDS = "{seconds}"  # in a command: its time limit, minus a margin to end by itself
 _LEAVE_SECONDS = 10.0
 _TAIL_LINES = 25
@@ -51,7 +51,7 @@ class Stage:
         limit: seconds; less if less of the budget is left.
         environment: added to the process's environment.
         again_on: exit code after which the command is repeated, at most twice.
-        leaves: seconds of the budget that are kept for the stages after it.
+        reserved: seconds of the budget that are kept for it while earlier stages run.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Stage:
     note: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     again_on: int | None = None
-    leaves: float = REPORT_SECONDS
+    reserved: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def run_stages(stages: Sequence[Stage], log: Path, budget: float) -> list[Outcom
     """Run the stages in order, even if some fail."""
     end = time.monotonic() + budget
     outcomes = []
-    for stage in stages:
-        outcome = _run(stage, log, end - time.monotonic() - stage.leaves)
+    for number, stage in enumerate(stages):
+        reserved = sum(later.reserved for later in stages[number + 1 :])
+        outcome = _run(stage, log, end - time.monotonic() - reserved)
         outcomes.append(outcome)
         print(f"{outcome.stage}: {outcome.status} ({outcome.seconds:.0f} s)", flush=True)
         if outcome.failed:
@@ -180,7 +181,6 @@ def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Seque
     build = (python, "-m", "bench.gpu_check", "--build")
     require = ("cpu",) if dry else ("cuda", "triton")
     report = (python, "-m", "bench.report", f"--results={out / 'results.json'}", f"--out={out}")
-    after_benchmarks = REPORT_SECONDS + 2 * SANITIZER_SECONDS
     return [
         Stage("machine", (python, "-m", "bench.gpu_check", "--describe"), 30),
         Stage("wheels", (*pip, *wheels) if wheels else None, 60, "no EPO_WHEELS folder with wheels is given"),
@@ -188,10 +188,10 @@ def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Seque
         Stage("backends", (python, "-m", "bench.gpu_check", "--require", *require), 30),
         Stage("cuda kernels", None if dry else (*base, kernels), 60, "dry"),
         Stage("tests", (*base, *tests, f"--ignore={kernels}"), 70),
-        Stage("benchmarks", (*bench, *bench_arguments), budget, again_on=DEVICE_LOST_EXIT, leaves=after_benchmarks),
+        Stage("benchmarks", (*bench, *bench_arguments), budget, again_on=DEVICE_LOST_EXIT),
         _sanitizer("memcheck", dry, python, device),
         _sanitizer("racecheck", dry, python, device),
-        Stage("report", report, 60, leaves=0),
+        Stage("report", report, 60, reserved=REPORT_SECONDS),
     ]
 
 
@@ -203,7 +203,8 @@ def _sanitizer(tool: str, dry: bool, python: str, device: str) -> Stage:
     # Without PyTorch's cache every tensor is a separate allocation, whose bounds the tool knows.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = (found, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20", *call) if found else None
-    return Stage(tool, command, SANITIZER_SECONDS, "compute-sanitizer is not installed", environment)
+    note, seconds = "compute-sanitizer is not installed", SANITIZER_SECONDS
+    return Stage(tool, command, seconds, note, environment, reserved=seconds if found else 0.0)
 
 
 def architecture() -> str:

@@ -419,14 +419,13 @@ __device__ inline Message exchange(Shared& shared, const Message& own, int rank,
 #endif  // chips with clusters
 
 template <class Element>
-__global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kThreads, EPO_RING_BLOCKS) loss_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Warp<Element> warp(args, shared, memory + sizeof(Shared));
     const Rows& rows = args.rows;
-    const bool leader = warp.rank == 0 && threadIdx.x == 0;
-    if (threadIdx.x < kNumSums) shared.sums[threadIdx.x] = 0.0;
+    const bool leader = warp.rank == 0 && warp.warp == 0;  // a warp
     if (warp.lane == 0) {
 #pragma unroll 1
         for (int i = 0; i < args.slots; ++i) init_barrier(&warp.landed[i], 1);
@@ -447,13 +446,14 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
     const Coefficients coefficients = read_coefficients(args.terms.coefficients);
     const int worker = warp.rank * kThreads + static_cast<int>(threadIdx.x), workers = args.ranks * kThreads;
     unsigned turn = 0;
+    double sum = 0.0;  // of the leader's lane k: sum k
     for (std::int64_t i = warp.cluster; i < warp.count; i += warp.clusters) {
         const TokenPlace at = place_of(rows, i);
         auto* const target = row_of<Element>(args.out, at);
         const bool counted = rows.mask.at(at.b, at.t);
         clear_row<Element>(target, counted ? rows.vocab_size : 0, rows.width, worker, workers);
         if (!counted) {
-            if (leader) args.results.log_probs[i] = args.results.entropy[i] = 0.0f;
+            if (leader && warp.lane == 0) args.results.log_probs[i] = args.results.entropy[i] = 0.0f;
             continue;
         }
         // The scale is positive and there is no softcap, so y is the raw logit.
@@ -472,11 +472,17 @@ __global__ void __launch_bounds__(kThreads, 1) loss_kernel(const __grid_constant
         warp.put_gradient(i, tiles, outer2, stats.m, gradient_line2(a, b, stats, transform), token,
                           token_gradient(a, b, stats, transform));
         if (leader) {
-            args.results.log_probs[i] = stats.log_prob;
-            args.results.entropy[i] = stats.entropy;
-            add_sums(shared.sums, loss, stats.log_prob, stats.entropy, terms.weight, token < 0);
+            if (warp.lane == 0) {
+                args.results.log_probs[i] = stats.log_prob;
+                args.results.entropy[i] = stats.entropy;
+            }
+            float values[kNumSums] = {};
+            add_sums(values, loss, stats.log_prob, stats.entropy, terms.weight, token < 0);
+#pragma unroll
+            for (int k = 0; k < kNumSums; ++k) sum += warp.lane == k ? double(values[k]) : 0.0;
         }
     }
+    if (leader && warp.lane < kNumSums) shared.sums[warp.lane] = sum;
     if (warp.lane == 0) wait_for_stores();
     __syncwarp();
     cluster_barrier();  // precautionary: each block has already waited for everything that others send it

@@ -94,7 +94,7 @@ cudaError_t launch_sweeps(const sweeps::Arguments& args, const Chip& chip, void*
 // The ring
 
 struct RingPlan {
-    int ranks = 0, slots = 0;  // ranks 0: the ring can't take these rows here
+    int ranks = 0, slots = 0, blocks = 0;  // ranks 0: the ring can't take these rows here; blocks: per multiprocessor
 };
 
 RingPlan plan_ring(const Rows& rows, const Matrix& out, const Chip& chip) {
@@ -106,16 +106,20 @@ RingPlan plan_ring(const Rows& rows, const Matrix& out, const Chip& chip) {
                                (rows.batch <= 1 || congruent(rows.logits.batch_stride, out.batch_stride)) &&
                                (rows.time <= 1 || congruent(rows.logits.time_stride, out.time_stride));
     if (chip.major < 9 || !dense || !aligned_alike || rows.softcap > 0.0f || !(rows.scale > 0.0f)) return {};
-    const int room = chip.shared_bytes - ring::shared_bytes(0) - 1024;  // the system reserves some
-    const int slots = std::min(ring::kMostSlots, room / (ring::kWarps * ring::kTileBytes));
-    return {ranks_for<ring::Tiles>(row_bytes(rows), slots), slots};
+    for (int blocks = EPO_RING_BLOCKS; blocks > 0; --blocks) {
+        const int room = (chip.shared_bytes + 1024) / blocks - 2048 - ring::shared_bytes(0);  // the system reserves some
+        const int slots = std::min(ring::kMostSlots, room / (ring::kWarps * ring::kTileBytes));
+        const int ranks = ranks_for<ring::Tiles>(row_bytes(rows), slots, blocks > 1 ? 1 : 3);
+        if (ranks > 0) return {ranks, slots, blocks};
+    }
+    return {};
 }
 
 // Shorter rows leave most warps of a block without a tile.
 bool worth_a_ring(const Rows& rows) { return row_bytes(rows) >= ring::kWarps * ring::kTileBytes; }
 
 template <class Element>
-cudaError_t launch_ring(const ring::Arguments& args, const Chip& chip, void* stream) {
+cudaError_t launch_ring(const ring::Arguments& args, int blocks, const Chip& chip, void* stream) {
     const auto kernel = ring::loss_kernel<Element>;
     const int bytes = ring::shared_bytes(args.slots);
     EPO_RETURN_IF_FAILED(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -124,7 +128,7 @@ cudaError_t launch_ring(const ring::Arguments& args, const Chip& chip, void* str
     cluster.val.clusterDim.x = args.ranks;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(chip.processors / args.ranks * args.ranks);
+    config.gridDim = dim3(chip.processors * blocks / args.ranks * args.ranks);
     config.blockDim = dim3(ring::kThreads);
     config.dynamicSmemBytes = bytes;
     config.stream = static_cast<cudaStream_t>(stream);
@@ -157,7 +161,7 @@ cudaError_t launch_loss(const sweeps::Arguments& args, const Chip& chip, Family 
             const RingPlan plan = plan_ring(args.rows, args.out, chip);
             if (plan.ranks > 0 && (family == Family::ring || worth_a_ring(args.rows)))
                 return launch_ring<Element>({args.rows, args.terms, args.results, args.out, plan.ranks, plan.slots},
-                                            chip, stream);
+                                            plan.blocks, chip, stream);
         }
     }
     if (family == Family::ring) return cudaErrorNotSupported;

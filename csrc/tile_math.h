@@ -41,22 +41,35 @@ EPO_FN Moments2 merge2(const Moments2& a, const Moments2& b, float outer2) {
     return {m, left.s + right.s, left.u + right.u};
 }
 
+#ifndef EPO_CHAINS
+#define EPO_CHAINS 4
+#endif
 // Adds N values to a thread's moments: first their maximum, then their exponentials, with one rescaling for all of
-// them. Values that are all -inf add 0. NaN, which a maximum ignores, ends up in s.
+// them. Values that are all -inf add 0. NaN, which a maximum ignores, ends up in s. Several chains of operations run
+// side by side, because each waits for its previous one, and a warp has few others to wait with.
 template <int N>
 EPO_FN void add_group(Moments2& run, const float (&y)[N], float outer2) {
+    constexpr int kChains = N < EPO_CHAINS ? 1 : EPO_CHAINS;
+    static_assert(N % kChains == 0, "chains are of one length");
+    float top[kChains], s[kChains], u[kChains];
+    EPO_UNROLL
+    for (int k = 0; k < kChains; ++k) top[k] = y[k], s[k] = u[k] = 0.0f;
+    EPO_UNROLL
+    for (int i = kChains; i < N; ++i) top[i % kChains] = fmaxf(top[i % kChains], y[i]);
     float m = run.m;
     EPO_UNROLL
-    for (int i = 0; i < N; ++i) m = fmaxf(m, y[i]);
-    run = about2(run, m, outer2);
+    for (int k = 0; k < kChains; ++k) m = fmaxf(m, top[k]);
     const float base = m == -INFINITY ? 0.0f : m;
     EPO_UNROLL
     for (int i = 0; i < N; ++i) {
         const float t = (y[i] - base) * outer2;
         const float e = fast_exp2(t);
-        run.s += e;
-        run.u = fmaf(fmaxf(t, kLowestExponent2), e, run.u);
+        s[i % kChains] += e;
+        u[i % kChains] = fmaf(fmaxf(t, kLowestExponent2), e, u[i % kChains]);
     }
+    run = about2(run, m, outer2);
+    EPO_UNROLL
+    for (int k = 0; k < kChains; ++k) run.s += s[k], run.u += u[k];
 }
 
 // Adds Σ e^t (t - mean)² and Σ e^2t of N values about a maximum that is known; t in nats.
@@ -147,21 +160,25 @@ struct TilePart {
 };
 
 // The ring's sizes; the reasons are in cuda_ring.cuh.
-constexpr int kRingWarps = 8;
-constexpr int kRingTileBytes = 2048;
+#ifndef EPO_RING_WARPS
+#define EPO_RING_WARPS 8
+#define EPO_RING_TILE 2048
+#define EPO_RING_BLOCKS 2
+#endif
+constexpr int kRingWarps = EPO_RING_WARPS;
+constexpr int kRingTileBytes = EPO_RING_TILE;
 constexpr int kMostRanks = 8;
 using RingTiles = RowTiles<kRingWarps, kRingTileBytes>;
 
-// The smallest cluster whose warps hold a row in their slots and keep kSpareSlots for the next row's first tiles; 0 if
+// The smallest cluster whose warps hold a row in their slots and keep `spare` for the next row's first tiles; 0 if
 // there is none.
-constexpr int kSpareSlots = 3;
 template <class Tiles>
-inline int ranks_for(std::int64_t row_bytes, int slots) {
+inline int ranks_for(std::int64_t row_bytes, int slots, int spare) {
     const Tiles tiles(0, row_bytes);
     for (int ranks = 1; ranks <= kMostRanks; ranks *= 2) {
         // One more, because an unaligned row may start a tile's piece earlier.
         const int most = (tiles.count() + 1 + Tiles::stride(ranks) - 1) / Tiles::stride(ranks);
-        if (most + kSpareSlots <= slots) return ranks;
+        if (most + spare <= slots) return ranks;
     }
     return 0;
 }

@@ -118,25 +118,21 @@ def offsets_of(columns, stride, UNIT_STRIDE: tl.constexpr):
 @triton.jit
 def load_tile(
     row, columns, stride, width, vocab_size, scale, softcap,
-    UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr, POLICY: tl.constexpr,
+    WHOLE: tl.constexpr, UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """y of a tile; -inf past the vocabulary.
+    """y of a tile; -inf past the vocabulary. WHOLE: the tile ends before it.
 
     Loads end at the row, not at the vocabulary, because row ends are more often aligned, and aligned loads are wide.
     """
     offsets = offsets_of(columns, stride, UNIT_STRIDE)
-    x = tl.load(row + offsets, mask=columns < width, other=float("-inf"), eviction_policy=POLICY)
-    y = transformed(x, scale, softcap)
-    if PADDED or scale is not None or softcap is not None:  # the transform may change the fill value
-        y = tl.where(columns < vocab_size, y, float("-inf"))
+    if WHOLE:
+        y = transformed(tl.load(row + offsets, eviction_policy=POLICY), scale, softcap)
+    else:
+        x = tl.load(row + offsets, mask=columns < width, other=float("-inf"), eviction_policy=POLICY)
+        y = transformed(x, scale, softcap)
+        if PADDED or scale is not None or softcap is not None:  # the transform may change the fill value
+            y = tl.where(columns < vocab_size, y, float("-inf"))
     return y
-
-
-@triton.jit
-def load_tile_again(row, columns, stride, width, scale, softcap, UNIT_STRIDE: tl.constexpr):
-    """y of a tile for its gradient; unspecified past the vocabulary, where the gradient is discarded."""
-    offsets = offsets_of(columns, stride, UNIT_STRIDE)
-    return transformed(tl.load(row + offsets, mask=columns < width, eviction_policy="evict_first"), scale, softcap)
 
 
 @triton.jit
@@ -187,9 +183,14 @@ def sweep_statistics(
 ):  # fmt: skip
     """Scalars (m, s, u) of a row of any length."""
     m, s, u = no_weights(LANES)
-    for start in tl.range(0, vocab_size, DEPTH * LANES * VECTOR, num_stages=STAGES):
+    whole = vocab_size // (DEPTH * LANES * VECTOR) * (DEPTH * LANES * VECTOR)
+    for start in tl.range(0, whole, DEPTH * LANES * VECTOR, num_stages=STAGES):
         columns = tile_columns(start, DEPTH, LANES, VECTOR)
-        y = load_tile(row, columns, stride, width, vocab_size, scale, softcap, UNIT_STRIDE, PADDED, POLICY)
+        y = load_tile(row, columns, stride, width, vocab_size, scale, softcap, True, UNIT_STRIDE, PADDED, POLICY)
+        m, s, u = add_tile(m, s, u, y, inverse, ENTROPY)
+    if whole < vocab_size:
+        columns = tile_columns(whole, DEPTH, LANES, VECTOR)
+        y = load_tile(row, columns, stride, width, vocab_size, scale, softcap, False, UNIT_STRIDE, PADDED, POLICY)
         m, s, u = add_tile(m, s, u, y, inverse, ENTROPY)
     return merge_lanes(m, s, u, inverse, ENTROPY)
 
@@ -205,47 +206,86 @@ def log_prob_and_entropy(sampled, m, s, u, inverse, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(
-    row, columns, stride, width, vocab_size, y, token, m, log2_s, inverse, scale, softcap,
-    entropy, grad_log_prob, grad_entropy,
-    ENTROPY: tl.constexpr, UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Write ∂loss/∂x of one tile: a 1[v = y] - p_v (a + b H + b log p_v), times ∂z/∂x; 0 past the vocabulary."""
+def capped_slope(y, softcap):
+    """∂y/∂(its value before the softcap)."""
+    slope = 1.0
+    if softcap is not None:
+        capped = y * (1.0 / softcap)
+        slope = 1.0 - capped * capped
+    return slope
+
+
+@triton.jit
+def logit_gradient(y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy, ENTROPY: tl.constexpr):
+    """∂loss/∂x of logits that aren't the token's: -p (a + b H + b log p), times ∂z/∂x."""
     slope = inverse
     if scale is not None:
         slope = slope * scale
-    push = grad_log_prob * slope
     log2_p = (y - m) * (inverse * LOG2E) - log2_s
-    pull = push
+    pull = grad_log_prob * slope
     if ENTROPY:
-        pull = (push + grad_entropy * slope * entropy) + (grad_entropy * slope * LN2) * tl.maximum(log2_p, LOWEST)
-    gradient = tl.where(columns == token, push, 0.0) - tl.exp2(log2_p) * pull
-    if softcap is not None:
-        capped = y * (1.0 / softcap)
-        gradient = gradient * (1.0 - capped * capped)
-    if PADDED:
-        gradient = tl.where(columns < vocab_size, gradient, 0.0)
+        pull = (pull + grad_entropy * slope * entropy) + (grad_entropy * slope * LN2) * tl.maximum(log2_p, LOWEST)
+    return -(tl.exp2(log2_p) * pull) * capped_slope(y, softcap)
+
+
+@triton.jit
+def store_tile(
+    row, columns, stride, width, vocab_size, gradient,
+    WHOLE: tl.constexpr, UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of one tile, 0 past the vocabulary. WHOLE: the tile ends before it."""
     offsets = offsets_of(columns, stride, UNIT_STRIDE)
-    tl.store(row + offsets, gradient.to(row.dtype.element_ty), mask=columns < width, eviction_policy="evict_first")
+    if WHOLE:
+        tl.store(row + offsets, gradient.to(row.dtype.element_ty), eviction_policy="evict_first")
+    else:
+        if PADDED:
+            gradient = tl.where(columns < vocab_size, gradient, 0.0)
+        tl.store(row + offsets, gradient.to(row.dtype.element_ty), mask=columns < width, eviction_policy="evict_first")
+
+
+@triton.jit
+def store_token(
+    row, stride, token, valid, y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy,
+    ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Overwrite the gradient of the sampled token, whose y is given: a more than the others'."""
+    gradient = logit_gradient(y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy, ENTROPY)
+    slope = inverse
+    if scale is not None:
+        slope = slope * scale
+    gradient += grad_log_prob * slope * capped_slope(y, softcap)
+    tl.debug_barrier()  # after the tile that contains it
+    tl.store(row + token.to(tl.int64) * stride, gradient.to(row.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def sweep_gradient(
-    row, stride, out_row, out_stride, width, vocab_size, token, m, log2_s, inverse, scale, softcap,
+    row, stride, out_row, out_stride, width, vocab_size, m, log2_s, inverse, scale, softcap,
     entropy, grad_log_prob, grad_entropy, ENTROPY: tl.constexpr,
     DEPTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
     UNIT_STRIDE: tl.constexpr, PADDED: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    """Read a row and write its gradient; backwards if the row has just been read."""
-    tiles = tl.cdiv(width, DEPTH * LANES * VECTOR)
-    for i in tl.range(0, tiles, num_stages=STAGES):
-        tile = tiles - 1 - i if BACKWARDS else i
+    """Read a row and write its gradient, except the sampled token's; backwards if the row has just been read."""
+    whole = vocab_size // (DEPTH * LANES * VECTOR)
+    for tile in range(whole, tl.cdiv(width, DEPTH * LANES * VECTOR)):
         columns = tile_columns(tile * (DEPTH * LANES * VECTOR), DEPTH, LANES, VECTOR)
-        y = load_tile_again(row, columns, stride, width, scale, softcap, UNIT_STRIDE)
-        store_gradient(
-            out_row, columns, out_stride, width, vocab_size, y, token, m, log2_s, inverse, scale, softcap,
-            entropy, grad_log_prob, grad_entropy, ENTROPY, UNIT_STRIDE, PADDED,
-        )  # fmt: skip
+        y = load_tile(
+            row, columns, stride, width, vocab_size, scale, softcap, False, UNIT_STRIDE, PADDED, "evict_first"
+        )
+        gradient = logit_gradient(
+            y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy, ENTROPY
+        )
+        store_tile(out_row, columns, out_stride, width, vocab_size, gradient, False, UNIT_STRIDE, PADDED)
+    for i in tl.range(0, whole, num_stages=STAGES):
+        tile = whole - 1 - i if BACKWARDS else i
+        columns = tile_columns(tile * (DEPTH * LANES * VECTOR), DEPTH, LANES, VECTOR)
+        y = load_tile(
+            row, columns, stride, width, vocab_size, scale, softcap, True, UNIT_STRIDE, PADDED, "evict_first"
+        )
+        gradient = logit_gradient(
+            y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy, ENTROPY
+        )
+        store_tile(out_row, columns, out_stride, width, vocab_size, gradient, True, UNIT_STRIDE, PADDED)
 
 
 @triton.jit
@@ -554,7 +594,7 @@ def row_spread_kernel(
             for start in tl.range(0, vocab_size, DEPTH * LANES * VECTOR, num_stages=STAGES):
                 columns = tile_columns(start, DEPTH, LANES, VECTOR)
                 y = load_tile(
-                    row, columns, logits_v, width, vocab_size, scale, softcap, UNIT_STRIDE, PADDED, "evict_first"
+                    row, columns, logits_v, width, vocab_size, scale, softcap, False, UNIT_STRIDE, PADDED, "evict_first"
                 )
                 bits = (y - m) * to_bits
                 weights = tl.exp2(bits)
@@ -587,19 +627,24 @@ def row_gradient_kernel(
         batch, time = i // length, i % length
         out_row = at(out, batch, time, out_b, out_t)
         if tl.load(at(mask, batch, time, mask_b, mask_t)) != 0:
-            token = tl.load(at(tokens, batch, time, tokens_b, tokens_t))
+            row = at(logits, batch, time, logits_b, logits_t)
+            token, valid, sampled = load_sampled(row, logits_v, at(tokens, batch, time, tokens_b, tokens_t), vocab_size)
             log_prob = tl.load(log_probs + i)
             grad_log_prob = tl.where(log_prob == log_prob, tl.load(grad_log_probs + i), float("nan"))
-            token = tl.where((token >= 0) & (token < vocab_size), token, -1)  # must not alias another token in 32 bits
             grad_entropy, entropy = 0.0, 0.0
             if ENTROPY:
                 grad_entropy, entropy = tl.load(grad_entropies + i), tl.load(entropies + i)
             inverse = inverse_of(temperature, temperatures, batch, time, temperature_b, temperature_t)
+            m, log2_s = tl.load(maximums + i), tl.log2(tl.load(totals + i))
+            sampled = transformed(sampled, scale, softcap)
             sweep_gradient(
-                at(logits, batch, time, logits_b, logits_t), logits_v, out_row, out_v, width, vocab_size,
-                token.to(tl.int32), tl.load(maximums + i), tl.log2(tl.load(totals + i)), inverse, scale, softcap,
+                row, logits_v, out_row, out_v, width, vocab_size, m, log2_s, inverse, scale, softcap,
                 entropy, grad_log_prob, grad_entropy, ENTROPY,
                 DEPTH, LANES, VECTOR, STAGES, UNIT_STRIDE, PADDED, False,
+            )  # fmt: skip
+            store_token(
+                out_row, out_v, token, valid, sampled, m, log2_s, inverse, scale, softcap,
+                entropy, grad_log_prob, grad_entropy, ENTROPY,
             )  # fmt: skip
         else:
             store_zeros(out_row, out_v, width, DEPTH, LANES, VECTOR, UNIT_STRIDE)
@@ -651,7 +696,7 @@ def row_loss_kernel(
             if ONE_TILE:
                 columns = tile_columns(0, DEPTH, LANES, VECTOR)
                 y = load_tile(
-                    row, columns, logits_v, width, vocab_size, scale, softcap, UNIT_STRIDE, PADDED, "evict_first"
+                    row, columns, logits_v, width, vocab_size, scale, softcap, False, UNIT_STRIDE, PADDED, "evict_first"
                 )
                 m, s, u = no_weights(LANES)
                 m, s, u = add_tile(m, s, u, y, inverse, True)
@@ -671,16 +716,20 @@ def row_loss_kernel(
             if out is not None:
                 out_row = at(out, batch, time, out_b, out_t)
                 if ONE_TILE:
-                    store_gradient(
-                        out_row, columns, out_v, width, vocab_size, y, token, m, log2_s, inverse, scale, softcap,
-                        entropy, grad_log_prob, grad_entropy, True, UNIT_STRIDE, PADDED,
-                    )  # fmt: skip
+                    gradient = logit_gradient(
+                        y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy, True
+                    )
+                    store_tile(out_row, columns, out_v, width, vocab_size, gradient, False, UNIT_STRIDE, PADDED)
                 else:
                     sweep_gradient(
-                        row, logits_v, out_row, out_v, width, vocab_size, token, m, log2_s, inverse, scale, softcap,
+                        row, logits_v, out_row, out_v, width, vocab_size, m, log2_s, inverse, scale, softcap,
                         entropy, grad_log_prob, grad_entropy, True,
                         DEPTH, LANES, VECTOR, STAGES, UNIT_STRIDE, PADDED, True,
                     )  # fmt: skip
+                store_token(
+                    out_row, out_v, token, valid, sampled, m, log2_s, inverse, scale, softcap,
+                    entropy, grad_log_prob, grad_entropy, True,
+                )  # fmt: skip
         elif out is not None:
             store_zeros(at(out, batch, time, out_b, out_t), out_v, width, DEPTH, LANES, VECTOR, UNIT_STRIDE)
         tl.store(log_probs + i, log_prob)
