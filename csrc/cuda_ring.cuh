@@ -72,6 +72,11 @@ struct alignas(16) Message {
     float m, s, u, y_token;
 };
 
+// What a block's first warp tells the others about the gradient of a row.
+struct alignas(16) Decision {
+    float m, constant, linear, at_token;  // see Slope2
+};
+
 // The tiles of one row that a warp fetches next; used only by its lane 0.
 struct Fetching {
     std::int64_t row;
@@ -81,9 +86,10 @@ struct Fetching {
 
 struct alignas(128) Shared {
     Message messages[2][kMostRanks * kWarps];
+    Decision decisions[2];
     double sums[kNumSums];
     Fetching fetching[kWarps];
-    std::uint64_t exchanged[2];            // mbarriers
+    std::uint64_t exchanged[2], decided[2];    // mbarriers
     std::uint64_t landed[kWarps][kMostSlots];  // mbarriers
 };
 
@@ -129,8 +135,8 @@ __device__ __forceinline__ void arrive(std::uint64_t* barrier) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Waits for data requested by this block's threads. An acquire at cluster scope would invalidate the L1 at every tile.
-__device__ __forceinline__ void wait_for_tile(std::uint64_t* barrier, unsigned parity) {
+// Waits for data of this block's threads. An acquire at cluster scope would invalidate the L1 at every tile.
+__device__ __forceinline__ void wait_for_block(std::uint64_t* barrier, unsigned parity) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -171,23 +177,6 @@ __device__ __forceinline__ void load_tile(void* tile, const char* from, unsigned
                  : "memory");
 }
 
-__device__ __forceinline__ void store_tile(char* to, const void* tile, unsigned bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
-                     __cvta_generic_to_global(to)),
-                 "r"(shared_address(tile)), "r"(bytes)
-                 : "memory");
-}
-
-// All stores of this thread except the newest `Pending` have been read out of shared memory.
-template <int Pending>
-__device__ __forceinline__ void wait_for_stores_read() {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
-__device__ __forceinline__ void show_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Position of a warp in its ring: slot, and parity of its mbarrier's phase.
@@ -218,6 +207,7 @@ struct Warp {
     Cursor reading;
     Fetching& next;
     int next_slot = 0;
+    bool next_counted = false;  // the mask of row next.row + clusters, loaded long before it is needed
 
     __device__ Warp(const Arguments& args_, Shared& shared, char* rings)
         : args(args_),
@@ -232,29 +222,29 @@ struct Warp {
         count = args.rows.batch * args.rows.time;
     }
 
-    __device__ const char* source(std::int64_t row) const {
-        return reinterpret_cast<const char*>(row_of<Element>(args.rows.logits, place_of(args.rows, row)));
+    __device__ const char* source(const TokenPlace& at) const {
+        return reinterpret_cast<const char*>(row_of<Element>(args.rows.logits, at));
     }
-    __device__ char* target(std::int64_t row) const {
-        return reinterpret_cast<char*>(row_of<Element>(args.out, place_of(args.rows, row)));
+    __device__ Tiles tiles_of(const char* row) const {
+        return Tiles(reinterpret_cast<std::uint64_t>(row), args.rows.vocab_size * kSize);
     }
-    __device__ Tiles tiles_of(std::int64_t row) const {
-        return Tiles(reinterpret_cast<std::uint64_t>(source(row)), args.rows.vocab_size * kSize);
-    }
+    // False past the last row.
     __device__ bool counted(std::int64_t row) const {
+        if (row >= count) return false;
         const TokenPlace at = place_of(args.rows, row);
         return args.rows.mask.at(at.b, at.t);
     }
     __device__ char* slot(const Cursor& cursor) const { return ring + cursor.slot * kTileBytes; }
 
     // Advances to the first row from `row` on in which this warp has tiles. Lane 0 only.
-    __device__ void turn_to(std::int64_t row) {
-        for (; row < count; row += clusters) {
-            if (!counted(row)) continue;
-            const Tiles tiles = tiles_of(row);
-            const Part part(tiles, rank, warp, args.ranks);
+    __device__ void turn_to(std::int64_t row, bool is_counted) {
+        for (; row < count; row += clusters, is_counted = counted(row)) {
+            if (!is_counted) continue;
+            const char* const from = source(place_of(args.rows, row));
+            const Part part(tiles_of(from), rank, warp, args.ranks);
             if (part.left <= 0) continue;
-            next = {row, source(row) + part.offset, part.left, part.stride};
+            next = {row, from + part.offset, part.left, part.stride};
+            next_counted = counted(row + clusters);
             return;
         }
         next.left = 0;
@@ -269,7 +259,7 @@ struct Warp {
         if (++next_slot == args.slots) next_slot = 0;
         next.from += next.stride;
         next.left = left - next.stride;
-        if (next.left <= 0) turn_to(next.row + clusters);
+        if (next.left <= 0) turn_to(next.row + clusters, next_counted);
     }
 
     // This lane's moments of one tile.
@@ -293,23 +283,26 @@ struct Warp {
         }
     }
 
-    // The gradient over one tile, in place.
-    __device__ void overwrite_tile(char* tile, int bytes, float outer2, float m, const GradientLine& line) const {
+    // The gradient of one tile. token_byte: the token's, from the start of the tile.
+    __device__ void write_tile(char* out, const char* tile, int bytes, const Slope2& slope, int token_byte,
+                               float at_token) const {
         if (bytes == kTileBytes) {
 #pragma unroll
-            for (int k = 0; k < kVectors; ++k) overwrite_vector(tile, k * kLanes + lane, outer2, m, line);
-            return;
+            for (int k = 0; k < kVectors; ++k) write_vector(out, tile, k * kLanes + lane, slope);
+        } else {
+            for (int v = lane; v * kVectorBytes < bytes; v += kLanes) write_vector(out, tile, v, slope);
         }
-        for (int v = lane; v * kVectorBytes < bytes; v += kLanes) overwrite_vector(tile, v, outer2, m, line);
+        // By the lane that has just written its vector.
+        if (unsigned(token_byte) < unsigned(bytes) && token_byte / kVectorBytes % kLanes == lane)
+            Element::store(reinterpret_cast<Stored*>(out + token_byte), at_token);
     }
 
-    __device__ void overwrite_vector(char* tile, int v, float outer2, float m, const GradientLine& line) const {
-        uint4& raw = reinterpret_cast<uint4*>(tile)[v];
+    __device__ void write_vector(char* out, const char* tile, int v, const Slope2& slope) const {
         float y[kPerVector];
-        Element::unpack(raw, y);
+        Element::unpack(reinterpret_cast<const uint4*>(tile)[v], y);
 #pragma unroll
-        for (int i = 0; i < kPerVector; ++i) y[i] = logit_gradient2(y[i], outer2, m, line);
-        raw = Element::pack(y);
+        for (int i = 0; i < kPerVector; ++i) y[i] = slope.of(y[i]);
+        __stcs(reinterpret_cast<uint4*>(out) + v, Element::pack(y));
     }
 
     // This lane's element at the row's edge, -1 if it has none.
@@ -320,8 +313,8 @@ struct Warp {
     }
 
     // This warp's moments of its part of the row, and the token's logit if the warp has it (0 otherwise).
-    __device__ Message take_statistics(std::int64_t row, const Tiles& tiles, float outer2, std::int64_t token) {
-        const Stored* const x = reinterpret_cast<const Stored*>(source(row));
+    __device__ Message take_statistics(const char* row, const Tiles& tiles, float outer2, std::int64_t token) {
+        const Stored* const x = reinterpret_cast<const Stored*>(row);
         Moments2 run = no_moments<float>();
         float y_token = 0.0f, y_edge = 0.0f;
         const std::int64_t at_edge = edge(tiles);
@@ -329,7 +322,7 @@ struct Warp {
         const int token_byte = static_cast<int>(token * kSize);
         Cursor cursor = reading;
         for (Part part(tiles, rank, warp, args.ranks); part.left > 0; part.advance()) {
-            wait_for_tile(&landed[cursor.slot], cursor.parity);
+            wait_for_block(&landed[cursor.slot], cursor.parity);
             add_tile(run, slot(cursor), part.bytes(), outer2);
             if (part.holds(token_byte))
                 y_token = Element::load(reinterpret_cast<const Stored*>(slot(cursor) + (token_byte - part.offset)));
@@ -348,66 +341,47 @@ struct Warp {
     }
 
     // Computes and stores the gradient of this warp's part of the row; the slots fetch the next rows' tiles.
-    __device__ void put_gradient(std::int64_t row, const Tiles& tiles, float outer2, float m, const GradientLine& line,
+    __device__ void put_gradient(char* out, const char* row, const Tiles& tiles, const Slope2& slope,
                                  std::int64_t token, float at_token) {
-        char* const out = target(row);
         const int token_byte = static_cast<int>(token * kSize);
         const std::int64_t at_edge = edge(tiles);
         if (at_edge >= 0) {
-            const float y = Element::load(reinterpret_cast<const Stored*>(source(row)) + at_edge);
-            const float gradient = at_edge == token ? at_token : logit_gradient2(y, outer2, m, line);
-            Element::store(reinterpret_cast<Stored*>(out) + at_edge, gradient);
+            const float y = Element::load(reinterpret_cast<const Stored*>(row) + at_edge);
+            Element::store(reinterpret_cast<Stored*>(out) + at_edge, at_edge == token ? at_token : slope.of(y));
         }
-        __syncwarp();  // every lane has read this row's messages, and the token's logit from a tile
-        bool stored = false;
         for (Part part(tiles, rank, warp, args.ranks); part.left > 0; part.advance()) {
-            char* const tile = slot(reading);
-            const int bytes = part.bytes();
-            overwrite_tile(tile, bytes, outer2, m, line);
-            __syncwarp();  // the tile is overwritten
-            if (lane == 0 && part.holds(token_byte))
-                Element::store(reinterpret_cast<Stored*>(tile + (token_byte - part.offset)), at_token);
-            show_to_copies();
-            __syncwarp();  // all writes are visible to the bulk copy
-            if (lane == 0) {
-                store_tile(out + part.offset, tile, bytes);
-                if (stored) {  // the previous slot is free, or will be shortly
-                    wait_for_stores_read<1>();
-                    fetch();
-                }
-            }
-            stored = true;
+            write_tile(out + part.offset, slot(reading), part.bytes(), slope, token_byte - part.offset, at_token);
+            __syncwarp();  // every lane has read the tile, in both passes
+            if (lane == 0) fetch();
             reading.advance(args.slots);
-        }
-        if (lane == 0 && stored) {
-            wait_for_stores_read<0>();
-            fetch();
         }
     }
 };
 
-// Sends this warp's message to every block of the cluster, and merges the messages of all warps: statistics of the row.
-__device__ inline Message exchange(Shared& shared, const Message& own, int rank, int ranks, int warp, int lane,
-                                   unsigned turn, float outer2) {
-    const unsigned set = turn & 1u, parity = (turn >> 1) & 1u;
-    const int senders = ranks * kWarps;
+// Sends this warp's message to every block of the cluster.
+__device__ inline void send_to_all(Shared& shared, const Message& own, int rank, int ranks, int warp, int lane,
+                                   unsigned set) {
     if (ranks == 1) {
         if (lane == 0) {
             shared.messages[set][warp] = own;
             arrive(&shared.exchanged[set]);
         }
-    } else {
-        if (warp == 0 && lane == 0) expect_bytes(&shared.exchanged[set], senders * unsigned(sizeof(Message)));
-        if (lane < ranks) {
-            const unsigned place = shared_address(&shared.messages[set][rank * kWarps + warp]);
-            const unsigned barrier = shared_address(&shared.exchanged[set]);
-            send(own, address_in(place, lane), address_in(barrier, lane));
-        }
+        return;
     }
+    if (warp == 0 && lane == 0) expect_bytes(&shared.exchanged[set], ranks * kWarps * unsigned(sizeof(Message)));
+    if (lane < ranks) {
+        const unsigned place = shared_address(&shared.messages[set][rank * kWarps + warp]);
+        const unsigned barrier = shared_address(&shared.exchanged[set]);
+        send(own, address_in(place, lane), address_in(barrier, lane));
+    }
+}
+
+// Merges the messages of all warps of the cluster: statistics of the row.
+__device__ inline Message receive(Shared& shared, int ranks, int lane, unsigned set, unsigned parity, float outer2) {
     wait_for_cluster(&shared.exchanged[set], parity);
     Moments2 run = no_moments<float>();
     float y_token = 0.0f;
-    for (int i = lane; i < senders; i += kLanes) {
+    for (int i = lane; i < ranks * kWarps; i += kLanes) {
         const Message message = shared.messages[set][i];
         run = merge2(run, {message.m, message.s, message.u}, outer2);
         y_token += message.y_token;  // nonzero in one message only
@@ -425,20 +399,21 @@ __global__ void __launch_bounds__(kThreads, EPO_RING_BLOCKS) loss_kernel(const _
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Warp<Element> warp(args, shared, memory + sizeof(Shared));
     const Rows& rows = args.rows;
-    const bool leader = warp.rank == 0 && warp.warp == 0;  // a warp
+    const bool decides = warp.warp == 0, leads = decides && warp.rank == 0;  // all lanes of a warp
     if (warp.lane == 0) {
 #pragma unroll 1
         for (int i = 0; i < args.slots; ++i) init_barrier(&warp.landed[i], 1);
         if (warp.warp == 0) {
             const unsigned arrivals = args.ranks == 1 ? kWarps : 1;  // one block: its warps; more: the expected bytes
             for (auto& barrier : shared.exchanged) init_barrier(&barrier, arrivals);
+            for (auto& barrier : shared.decided) init_barrier(&barrier, 1);
         }
         publish_barriers();
     }
     __syncthreads();
     cluster_barrier();  // every block's mbarriers must exist before any block sends
     if (warp.lane == 0) {
-        warp.turn_to(warp.cluster);
+        warp.turn_to(warp.cluster, warp.counted(warp.cluster));
         for (int i = 0; i < args.slots; ++i) warp.fetch();
     }
     __syncwarp();
@@ -446,14 +421,14 @@ __global__ void __launch_bounds__(kThreads, EPO_RING_BLOCKS) loss_kernel(const _
     const Coefficients coefficients = read_coefficients(args.terms.coefficients);
     const int worker = warp.rank * kThreads + static_cast<int>(threadIdx.x), workers = args.ranks * kThreads;
     unsigned turn = 0;
-    double sum = 0.0;  // of the leader's lane k: sum k
+    double sum = 0.0;  // of the leading warp's lane k: sum k
     for (std::int64_t i = warp.cluster; i < warp.count; i += warp.clusters) {
         const TokenPlace at = place_of(rows, i);
         auto* const target = row_of<Element>(args.out, at);
         const bool counted = rows.mask.at(at.b, at.t);
         clear_row<Element>(target, counted ? rows.vocab_size : 0, rows.width, worker, workers);
         if (!counted) {
-            if (leader && warp.lane == 0) args.results.log_probs[i] = args.results.entropy[i] = 0.0f;
+            if (leads && warp.lane == 0) args.results.log_probs[i] = args.results.entropy[i] = 0.0f;
             continue;
         }
         // The scale is positive and there is no softcap, so y is the raw logit.
@@ -461,30 +436,43 @@ __global__ void __launch_bounds__(kThreads, EPO_RING_BLOCKS) loss_kernel(const _
         const float outer2 = transform.outer * kLog2E;
         const std::int64_t given = rows.tokens.at(at.b, at.t);
         const std::int64_t token = given >= 0 && given < rows.vocab_size ? given : -1;
-        const TokenTerms terms = terms_at(args.terms, at.b, at.t);
-        const Tiles tiles = warp.tiles_of(i);
+        const TokenTerms terms = decides ? terms_at(args.terms, at.b, at.t) : TokenTerms{};
+        const char* const row_start = warp.source(at);
+        const Tiles tiles = warp.tiles_of(row_start);
+        const unsigned set = turn & 1u, parity = (turn >> 1) & 1u;
+        ++turn;
 
-        const Message own = warp.take_statistics(i, tiles, outer2, token);
-        const Message row = exchange(shared, own, warp.rank, args.ranks, warp.warp, warp.lane, turn++, outer2);
-        const RowStats stats = finish2({row.m, row.s, row.u}, token < 0 ? NAN : row.y_token, transform.outer);
-        const TokenLoss loss = token_loss(stats.log_prob, stats.entropy, terms, coefficients, args.terms.choices);
-        const float a = terms.weight * loss.d_log_prob, b = terms.weight * loss.d_entropy;
-        warp.put_gradient(i, tiles, outer2, stats.m, gradient_line2(a, b, stats, transform), token,
-                          token_gradient(a, b, stats, transform));
-        if (leader) {
+        send_to_all(shared, warp.take_statistics(row_start, tiles, outer2, token), warp.rank, args.ranks, warp.warp, warp.lane,
+                    set);
+        if (decides) {
+            const Message row = receive(shared, args.ranks, warp.lane, set, parity, outer2);
+            const RowStats stats = finish2({row.m, row.s, row.u}, token < 0 ? NAN : row.y_token, transform.outer);
+            const TokenLoss loss = token_loss(stats.log_prob, stats.entropy, terms, coefficients, args.terms.choices);
+            const float a = terms.weight * loss.d_log_prob, b = terms.weight * loss.d_entropy;
+            const Slope2 slope = slope2(a, b, stats, transform);
             if (warp.lane == 0) {
-                args.results.log_probs[i] = stats.log_prob;
-                args.results.entropy[i] = stats.entropy;
+                const float at_token = token_gradient(a, b, stats, transform);
+                shared.decisions[set] = {slope.m, slope.constant, slope.linear, at_token};
+                arrive(&shared.decided[set]);
             }
-            float values[kNumSums] = {};
-            add_sums(values, loss, stats.log_prob, stats.entropy, terms.weight, token < 0);
+            if (leads) {
+                if (warp.lane == 0) {
+                    args.results.log_probs[i] = stats.log_prob;
+                    args.results.entropy[i] = stats.entropy;
+                }
+                float values[kNumSums] = {};
+                add_sums(values, loss, stats.log_prob, stats.entropy, terms.weight, token < 0);
 #pragma unroll
-            for (int k = 0; k < kNumSums; ++k) sum += warp.lane == k ? double(values[k]) : 0.0;
+                for (int k = 0; k < kNumSums; ++k) sum += warp.lane == k ? double(values[k]) : 0.0;
+            }
         }
+        wait_for_block(&shared.decided[set], parity);
+        const Decision decision = shared.decisions[set];
+        __syncwarp();  // every lane has read this row's messages and decision, before one of them sends for the next
+        warp.put_gradient(reinterpret_cast<char*>(target), row_start, tiles,
+                          {outer2, decision.m, decision.constant, decision.linear}, token, decision.at_token);
     }
-    if (leader && warp.lane < kNumSums) shared.sums[warp.lane] = sum;
-    if (warp.lane == 0) wait_for_stores();
-    __syncwarp();
+    if (leads && warp.lane < kNumSums) shared.sums[warp.lane] = sum;
     cluster_barrier();  // precautionary: each block has already waited for everything that others send it
     if (warp.rank == 0)
         publish_sums(shared.sums, args.results.workspace, args.results.ticket, static_cast<int>(warp.cluster),

@@ -133,11 +133,10 @@ struct GradientWriter {
     RowView<Element, Softcap> row;
     Stored* out;
     std::int64_t out_stride;
-    float m;
-    GradientLine line;
+    Slope2 slope;
 
     __device__ float of(float y) const {
-        const float gradient = logit_gradient2(y, row.outer2, m, line);
+        const float gradient = slope.of(y);
         return Softcap ? gradient * (1.0f - y * y) : gradient;
     }
     __device__ void write(std::int64_t v) const { Element::store(out + v * out_stride, of(row.at(v))); }
@@ -191,9 +190,8 @@ template <class Element, bool Softcap>
 __device__ void write_gradient(const Rows& rows, const Matrix& out, const TokenPlace& at,
                                const RowView<Element, Softcap>& view, const RowStats& stats, float a, float b,
                                std::int64_t token, float y_token) {
-    const GradientLine line = gradient_line2(a, b, stats, view.transform);
     typename Element::Stored* const target = row_of<Element>(out, at);
-    GradientWriter<Element, Softcap>{view, target, out.vocab_stride, stats.m, line}.write_all();
+    GradientWriter<Element, Softcap>{view, target, out.vocab_stride, slope2(a, b, stats, view.transform)}.write_all();
     clear<Element>(rows, out, at, rows.vocab_size);
     __syncthreads();
     if (threadIdx.x == 0 && token >= 0) {

@@ -41,35 +41,22 @@ EPO_FN Moments2 merge2(const Moments2& a, const Moments2& b, float outer2) {
     return {m, left.s + right.s, left.u + right.u};
 }
 
-#ifndef EPO_CHAINS
-#define EPO_CHAINS 4
-#endif
 // Adds N values to a thread's moments: first their maximum, then their exponentials, with one rescaling for all of
-// them. Values that are all -inf add 0. NaN, which a maximum ignores, ends up in s. Several chains of operations run
-// side by side, because each waits for its previous one, and a warp has few others to wait with.
+// them. Values that are all -inf add 0. NaN, which a maximum ignores, ends up in s.
 template <int N>
 EPO_FN void add_group(Moments2& run, const float (&y)[N], float outer2) {
-    constexpr int kChains = N < EPO_CHAINS ? 1 : EPO_CHAINS;
-    static_assert(N % kChains == 0, "chains are of one length");
-    float top[kChains], s[kChains], u[kChains];
-    EPO_UNROLL
-    for (int k = 0; k < kChains; ++k) top[k] = y[k], s[k] = u[k] = 0.0f;
-    EPO_UNROLL
-    for (int i = kChains; i < N; ++i) top[i % kChains] = fmaxf(top[i % kChains], y[i]);
     float m = run.m;
     EPO_UNROLL
-    for (int k = 0; k < kChains; ++k) m = fmaxf(m, top[k]);
+    for (int i = 0; i < N; ++i) m = fmaxf(m, y[i]);
+    run = about2(run, m, outer2);
     const float base = m == -INFINITY ? 0.0f : m;
     EPO_UNROLL
     for (int i = 0; i < N; ++i) {
         const float t = (y[i] - base) * outer2;
         const float e = fast_exp2(t);
-        s[i % kChains] += e;
-        u[i % kChains] = fmaf(fmaxf(t, kLowestExponent2), e, u[i % kChains]);
+        run.s += e;
+        run.u = fmaf(fmaxf(t, kLowestExponent2), e, run.u);
     }
-    run = about2(run, m, outer2);
-    EPO_UNROLL
-    for (int k = 0; k < kChains; ++k) run.s += s[k], run.u += u[k];
 }
 
 // Adds Σ e^t (t - mean)² and Σ e^2t of N values about a maximum that is known; t in nats.
@@ -91,15 +78,19 @@ EPO_FN RowStats finish2(const Moments2& row, float y_token, float outer) {
     return {(y_token - row.m) * outer - log_s, log_s - row.u / row.s * kLn2, row.m, row.s};
 }
 
-// ∂ℓ/∂x = 2^t2 * (constant + linear * t2); see gradient_line.
-EPO_FN GradientLine gradient_line2(float a, float b, const RowStats& row, const Transform& transform) {
-    const GradientLine line = gradient_line(a, b, row, transform);
-    return {line.constant, line.linear * kLn2};
-}
+// A row's gradient, ∂ℓ/∂x = 2^t2 * (constant + linear * t2), with softcap times 1 - y²; see gradient_line.
+struct Slope2 {
+    float outer2, m, constant, linear;
 
-EPO_FN float logit_gradient2(float y, float outer2, float m, const GradientLine& line) {
-    const float t = (y - m) * outer2;
-    return fast_exp2(t) * fmaf(line.linear, fmaxf(t, kLowestExponent2), line.constant);
+    EPO_FN float of(float y) const {
+        const float t = (y - m) * outer2;
+        return fast_exp2(t) * fmaf(linear, fmaxf(t, kLowestExponent2), constant);
+    }
+};
+
+EPO_FN Slope2 slope2(float a, float b, const RowStats& row, const Transform& transform) {
+    const GradientLine line = gradient_line(a, b, row, transform);
+    return {transform.outer * kLog2E, row.m, line.constant, line.linear * kLn2};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

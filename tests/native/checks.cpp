@@ -298,10 +298,10 @@ void check_tree(std::int64_t width, std::uint64_t address, int ranks, float offs
         const Truth truth = truth_of(z, token);
         check(close(stats.log_prob, truth.log_prob, 1e-5), name + ": log-prob");
         check(close(stats.entropy, truth.entropy, 1e-5), name + ": entropy");
-        const epo::GradientLine line = epo::gradient_line2(0.5f, -0.25f, stats, transform);
+        const epo::Slope2 slope = epo::slope2(0.5f, -0.25f, stats, transform);
         for (std::size_t v = 0; v < x.size(); ++v) {
             const float got = std::int64_t(v) == token ? epo::token_gradient(0.5f, -0.25f, stats, transform)
-                                                       : epo::logit_gradient2(x[v], outer2, stats.m, line);
+                                                       : slope.of(x[v]);
             check(close(got, gradient_of(truth, v, token, 0.5, -0.25) / 0.7f, 2e-6), name + ": gradient");
         }
     }
