@@ -24,6 +24,12 @@ struct Float32Element {
     __device__ static uint4 pack(const float (&y)[kPerVector]) {
         return {__float_as_uint(y[0]), __float_as_uint(y[1]), __float_as_uint(y[2]), __float_as_uint(y[3])};
     }
+    // The greatest value of a vector and m; NaN is ignored.
+    __device__ static float greatest(const uint4& raw, float m) {
+        float y[kPerVector];
+        unpack(raw, y);
+        return fmaxf(m, fmaxf(fmaxf(y[0], y[1]), fmaxf(y[2], y[3])));
+    }
 };
 
 template <class Half2Functions>
@@ -44,6 +50,11 @@ struct TwoByteElement {
         return {Half2Functions::round_pair(y[0], y[1]), Half2Functions::round_pair(y[2], y[3]),
                 Half2Functions::round_pair(y[4], y[5]), Half2Functions::round_pair(y[6], y[7])};
     }
+    __device__ static float greatest(const uint4& raw, float m) {
+        const unsigned left = Half2Functions::larger_pair(raw.x, raw.y), right = Half2Functions::larger_pair(raw.z, raw.w);
+        const float2 pair = Half2Functions::widen_pair(Half2Functions::larger_pair(left, right));
+        return fmaxf(m, fmaxf(pair.x, pair.y));
+    }
 };
 
 struct BFloat16Functions {
@@ -52,6 +63,11 @@ struct BFloat16Functions {
     __device__ static Stored round(float x) { return __float2bfloat16_rn(x); }
     __device__ static float2 widen_pair(unsigned raw) {
         return {__uint_as_float(raw << 16), __uint_as_float(raw & 0xffff0000u)};
+    }
+    __device__ static unsigned larger_pair(unsigned a, unsigned b) {
+        const __nv_bfloat162 pair =
+            __hmax2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+        return reinterpret_cast<const unsigned&>(pair);
     }
     __device__ static unsigned round_pair(float low, float high) {
         const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);

@@ -55,7 +55,6 @@ namespace ring {
 constexpr int kWarps = kRingWarps;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kTileBytes = kRingTileBytes;
-constexpr int kMostSlots = 16;
 using Tiles = RingTiles;
 using Part = TilePart<Tiles>;
 
@@ -265,15 +264,17 @@ struct Warp {
     // This lane's moments of one tile.
     __device__ void add_tile(Moments2& run, const char* tile, int bytes, float outer2) const {
         if (bytes == kTileBytes) {
-            float y[kVectors * kPerVector];
+            float y[kVectors * kPerVector], m = run.m;
 #pragma unroll
             for (int k = 0; k < kVectors; ++k) {
+                const uint4 raw = reinterpret_cast<const uint4*>(tile)[k * kLanes + lane];
+                m = Element::greatest(raw, m);
                 float part[kPerVector];
-                Element::unpack(reinterpret_cast<const uint4*>(tile)[k * kLanes + lane], part);
+                Element::unpack(raw, part);
 #pragma unroll
                 for (int i = 0; i < kPerVector; ++i) y[k * kPerVector + i] = part[i];
             }
-            add_group(run, y, outer2);
+            add_group_below(run, y, m, outer2);
             return;
         }
         for (int v = lane; v * kVectorBytes < bytes; v += kLanes) {
@@ -393,7 +394,7 @@ __device__ inline Message receive(Shared& shared, int ranks, int lane, unsigned 
 #endif  // chips with clusters
 
 template <class Element>
-__global__ void __launch_bounds__(kThreads, EPO_RING_BLOCKS) loss_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kThreads, kRingBlocks) loss_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);

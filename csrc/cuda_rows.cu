@@ -13,7 +13,7 @@
 namespace epo {
 namespace {
 
-constexpr int kMostBlocksPerProcessor = 2;
+constexpr int kMostBlocksPerProcessor = std::max(kRingBlocks, 2);  // of a loss
 
 const char* said(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
@@ -75,8 +75,8 @@ struct Grid {
 
 Grid sweeps_grid(const Rows& rows, const Chip& chip) {
     const std::int64_t in_l2 = std::int64_t(chip.l2_bytes) / 4 * 3 / (row_bytes(rows) * chip.processors);
-    const bool two = in_l2 >= kMostBlocksPerProcessor;
-    const std::int64_t most = std::int64_t(chip.processors) * (two ? kMostBlocksPerProcessor : 1);
+    const bool two = in_l2 >= 2;
+    const std::int64_t most = std::int64_t(chip.processors) * (two ? 2 : 1);
     return {static_cast<int>(std::max<std::int64_t>(1, std::min(rows.batch * rows.time, most))),
             two ? sweeps::kFewThreads : sweeps::kMostThreads};
 }
@@ -93,10 +93,6 @@ cudaError_t launch_sweeps(const sweeps::Arguments& args, const Chip& chip, void*
 // ---------------------------------------------------------------------------------------------------------------------
 // The ring
 
-struct RingPlan {
-    int ranks = 0, slots = 0, blocks = 0;  // ranks 0: the ring can't take these rows here; blocks: per multiprocessor
-};
-
 RingPlan plan_ring(const Rows& rows, const Matrix& out, const Chip& chip) {
     const std::int64_t size = size_of(rows.dtype);
     const auto difference = reinterpret_cast<std::uintptr_t>(out.data) - reinterpret_cast<std::uintptr_t>(rows.logits.data);
@@ -106,13 +102,7 @@ RingPlan plan_ring(const Rows& rows, const Matrix& out, const Chip& chip) {
                                (rows.batch <= 1 || congruent(rows.logits.batch_stride, out.batch_stride)) &&
                                (rows.time <= 1 || congruent(rows.logits.time_stride, out.time_stride));
     if (chip.major < 9 || !dense || !aligned_alike || rows.softcap > 0.0f || !(rows.scale > 0.0f)) return {};
-    for (int blocks = EPO_RING_BLOCKS; blocks > 0; --blocks) {
-        const int room = (chip.shared_bytes + 1024) / blocks - 2048 - ring::shared_bytes(0);  // the system reserves some
-        const int slots = std::min(ring::kMostSlots, room / (ring::kWarps * ring::kTileBytes));
-        const int ranks = ranks_for<ring::Tiles>(row_bytes(rows), slots, blocks > 1 ? 1 : 3);
-        if (ranks > 0) return {ranks, slots, blocks};
-    }
-    return {};
+    return ring_plan<ring::Tiles>(row_bytes(rows), chip.shared_bytes, ring::shared_bytes(0));
 }
 
 // Shorter rows leave most warps of a block without a tile.

@@ -41,14 +41,11 @@ EPO_FN Moments2 merge2(const Moments2& a, const Moments2& b, float outer2) {
     return {m, left.s + right.s, left.u + right.u};
 }
 
-// Adds N values to a thread's moments: first their maximum, then their exponentials, with one rescaling for all of
-// them. Values that are all -inf add 0. NaN, which a maximum ignores, ends up in s.
+// Adds N values to a thread's moments, given m, the greatest of them and of those before. Values that are all -inf add
+// 0; NaN ends up in s.
 template <int N>
-EPO_FN void add_group(Moments2& run, const float (&y)[N], float outer2) {
-    float m = run.m;
-    EPO_UNROLL
-    for (int i = 0; i < N; ++i) m = fmaxf(m, y[i]);
-    run = about2(run, m, outer2);
+EPO_FN void add_group_below(Moments2& run, const float (&y)[N], float m, float outer2) {
+    run = about2(run, m, outer2);  // one rescaling for all
     const float base = m == -INFINITY ? 0.0f : m;
     EPO_UNROLL
     for (int i = 0; i < N; ++i) {
@@ -57,6 +54,15 @@ EPO_FN void add_group(Moments2& run, const float (&y)[N], float outer2) {
         run.s += e;
         run.u = fmaf(fmaxf(t, kLowestExponent2), e, run.u);
     }
+}
+
+// The same where their maximum, which ignores NaN, is yet to be found.
+template <int N>
+EPO_FN void add_group(Moments2& run, const float (&y)[N], float outer2) {
+    float m = run.m;
+    EPO_UNROLL
+    for (int i = 0; i < N; ++i) m = fmaxf(m, y[i]);
+    add_group_below(run, y, m, outer2);
 }
 
 // Adds Σ e^t (t - mean)² and Σ e^2t of N values about a maximum that is known; t in nats.
@@ -151,13 +157,8 @@ struct TilePart {
 };
 
 // The ring's sizes; the reasons are in cuda_ring.cuh.
-#ifndef EPO_RING_WARPS
-#define EPO_RING_WARPS 8
-#define EPO_RING_TILE 2048
-#define EPO_RING_BLOCKS 2
-#endif
-constexpr int kRingWarps = EPO_RING_WARPS;
-constexpr int kRingTileBytes = EPO_RING_TILE;
+constexpr int kRingWarps = 4;
+constexpr int kRingTileBytes = 2048;
 constexpr int kMostRanks = 8;
 using RingTiles = RowTiles<kRingWarps, kRingTileBytes>;
 
@@ -172,6 +173,28 @@ inline int ranks_for(std::int64_t row_bytes, int slots, int spare) {
         if (most + spare <= slots) return ranks;
     }
     return 0;
+}
+
+struct RingPlan {
+    int ranks = 0, slots = 0, blocks = 0;  // blocks of a cluster, slots of a warp, blocks per multiprocessor; 0: none fits
+};
+
+constexpr int kRingBlocks = 4;  // most per multiprocessor; the kernel's registers allow no more
+constexpr int kMostSlots = 28;
+constexpr int kReservedBytes = 1024;  // of shared memory, per block, by the system
+constexpr int kStaticBytes = 256;     // more than the kernel's __shared__ variables
+
+// The more blocks share a multiprocessor, the more of them compute while others wait; the more slots each has, the
+// wider its rows may be. block_bytes: shared memory that a block alone may have; fixed_bytes: without its slots.
+template <class Tiles>
+inline RingPlan ring_plan(std::int64_t row_bytes, int block_bytes, int fixed_bytes) {
+    for (int blocks = kRingBlocks; blocks > 0; --blocks) {
+        const int room = (block_bytes + kReservedBytes) / blocks - kReservedBytes - kStaticBytes - fixed_bytes;
+        const int fitting = room / (Tiles::stride(1) * Tiles::kTileBytes), slots = fitting < kMostSlots ? fitting : kMostSlots;
+        const int ranks = ranks_for<Tiles>(row_bytes, slots, blocks > 1 ? 1 : 3);
+        if (ranks > 0) return {ranks, slots, blocks};
+    }
+    return {};
 }
 
 }  // namespace epo

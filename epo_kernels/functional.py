@@ -123,7 +123,13 @@ def epo_loss(
             forward-mode AD, `torch.func` transforms and batched gradients, except on the reference backend without
             group=.
     """
-    arguments = LossArguments.of(locals())
+    arguments = LossArguments(
+        old_log_probs, advantages, mask, cfg,
+        entropy_bounds=entropy_bounds, segment_ids=segment_ids, num_segments=num_segments, max_length=max_length,
+        penalty_weight=penalty_weight, entropy_coeff=entropy_coeff, kl_coeff=kl_coeff, ref_log_probs=ref_log_probs,
+        is_weights=is_weights, temperature=temperature, normalizer=normalizer, loss_scale=loss_scale,
+        vocab_size=vocab_size, logit_softcap=logit_softcap, logit_scale=logit_scale,
+    )  # fmt: skip
     logits, group = local_logits(logits, group)
     rows, layout = as_rows(logits, tokens, cu_seqlens, least_width=1 if group is None else 0)
     chosen, shard, width = _over_ranks(
@@ -194,7 +200,13 @@ def linear_epo_loss(
 
     All other arguments, the results and the errors are the same as for `epo_loss`.
     """
-    arguments = LossArguments.of(locals())
+    arguments = LossArguments(
+        old_log_probs, advantages, mask, cfg,
+        entropy_bounds=entropy_bounds, segment_ids=segment_ids, num_segments=num_segments, max_length=max_length,
+        penalty_weight=penalty_weight, entropy_coeff=entropy_coeff, kl_coeff=kl_coeff, ref_log_probs=ref_log_probs,
+        is_weights=is_weights, temperature=temperature, normalizer=normalizer, loss_scale=loss_scale,
+        vocab_size=vocab_size, logit_softcap=logit_softcap, logit_scale=logit_scale,
+    )  # fmt: skip
     hidden, weight, bias, group = local_head(hidden, weight, bias, group)
     rows, layout = as_rows(hidden, tokens, cu_seqlens, name="hidden")
     projection, layout = as_projection(layout, rows, weight, bias, logits_dtype)
@@ -241,7 +253,12 @@ def epo_loss_from_log_probs(
 
     All other arguments, the results and the errors are the same as for `epo_loss`, with log_probs in place of tokens.
     """
-    arguments = LossArguments.of(locals())
+    arguments = LossArguments(
+        old_log_probs, advantages, mask, cfg,
+        entropy_bounds=entropy_bounds, segment_ids=segment_ids, num_segments=num_segments, max_length=max_length,
+        penalty_weight=penalty_weight, entropy_coeff=entropy_coeff, kl_coeff=kl_coeff, ref_log_probs=ref_log_probs,
+        is_weights=is_weights, normalizer=normalizer, loss_scale=loss_scale,
+    )  # fmt: skip
     for name, value in (("log_probs", log_probs), ("entropy", entropy)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__

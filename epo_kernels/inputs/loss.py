@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -43,17 +41,6 @@ class LossArguments:
     vocab_size: int | None = None
     logit_softcap: float | None = None
     logit_scale: float | None = None
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> LossArguments:
-        """Selects the fields of this record by name; the public functions pass their `locals()`.
-
-        Their signatures list every argument for editors, so the list is not repeated here.
-        """
-        return cls(**{name: value for name, value in arguments.items() if name in _LOSS_ARGUMENTS})
-
-
-_LOSS_ARGUMENTS = frozenset(field.name for field in dataclasses.fields(LossArguments))
 
 
 @dataclass(frozen=True)

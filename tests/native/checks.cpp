@@ -333,15 +333,19 @@ void check_tree_of_strange_rows() {
     check(one.log_prob == other.log_prob && one.entropy == other.entropy, "an exact offset changes no bit");
 }
 
-// The plan: what DESIGN promises of the common vocabularies, with an H200's 13 slots.
+// The plan for the common vocabularies on an H200.
 void check_plan() {
     const struct {
         std::int64_t bytes;
-        int ranks;
-    } promised[] = {{32000 * 2, 1}, {128256 * 2, 2}, {151936 * 2, 2}, {248320 * 2, 4}, {262144 * 2, 4}, {151936 * 4, 4},
-                    {262144 * 4, 8}, {1 << 22, 0}};
-    for (const auto& one : promised)
-        check(epo::ranks_for<epo::RingTiles>(one.bytes, 13) == one.ranks, std::to_string(one.bytes) + " bytes: blocks");
+        int ranks, blocks;
+    } expected[] = {{8192, 1, 4},        {32000 * 2, 2, 4},  {128256 * 2, 8, 4}, {151936 * 2, 8, 4}, {248320 * 2, 8, 3},
+                    {262144 * 2, 8, 2}, {151936 * 4, 8, 2}, {262144 * 4, 8, 1}, {1 << 22, 0, 0}};
+    for (const auto& one : expected) {
+        const epo::RingPlan plan = epo::ring_plan<epo::RingTiles>(one.bytes, 232448, 2304);
+        check(plan.ranks == one.ranks && plan.blocks == one.blocks,
+              std::to_string(one.bytes) + " bytes: " + std::to_string(plan.ranks) + " ranks, " +
+                  std::to_string(plan.blocks) + " blocks");
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

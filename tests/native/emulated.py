@@ -71,8 +71,8 @@ def build(target: str = "_native") -> Path:
 
 
 def shared_bytes(slots: int) -> int:
-    """Shared memory of a chip whose rings have that many slots a warp: csrc/cuda_rows.cu, plan_ring."""
-    return 4096 + 1024 + slots * 8 * 2048
+    """Shared memory of a chip whose rings have that many slots a warp: ring_plan in csrc/tile_math.h, one block."""
+    return 4096 + slots * 4 * 2048
 
 
 class Emulator:

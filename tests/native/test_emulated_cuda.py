@@ -18,7 +18,7 @@ from tests.native.emulator.mutants import MUTANTS
 
 pytestmark = NEEDS_COMPILER
 CASES = int(os.environ.get("EPO_EMULATED_CASES", "12"))  # thousands for a night
-TILE_BYTES, WARPS, SPARE_SLOTS = 2048, 8, 3  # of csrc/tile_math.h
+TILE_BYTES, WARPS, SPARE_SLOTS = 2048, 4, 3  # of csrc/tile_math.h
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_the_ring_over_shapes_and_schedules(seed):
 def test_rows_that_need_clusters_get_them(gpu, blocks):
     gpu.configure(processors=8, shared_bytes=shared_bytes(4))
     run(busy_case(vocab=(WARPS * blocks - 1) * TILE_BYTES // 4, batch=1, time=2), "emulated")
-    in_a_ring = blocks > 1  # rows of less than 16 KB are left to the sweeps
+    in_a_ring = blocks > 1  # rows of less than 8 KB are left to the sweeps
     assert gpu.launches(blocks) == in_a_ring
     assert choose_backend("emulated", torch.device("cpu")).kernels.ran == ("ring" if in_a_ring else "sweeps")
 
