@@ -233,13 +233,15 @@ const char* cuda_prepare(const Aggregation& aggregation, const Prepared& out, co
     });
 }
 
-const char* cuda_scale(void* values, DType dtype, std::int64_t count, const float* factor, const CudaPlace& place) {
+const char* cuda_scale(const void* values, DType dtype, void* out, DType out_dtype, std::int64_t count,
+                       const float* factor, const CudaPlace& place) {
     return on_chip(place, [&](const Chip& chip) {
-        return with_element(dtype, [&](auto element) {
+        return with_element(out_dtype, [&](auto element) {
             using Element = decltype(element);
+            const auto kernel =
+                dtype == out_dtype ? sweeps::scale_kernel<Element, Element> : sweeps::scale_kernel<Float32Element, Element>;
             const int blocks = chip.processors * 4;
-            sweeps::scale_kernel<Element>
-                <<<blocks, sweeps::kFewThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(values, count, factor);
+            kernel<<<blocks, sweeps::kFewThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(values, out, count, factor);
             return cudaGetLastError();
         });
     });
@@ -255,7 +257,7 @@ const char* cuda_most_blocks(int device, int* blocks) {
 const char* cuda_supports(int device) {
     return on_chip({device, nullptr}, [&](const Chip&) {
         cudaFuncAttributes attributes;
-        return cudaFuncGetAttributes(&attributes, sweeps::scale_kernel<Float32Element>);
+        return cudaFuncGetAttributes(&attributes, sweeps::scale_kernel<Float32Element, Float32Element>);
     });
 }
 

@@ -67,8 +67,10 @@ struct Prepared {
 
 const char* cuda_prepare(const Aggregation& aggregation, const Prepared& out, const CudaPlace& place);
 
-// values[0..count) *= *factor, contiguous; does not touch values if the factor is 1.
-const char* cuda_scale(void* values, DType dtype, std::int64_t count, const float* factor, const CudaPlace& place);
+// out[0..count) = values[0..count) * *factor, contiguous. out is values itself, not touched if the factor is 1, or memory
+// of its own: of values' dtype, or of any if values are float32.
+const char* cuda_scale(const void* values, DType dtype, void* out, DType out_dtype, std::int64_t count,
+                       const float* factor, const CudaPlace& place);
 
 // Upper bound of the number of blocks that a loss launches, for its workspace.
 const char* cuda_most_blocks(int device, int* blocks);

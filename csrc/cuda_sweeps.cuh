@@ -330,29 +330,36 @@ __global__ void __launch_bounds__(kMostThreads) loss_kernel(const __grid_constan
                  args.results.loss);
 }
 
-template <class Element>
-__global__ void __launch_bounds__(kFewThreads) scale_kernel(void* values, std::int64_t count, const float* factor) {
+// out = values * factor, rounded once. In place with a factor of 1, nothing is read or written.
+template <class From, class To>
+__global__ void __launch_bounds__(kFewThreads)
+    scale_kernel(const void* values, void* out, std::int64_t count, const float* factor) {
     const float by = *factor;
-    if (by == 1.0f) return;
-    typename Element::Stored* const data = static_cast<typename Element::Stored*>(values);
-    constexpr int kPerVector = Element::kPerVector;
-    const RowTiles<1, kVectorBytes * kLanes> parts(reinterpret_cast<std::uint64_t>(values),
-                                                   count * std::int64_t(sizeof(typename Element::Stored)));
-    uint4* const body = reinterpret_cast<uint4*>(static_cast<char*>(values) + parts.head_bytes);
+    if (by == 1.0f && values == out) return;
+    constexpr int kPerVector = To::kPerVector, kPerLoad = From::kPerVector, kLoads = kPerVector / kPerLoad;
+    static_assert(kPerVector % kPerLoad == 0, "a vector of the result is made of whole vectors");
+    const auto* const from = static_cast<const typename From::Stored*>(values);
+    auto* const to = static_cast<typename To::Stored*>(out);
+    const RowTiles<1, kVectorBytes * kLanes> parts(reinterpret_cast<std::uint64_t>(out), count * std::int64_t(sizeof(*to)));
+    const std::int64_t head = parts.head_bytes / std::int64_t(sizeof(*to));
+    const bool aligned_alike = reinterpret_cast<std::uint64_t>(from + head) % kVectorBytes == 0;
+    const std::int64_t vectors = aligned_alike ? parts.body_bytes / kVectorBytes : 0;
     const std::int64_t worker = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    for (std::int64_t i = worker; i < parts.body_bytes / kVectorBytes; i += std::int64_t(gridDim.x) * blockDim.x) {
-        float y[kPerVector];
-        Element::unpack(body[i], y);
+    const std::int64_t workers = std::int64_t(gridDim.x) * blockDim.x;
+    const auto* const loads = reinterpret_cast<const uint4*>(from + head);
+    auto* const stores = reinterpret_cast<uint4*>(to + head);
+    for (std::int64_t i = worker; i < vectors; i += workers) {
+        float x[kLoads][kPerLoad], y[kPerVector];
 #pragma unroll
-        for (int k = 0; k < kPerVector; ++k) y[k] *= by;
-        body[i] = Element::pack(y);
+        for (int k = 0; k < kLoads; ++k) From::unpack(loads[i * kLoads + k], x[k]);
+#pragma unroll
+        for (int k = 0; k < kPerVector; ++k) y[k] = x[k / kPerLoad][k % kPerLoad] * by;
+        stores[i] = To::pack(y);
     }
-    if (worker < kLanes) {
-        const std::int64_t byte = parts.edge_of(static_cast<int>(worker), sizeof(typename Element::Stored));
-        if (byte >= 0) {
-            auto* const edge = data + byte / std::int64_t(sizeof(typename Element::Stored));
-            Element::store(edge, Element::load(edge) * by);
-        }
+    const std::int64_t in_vectors = vectors * kPerVector;
+    for (std::int64_t i = worker; i < count - in_vectors; i += workers) {
+        const std::int64_t at = i < head ? i : i + in_vectors;
+        To::store(to + at, From::load(from + at) * by);
     }
 }
 

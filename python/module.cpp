@@ -452,13 +452,16 @@ void cuda_prepare(const Array& mask, const Array& lengths, const MaybeArray& seq
     raise_if(epo::cuda_prepare(aggregation, out, place_of(device, stream)));
 }
 
-void cuda_scale(const Array& values, const Array& factor, int device, std::uintptr_t stream) {
-    const epo::DType dtype = dtype_of(values.dtype);
+void cuda_scale(const Array& values, const Array& factor, const Array& out, int device, std::uintptr_t stream) {
+    const epo::DType dtype = dtype_of(values.dtype), out_dtype = dtype_of(out.dtype);
     if (!values.contiguous()) refuse("values must be contiguous, got strides " + text(values.strides));
     expect(factor, "factor", "float32", {});
+    expect_contiguous(out, "out", dtype == epo::DType::float32 ? out.dtype.c_str() : values.dtype.c_str(), values.shape);
+    const bool same = out.pointer == values.pointer && out_dtype == dtype;
+    if (!same && out.overlaps(values)) refuse("out must be the values themselves or share no memory with them");
     const std::int64_t count = values.empty() ? 0 : (values.last + 1) / epo::size_of(dtype);
-    raise_if(epo::cuda_scale(values.data(), dtype, count, static_cast<const float*>(factor.data()),
-                             place_of(device, stream)));
+    raise_if(epo::cuda_scale(values.data(), dtype, out.data(), out_dtype, count,
+                             static_cast<const float*>(factor.data()), place_of(device, stream)));
 }
 
 std::optional<std::string> cuda_unsupported(int device) {
@@ -485,7 +488,8 @@ void bind_cuda(py::module_& module) {
                py::arg("loss_agg_mode"), py::arg("normalizer"), py::arg("loss_scale"), py::arg("max_length"),
                py::arg("coefficients"), py::arg("weights"), py::arg("coefficients_out"), py::arg("ticket"),
                py::arg("extras"), py::arg("device"), py::arg("stream"));
-    module.def("cuda_scale", &cuda_scale, py::arg("values"), py::arg("factor"), py::arg("device"), py::arg("stream"));
+    module.def("cuda_scale", &cuda_scale, py::arg("values"), py::arg("factor"), py::arg("out"), py::arg("device"),
+               py::arg("stream"));
 }
 
 #endif  // EPO_WITH_CUDA

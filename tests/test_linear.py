@@ -7,10 +7,12 @@ computes whole logits.
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import epo_kernels as ek
 from epo_kernels import backends, inputs
@@ -21,6 +23,7 @@ from tests.eager_rows import EagerRows
 
 B, T, D, V = 3, 50, 6, 11
 SMALL = 128 * (V + 2 * D) * 8  # bytes of a chunk of 128 float64 rows: two chunks of the 150 tokens
+ONE_OR_SEVERAL_CHUNKS = [1 << 20, 3000]
 HINGE: dict = {"penalty": "hinge", "penalty_alpha": 2.0, "entropy_coeff": 0.1}
 
 
@@ -33,6 +36,14 @@ def eager_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = FusedBackend("eager", ("cpu",), EagerRows, lambda: None)
     backend.dtypes = (*backend.dtypes, torch.float64)
     monkeypatch.setitem(backends._BACKENDS, "eager", backend)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that nothing was written to is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 class Case:
@@ -156,6 +167,7 @@ def test_masked_rows_are_never_read(backend: str, scope: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "reference", pytest.param("cpu", marks=NEEDS_CPU)])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
     ("dtype", "logits_dtype"),
     [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float16, None)],
@@ -206,8 +218,10 @@ def test_padding_rows_are_never_read_in_the_operators_of_compiled_graphs() -> No
 
 
 @pytest.mark.parametrize("scope", ["token", "segment"])
-def test_no_active_rows(scope: str) -> None:
-    case, cfg = Case(active=0.0), ek.EPOConfig(band_scope=scope, **HINGE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_no_active_rows(scope: str, dtype: torch.dtype) -> None:
+    case, cfg = Case(dtype, active=0.0), ek.EPOConfig(band_scope=scope, **HINGE)
     loss, log_probs, entropy, *gradients = case.run("eager", cfg)
     assert loss == 0
     for value in (log_probs, entropy, *gradients):
@@ -306,20 +320,58 @@ def test_accumulation_and_checkpointing() -> None:
 @pytest.mark.parametrize("scope", ["token", "segment"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+@pytest.mark.parametrize("max_chunk_bytes", ONE_OR_SEVERAL_CHUNKS)
+@pytest.mark.parametrize("upstream", [1.0, 0.3])
 def test_error_is_that_of_eager_or_less(
-    backend: str, scope: str, dtype: torch.dtype, logits_dtype: torch.dtype | None
+    backend: str,
+    scope: str,
+    dtype: torch.dtype,
+    logits_dtype: torch.dtype | None,
+    max_chunk_bytes: int,
+    upstream: float,
 ) -> None:
     """The three-way rule, against float64 of the same inputs: loss, ∂hidden, ∂weight, ∂bias."""
     case, cfg = Case(dtype), ek.EPOConfig(band_scope=scope, **HINGE)
     exact = Case(dtype)
     exact.hidden, exact.weight, exact.bias = (v.double() for v in (case.hidden, case.weight, case.bias))
-    truth = exact.run("reference", cfg)
-    eager = case.run("reference", cfg, logits_dtype=logits_dtype)
-    ours = case.run(backend, cfg, logits_dtype=logits_dtype)
+    truth = exact.run("reference", cfg, upstream)
+    eager = case.run("reference", cfg, upstream, logits_dtype=logits_dtype)
+    ours = case.run(backend, cfg, upstream, logits_dtype=logits_dtype, max_chunk_bytes=max_chunk_bytes)
     for index in (0, 3, 4, 5):
         rounded = 1.0 if index == 0 else truth[index].norm()  # the loss is a sum of terms of either sign, near 1
         allowed = (eager[index].double() - truth[index]).norm() + torch.finfo(dtype).eps * rounded
         assert (ours[index].double() - truth[index]).norm() <= allowed
+
+
+class Made(TorchDispatchMode):
+    """Shapes and dtypes of the tensors that operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: set[tuple[tuple[int, ...], torch.dtype]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.tensors |= {(tuple(value.shape), value.dtype) for value in (result,) if isinstance(value, Tensor)}
+        return result
+
+
+@pytest.mark.parametrize(
+    ("dtype", "max_chunk_bytes", "is_wide"),
+    [
+        (torch.bfloat16, 1 << 20, False),
+        (torch.bfloat16, 3000, True),  # chunks are added up in float32
+        (torch.float16, 1 << 20, True),  # the scale of ∂logits is divided out in float32
+    ],
+)
+def test_a_single_chunk_needs_no_float32_gradient_of_the_weight(
+    dtype: torch.dtype, max_chunk_bytes: int, is_wide: bool
+) -> None:
+    case, cfg = Case(dtype), ek.EPOConfig(**HINGE)
+    weight = case.weight.clone().requires_grad_()
+    with Made() as made:
+        case.loss("eager", cfg, case.hidden, weight, None, max_chunk_bytes=max_chunk_bytes).loss.backward()
+    assert (((V, D), torch.float32) in made.tensors) == is_wide
 
 
 def test_float16_gradients_do_not_vanish() -> None:
@@ -482,12 +534,13 @@ def test_chunks_are_multiples_of_tiles_within_the_budget() -> None:
     for budget in (1 << 30, 512 << 20, 40 << 20):
         rows = chunk_rows(8192, row, budget, 3584, 132)
         assert rows % 128 == 0
-        assert budget / 2 - 128 * row < rows * row <= budget
-    # 3584 columns are 14 tiles: 132 processors are filled by 9.43 rows of tiles. 27 rows of tiles (378) fill 2.86
-    # waves, 28 fill 2.97, the best among 14 to 27 is 27 or less by its own last wave.
-    best = chunk_rows(8192, row, 27 * 128 * row, 3584, 132) // 128
-    filling = {m: (m * 14 / 132) / math.ceil(m * 14 / 132) for m in range(14, 28)}
-    assert filling[best] == max(filling.values())
+        assert rows * row <= budget
+        assert math.ceil(8192 / rows) == math.ceil(8192 / (budget // (128 * row) * 128)), "no more chunks than needed"
+    # 8192 tokens are 64 multiples of 128, and take three chunks of 22 to 27. 3584 columns are 14 tiles:
+    # 132 processors are filled by 9.43 rows of tiles.
+    filling = {m: (m * 14 / 132) / math.ceil(m * 14 / 132) for m in range(22, 28)}
+    assert chunk_rows(8192, row, 27 * 128 * row, 3584, 132) == 128 * max(filling, key=lambda m: (filling[m], m))
+    assert chunk_rows(1230, row, 27 * 128 * row, 4096, 132) == 1280, "one chunk, though 1024 would fill its last wave"
     assert chunk_rows(8192, row, 27 * 128 * row, 3584, 1) == 27 * 128, "a CPU has no waves: the most that fit"
     assert chunk_rows(8192, row, 100 * row, 3584, 132) == 100
     assert chunk_rows(8192, row, 1, 3584, 132) == 1

@@ -94,14 +94,14 @@ class CpuRows(PlainHelpers):
     def maximum_scale(self, transform: LogitTransform) -> Scalar:
         return native_maximum_scale(transform)
 
-    def scale(self, gradient: Tensor, factor: Tensor) -> None:
+    def scale(self, gradient: Tensor, factor: Tensor, out: Tensor) -> None:
         value = float(factor)
-        if value == 1.0:
+        if out is gradient and value == 1.0:
             return
-        if gradient.is_contiguous():
+        if out is gradient and gradient.is_contiguous():
             self._native.cpu_scale(array(gradient), value, torch.get_num_threads(), self._instructions)
         else:
-            gradient.mul_(value)
+            torch.mul(gradient, value, out=out)
 
 
 def _results(rows: Rows) -> Tensor:

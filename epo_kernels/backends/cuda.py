@@ -160,12 +160,12 @@ class CudaRows:
     def maximum_scale(self, transform: LogitTransform) -> Scalar:
         return native_maximum_scale(transform)
 
-    def scale(self, gradient: Tensor, factor: Tensor) -> None:
-        if gradient.is_contiguous():
+    def scale(self, gradient: Tensor, factor: Tensor, out: Tensor) -> None:
+        if gradient.is_contiguous() and out.is_contiguous():
             factor = factor.to(torch.float32)
-            self._native.cuda_scale(array(gradient), array(factor), *_place(gradient))
+            self._native.cuda_scale(array(gradient), array(factor), array(out), *_place(gradient))
         else:
-            gradient.mul_(factor)
+            torch.mul(gradient, factor, out=out)
 
 
 def _results(rows: Rows) -> Tensor:

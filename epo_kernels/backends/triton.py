@@ -275,17 +275,23 @@ class TritonRows:
     def maximum_scale(self, transform: LogitTransform) -> Scalar:
         return 1.0 / transform.temperature
 
-    def scale(self, gradient: Tensor, factor: Tensor) -> None:
+    def scale(self, gradient: Tensor, factor: Tensor, out: Tensor) -> None:
         if gradient.numel() == 0:
             return
+        in_place = out is gradient
+        if gradient.is_contiguous() and out.is_contiguous() and gradient.numel() < 2**31:
+            # One long row: short ones would leave most of a block empty.
+            gradient, out = gradient.view(1, 1, -1), out.view(1, 1, -1)
         batch, length, width = gradient.shape
         with _on(gradient.device):
             self._kernels.scale_kernel[(8 * chip_of(gradient.device).processors,)](
                 *(gradient, *gradient.stride()),
                 factor,
+                *(out, *out.stride()),
                 *(batch * length, length, width),
                 BLOCK=4096,
-                UNIT_STRIDE=gradient.stride(2) == 1,
+                UNIT_STRIDE=gradient.stride(2) == 1 and out.stride(2) == 1,
+                IN_PLACE=in_place,
                 num_warps=8,
             )
 

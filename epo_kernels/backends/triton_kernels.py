@@ -837,16 +837,20 @@ def count_tokens(
 def scale_kernel(
     gradient, gradient_b, gradient_t, gradient_v,  # (B, T, V)
     factor,  # 0-d
+    out, out_b, out_t, out_v,  # the gradient itself if IN_PLACE
     rows, length, width,
-    BLOCK: tl.constexpr, UNIT_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT_STRIDE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """gradient *= factor; if the factor is 1, programs exit before touching the gradient."""
+    """out = gradient * factor; in place with a factor of 1, programs exit before touching the gradient."""
     value = tl.load(factor).to(tl.float32)
-    if value != 1.0:
-        per_row = tl.cdiv(width, BLOCK)
-        for block in range(tl.program_id(0).to(tl.int64), per_row.to(tl.int64) * rows, tl.num_programs(0)):
-            row, columns = block // per_row, (block % per_row).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-            pointers = at(gradient, row // length, row % length, gradient_b, gradient_t)
-            pointers += offsets_of(columns, gradient_v, UNIT_STRIDE)
-            scaled = tl.load(pointers, mask=columns < width).to(tl.float32) * value
-            tl.store(pointers, scaled.to(gradient.dtype.element_ty), mask=columns < width)
+    per_row = tl.cdiv(width, BLOCK)
+    blocks = per_row.to(tl.int64) * rows
+    if IN_PLACE:
+        blocks = tl.where(value == 1.0, 0, blocks)
+    for block in range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
+        row, columns = block // per_row, (block % per_row).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+        batch, time = row // length, row % length
+        sources = at(gradient, batch, time, gradient_b, gradient_t) + offsets_of(columns, gradient_v, UNIT_STRIDE)
+        targets = at(out, batch, time, out_b, out_t) + offsets_of(columns, out_v, UNIT_STRIDE)
+        scaled = tl.load(sources, mask=columns < width).to(tl.float32) * value
+        tl.store(targets, scaled.to(out.dtype.element_ty), mask=columns < width)

@@ -236,8 +236,8 @@ class PlainHelpers:
             extras,
         )
 
-    def scale(self, gradient: Tensor, factor: Tensor) -> None:
+    def scale(self, gradient: Tensor, factor: Tensor, out: Tensor) -> None:
         """Reads the factor: free on the CPU, a sync on other devices."""
         value = factor.item()
-        if value != 1.0:
-            gradient.mul_(value)
+        if out is not gradient or value != 1.0:
+            torch.mul(gradient, value, out=out)

@@ -29,9 +29,9 @@ Needs = tuple[bool, bool, bool]  # whether hidden states, weight and bias need a
 def chunk_rows(num_rows: int, row_bytes: int, max_chunk_bytes: int, hidden_size: int, num_processors: int) -> int:
     """Number of tokens per chunk.
 
-    A multiple of 128 within the budget. On a CPU, the largest; on a GPU, the multiple in the upper half of the range
-    whose ∂hidden product (chunk, V) @ (V, D), cut into tiles of 128 by 256, best fills its last wave. Below 128 only if
-    the budget allows no more.
+    A multiple of 128 within the budget, with which there are as few chunks as possible, because each one reads and
+    writes the whole ∂weight. On a CPU, the largest; on a GPU, the one whose ∂hidden product (chunk, V) @ (V, D), cut
+    into tiles of 128 by 256, best fills its last wave. Below 128 only if the budget allows no more.
 
     Args:
         num_rows: total number of tokens.
@@ -43,14 +43,16 @@ def chunk_rows(num_rows: int, row_bytes: int, max_chunk_bytes: int, hidden_size:
     budget = max(max_chunk_bytes // row_bytes, 1)
     if budget < ROW_MULTIPLE:
         return budget
-    most = min(budget // ROW_MULTIPLE, math.ceil(max(num_rows, 1) / ROW_MULTIPLE))
+    needed = math.ceil(max(num_rows, 1) / ROW_MULTIPLE)
+    most = min(budget // ROW_MULTIPLE, needed)
+    least = math.ceil(needed / math.ceil(needed / most))
     columns = math.ceil(hidden_size / _TILE_COLUMNS)
 
     def filling(multiple: int) -> float:
         waves = multiple * columns / num_processors
         return waves / math.ceil(waves)
 
-    return ROW_MULTIPLE * max(range((most + 1) // 2, most + 1), key=lambda multiple: (filling(multiple), multiple))
+    return ROW_MULTIPLE * max(range(least, most + 1), key=lambda multiple: (filling(multiple), multiple))
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,11 @@ class Head:
         self._rows = chunk_rows(len(unmasked), row_bytes, max_chunk_bytes, hidden_size, processors)
         self._buffer = hidden.new_empty(min(self._rows, len(unmasked)), width, dtype=logits_dtype)
 
+    @property
+    def in_one_chunk(self) -> bool:
+        """Whether one chunk takes all unmasked tokens."""
+        return len(self.unmasked) <= self._rows
+
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yields each chunk's slice of the unmasked tokens, hidden (c, D), and logits (c, V) in the reused buffer.
 
@@ -164,6 +171,9 @@ class Head:
 class HeadGradients:
     """∂hidden, ∂weight and ∂bias, accumulated over chunks; None for gradients that are not needed.
 
+    ∂weight of several chunks is added up in float32, and rounded once. A single chunk's product writes it in the
+    weight's dtype, which takes neither a wider buffer nor a cast.
+
     With a split vocabulary ∂hidden is a partial sum: float32, summed over the ranks, and rounded once.
 
     The range of float16 is too small for gradients before they are multiplied by the upstream gradient. ∂hidden of
@@ -182,7 +192,7 @@ class HeadGradients:
             dtype = torch.float32 if head.hidden.dtype == torch.float16 else head.hidden.dtype
             self._hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=torch.contiguous_format)
         if needs[1]:
-            self._weight = torch.zeros_like(head.weight, dtype=wide)
+            self._weight = self._unwritten_weight(wide)
         if needs[2]:
             self._bias = head.weight.new_zeros(head.weight.shape[0], dtype=wide)
         self._sums = PartialSums(head.shard) if head.shard is not None and needs[0] else None
@@ -217,7 +227,7 @@ class HeadGradients:
             wide = torch.float32 if self.scales else grad_logits.dtype
             self._put([(part, self._unscaled(_wide_product(grad_logits, weight, wide)))])
         if self._weight is not None:
-            _add_product(self._weight[vocabulary], grad_logits.t(), hidden)
+            _add_product(self._weight[vocabulary], grad_logits.t(), hidden, overwrite=part.start == 0)
 
     def complete(self) -> None:
         """After the last chunk: wait for the contributions of other ranks."""
@@ -240,17 +250,32 @@ class HeadGradients:
         if gradient is None or value is None or factor is None:
             return gradient if gradient is None or value is None else gradient.to(value.dtype)
         if gradient.dtype == value.dtype:
-            self._kernels.scale(gradient[(None,) * (3 - gradient.dim())], factor)
+            self._scale_in_place(gradient, factor)
             return gradient
         # Multiplied in the pass that casts, before rounding.
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=value.dtype))
+        result = torch.empty_like(gradient, dtype=value.dtype)
+        self._kernels.scale(_of_three_sizes(gradient), factor, _of_three_sizes(result))
+        return result
+
+    def _unwritten_weight(self, wide: torch.dtype) -> Tensor:
+        """∂weight, of which only the rows that no product writes are filled, with zeros."""
+        head = self._head
+        is_narrow = head.in_one_chunk and not self.scales and head.weight.dtype == head.product_weight.dtype
+        gradient = torch.empty_like(head.weight, dtype=head.weight.dtype if is_narrow else wide)
+        written = head.vocabulary.stop if len(head.unmasked) else 0
+        gradient[written:].zero_()
+        return gradient
+
+    def _scale_in_place(self, gradient: Tensor, factor: Tensor) -> None:
+        values = _of_three_sizes(gradient)
+        self._kernels.scale(values, factor, values)
 
     def _lowered(self, scale: Tensor) -> Tensor:
         """The scale from now on: the smaller of this one and the previous one."""
         if self._scale is not None:
             scale = torch.minimum(scale, self._scale)
             if self._weight is not None:
-                self._kernels.scale(self._weight[None], scale / self._scale)
+                self._scale_in_place(self._weight, scale / self._scale)
         self._scale = scale
         return scale
 
@@ -294,16 +319,22 @@ def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         return total
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, accumulated in the dtype of total, which may be wider than the operands'."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
+    """total += left @ right, or total = left @ right, in the dtype of total, which may be wider than the operands'."""
+    beta = 0 if overwrite else 1  # with 0 the products don't read total
     if total.dtype == right.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=beta)
     elif right.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
     else:
         wide = right.to(total.dtype)
         for tile in _tiles(total.shape[0], wide.shape[0] * wide.element_size()):
-            total[tile].addmm_(left[tile].to(total.dtype), wide)
+            total[tile].addmm_(left[tile].to(total.dtype), wide, beta=beta)
+
+
+def _of_three_sizes(gradient: Tensor) -> Tensor:
+    """A view with the three sizes that kernels expect."""
+    return gradient[(None,) * (3 - gradient.dim())]
 
 
 def _tiles(length: int, line_bytes: int) -> Iterator[slice]:

@@ -7,8 +7,8 @@ Masked tokens are dropped before the first product. The N counted tokens are pro
     segment scope           the same, with the loss in between                             8 N D V
     without gradient        logits → loss or statistics                                    2 N D V
 
-Live at a time: one chunk, ∂weight in float32, and for float16 hidden states ∂hidden in float32. Each fused backend
-provides its own row kernels.
+Live at a time: one chunk, ∂weight (of several chunks in float32, see `HeadGradients`), and for float16 hidden states
+∂hidden in float32. Each fused backend provides its own row kernels.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class FusedLoss(torch.autograd.Function):
         *_, factor, _ = upstream
         gradient, _ = ctx.saved_tensors
         ctx.spent = True
-        ctx.kernels.scale(gradient, factor)
+        ctx.kernels.scale(gradient, factor, gradient)
         return gradient, None, None, None, None
 
 

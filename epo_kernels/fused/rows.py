@@ -163,8 +163,12 @@ class StatisticsKernels(Protocol):
     def maximum_scale(self, transform: LogitTransform) -> Scalar:
         """Factor from the units of `RowStatistics.maximum` to the units of z; (B, T) if the temperature is (B, T)."""
 
-    def scale(self, gradient: Tensor, factor: Tensor) -> None:
-        """gradient (B, T, V) *= factor in float32, factor 0-d on its device; touches no memory if factor is 1."""
+    def scale(self, gradient: Tensor, factor: Tensor, out: Tensor) -> None:
+        """out = gradient (B, T, V) times factor, multiplied in float32 and rounded once; factor is 0-d on its device.
+
+        out: the gradient itself, which is not touched if the factor is 1; or memory of its own for the same sizes, of
+        the same dtype or, for a float32 gradient, a narrower one.
+        """
 
 
 class RowKernels(StatisticsKernels, Protocol):

@@ -84,8 +84,8 @@ class ShardedRows:
     def maximum_scale(self, transform: LogitTransform) -> Scalar:
         return self._kernels.maximum_scale(transform)
 
-    def scale(self, gradient: Tensor, factor: Tensor) -> None:
-        self._kernels.scale(gradient, factor)
+    def scale(self, gradient: Tensor, factor: Tensor, out: Tensor) -> None:
+        self._kernels.scale(gradient, factor, out)
 
     def _own_columns(self, rows: Rows) -> Rows | None:
         """The rows as seen by this rank; None if it has only padding. Tokens of other ranks are out of range."""

@@ -40,6 +40,7 @@ KERNELS = {
     "gradient": "row_gradient_kernel",
     "weights": "token_weights_kernel",
     "scale": "scale_kernel",
+    "cast": "scale_kernel",
 }
 OPTIONAL = ("old_log_probs", "ref_log_probs", "is_weights", "lowers", "uppers", "temperatures", "scale", "softcap")
 SELDOM = ("temperatures", "scale", "softcap")
@@ -87,7 +88,9 @@ def variants() -> Iterator[Variant]:
     yield Variant("spread", aligned=False, unit_stride=False, padded=True, absent=())
     for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
         yield Variant("weights", mode=mode)
-    yield Variant("scale")
+    for dtype in ("bf16", "fp32"):
+        yield Variant("scale", dtype)
+    yield Variant("cast")  # float32 to the dtype
 
 
 def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": 4 if variant.kernel == "weights" else 8}
     constants: dict[str, Any] = {
         "BLOCK": 4096, "SEQUENCES": 1, "TOKENS": triton.WEIGHTS_TILE, "MODE": variant.mode, "NORMALIZED": False,
-        "UNIT_STRIDE": variant.unit_stride, "PADDED": variant.padded,
+        "UNIT_STRIDE": variant.unit_stride, "PADDED": variant.padded, "IN_PLACE": variant.kernel == "scale",
         "POLICY_LOSS": variant.policy_loss, "PENALTY": variant.penalty, "KL_TYPE": variant.kl_type,
         "lengths": None, "sequence_ids": None, "normalizer_ptr": None,
     }  # fmt: skip
@@ -114,7 +117,8 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
 
     names = list(inspect.signature(kernel.fn).parameters)
     signature = {name: "constexpr" if name in constants else _type(name, variant) for name in names}
-    aligned = {"logits", "out", "logits_b", "logits_t", "out_b", "out_t", "width"} if variant.aligned else set()
+    divisible = {"width", *(name + end for name in ("logits", "out", "gradient") for end in ("", "_b", "_t"))}
+    aligned = divisible if variant.aligned else set()
     source = ASTSource(
         kernel,
         signature,
@@ -129,7 +133,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
         **_resources(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
         "threads": 32 * compiled.metadata.num_warps,
-        "aligned_rows": rows and variant.aligned,
+        "aligned": variant.kernel != "weights" and variant.aligned,
         "writes": "out" in names and "out" not in variant.absent,
         "wide_loads": bool(re.search(r"cp\.async\.cg\.shared\.global|ld\.global[^;]*v4\.", ptx)),
         "wide_stores": bool(re.search(r"st\.global[^;]*v4\.", ptx)),
@@ -137,6 +141,8 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
 
 
 def _type(name: str, variant: Variant) -> str | tuple[str, ...]:
+    if name == "gradient" and variant.kernel == "cast":
+        return "*fp32"
     if name in ("logits", "out", "gradient"):
         return f"*{variant.dtype}"
     if name in TYPES:

@@ -59,10 +59,29 @@ class AutogradMatrix:
         for gradient in (wide, wide[:, 1:-1, 3:40], wide.permute(2, 0, 1)):
             expected = gradient * 0.25
             untouched = wide.clone()
-            self.kernels().scale(gradient, torch.tensor(1.0, device=self.device))
+            self.kernels().scale(gradient, torch.tensor(1.0, device=self.device), gradient)
             assert_close(wide, untouched, rtol=0, atol=0)
-            self.kernels().scale(gradient, torch.tensor(0.25, device=self.device))
+            self.kernels().scale(gradient, torch.tensor(0.25, device=self.device), gradient)
             assert_close(gradient, expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("factor", [1.0, 0.3])
+    def test_scale_into_another_tensor_rounds_once(self, factor, dtype):
+        memory = torch.randn(6001, device=self.device)
+        grid = memory[:6000].view(2, 60, 50)
+        given = torch.tensor(factor, device=self.device)
+        truncates = self.backend == "triton" and self.device == "cpu" and dtype == torch.bfloat16  # the interpreter
+        for gradient in (grid, memory[1:].view(2, 60, 50), grid[:1, :1, :7], grid[:, 1:-1, 3:40], grid[:0]):
+            for first in (0, 1, 3):  # of an aligned vector
+                whole = torch.full((gradient.numel() + 8,), 7.0, device=self.device, dtype=dtype)
+                out = whole[first : first + gradient.numel()].view(gradient.shape)
+                untouched = memory.clone()
+                self.kernels().scale(gradient, given, out)
+                rtol = torch.finfo(dtype).eps if truncates else 0.0
+                assert_close(out, (gradient * factor).to(dtype), rtol=rtol, atol=0)
+                assert_close(memory, untouched, rtol=0, atol=0)
+                around = torch.cat([whole[:first], whole[first + gradient.numel() :]])
+                assert torch.equal(around, torch.full_like(around, 7.0))
 
     def test_a_leaf_takes_the_gradient_without_a_copy(self):
         case = self.case()

@@ -24,6 +24,6 @@ def test_no_variant_spills(capability):
         assert report["stack"] == 0, report
         assert report["registers"] * report["threads"] <= REGISTER_FILE, report
         assert report["shared"] <= SHARED_LIMIT, report
-        if report["aligned_rows"]:
+        if report["aligned"]:
             assert report["wide_loads"], report
             assert report["wide_stores"] == report["writes"], report

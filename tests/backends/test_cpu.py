@@ -148,7 +148,7 @@ def test_scaling_a_gradient(dtype):
     values = torch.randn(100_003).to(dtype)
     for view in (values.clone(), values.clone().view(-1)[::3]):
         expected = (view.float() * 0.3).to(dtype)
-        CpuRows().scale(view, torch.tensor(0.3))
+        CpuRows().scale(view, torch.tensor(0.3), view)
         assert_close(view, expected, rtol=0, atol=0)
 
 

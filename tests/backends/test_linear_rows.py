@@ -4,19 +4,32 @@ import pytest
 import torch
 
 import epo_kernels as ek
-from tests.test_linear import HINGE, NEEDS_CPU, Case
+from tests.test_linear import HINGE, NEEDS_CPU, ONE_OR_SEVERAL_CHUNKS, Case
 
 BACKENDS = [pytest.param("cpu", marks=NEEDS_CPU), "triton"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scope", ["token", "segment"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_that_of_eager_or_less(backend: str, scope: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "upstream"),  # which is multiplied in the pass that casts to 16 bits
+    [
+        (torch.float32, 1.0),
+        (torch.bfloat16, 1.0),
+        (torch.bfloat16, 0.3),
+        (torch.float16, 1.0),
+        (torch.float16, 0.3),
+    ],
+)
+@pytest.mark.parametrize("max_chunk_bytes", ONE_OR_SEVERAL_CHUNKS)
+def test_error_is_that_of_eager_or_less(
+    backend: str, scope: str, dtype: torch.dtype, max_chunk_bytes: int, upstream: float
+) -> None:
     case, exact = Case(dtype), Case(dtype)
     cfg = ek.EPOConfig(band_scope=scope, kl_coeff=0.1, **HINGE)
     exact.hidden, exact.weight, exact.bias = (v.double() for v in (case.hidden, case.weight, case.bias))
-    truth, eager, ours = exact.run("reference", cfg), case.run("reference", cfg), case.run(backend, cfg)
+    truth, eager = (one.run("reference", cfg, upstream) for one in (exact, case))
+    ours = case.run(backend, cfg, upstream, max_chunk_bytes=max_chunk_bytes)
     for got, theirs, true in zip(ours, eager, truth, strict=True):
         rounded = torch.finfo(dtype).eps * max(1.0 if true.dim() == 0 else 0.0, float(true.norm()))
         assert (got.double() - true).norm() <= (theirs.double() - true).norm() + rounded

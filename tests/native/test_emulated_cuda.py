@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from epo_kernels.backends import choose_backend
+from epo_kernels.backends.native import array
 from tests.backends.autograd_matrix import AutogradMatrix
 from tests.backends.matrix import BackendMatrix, busy_case
 from tests.backends.shapes import check_again_and_again, random_rows
@@ -73,6 +74,28 @@ def test_the_sweeps_over_shapes_and_schedules(seed):
         gpu_of = {"processors": draw.randint(1, 4), "capability": 8}
         gpu.configure(1000 * seed, **gpu_of)
         check_again_and_again(case, "emulated", "cpu", lambda schedule: gpu.configure(1000 * seed + schedule, **gpu_of))
+
+
+def test_scaled_gradients_that_do_not_fit_are_refused(gpu):
+    memory = torch.ones(24)
+    values, factor = memory[:12], torch.tensor(0.5)
+
+    def scale(out, values=values):
+        gpu.module.cuda_scale(*map(array, (values, factor, out)), 0, 0)
+
+    scale(values)
+    assert torch.equal(memory, torch.tensor([0.5] * 12 + [1.0] * 12))
+    for out, says in (
+        (torch.empty(11), "out must have sizes"),
+        (torch.empty(24)[::2], "out must be contiguous"),
+        (torch.empty(12).double(), "float32, float16 or bfloat16"),
+        (memory[6:18], "share no memory"),
+        (memory.view(torch.bfloat16)[:12], "share no memory"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            scale(out)
+    with pytest.raises(ValueError, match="out must be bfloat16"):
+        scale(torch.empty(12), values=values.bfloat16())
 
 
 def test_planted_faults_are_found():
