@@ -10,6 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import ModuleType
@@ -300,4 +301,6 @@ def _package(name: str, folder: str) -> None:
     if name not in sys.modules:
         package = ModuleType(name)
         package.__path__ = [folder]
+        package.__spec__ = ModuleSpec(name, None, is_package=True)  # `find_spec` wants one
+        package.__spec__.submodule_search_locations = [folder]
         sys.modules[name] = package

@@ -293,8 +293,9 @@ struct Warp {
         } else {
             for (int v = lane; v * kVectorBytes < bytes; v += kLanes) write_vector(out, tile, v, slope);
         }
-        // By the lane that has just written its vector.
-        if (unsigned(token_byte) < unsigned(bytes) && token_byte / kVectorBytes % kLanes == lane)
+        // The lane that has just written the token's vector.
+        const int writer = token_byte / kVectorBytes % kLanes;
+        if (unsigned(token_byte) < unsigned(bytes) && lane == writer)
             Element::store(reinterpret_cast<Stored*>(out + token_byte), at_token);
     }
 

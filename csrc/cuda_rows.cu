@@ -13,7 +13,7 @@
 namespace epo {
 namespace {
 
-constexpr int kMostBlocksPerProcessor = std::max(kRingBlocks, 2);  // of a loss
+constexpr int kMostBlocksPerProcessor = std::max(kRingBlocks, sweeps::kBlocks);
 
 const char* said(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
@@ -28,12 +28,11 @@ const char* said(cudaError_t error) {
 
 // Device properties that determine the launch; read from the driver's tables, without a sync.
 struct Chip {
-    int processors = 0, l2_bytes = 0, shared_bytes = 0, major = 0;
+    int processors = 0, shared_bytes = 0, major = 0;
 };
 
 cudaError_t read_chip(int device, Chip& chip) {
     EPO_RETURN_IF_FAILED(cudaDeviceGetAttribute(&chip.processors, cudaDevAttrMultiProcessorCount, device));
-    EPO_RETURN_IF_FAILED(cudaDeviceGetAttribute(&chip.l2_bytes, cudaDevAttrL2CacheSize, device));
     EPO_RETURN_IF_FAILED(cudaDeviceGetAttribute(&chip.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     return cudaDeviceGetAttribute(&chip.major, cudaDevAttrComputeCapabilityMajor, device);
 }
@@ -68,25 +67,13 @@ cudaError_t with_element(DType dtype, const Launch& launch) {
     return launch(BFloat16Element{});
 }
 
-// Number of blocks, and of threads per block: see the top of cuda_sweeps.cuh.
-struct Grid {
-    int blocks, threads;
-};
-
-Grid sweeps_grid(const Rows& rows, const Chip& chip) {
-    const std::int64_t in_l2 = std::int64_t(chip.l2_bytes) / 4 * 3 / (row_bytes(rows) * chip.processors);
-    const bool two = in_l2 >= 2;
-    const std::int64_t most = std::int64_t(chip.processors) * (two ? 2 : 1);
-    return {static_cast<int>(std::max<std::int64_t>(1, std::min(rows.batch * rows.time, most))),
-            two ? sweeps::kFewThreads : sweeps::kMostThreads};
-}
-
 using SweepsKernel = void (*)(sweeps::Arguments);
 
 template <SweepsKernel Kernel>
 cudaError_t launch_sweeps(const sweeps::Arguments& args, const Chip& chip, void* stream) {
-    const Grid grid = sweeps_grid(args.rows, chip);
-    Kernel<<<grid.blocks, grid.threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    const std::int64_t count = args.rows.batch * args.rows.time, most = chip.processors * sweeps::kBlocks;
+    const auto blocks = static_cast<unsigned>(std::max<std::int64_t>(1, std::min(count, most)));
+    Kernel<<<blocks, sweeps::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
     return cudaGetLastError();
 }
 
@@ -149,9 +136,12 @@ cudaError_t launch_loss(const sweeps::Arguments& args, const Chip& chip, Family 
     if constexpr (!std::is_same_v<Element, Float16Element>) {
         if (family != Family::sweeps && args.out.data) {
             const RingPlan plan = plan_ring(args.rows, args.out, chip);
-            if (plan.ranks > 0 && (family == Family::ring || worth_a_ring(args.rows)))
-                return launch_ring<Element>({args.rows, args.terms, args.results, args.out, plan.ranks, plan.slots},
-                                            plan.blocks, chip, stream);
+            if (plan.ranks > 0 && (family == Family::ring || worth_a_ring(args.rows))) {
+                const ring::Arguments to_ring{args.rows, args.terms, args.results, args.out, plan.ranks, plan.slots};
+                const cudaError_t launched = launch_ring<Element>(to_ring, plan.blocks, chip, stream);
+                // A part of a chip may have too few neighbouring multiprocessors for a cluster.
+                if (launched != cudaErrorInvalidConfiguration || family == Family::ring) return launched;
+            }
         }
     }
     if (family == Family::ring) return cudaErrorNotSupported;
@@ -241,7 +231,7 @@ const char* cuda_scale(const void* values, DType dtype, void* out, DType out_dty
             const auto kernel =
                 dtype == out_dtype ? sweeps::scale_kernel<Element, Element> : sweeps::scale_kernel<Float32Element, Element>;
             const int blocks = chip.processors * 4;
-            kernel<<<blocks, sweeps::kFewThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(values, out, count, factor);
+            kernel<<<blocks, sweeps::kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(values, out, count, factor);
             return cudaGetLastError();
         });
     });

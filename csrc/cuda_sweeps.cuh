@@ -1,9 +1,10 @@
 // The family that runs on any chip: one block per row, with one sweep for its statistics and one for its gradient.
 //
-// Any strides, width and dtype, and softcap. HBM traffic is two reads and one write of the row unless the L2 retains
-// it. To help it do so, the number of blocks is limited to the rows that fit 3/4 of the L2, the second sweep goes
-// backwards (the end of the row is most recent), and the gradient is stored evict-first. Grids are persistent: block i
-// processes rows i, i + blocks, ..., and adds up its sums in that order.
+// Any strides, width and dtype, and softcap. A loss with gradient moves two reads and one write of the row, unless the L2
+// cache retains it: to help it do so, the second sweep goes backwards (the end of the row is most recent), and the
+// gradient is stored evict-first. Blocks are small and many, so that some compute while others wait for a row's first
+// loads, its barriers or the maths of its token. Grids are persistent: block i processes rows i, i + blocks, ..., and
+// adds up its sums in that order.
 //
 // Barriers per row: 2 (statistics 2, spread 2, gradient 2, loss 3).
 #pragma once
@@ -13,8 +14,8 @@
 namespace epo {
 namespace sweeps {
 
-constexpr int kMostThreads = 640;  // 96 registers each; with 80 one of the kernels spills
-constexpr int kFewThreads = 320;   // 2 blocks per multiprocessor, for short rows
+constexpr int kThreads = 128;
+constexpr int kBlocks = 5;  // per multiprocessor: 96 registers a thread; with 80 one of the kernels spills
 
 // (B, T) float32, contiguous.
 struct SpreadResults {
@@ -207,7 +208,7 @@ __device__ inline std::int64_t token_of(const Rows& rows, const TokenPlace& at) 
 }
 
 __device__ inline Moments2 block_merge(const Moments2& thread, float outer2) {
-    __shared__ Moments2 parts[kMostThreads / kLanes];
+    __shared__ Moments2 parts[kThreads / kLanes];
     const Moments2 warp = warp_merge(thread, outer2);
     const int lane = threadIdx.x % kLanes;
     if (lane == 0) parts[threadIdx.x / kLanes] = warp;
@@ -218,7 +219,7 @@ __device__ inline Moments2 block_merge(const Moments2& thread, float outer2) {
 
 // Valid in the first thread.
 __device__ inline Spread2 block_sum(const Spread2& thread) {
-    __shared__ Spread2 parts[kMostThreads / kLanes];
+    __shared__ Spread2 parts[kThreads / kLanes];
     const Spread2 warp{warp_sum(thread.variance), warp_sum(thread.collision)};
     const int lane = threadIdx.x % kLanes;
     if (lane == 0) parts[threadIdx.x / kLanes] = warp;
@@ -227,9 +228,8 @@ __device__ inline Spread2 block_sum(const Spread2& thread) {
     return {warp_sum(part.variance), warp_sum(part.collision)};
 }
 
-// The bound of one block keeps ptxas from aiming at 48 registers on sm_120, where it would spill.
 template <class Element, bool Softcap>
-__global__ void __launch_bounds__(kMostThreads, 1) spread_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) spread_kernel(const __grid_constant__ Arguments args) {
     const Rows& rows = args.rows;
     for (std::int64_t i = blockIdx.x; i < rows.batch * rows.time; i += gridDim.x) {
         const TokenPlace at = place_of(rows, i);
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) spread_kernel(const __grid_co
 }
 
 template <class Element, bool Softcap>
-__global__ void __launch_bounds__(kMostThreads) statistics_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) statistics_kernel(const __grid_constant__ Arguments args) {
     const Rows& rows = args.rows;
     for (std::int64_t i = blockIdx.x; i < rows.batch * rows.time; i += gridDim.x) {
         const TokenPlace at = place_of(rows, i);
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kMostThreads) statistics_kernel(const __grid_c
 }
 
 template <class Element, bool Softcap>
-__global__ void __launch_bounds__(kMostThreads) gradient_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gradient_kernel(const __grid_constant__ Arguments args) {
     const Rows& rows = args.rows;
     for (std::int64_t i = blockIdx.x; i < rows.batch * rows.time; i += gridDim.x) {
         const TokenPlace at = place_of(rows, i);
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kMostThreads) gradient_kernel(const __grid_con
 }
 
 template <class Element, bool Softcap>
-__global__ void __launch_bounds__(kMostThreads) loss_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) loss_kernel(const __grid_constant__ Arguments args) {
     const Rows& rows = args.rows;
     const Coefficients coefficients = read_coefficients(args.terms.coefficients);
     __shared__ double sums[kNumSums];
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kMostThreads) loss_kernel(const __grid_constan
 
 // out = values * factor, rounded once. In place with a factor of 1, nothing is read or written.
 template <class From, class To>
-__global__ void __launch_bounds__(kFewThreads)
+__global__ void __launch_bounds__(kThreads)
     scale_kernel(const void* values, void* out, std::int64_t count, const float* factor) {
     const float by = *factor;
     if (by == 1.0f && values == out) return;

@@ -135,15 +135,16 @@ def row_traffic(
         return RowTraffic(needed=stored, loaded=0, stored=stored, from_l2=0)
     tile = plan.depth * plan.lanes * plan.vector
     statistics = min(-(-vocab_size // tile) * tile, width) * itemsize  # whole tiles, up to the end of the vocabulary
-    sampled = 0 if mode == "spread" else itemsize  # the sampled token's logit is also loaded separately
+    # The sampled token's logit is also loaded, and its gradient also stored, separately.
+    sampled, stored_again = 0 if mode == "spread" else itemsize, itemsize if writes else 0
     if mode == "gradient":
-        loaded, from_l2 = width * itemsize, 0
+        loaded, from_l2 = width * itemsize + sampled, sampled
     elif mode == "loss" and writes and not plan.one_tile:
         loaded = statistics + width * itemsize + sampled
         from_l2 = (statistics if plan.rereads_hit_l2 else 0) + sampled
     else:
         loaded, from_l2 = statistics + sampled, sampled
-    return RowTraffic(vocab_size * itemsize + stored, loaded, stored, from_l2)
+    return RowTraffic(vocab_size * itemsize + stored, loaded, stored + stored_again, from_l2)
 
 
 def _power_of_two(n: int) -> int:

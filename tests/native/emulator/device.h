@@ -22,7 +22,7 @@ struct Index {
 
 // The emulated GPU; small ones make clusters and full rings cheap.
 struct Chip {
-    int processors, l2_bytes, shared_bytes, major;
+    int processors, shared_bytes, major;
 };
 const Chip& chip();
 

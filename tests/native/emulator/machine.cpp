@@ -16,7 +16,7 @@ namespace {
 
 struct Settings {
     std::uint64_t seed = 0;
-    Chip chip{4, 32 << 20, 232448, 9};
+    Chip chip{4, 232448, 9};
 } settings;
 
 struct {
@@ -452,7 +452,7 @@ extern "C" {
 
 __attribute__((visibility("default"))) void emulator_configure(std::uint64_t seed, int processors, int shared_bytes,
                                                                int major) {
-    settings = {seed, {processors, 32 << 20, shared_bytes, major}};
+    settings = {seed, {processors, shared_bytes, major}};
     counted = {};
 }
 

@@ -19,7 +19,8 @@ namespace {
 
 int chosen = 0;  // from 1; 0: none
 
-constexpr int kProcessors = 4, kSharedBytes = 4096 + 1024 + 5 * 16 * 1024, kSchedules = 12;  // rings of 5 tiles a warp
+// A multiprocessor with four blocks, whose warps have 5 slots.
+constexpr int kBlocks = 4, kProcessors = 1, kSharedBytes = kBlocks * (5 * 8192 + 4608), kSchedules = 12;
 
 template <class T>
 void allow(const std::vector<T>& values) {
@@ -56,7 +57,7 @@ struct Case {
           tokens(kRows),
           mask(kRows, 1),
           sums(epo::kNumSums),
-          workspace(2 * kProcessors * epo::kNumSums) {
+          workspace(5 * kProcessors * epo::kNumSums) {
         epo::Coefficients given{};
         given.clip_ratio_low = given.clip_ratio_high = 0.2f;
         given.clip_ratio_c = 3.0f;
@@ -125,6 +126,7 @@ int main(int, char** arguments) {
     std::vector<Case> right;
     right.emplace_back(5003, epo::Family::ring);
     right.emplace_back(9001, epo::Family::ring);
+    right.emplace_back(1301, epo::Family::ring);  // a warp without a tile
     right.emplace_back(1001, epo::Family::sweeps);
     for (Case& it : right)
         if (const char* const fault = it.run(0)) {

@@ -90,7 +90,6 @@ using dim3 = emulator::Index;
 
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
-    cudaDevAttrL2CacheSize,
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
     cudaDevAttrComputeCapabilityMajor
 };
@@ -98,7 +97,6 @@ enum cudaDeviceAttr {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
     const emulator::Chip& chip = emulator::chip();
     *value = which == cudaDevAttrMultiProcessorCount            ? chip.processors
-             : which == cudaDevAttrL2CacheSize                  ? chip.l2_bytes
              : which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? chip.shared_bytes
                                                                 : chip.major;
     return cudaSuccess;
@@ -135,7 +133,9 @@ struct cudaLaunchConfig_t {
 };
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
-    *clusters = emulator::chip().processors / static_cast<int>(config->attrs->val.clusterDim.x);
+    const int kReserved = 1024, blocks = (emulator::chip().shared_bytes + kReserved) /
+                                         (static_cast<int>(config->dynamicSmemBytes) + kReserved);
+    *clusters = emulator::chip().processors * blocks / static_cast<int>(config->attrs->val.clusterDim.x);
     return cudaSuccess;
 }
 template <class... Parameters, class... Arguments>
