@@ -103,7 +103,7 @@ def _work(records: Sequence[Record]) -> str:
     if first.bytes is None or first.floor_ms is None:
         return ""
     flops = f", {first.flops / 1e12:.3g} TFLOP" if first.flops else ""
-    return f"Floor {number(first.floor_ms)} ms: {first.bytes / 1e9:.3g} GB{flops}."
+    return f"Floor {number(first.floor_ms)} ms: {first.bytes / 1e9:.3g} GB{flops}. Commit {first.commit}."
 
 
 def _case_table(records: Sequence[Record]) -> str:
@@ -128,6 +128,7 @@ def _not_measured(machine: Machine, records: Sequence[Record]) -> list[str]:
 def summary_table(records: Sequence[Record]) -> str:
     """One line per case: ours against floor, eager, torch.compile and the fastest peer that passed its gate."""
     header = ["case", "ours ms", "× floor", "eager ms", "torch.compile ms", "fastest peer", "peak MB, ours / eager"]
+    header.append("commit")
     rows: list[list[Cell]] = []
     for case, own in cases_of(without_policies(records)).items():
         ours = fastest(record for record in own if record.ours)
@@ -135,14 +136,15 @@ def summary_table(records: Sequence[Record]) -> str:
         peer = fastest(record for record in own if is_peer(record))
         if ours is None:
             failing = next((record.gate for record in own if record.ours), "not measured")
-            rows.append([case, failing, None, _median(named, EAGER), _median(named, COMPILED), None, None])
+            others = (_median(named, EAGER), _median(named, COMPILED))
+            rows.append([case, failing, None, *others, None, None, own[0].commit])
             continue
         peaks = f"{number(ours.peak_mb)} / {number(named[EAGER].peak_mb if EAGER in named else None)}"
         shown_peer = "–" if peer is None else f"{number(peer.median_ms)} ({peer.impl})"
         backend = ours.impl.partition(":")[2]
         shown = f"{number(ours.median_ms)} ({backend})" if backend else number(ours.median_ms)
         figures = (_median(named, EAGER), _median(named, COMPILED))
-        rows.append([case, shown, ours.ratio_to_floor, *figures, shown_peer, peaks])
+        rows.append([case, shown, ours.ratio_to_floor, *figures, shown_peer, peaks, ours.commit])
     return markdown_table(header, rows)
 
 
@@ -199,6 +201,8 @@ HEADLINES = {  # cases shown in the README, with their description
     "linear-loss/d512-v32000/1024/fp32/100%": "from hidden states, 1,024 tokens × 512 × 32,000",
     "linear-loss/d512-v32000/1024/fp32/15%": "the same, 15 % of tokens unmasked",
     "linear-loss/d64-v151936/4096/fp32/100%/512MB": "from hidden states, 4,096 tokens × 64 × 151,936",
+    "loss/qwen2.5-3b/8192/bf16/100%": "whole loss from logits, 8,192 tokens × 151,936, bf16",
+    "linear-loss/d4096-v131072/8192/bf16/100%": "from hidden states, 8,192 tokens × 4,096 × 131,072, bf16",
 }
 
 

@@ -51,7 +51,8 @@ struct TwoByteElement {
                 Half2Functions::round_pair(y[4], y[5]), Half2Functions::round_pair(y[6], y[7])};
     }
     __device__ static float greatest(const uint4& raw, float m) {
-        const unsigned left = Half2Functions::larger_pair(raw.x, raw.y), right = Half2Functions::larger_pair(raw.z, raw.w);
+        const unsigned left = Half2Functions::larger_pair(raw.x, raw.y);
+        const unsigned right = Half2Functions::larger_pair(raw.z, raw.w);
         const float2 pair = Half2Functions::widen_pair(Half2Functions::larger_pair(left, right));
         return fmaxf(m, fmaxf(pair.x, pair.y));
     }

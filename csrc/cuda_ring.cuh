@@ -1,48 +1,36 @@
 // The family for chips with clusters (compute capability 9.0 on): a row stays on chip, one HBM read and one write.
 //
 // A cluster of 1, 2, 4 or 8 persistent blocks processes one row at a time. Each *warp* owns a ring of 2 KB tiles in
-// shared memory and works independently: bulk copies load its tiles of the row, it computes their statistics as they
-// arrive, exchanges moments once per row with every warp of the cluster, overwrites its tiles with the gradient, and
-// bulk stores write them back. A tile's slot is refilled with a tile of the next row once its store has been read.
-// There is
-// no barrier per tile or per block: a warp orders its own tiles, and one mbarrier, to which all warps of the cluster
-// send, orders a row.
+// shared memory: bulk copies load its tiles of the row, it computes their statistics as they arrive, and sends its
+// moments to every block of the cluster. The first warp of each block merges the moments of the whole row, computes
+// the loss of its token, and tells the other warps of its block what the gradient is. Each warp then writes the
+// gradient of its tiles straight to memory; a tile's slot is refilled with a tile of the next row as soon as it has
+// been read again. There is no barrier per tile or per block: a warp orders its own tiles, and two mbarriers order a
+// row.
 //
 // Exchange: each warp sends its 16 bytes (m, s, u, y_token) to each block of the cluster with st.async, which
-// decrements that block's mbarrier. A cluster of one block may not use st.async (undefined where %cluster_nctarank is
-// 1): there each warp's lane 0 stores the message and arrives, and the mbarrier counts warps instead of bytes.
+// decrements that block's mbarrier. A cluster of one block may not use st.async (undefined where %cluster_nctarank
+// is 1): there each warp's lane 0 stores the message and arrives, and the mbarrier counts warps instead of bytes.
 //
-// Two sets of messages take turns: a warp sends for row r+2 only after row r+1 has arrived in full, and a warp sends
-// for row r+1 only after it has read row r. The arrivals of a single block are releases, so there the reads of row r
-// happen before the messages of row r+2 in the memory model too. For st.async the model has no such rule: it is an
-// asynchronous, weak store, whose complete_tx releases that store alone and none of the sender's earlier accesses. It
-// is safe because those accesses are loads from the sender's own shared memory whose values the shuffles of the merge
-// consume: a warp issues in order, and a shuffle issues only when its operands have arrived in all lanes. So the reads
-// of row r are over before the warp issues the st.async for row r+1, and the first st.async that could overwrite what
-// they read is issued by a warp that has seen that message.
+// Two sets of messages and decisions take turns: a warp sends for row r+2 only after row r+1 has been decided, hence
+// after every warp has sent for row r+1, which each does only after it has read row r. The arrivals of a single
+// block are releases, so there the reads of row r happen before the messages of row r+2 in the memory model too. For
+// st.async the model has no such rule: it is an asynchronous, weak store, whose complete_tx releases that store
+// alone and none of the sender's earlier accesses. It is safe because those accesses are loads from the sender's own
+// shared memory whose values the shuffles of the merge, or the gradient, consume: a warp issues in order, and these
+// issue only when their operands have arrived in all lanes. So the reads of row r are over before the warp issues
+// the st.async for row r+1, and the first st.async that could overwrite what they read is issued by a warp that has
+// seen that message.
 //
-// Budget on an H200 (132 multiprocessors at 1.755 GHz, 4.3 TB/s measured copy), 8192 x 151,936 bf16, clusters of 2.
-// Argued on paper, from the SASS of sm_90a by nvcc 13.0; nothing here has been timed. The program has run on an
-// emulated GPU (tests/native/emulator), not yet on a real one.
-//   floor            1.16 ms: one read, one write
-//   instructions     a full tile is 32 elements a lane: 310 for its statistics, 353 for its gradient and its traffic. A
-//                    row costs a warp about 700 besides (the exchange, merging, the maths of the token), over 9.3 tiles
-//                    of its own. Together 23 an element; 4 schedulers a multiprocessor issue them in 0.97 ms
-//   exponentials     65 a lane and tile, 2.03 an element: 1.20 M cycles of the special function units (16 a cycle and
-//                    multiprocessor), 0.68 ms, beside the other instructions
-//   shared memory    8 warps x 13 slots x 2 KB, and 3.4 KB for exchange and mbarriers; 9 or 10 slots of a warp hold the
-//                    row, 3 or 4 fetch ahead
-//   bytes in flight  reads: 48 KB or more a multiprocessor while a row waits for its exchange, 6.3 MB on the chip, more
-//                    at any other time, since each stored tile's slot is refilled at once. Reads run at 2.15 TB/s, so
-//                    1 us of latency wants 2.2 MB. Writes: a warp goes on as soon as its store has been read
-//   synchronization  a tile: one try_wait at block scope, 2 bar.warp.sync, one proxy fence (MEMBAR.ALL.CTA). A row: one
-//                    try_wait at cluster scope, 1 bar.warp.sync. No barrier of a block
-//   L1               CCTL.IVALL comes with an acquire at cluster scope only. The tile loop had one at every wait (9 in
-//                    the kernel), now it has none: 7 are left, of which a row executes one, at its exchange, and the
-//                    others run once a launch
-// Rows of 32,000 (one block, 3.9 tiles a warp) have a floor of 0.24 ms and 26 instructions an element, which issue in
-// 0.23 ms: the narrower the row, the nearer this kernel is to being limited by its instructions.
-// Smaller tiles balance the warps better and cost more: about 28 instructions an element at 16 warps and 1 KB.
+// What limits it, by the counters of an H200 for 8192 x 151,936 bf16, with two blocks of eight warps (docs/log.md
+// has every attempt): not memory, which is 62 % busy, but instructions: 23 an element, issued in 58 % of the cycles.
+// About 15 of the 23 are the arithmetic of statistics and gradient; two exponentials an element keep the special
+// function units 42 % busy. The rest is spent per tile and per row; and clusters do not fill every group of
+// multiprocessors, which leaves 6 % of the chip idle. Hence small blocks, many to a multiprocessor, because they
+// wait at different times (four of four warps beat two of eight by 2 to 6 %, and those one of eight by 3 to 45 %,
+// most with narrow rows); tiles of 2 KB (1 KB: 13 to 15 % slower); the maximum of bfloat16 in pairs; the token's
+// loss in one warp; and gradients that go from registers to memory (through shared memory they need a proxy fence a
+// tile).
 #pragma once
 
 #include <cuda/std/cstdint>
@@ -349,7 +337,8 @@ struct Warp {
         const std::int64_t at_edge = edge(tiles);
         if (at_edge >= 0) {
             const float y = Element::load(reinterpret_cast<const Stored*>(row) + at_edge);
-            Element::store(reinterpret_cast<Stored*>(out) + at_edge, at_edge == token ? at_token : slope.of(y));
+            const float gradient = at_edge == token ? at_token : slope.of(y);
+            Element::store(reinterpret_cast<Stored*>(out) + at_edge, gradient);
         }
         for (Part part(tiles, rank, warp, args.ranks); part.left > 0; part.advance()) {
             write_tile(out + part.offset, slot(reading), part.bytes(), slope, token_byte - part.offset, at_token);
@@ -444,8 +433,8 @@ __global__ void __launch_bounds__(kThreads, kRingBlocks) loss_kernel(const __gri
         const unsigned set = turn & 1u, parity = (turn >> 1) & 1u;
         ++turn;
 
-        send_to_all(shared, warp.take_statistics(row_start, tiles, outer2, token), warp.rank, args.ranks, warp.warp, warp.lane,
-                    set);
+        const Message own = warp.take_statistics(row_start, tiles, outer2, token);
+        send_to_all(shared, own, warp.rank, args.ranks, warp.warp, warp.lane, set);
         if (decides) {
             const Message row = receive(shared, args.ranks, warp.lane, set, parity, outer2);
             const RowStats stats = finish2({row.m, row.s, row.u}, token < 0 ? NAN : row.y_token, transform.outer);
@@ -470,7 +459,7 @@ __global__ void __launch_bounds__(kThreads, kRingBlocks) loss_kernel(const __gri
         }
         wait_for_block(&shared.decided[set], parity);
         const Decision decision = shared.decisions[set];
-        __syncwarp();  // every lane has read this row's messages and decision, before one of them sends for the next
+        __syncwarp();  // every lane has read messages and decision; one may send for the next row
         warp.put_gradient(reinterpret_cast<char*>(target), row_start, tiles,
                           {outer2, decision.m, decision.constant, decision.linear}, token, decision.at_token);
     }

@@ -14,6 +14,7 @@ namespace epo {
 namespace {
 
 constexpr int kMostBlocksPerProcessor = std::max(kRingBlocks, sweeps::kBlocks);
+constexpr int kThreadsPerProcessor = 2048;
 
 const char* said(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
@@ -230,7 +231,7 @@ const char* cuda_scale(const void* values, DType dtype, void* out, DType out_dty
             using Element = decltype(element);
             const auto kernel =
                 dtype == out_dtype ? sweeps::scale_kernel<Element, Element> : sweeps::scale_kernel<Float32Element, Element>;
-            const int blocks = chip.processors * 4;
+            const int blocks = chip.processors * kThreadsPerProcessor / sweeps::kThreads;
             kernel<<<blocks, sweeps::kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(values, out, count, factor);
             return cudaGetLastError();
         });

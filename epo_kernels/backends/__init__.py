@@ -67,14 +67,19 @@ _BACKENDS: dict[str, Backend] = {
     "triton": triton.TritonBackend("triton", ("cuda",), triton.TritonRows, triton.why_unavailable),
 }
 # The order in which backend="auto" tries backends, by device type, before it falls back to the reference. Triton's
-# interpreter also accepts CPU tensors, but only if requested by name, because it is slow. The CUDA kernels come second
-# until their tests have passed on a GPU: so far they have passed on an emulated one, tests/native/emulator.
-_PREFERENCE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
+# interpreter also accepts CPU tensors, but only if requested by name, because it is slow. On Hopper the CUDA kernels
+# come first, because they are faster (docs/performance.md); on other chips nobody has measured them.
+_PREFERENCE = {"hopper": ("cuda", "triton"), "cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 
 def available_backends() -> dict[str, str | None]:
     """Each backend's name, with None if it can run on this machine and otherwise the reason why it cannot."""
     return {name: backend.why_unavailable() for name, backend in _BACKENDS.items()}
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
@@ -94,7 +99,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype = torch.f
         RuntimeError: the requested backend cannot run here; the message gives the reason and the fix.
     """
     if name == "auto":
-        candidates = [n for n in _PREFERENCE.get(device.type, ()) if dtype in _BACKENDS[n].dtypes]
+        kind = "hopper" if device.type == "cuda" and _is_hopper(device) else device.type
+        candidates = [n for n in _PREFERENCE.get(kind, ()) if dtype in _BACKENDS[n].dtypes]
         for candidate in candidates:
             if _BACKENDS[candidate].why_unavailable() is None:
                 return _BACKENDS[candidate]

@@ -272,19 +272,13 @@ def sweep_gradient(
         y = load_tile(
             row, columns, stride, width, vocab_size, scale, softcap, False, UNIT_STRIDE, PADDED, "evict_first"
         )
-        gradient = logit_gradient(
-            y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy, ENTROPY
-        )
+        gradient = logit_gradient(y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy, ENTROPY)
         store_tile(out_row, columns, out_stride, width, vocab_size, gradient, False, UNIT_STRIDE, PADDED)
     for i in tl.range(0, whole, num_stages=STAGES):
         tile = whole - 1 - i if BACKWARDS else i
         columns = tile_columns(tile * (DEPTH * LANES * VECTOR), DEPTH, LANES, VECTOR)
-        y = load_tile(
-            row, columns, stride, width, vocab_size, scale, softcap, True, UNIT_STRIDE, PADDED, "evict_first"
-        )
-        gradient = logit_gradient(
-            y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy, ENTROPY
-        )
+        y = load_tile(row, columns, stride, width, vocab_size, scale, softcap, True, UNIT_STRIDE, PADDED, "evict_first")
+        gradient = logit_gradient(y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy, ENTROPY)
         store_tile(out_row, columns, out_stride, width, vocab_size, gradient, True, UNIT_STRIDE, PADDED)
 
 

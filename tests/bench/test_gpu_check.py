@@ -48,9 +48,9 @@ def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path):
 
 def test_what_the_budget_leaves_no_time_for_is_said(tmp_path):
     stages = [
-        stage("first", "pass", leaves=18.0),
-        stage("second", "pass", leaves=16.0),
-        stage("report", "pass", leaves=0),
+        stage("first", "pass"),
+        stage("second", "pass", reserved=2.0),
+        stage("report", "pass", reserved=16.0),
     ]
     found = statuses(run_stages(stages, tmp_path / "log.txt", budget=20.0))
     assert found == {"first": "skipped: no time left", "second": "skipped: no time left", "report": "ok"}
@@ -72,6 +72,7 @@ def test_stages_come_in_the_order_of_their_worth(tmp_path, monkeypatch):
     wheels.mkdir()
     (wheels / "trl-1.16.0-py3-none-any.whl").touch()
     monkeypatch.setenv("EPO_WHEELS", str(wheels))
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
     stages = gpu_check.plan(tmp_path, dry=False, budget=560.0, site=tmp_path / "site", bench_arguments=["-k", "linear"])
     names = [entry.name for entry in stages]
     by_name = {entry.name: entry for entry in stages}
@@ -84,8 +85,9 @@ def test_stages_come_in_the_order_of_their_worth(tmp_path, monkeypatch):
     assert by_name["wheels"].command[-1].endswith("trl-1.16.0-py3-none-any.whl")
     assert {"--bench-resume", "--bench-device=cuda", "linear"} <= set(by_name["benchmarks"].command)
     before_benchmarks = sum(entry.limit for entry in stages[: names.index("benchmarks")])
-    assert before_benchmarks + by_name["benchmarks"].leaves + 60 <= gpu_check.BUDGET_SECONDS
-    assert by_name["benchmarks"].leaves >= sum(by_name[tool].limit for tool in sanitizer) + gpu_check.REPORT_SECONDS
+    reserved = sum(entry.reserved for entry in stages)
+    assert before_benchmarks + reserved + 60 <= gpu_check.BUDGET_SECONDS
+    assert reserved == sum(by_name[tool].limit for tool in sanitizer) + gpu_check.REPORT_SECONDS
 
 
 def test_backends_that_are_not_there_are_named():

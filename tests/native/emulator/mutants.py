@@ -35,7 +35,7 @@ MUTANTS = (
     ),
     Mutant(
         "messages and decisions are overwritten while lanes still read them",
-        "        __syncwarp();  // every lane has read this row's messages and decision, before one of them sends for the next\n",
+        "        __syncwarp();  // every lane has read messages and decision; one may send for the next row\n",
         "",
         "without any order after the read",
     ),
@@ -119,7 +119,7 @@ MUTANTS = (
     ),
     Mutant(
         "an edge that nobody writes back",
-        "            Element::store(reinterpret_cast<Stored*>(out) + at_edge, at_edge == token ? at_token : slope.of(y));\n",
+        "            Element::store(reinterpret_cast<Stored*>(out) + at_edge, gradient);\n",
         "",
         "leaves unwritten",
     ),
