@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one call: `make gpu-check OUT=folder`.
 
-For a bare machine with PyTorch and without network. Builds the native part in place, runs the GPU tests, then the
-benchmarks in order of importance until the budget is used up, and compute-sanitizer in the time reserved for it. A
-failed stage is reported and the others still run. Writes results.json, report.md, plots and log.txt to the folder, and
-finally prints tables. A second call with the same folder continues the benchmarks:
+For a bare machine with PyTorch and without network. Builds the native part in place, runs the GPU tests beside
+compute-sanitizer, then the benchmarks, alone and in order of importance, until the budget is used up. A failed stage is
+reported and the others still run. Writes results.json, report.md, plots and log.txt to the folder, and finally prints
+tables. A second call with the same folder continues the benchmarks:
 `make gpu-check ARGS="--only benchmarks report --budget 200"`.
 
 To keep the figures: `python -m bench.report --results folder/results.json --keep`.
@@ -18,6 +18,7 @@ Environment:
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shlex
 import shutil
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +36,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BUDGET_SECONDS = 560  # of the ten minutes that such a machine allows per command
 REPORT_SECONDS = 20  # reserved
-SANITIZER_SECONDS = 60  # reserved for each of the two tools
 SECONDS = "{seconds}"  # in a command: its time limit, minus a margin to end by itself
 _LEAVE_SECONDS = 10.0
 _TAIL_LINES = 25
@@ -51,6 +52,7 @@ class Stage:
         limit: seconds; less if less of the budget is left.
         environment: added to the process's environment.
         again_on: exit code after which the command is repeated, at most twice.
+        beside: it runs at the same time as the stage before it.
         reserved: seconds of the budget that are kept for it while earlier stages run.
     """
 
@@ -60,6 +62,7 @@ class Stage:
     note: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     again_on: int | None = None
+    beside: bool = False
     reserved: float = 0.0
 
 
@@ -77,14 +80,25 @@ class Outcome:
 def run_stages(stages: Sequence[Stage], log: Path, budget: float) -> list[Outcome]:
     """Run the stages in order, even if some fail."""
     end = time.monotonic() + budget
-    outcomes = []
-    for number, stage in enumerate(stages):
-        reserved = sum(later.reserved for later in stages[number + 1 :])
-        outcome = _run(stage, log, end - time.monotonic() - reserved)
-        outcomes.append(outcome)
-        print(f"{outcome.stage}: {outcome.status} ({outcome.seconds:.0f} s)", flush=True)
-        if outcome.failed:
-            print(_tail(log), flush=True)
+    outcomes: list[Outcome] = []
+    while len(outcomes) < len(stages):
+        rest = stages[len(outcomes) :]
+        together = [rest[0], *itertools.takewhile(lambda stage: stage.beside, rest[1:])]
+        left = end - time.monotonic() - sum(stage.reserved for stage in rest[len(together) :])
+        # A log each, so that the output of stages beside each other does not mix.
+        logs = [log.with_name(f"{log.stem}-{stage.name.replace(' ', '-')}.txt") for stage in together]
+        with ThreadPoolExecutor(len(together)) as pool:
+            found = list(pool.map(_run, together, logs, itertools.repeat(left)))
+        for outcome, own in zip(found, logs, strict=True):
+            print(f"{outcome.stage}: {outcome.status} ({outcome.seconds:.0f} s)", flush=True)
+            if not own.exists():
+                continue
+            if outcome.failed:
+                print(_tail(own), flush=True)
+            with log.open("a") as output:
+                output.write(own.read_text(errors="replace"))
+            own.unlink()
+        outcomes += found
     return outcomes
 
 
@@ -159,12 +173,11 @@ def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Seque
     tests = (
         ("tests/test_schedule.py",) if dry else ("-m", "gpu", "tests", "--ignore=tests/train", "--ignore=tests/bench")
     )
-    kernels = "tests/gpu/test_cuda.py"  # never run on a GPU before: first and separately
     # GPU tests mostly compile, and compute their truth on the CPU.
     workers = ("-n", str(min(os.cpu_count() or 1, 12))) if find_spec("xdist") and not dry else ()
     # A kernel that hangs costs its worker, not the stage.
     patience = ("--timeout=40", "--timeout-method=thread") if find_spec("pytest_timeout") and not dry else ()
-    base = (python, "-m", "pytest", "-q", "-rf", "--continue-on-collection-errors", *workers, *patience)
+    pytest = (python, "-m", "pytest", "-q", "-rf", "--continue-on-collection-errors", *workers, *patience, *tests)
     bench: tuple[str, ...] = (
         python,
         "-m",
@@ -186,11 +199,10 @@ def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Seque
         Stage("wheels", (*pip, *wheels) if wheels else None, 60, "no EPO_WHEELS folder with wheels is given"),
         Stage("build", None if dry else build, 100, "dry"),
         Stage("backends", (python, "-m", "bench.gpu_check", "--require", *require), 30),
-        Stage("cuda kernels", None if dry else (*base, kernels), 60, "dry"),
-        Stage("tests", (*base, *tests, f"--ignore={kernels}"), 70),
-        Stage("benchmarks", (*bench, *bench_arguments), budget, again_on=DEVICE_LOST_EXIT),
+        Stage("tests", pytest, 120),
         _sanitizer("memcheck", dry, python, device),
         _sanitizer("racecheck", dry, python, device),
+        Stage("benchmarks", (*bench, *bench_arguments), budget, again_on=DEVICE_LOST_EXIT),
         Stage("report", report, 60, reserved=REPORT_SECONDS),
     ]
 
@@ -198,13 +210,12 @@ def plan(out: Path, dry: bool, budget: float, site: Path, bench_arguments: Seque
 def _sanitizer(tool: str, dry: bool, python: str, device: str) -> Stage:
     call = (python, "-m", "bench.sanitize", f"--device={device}", f"--seconds={SECONDS}")
     if dry:
-        return Stage(tool, call)
+        return Stage(tool, call, beside=True)
     found = shutil.which("compute-sanitizer")
     # Without PyTorch's cache every tensor is a separate allocation, whose bounds the tool knows.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = (found, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20", *call) if found else None
-    note, seconds = "compute-sanitizer is not installed", SANITIZER_SECONDS
-    return Stage(tool, command, seconds, note, environment, reserved=seconds if found else 0.0)
+    return Stage(tool, command, 120, "compute-sanitizer is not installed", environment, beside=True)
 
 
 def architecture() -> str:

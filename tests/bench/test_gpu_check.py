@@ -46,6 +46,25 @@ def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path):
     assert not child.exists()
 
 
+def test_stages_beside_each_other_run_at_once_and_log_apart(tmp_path):
+    meet = (
+        "from pathlib import Path; import sys, time; mine, other = map(Path, {names!r}); mine.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\n"
+        "for i in range(3): print({names[0]!r}, i, flush=True); time.sleep(0.05)"
+    )
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    stages = [
+        stage("one", meet.format(names=[one, two]), limit=20.0),
+        stage("two", meet.format(names=[two, one]), limit=20.0, beside=True),
+        stage("after", "print('alone')"),
+    ]
+    log = tmp_path / "log.txt"
+    assert set(statuses(run_stages(stages, log, budget=60.0)).values()) == {"ok"}
+    said = [line for line in log.read_text().splitlines() if line == "alone" or line[-2:] in (" 0", " 1", " 2")]
+    assert said == [*(f"{name} {i}" for name in (one, two) for i in range(3)), "alone"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "one", "two"]
+
+
 def test_what_the_budget_leaves_no_time_for_is_said(tmp_path):
     stages = [
         stage("first", "pass"),
@@ -76,18 +95,16 @@ def test_stages_come_in_the_order_of_their_worth(tmp_path, monkeypatch):
     stages = gpu_check.plan(tmp_path, dry=False, budget=560.0, site=tmp_path / "site", bench_arguments=["-k", "linear"])
     names = [entry.name for entry in stages]
     by_name = {entry.name: entry for entry in stages}
-    sanitizer = ["memcheck", "racecheck"]
     assert names == [
         *("machine", "wheels", "build", "backends"),
-        *("cuda kernels", "tests", "benchmarks", *sanitizer, "report"),
+        *("tests", "memcheck", "racecheck", "benchmarks", "report"),
     ]
-    assert by_name["cuda kernels"].command[-1] == "tests/gpu/test_cuda.py"
+    assert [entry.name for entry in stages if entry.beside] == ["memcheck", "racecheck"]  # the benchmarks are alone
     assert by_name["wheels"].command[-1].endswith("trl-1.16.0-py3-none-any.whl")
     assert {"--bench-resume", "--bench-device=cuda", "linear"} <= set(by_name["benchmarks"].command)
-    before_benchmarks = sum(entry.limit for entry in stages[: names.index("benchmarks")])
-    reserved = sum(entry.reserved for entry in stages)
-    assert before_benchmarks + reserved + 60 <= gpu_check.BUDGET_SECONDS
-    assert reserved == sum(by_name[tool].limit for tool in sanitizer) + gpu_check.REPORT_SECONDS
+    before_benchmarks = sum(entry.limit for entry in stages[: names.index("benchmarks")] if not entry.beside)
+    assert by_name["report"].reserved == gpu_check.REPORT_SECONDS
+    assert before_benchmarks + gpu_check.REPORT_SECONDS + 60 <= gpu_check.BUDGET_SECONDS
 
 
 def test_backends_that_are_not_there_are_named():
