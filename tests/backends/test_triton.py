@@ -23,7 +23,7 @@ from tests.backends.autograd_matrix import AutogradMatrix
 from tests.backends.matrix import BackendMatrix, busy_case
 from tests.cases import MODES, run
 
-H200 = triton.Chip(processors=132, l2_bytes=50 << 20)
+H200 = triton.Chip(processors=132, l2_bytes=60 << 20)
 pytestmark = [
     pytest.mark.usefixtures("interpreter"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # NumPy, on the NaN and infinities that are tested
@@ -68,14 +68,11 @@ def test_a_plan_is_one_that_the_kernels_can_take(width, itemsize, mode):
         assert 1 <= plan.programs <= 132 * 16
 
 
-def test_rows_between_their_sweeps_fit_the_cache_where_one_can():
-    for width in (16_384, 32_000, 65_536, 128_256, 131_072):
+def test_small_programs_fill_the_registers_and_the_plan_says_whether_their_rows_fit_the_cache():
+    for width, fits in ((16_384, True), (32_000, True), (128_256, False), (1 << 20, False)):
         plan = triton.launch_plan("loss", width, 2, True, False, H200)
-        assert plan.rereads_hit_l2
-        assert plan.programs * width * 2 <= 0.7 * (50 << 20)
-    assert triton.launch_plan("loss", 32_000, 2, True, False, H200).programs == 2 * 132
-    assert triton.launch_plan("loss", 128_256, 2, True, False, H200).warps == 16
-    assert not triton.launch_plan("loss", 1 << 20, 2, True, False, H200).rereads_hit_l2
+        assert (plan.warps, plan.programs) == (4, 4 * 132)
+        assert plan.rereads_hit_l2 == fits == (plan.programs * width * 2 <= 0.7 * (60 << 20))
 
 
 # ---- the byte model --------------------------------------------------------------------------------------------------
@@ -173,8 +170,10 @@ def test_device_memory_of_the_rows_that_people_have():
         row = triton.row_traffic("loss", plan, width=width, vocab_size=width, itemsize=2)
         return row.device_memory / row.needed
 
-    assert traffic(8192) == traffic(32_000) == traffic(128_256) == 1.0
-    assert traffic(262_144) == 1.5  # one row an SM is more than the cache holds
+    # The token's gradient is stored twice.
+    assert traffic(8192) == pytest.approx(1.0, rel=1e-4)
+    assert traffic(32_000) == pytest.approx(1.0, rel=1e-4)
+    assert traffic(128_256) == pytest.approx(1.5, rel=1e-4)  # the rows in flight are more than the cache holds
 
 
 # ---- weights, scale --------------------------------------------------------------------------------------------------
