@@ -170,24 +170,6 @@ bool try_wait(SharedPlace at, unsigned parity, bool acquire, bool cluster_scope)
 // ---------------------------------------------------------------------------------------------------------------------
 // Operations under way. They are checked when they start, since they may happen at any time from then on.
 
-struct BulkStores {
-    struct Group {
-        int reading = 0, writing = 0;  // stores that still have to
-    };
-    std::vector<Group> groups;  // the last one is open
-    int reads_component = -1, writes_component = -1;
-    std::size_t waited = 0;            // groups whose writes are known to be over
-    std::size_t wanted = 0;            // while waiting: groups that must be over
-    bool waiting = false, reads_suffice = false;
-
-    std::size_t committed() const { return groups.size() - 1; }
-    bool over(std::size_t count, bool only_reads) const {
-        return std::all_of(groups.begin(), groups.begin() + std::ptrdiff_t(count), [&](const Group& group) {
-            return group.reading == 0 && (only_reads || group.writing == 0);
-        });
-    }
-};
-
 namespace {
 
 // Bytes on their way, in pieces that land in any order.
@@ -209,14 +191,8 @@ struct Pieces {
     }
 };
 
-struct Operation {
-    virtual ~Operation() = default;
-    virtual bool step() = 0;  // whether it is over
-};
-std::vector<std::unique_ptr<Operation>> operations;
-
-// To shared memory, counted by an mbarrier there.
-struct Landing : Operation {
+// A copy or message to shared memory, counted by an mbarrier there.
+struct Landing {
     SharedPlace to;
     const char* from;
     std::vector<char> early;  // the source as it was at the start; empty: it is read when it lands
@@ -235,7 +211,8 @@ struct Landing : Operation {
           pieces(bytes) {
         if (read_early) early.assign(from, from + bytes);
     }
-    bool step() override {
+    // Whether it is over.
+    bool step() {
         const Pieces::Piece piece = pieces.take();
         std::memcpy(memory_of(to) + piece.offset, (early.empty() ? from : early.data()) + piece.offset, piece.bytes);
         if (barrier.phase != phase)
@@ -249,108 +226,21 @@ struct Landing : Operation {
     }
 };
 
-// From shared to global memory, in a group of its thread.
-struct Storing : Operation {
-    char* to;
-    SharedPlace from;
-    std::vector<char> read;
-    Thread& thread;
-    std::size_t group;
-    Pieces reads, writes;
-
-    Storing(char* to_, SharedPlace from_, std::size_t bytes)
-        : to(to_),
-          from(from_),
-          read(bytes),
-          thread(here()),
-          group(here().stores->committed()),
-          reads(bytes),
-          writes(bytes) {}
-    void read_piece() {
-        const Pieces::Piece piece = reads.take();
-        std::memcpy(read.data() + piece.offset, memory_of(from) + piece.offset, piece.bytes);
-    }
-    bool step() override {
-        BulkStores& stores = *thread.stores;
-        if (!reads.left.empty()) {
-            read_piece();
-            if (reads.left.empty()) --stores.groups[group].reading;
-        } else {
-            const Pieces::Piece piece = writes.take();
-            std::memcpy(to + piece.offset, read.data() + piece.offset, piece.bytes);
-            if (writes.left.empty()) --stores.groups[group].writing;
-        }
-        if (stores.waiting && stores.over(stores.wanted, stores.reads_suffice)) {
-            stores.waiting = false;
-            wake(thread);
-        }
-        return writes.left.empty();
-    }
-};
-
-void check_bulk(const char* what, std::uint64_t global, SharedPlace shared, std::uint64_t bytes) {
-    if (bytes == 0 || bytes % 16 || global % 16 || shared.offset % 16)
-        fault(std::string(what) + " of " + std::to_string(bytes) + " bytes between global memory " +
-              std::to_string(global % 16) + " bytes and shared memory " + std::to_string(shared.offset % 16) +
-              " bytes beyond a multiple of 16: all three must be multiples of 16");
-}
-
-void add(std::unique_ptr<Operation> operation) { operations.push_back(std::move(operation)); }
+std::vector<std::unique_ptr<Landing>> operations;
 
 }  // namespace
 
 void bulk_load(SharedPlace to, std::uint64_t from, std::uint64_t bytes, SharedPlace at) {
-    check_bulk("a bulk load", from, to, bytes);
+    if (bytes == 0 || bytes % 16 || from % 16 || to.offset % 16)
+        fault("a bulk load of " + std::to_string(bytes) + " bytes between global memory " + std::to_string(from % 16) +
+              " bytes and shared memory " + std::to_string(to.offset % 16) +
+              " bytes beyond a multiple of 16: all three must be multiples of 16");
     Barrier& barrier = barrier_of_copy(at, to, "a bulk load");
     const Actor actor{here(), std::size_t(barrier.component), barrier.phase + 1, true};
     check(actor, nullptr, from, bytes, false, "a bulk load reads");
     check(actor, to.block, address_of(to), bytes, true, "a bulk load writes");
-    add(std::make_unique<Landing>(to, reinterpret_cast<const void*>(from), bytes, barrier, machine.random.chance(50)));
-}
-
-void bulk_store(std::uint64_t to, SharedPlace from, std::uint64_t bytes) {
-    Thread& thread = here();
-    check_bulk("a bulk store", to, from, bytes);
-    if (from.block != thread.block) fault("a bulk store from another block's shared memory");
-    if (!thread.stores) {
-        thread.stores = std::make_shared<BulkStores>();
-        thread.stores->groups.resize(1);
-        thread.stores->reads_component = new_component("a bulk store of " + name_of(thread));
-        thread.stores->writes_component = new_component("a bulk store of " + name_of(thread));
-    }
-    BulkStores& stores = *thread.stores;
-    const auto group = static_cast<std::uint32_t>(stores.groups.size());
-    check({thread, std::size_t(stores.reads_component), group, true}, from.block, address_of(from), bytes, false,
-          "a bulk store reads");
-    check({thread, std::size_t(stores.writes_component), group, true}, nullptr, to, bytes, true, "a bulk store writes");
-    ++stores.groups.back().reading;
-    ++stores.groups.back().writing;
-    auto storing = std::make_unique<Storing>(reinterpret_cast<char*>(to), from, bytes);
-    if (machine.random.chance(30))
-        while (storing->reads.left.size() > 1) storing->read_piece();
-    add(std::move(storing));
-}
-
-void commit_group() {
-    if (here().stores) here().stores->groups.emplace_back();
-}
-
-void wait_group(std::uint64_t newest, bool only_reads) {
-    Thread& thread = here();
-    if (!thread.stores || thread.stores->committed() <= newest) return;
-    BulkStores& stores = *thread.stores;
-    const std::size_t wanted = stores.committed() - newest;
-    if (!stores.over(wanted, only_reads)) {
-        stores.waiting = true;
-        stores.wanted = wanted;
-        stores.reads_suffice = only_reads;
-        wait("cp.async.bulk.wait_group");
-    }
-    const Stamp over{static_cast<std::uint32_t>(wanted), 0};
-    thread.knows.raise(stores.reads_component, over);
-    if (only_reads) return;
-    thread.knows.raise(stores.writes_component, over);
-    stores.waited = std::max(stores.waited, wanted);
+    const void* const source = reinterpret_cast<const void*>(from);
+    operations.push_back(std::make_unique<Landing>(to, source, bytes, barrier, machine.random.chance(50)));
 }
 
 // The memory model orders none of the sender's earlier accesses before the message's arrival. This one does, for the
@@ -364,7 +254,7 @@ void store_async(SharedPlace to, const std::uint32_t (&words)[4], SharedPlace at
           true, "st.async writes");
     auto landing = std::make_unique<Landing>(to, words, sizeof words, barrier, true);
     landing->carried = publish(thread);
-    add(std::move(landing));
+    operations.push_back(std::move(landing));
 }
 
 void fence_proxy() {
@@ -380,13 +270,6 @@ bool deliver_something() {
         operations.pop_back();
     }
     return true;
-}
-
-void exit_thread(Thread& thread) {
-    if (!thread.stores) return;
-    if (thread.stores->groups.back().writing) fault("a thread exits with bulk stores that it has not committed");
-    if (thread.stores->waited < thread.stores->committed())
-        fault("a thread exits while its bulk stores may still read and write: no cp.async.bulk.wait_group 0");
 }
 
 void exit_block(Block& block) {

@@ -21,14 +21,10 @@ void arrive(SharedPlace at, std::uint64_t expected_bytes, bool release);
 bool try_wait(SharedPlace at, unsigned parity, bool acquire, bool cluster_scope);
 
 void bulk_load(SharedPlace to, std::uint64_t from, std::uint64_t bytes, SharedPlace barrier);
-void bulk_store(std::uint64_t to, SharedPlace from, std::uint64_t bytes);
-void commit_group();
-void wait_group(std::uint64_t newest, bool only_reads);
 void store_async(SharedPlace to, const std::uint32_t (&words)[4], SharedPlace barrier);
 void fence_proxy();
 
 bool deliver_something();  // one step of one operation, chosen at random; false where there is none
-void exit_thread(Thread& thread);
 void exit_block(Block& block);
 void forget_async();
 

@@ -71,7 +71,7 @@ std::string name_of_component(std::size_t component) {
 int new_component(std::string name) {
     const std::size_t component = machine.thread_count + machine.async_components.size();
     if (component >= machine.clock_size)
-        fault("the emulator has no room for another mbarrier or thread with bulk stores");
+        fault("the emulator has no room for another mbarrier");
     machine.async_components.push_back(std::move(name));
     return static_cast<int>(component);
 }
@@ -107,7 +107,6 @@ namespace {
     kernel(kernel_argument);
     Thread& thread = here();
     Block& block = *thread.block;
-    exit_thread(thread);
     if (--block.live == 0) exit_block(block);
     thread.state = Thread::done;
     void* gone = nullptr;

@@ -18,7 +18,6 @@ constexpr std::size_t kMostSharedBytes = 256 * 1024;
 struct Block;
 struct Thread;
 struct Barrier;     // an mbarrier
-struct BulkStores;  // cp.async.bulk to global memory, in groups
 
 // Threads that wait for each other, each with what it knew when it arrived.
 struct Gathering {
@@ -64,7 +63,6 @@ struct Thread {
     std::uint32_t epoch = 1, shown = 0;
     Clock fenced, observed;  // fences around relaxed atomics: as of the last fence; read since then
 
-    std::shared_ptr<BulkStores> stores;  // of this thread, where it has made any
     unsigned cluster_generation = 0;     // of the cluster's barrier, when the thread arrived
     bool cluster_arrived = false;
     Clock from_cluster;                  // what its barrier gave the thread to know

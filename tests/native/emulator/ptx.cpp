@@ -37,9 +37,6 @@ const std::vector<Known>& known() {
         {"fence.mbarrier_init", Name::fence_barrier_init, true, {"release", "cluster"}, {}},
         {"fence.proxy.async", Name::fence_proxy, true, {}, {"shared::cta"}},
         {"st.async", Name::store_async, true, {"shared::cluster", kCounted, "v4", "b32"}, {"weak"}},
-        {"cp.async.bulk.commit_group", Name::commit_group, true, {}, {}},
-        {"cp.async.bulk.wait_group", Name::wait_group, true, {}, {"read"}},
-        {"cp.async.bulk.global.shared::cta", Name::bulk_store, true, {"bulk_group"}, {}},
         {"cp.async.bulk.shared::cluster.global", Name::bulk_load, true, {kCounted}, {}},
     };
     return table;
@@ -170,9 +167,6 @@ void execute(const Instruction& it, Execution& with) {
             return store_async(place(0), values, place(2));
         }
         case Name::bulk_load: return bulk_load(place(0), value(1), value(2), place(3));
-        case Name::bulk_store: return bulk_store(value(0), place(1), value(2));
-        case Name::commit_group: return commit_group();
-        case Name::wait_group: return wait_group(value(0), it.has("read"));
         case Name::branch: return;
     }
 }

@@ -22,7 +22,7 @@ extern const int kSiteCount;
 struct Instruction {
     enum class Name {
         move, map, cluster_arrive, cluster_wait, barrier_init, fence_barrier_init, fence_proxy, arrive, arrive_expect,
-        try_wait, branch, store_async, bulk_load, bulk_store, commit_group, wait_group, exp2
+        try_wait, branch, store_async, bulk_load, exp2
     } name;
     std::string text;
     std::vector<std::string> modifiers, operands;
