@@ -27,8 +27,8 @@
 // About 15 of the 23 are the arithmetic of statistics and gradient; two exponentials an element keep the special
 // function units 42 % busy. The rest is spent per tile and per row; and clusters do not fill every group of
 // multiprocessors, which leaves 6 % of the chip idle. Hence small blocks, many to a multiprocessor, because they
-// wait at different times (four of four warps beat two of eight by 2 to 6 %, and those one of eight by 3 to 45 %,
-// most with narrow rows); tiles of 2 KB (1 KB: 13 to 15 % slower); the maximum of bfloat16 in pairs; the token's
+// wait at different times (four of four warps beat two of eight by 1 to 4 %, and those one of eight by 3 to 45 %,
+// most with narrow rows); tiles of 2 KB (1 KB: 12 to 15 % slower); the maximum of bfloat16 in pairs; the token's
 // loss in one warp; and gradients that go from registers to memory (through shared memory they need a proxy fence a
 // tile).
 #pragma once

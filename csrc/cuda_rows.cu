@@ -115,6 +115,7 @@ cudaError_t launch_ring(const ring::Arguments& args, int blocks, const Chip& chi
     int clusters = 0;  // maximum resident clusters: not every multiprocessor has enough neighbours to form one
     EPO_RETURN_IF_FAILED(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
     if (clusters < 1) return cudaErrorInvalidConfiguration;
+    clusters = std::min(clusters, chip.processors * blocks / args.ranks);  // the workspace has room for no more
     const std::int64_t count = args.rows.batch * args.rows.time;
     config.gridDim = dim3(static_cast<unsigned>(std::max<std::int64_t>(1, std::min<std::int64_t>(clusters, count))) *
                           args.ranks);
@@ -141,7 +142,10 @@ cudaError_t launch_loss(const sweeps::Arguments& args, const Chip& chip, Family 
                 const ring::Arguments to_ring{args.rows, args.terms, args.results, args.out, plan.ranks, plan.slots};
                 const cudaError_t launched = launch_ring<Element>(to_ring, plan.blocks, chip, stream);
                 // A part of a chip may have too few neighbouring multiprocessors for a cluster.
-                if (launched != cudaErrorInvalidConfiguration || family == Family::ring) return launched;
+                const bool too_few =
+                    launched == cudaErrorInvalidConfiguration || launched == cudaErrorInvalidClusterSize;
+                if (!too_few || family == Family::ring) return launched;
+                (void)cudaGetLastError();
             }
         }
     }

@@ -68,7 +68,8 @@ _BACKENDS: dict[str, Backend] = {
 }
 # The order in which backend="auto" tries backends, by device type, before it falls back to the reference. Triton's
 # interpreter also accepts CPU tensors, but only if requested by name, because it is slow. On Hopper the CUDA kernels
-# come first, because they are faster (docs/performance.md); on other chips nobody has measured them.
+# come first, because they are faster from logits; from hidden states both take nearly the same time
+# (docs/performance.md). On other chips nobody has measured them.
 _PREFERENCE = {"hopper": ("cuda", "triton"), "cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 

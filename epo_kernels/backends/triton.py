@@ -32,6 +32,7 @@ TILE_BYTES = 32  # per thread and tile; half if elements need more registers eac
 SWEEP_WARPS = 4
 MAX_WARPS = 16  # of a row in one tile
 STAGES = 4
+SCALE_BLOCK = 4096  # elements that a program scales at once
 WEIGHTS_TILE = 2048  # mask tokens that 4 warps count at once
 L2_SHARE = 0.7  # share of the cache available to rows between their two sweeps
 
@@ -280,7 +281,8 @@ class TritonRows:
         if gradient.numel() == 0:
             return
         in_place = out is gradient
-        if gradient.is_contiguous() and out.is_contiguous() and gradient.numel() < 2**31:
+        contiguous = gradient.is_contiguous() and out.is_contiguous()
+        if contiguous and gradient.numel() <= 2**31 - SCALE_BLOCK:  # offsets have 32 bits
             # One long row: short ones would leave most of a block empty.
             gradient, out = gradient.view(1, 1, -1), out.view(1, 1, -1)
         batch, length, width = gradient.shape
@@ -290,7 +292,7 @@ class TritonRows:
                 factor,
                 *(out, *out.stride()),
                 *(batch * length, length, width),
-                BLOCK=4096,
+                BLOCK=SCALE_BLOCK,
                 UNIT_STRIDE=gradient.stride(2) == 1 and out.stride(2) == 1,
                 IN_PLACE=in_place,
                 num_warps=8,

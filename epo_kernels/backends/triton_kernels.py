@@ -631,6 +631,7 @@ def row_gradient_kernel(
             inverse = inverse_of(temperature, temperatures, batch, time, temperature_b, temperature_t)
             m, log2_s = tl.load(maximums + i), tl.log2(tl.load(totals + i))
             sampled = transformed(sampled, scale, softcap)
+            tl.debug_barrier()  # every thread has read the token's logit, which the gradient may overwrite
             sweep_gradient(
                 row, logits_v, out_row, out_v, width, vocab_size, m, log2_s, inverse, scale, softcap,
                 entropy, grad_log_prob, grad_entropy, ENTROPY,

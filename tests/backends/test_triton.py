@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,6 +214,17 @@ def test_auto_never_takes_the_interpreter():
     assert ek.available_backends()["triton"] is None
     assert backends.choose_backend("auto", torch.device("cpu")).name != "triton"
     assert backends.choose_backend("triton", torch.device("cpu")).name == "triton"
+
+
+@pytest.mark.parametrize(("hopper", "chosen"), [(True, "cuda"), (False, "triton")])
+def test_auto_prefers_the_cuda_kernels_on_hopper_alone(monkeypatch, hopper, chosen):
+    for name in ("cuda", "triton"):
+        there = SimpleNamespace(
+            name=name, dtypes=(torch.bfloat16,), device_types=("cuda",), why_unavailable=lambda: None
+        )
+        monkeypatch.setitem(backends._BACKENDS, name, there)
+    monkeypatch.setattr(backends, "_is_hopper", lambda device: hopper)
+    assert backends.choose_backend("auto", torch.device("cuda"), torch.bfloat16).name == chosen
 
 
 def test_without_a_gpu_the_reason_names_the_cure():

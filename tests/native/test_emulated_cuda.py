@@ -63,6 +63,12 @@ def test_rows_that_need_clusters_get_them(gpu, blocks):
     assert choose_backend("emulated", torch.device("cpu")).kernels.ran == ("ring" if in_a_ring else "sweeps")
 
 
+def test_rows_that_need_larger_clusters_than_there_are_go_to_the_sweeps(gpu):
+    gpu.configure(processors=4, shared_bytes=shared_bytes(4))
+    run(busy_case(vocab=(WARPS * 8 - 1) * TILE_BYTES // 4, batch=1, time=2), "emulated")
+    assert choose_backend("emulated", torch.device("cpu")).kernels.ran == "sweeps"
+
+
 @pytest.mark.parametrize("seed", range(CASES))
 def test_the_sweeps_over_shapes_and_schedules(seed):
     draw = random.Random(seed)

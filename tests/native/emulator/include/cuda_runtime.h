@@ -84,7 +84,8 @@ inline std::size_t __cvta_generic_to_global(const void* at) { return reinterpret
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorNotSupported = 801;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorNotSupported = 801,
+                      cudaErrorInvalidClusterSize = 912;
 
 using dim3 = emulator::Index;
 
