@@ -14,7 +14,7 @@ namespace epo {
 namespace {
 
 constexpr int kMostBlocksPerProcessor = std::max(kRingBlocks, sweeps::kBlocks);
-constexpr int kThreadsPerProcessor = 2048;
+constexpr int kThreadsPerProcessor = 2048;  // as many as any chip holds; for launches without rows
 
 const char* said(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
@@ -233,10 +233,11 @@ const char* cuda_scale(const void* values, DType dtype, void* out, DType out_dty
     return on_chip(place, [&](const Chip& chip) {
         return with_element(out_dtype, [&](auto element) {
             using Element = decltype(element);
-            const auto kernel =
-                dtype == out_dtype ? sweeps::scale_kernel<Element, Element> : sweeps::scale_kernel<Float32Element, Element>;
+            const auto kernel = dtype == out_dtype ? sweeps::scale_kernel<Element, Element>
+                                                   : sweeps::scale_kernel<Float32Element, Element>;
             const int blocks = chip.processors * kThreadsPerProcessor / sweeps::kThreads;
-            kernel<<<blocks, sweeps::kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(values, out, count, factor);
+            kernel<<<blocks, sweeps::kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(
+                values, out, count, factor);
             return cudaGetLastError();
         });
     });

@@ -67,8 +67,8 @@ struct Prepared {
 
 const char* cuda_prepare(const Aggregation& aggregation, const Prepared& out, const CudaPlace& place);
 
-// out[0..count) = values[0..count) * *factor, contiguous. out is values itself, not touched if the factor is 1, or memory
-// of its own: of values' dtype, or of any if values are float32.
+// out[0..count) = values[0..count) * *factor, contiguous. out is values itself, not touched if the factor is 1, or
+// memory of its own: of values' dtype, or of any if values are float32.
 const char* cuda_scale(const void* values, DType dtype, void* out, DType out_dtype, std::int64_t count,
                        const float* factor, const CudaPlace& place);
 

@@ -1,7 +1,7 @@
 // The family that runs on any chip: one block per row, with one sweep for its statistics and one for its gradient.
 //
-// Any strides, width and dtype, and softcap. A loss with gradient moves two reads and one write of the row, unless the L2
-// cache retains it: to help it do so, the second sweep goes backwards (the end of the row is most recent), and the
+// Any strides, width and dtype, and softcap. A loss with gradient moves two reads and one write of the row, unless the
+// L2 cache retains it: to help it do so, the second sweep goes backwards (the end of the row is most recent), and the
 // gradient is stored evict-first. Blocks are small and many, so that some compute while others wait for a row's first
 // loads, its barriers or the maths of its token. Grids are persistent: block i processes rows i, i + blocks, ..., and
 // adds up its sums in that order.
@@ -337,10 +337,11 @@ __global__ void __launch_bounds__(kThreads)
     const float by = *factor;
     if (by == 1.0f && values == out) return;
     constexpr int kPerVector = To::kPerVector, kPerLoad = From::kPerVector, kLoads = kPerVector / kPerLoad;
-    static_assert(kPerVector % kPerLoad == 0, "a vector of the result is made of whole vectors");
+    static_assert(kPerVector % kPerLoad == 0, "each vector of the result takes whole vectors of values");
     const auto* const from = static_cast<const typename From::Stored*>(values);
     auto* const to = static_cast<typename To::Stored*>(out);
-    const RowTiles<1, kVectorBytes * kLanes> parts(reinterpret_cast<std::uint64_t>(out), count * std::int64_t(sizeof(*to)));
+    const RowTiles<1, kVectorBytes * kLanes> parts(reinterpret_cast<std::uint64_t>(out),
+                                                   count * std::int64_t(sizeof(*to)));
     const std::int64_t head = parts.head_bytes / std::int64_t(sizeof(*to));
     const bool aligned_alike = reinterpret_cast<std::uint64_t>(from + head) % kVectorBytes == 0;
     const std::int64_t vectors = aligned_alike ? parts.body_bytes / kVectorBytes : 0;

@@ -175,8 +175,9 @@ inline int ranks_for(std::int64_t row_bytes, int slots, int spare) {
     return 0;
 }
 
+// Blocks of a cluster, slots of a warp, blocks per multiprocessor; all 0: none fits.
 struct RingPlan {
-    int ranks = 0, slots = 0, blocks = 0;  // blocks of a cluster, slots of a warp, blocks per multiprocessor; 0: none fits
+    int ranks = 0, slots = 0, blocks = 0;
 };
 
 constexpr int kRingBlocks = 4;  // most per multiprocessor; the kernel's registers allow no more
@@ -190,7 +191,8 @@ template <class Tiles>
 inline RingPlan ring_plan(std::int64_t row_bytes, int block_bytes, int fixed_bytes) {
     for (int blocks = kRingBlocks; blocks > 0; --blocks) {
         const int room = (block_bytes + kReservedBytes) / blocks - kReservedBytes - kStaticBytes - fixed_bytes;
-        const int fitting = room / (Tiles::stride(1) * Tiles::kTileBytes), slots = fitting < kMostSlots ? fitting : kMostSlots;
+        const int fitting = room / (Tiles::stride(1) * Tiles::kTileBytes);
+        const int slots = fitting < kMostSlots ? fitting : kMostSlots;
         const int ranks = ranks_for<Tiles>(row_bytes, slots, blocks > 1 ? 1 : 3);
         if (ranks > 0) return {ranks, slots, blocks};
     }

@@ -456,7 +456,8 @@ void cuda_scale(const Array& values, const Array& factor, const Array& out, int 
     const epo::DType dtype = dtype_of(values.dtype), out_dtype = dtype_of(out.dtype);
     if (!values.contiguous()) refuse("values must be contiguous, got strides " + text(values.strides));
     expect(factor, "factor", "float32", {});
-    expect_contiguous(out, "out", dtype == epo::DType::float32 ? out.dtype.c_str() : values.dtype.c_str(), values.shape);
+    const std::string& allowed = dtype == epo::DType::float32 ? out.dtype : values.dtype;
+    expect_contiguous(out, "out", allowed.c_str(), values.shape);
     const bool same = out.pointer == values.pointer && out_dtype == dtype;
     if (!same && out.overlaps(values)) refuse("out must be the values themselves or share no memory with them");
     const std::int64_t count = values.empty() ? 0 : (values.last + 1) / epo::size_of(dtype);

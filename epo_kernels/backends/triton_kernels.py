@@ -206,6 +206,15 @@ def log_prob_and_entropy(sampled, m, s, u, inverse, ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def slope_of(inverse, scale):
+    """∂z/∂x without a softcap."""
+    slope = inverse
+    if scale is not None:
+        slope = slope * scale
+    return slope
+
+
+@triton.jit
 def capped_slope(y, softcap):
     """∂y/∂(its value before the softcap)."""
     slope = 1.0
@@ -218,9 +227,7 @@ def capped_slope(y, softcap):
 @triton.jit
 def logit_gradient(y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy, ENTROPY: tl.constexpr):
     """∂loss/∂x of logits that aren't the token's: -p (a + b H + b log p), times ∂z/∂x."""
-    slope = inverse
-    if scale is not None:
-        slope = slope * scale
+    slope = slope_of(inverse, scale)
     log2_p = (y - m) * (inverse * LOG2E) - log2_s
     pull = grad_log_prob * slope
     if ENTROPY:
@@ -250,9 +257,7 @@ def store_token(
 ):  # fmt: skip
     """Overwrite the gradient of the sampled token, whose y is given: a more than the others'."""
     gradient = logit_gradient(y, m, log2_s, inverse, scale, softcap, entropy, grad_log_prob, grad_entropy, ENTROPY)
-    slope = inverse
-    if scale is not None:
-        slope = slope * scale
+    slope = slope_of(inverse, scale)
     gradient += grad_log_prob * slope * capped_slope(y, softcap)
     tl.debug_barrier()  # after the tile that contains it
     tl.store(row + token.to(tl.int64) * stride, gradient.to(row.dtype.element_ty), mask=valid)
