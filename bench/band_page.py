@@ -35,7 +35,7 @@ variance of its mean between steps, and between the turns of a step.
 
 
 def band_section(name: str, outcomes: Sequence[Outcome], curves: Sequence[Curve]) -> str:
-    """Tables of a regime; `outcomes` hold one "after" record a run."""
+    """Tables of a regime; `outcomes` hold one "after" record per run."""
     scores = scores_of(outcomes)
     missing = [f"{arm}, seed {seed}" for arm in ARMS for seed in SEEDS if seed not in scores.get(arm, {})]
     rows = [_row(arm, scores, [curve for curve in curves if curve.arm == arm]) for arm in ARMS if arm in scores]
@@ -48,7 +48,7 @@ def band_section(name: str, outcomes: Sequence[Outcome], curves: Sequence[Curve]
             f"![success, entropy and performance profiles](evidence_{name}.png)",
             markdown_table([*head, *fates, "variance between steps", "between turns"], rows),
             _METHOD.rstrip(),
-            f"CPU seconds a run: {min(spent):.0f} to {max(spent):.0f}.\n",
+            f"CPU seconds per run: {min(spent):.0f} to {max(spent):.0f}.\n",
         ]
     )
 

@@ -191,7 +191,7 @@ def recorded(case: Case, rows: int) -> Recorder:
 
 def table(preset: str, node: float, network: float, latency: float) -> str:
     lines = [
-        "| GPUs | micro-batches an update | all-gather | reduce-scatter | all-reduce | each GPU sends | time (model) |",
+        "| GPUs | micro-batches per update | all-gather | reduce-scatter | all-reduce | sent by each | time (model) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for gpus in GPUS:

@@ -25,10 +25,8 @@ def pytest_addoption(parser):
     group.addoption("--bench-suite", choices=sorted(SUITES), help="cases to run (default: the device's)")
     group.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda if available")
     group.addoption("--bench-out", type=Path, help="folder for results.json (default: bench/results/<machine>)")
-    group.addoption(
-        "--bench-seconds", type=float, default=10.0, help="time for a case's rounds, of which there are at least three"
-    )
-    group.addoption("--bench-budget", type=float, help="seconds for all cases; the rest is skipped")
+    group.addoption("--bench-seconds", type=float, default=10.0, help="seconds per case; at least three rounds are run")
+    group.addoption("--bench-budget", type=float, help="seconds for all cases; the remaining ones are skipped")
     group.addoption("--bench-threads", type=int, default=os.cpu_count(), help="PyTorch's CPU threads (default: all)")
     group.addoption("--bench-resume", action="store_true", help="skip cases that are already in the results")
 

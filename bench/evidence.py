@@ -1,4 +1,4 @@
-"""Does RL lift success? `python -m bench.evidence practice | scienceworld | band`, `--report` for the page.
+"""Does RL lift success? `python -m bench.evidence practice | scienceworld | llm | band`, `--report` for the page.
 
 Fixed before any run: the seeds, the arms, the panel, and the primary figure, which is the success of sampled actions
 on a fixed held-out panel after training, minus the success before it, for the same tasks and draws. Every run of every

@@ -26,7 +26,7 @@ draws. Intervals are paired 95 % bootstrap intervals over episodes, in percentag
 episodes, not of training seeds: if seeds differ in sign, three are too few to distinguish two arms, whatever the
 interval over all of them. All runs made are counted.
 
-- **RL with EPO** is the unchanged preset.
+- **RL with EPO** is the unchanged preset; the language model's has no entropy term, and there it is called **RL**.
 - **More cloning** spends the CPU seconds of that seed's RL run on further epochs on the same demonstrations, from
   scratch, with the learning-rate schedule over all of them. Its "before" is RL's.
 - **RL without entropy term** is the preset with `loss.entropy_coeff=0 loss.penalty=none`.
@@ -93,11 +93,11 @@ def _section(name: str, outcomes: Sequence[Outcome]) -> str:
         for between in [difference(both)]
     ]
     last = outcomes[0]
-    missing = [f"{arm}, seed {seed}" for arm, seed in _missing(name, outcomes)]
+    missing = _missing(name, outcomes)
     loads = [outcome.load for outcome in outcomes]
     return "\n\n".join(
         [
-            *([f"**Incomplete**: {'; '.join(missing)} not run yet."] if missing else []),
+            *([f"**Incomplete**, seeds not run yet: {', '.join(missing)}."] if missing else []),
             f"![success before and after](evidence_{name}.png)",
             "All seeds together, after minus before:",
             markdown_table(["arm", "episodes", "points", "says"], whole),
@@ -118,11 +118,14 @@ def _section(name: str, outcomes: Sequence[Outcome]) -> str:
     )
 
 
-def _missing(name: str, outcomes: Sequence[Outcome]) -> list[tuple[str, int]]:
+def _missing(name: str, outcomes: Sequence[Outcome]) -> list[str]:
+    """The arms without all their seeds, and which."""
     present = {(outcome.arm, outcome.seed) for outcome in outcomes}
-    return [
-        (arm, seed) for arm in EXPERIMENTS[name].arms for seed in EXPERIMENTS[name].seeds if (arm, seed) not in present
-    ]
+    lacks = {
+        arm: [str(seed) for seed in EXPERIMENTS[name].seeds if (arm, seed) not in present]
+        for arm in EXPERIMENTS[name].arms
+    }
+    return [f"{arm} ({', '.join(seeds)})" for arm, seeds in lacks.items() if seeds]
 
 
 def _shared(others: Sequence[Pair], rl: Sequence[Pair]) -> list[Pair]:

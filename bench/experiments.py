@@ -96,7 +96,7 @@ the last figure that of the primary one:
 | from there too: GiGPO, the same, 13 steps | held-out 35.2 % |
 | from there too: GiGPO, lr 3e-4, 4 minibatches | stopped after 5 steps, not evaluated |
 | 75 demonstrations in batches of 16, 60 epochs; then GiGPO likewise, 25 steps: the preset | +13.3 (+5.5 to +21.1) |
-| after the series: the preset with 3 epochs an update and min_lr_ratio 0.5 | +8.6 (+0.0 to +17.2) |
+| after the series: the preset with 3 epochs per update and min_lr_ratio 0.5 | +8.6 (+0.0 to +17.2) |
 
 Two things helped: a goal near to the action, from where a model of two layers can copy the name of the box; and
 demonstrations of half the training tasks only, so that RL has tasks that nobody showed.

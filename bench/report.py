@@ -149,7 +149,7 @@ def summary_table(records: Sequence[Record]) -> str:
 
 
 def policy_table(records: Sequence[Record]) -> str:
-    """A line a policy loss, a column a case and backend: its time over that of ppo. Empty without such cases."""
+    """A line per policy loss, a column per case and backend: its time over that of ppo. Empty without such cases."""
     columns: dict[str, dict[str, Record]] = {}
     for case, own in cases_of(record for record in records if record.case.endswith(f"/{POLICIES}")).items():
         for record in own:

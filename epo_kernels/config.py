@@ -72,7 +72,9 @@ class EPOConfig:
         smooth_coeff: k, the weight of the penalty inside the entropy term, >= 0.
         band_scope: "token" compares each token's entropy with its band, "segment" the mean entropy of its segment
             (a turn).
-        loss_agg_mode: how token losses are aggregated, with verl's names.
+        loss_agg_mode: how token losses are aggregated, with verl's names: "token-mean" divides by all tokens,
+            "seq-mean-token-sum" by the sequences, "seq-mean-token-mean" takes the mean within each sequence first,
+            "seq-mean-token-sum-norm" divides the sum by the sequences and a fixed length.
         temperature: sampling temperature τ that divides the logits, > 0.
         policy_loss: "ppo"; "cispo" (arXiv 2506.13585); "sapo" (arXiv 2511.20347); "reinforce" (verl's `gpg`); "dppo"
             (arXiv 2602.04879); "gspo" (arXiv 2507.18071), whose clip ranges are usually near 3e-4; "vespo" (arXiv
@@ -209,7 +211,8 @@ class EPOConfig:
     def paper(cls, env: str = "scienceworld") -> EPOConfig:
         """The paper's second version (arXiv 2509.22576v2, February 2026): a hinge around the entropy history.
 
-        λ = 0.001, KL 0.01 (low_var_kl), α = 0.05 on ScienceWorld and 0.1 on ALFWorld. Take the band from
+        λ = 0.001, KL 0.01 (low_var_kl), α = 0.05 on ScienceWorld and 0.1 on ALFWorld. The KL needs `ref_log_probs` in
+        every call; `dataclasses.replace(cfg, kl_coeff=0.0)` turns it off. Take the band from
         `EntropyHistory(num_turns, weighting="step").bounds(turns, 0, 2)` and the phase weight from
         `phase_weight(step, total_steps, "paper")`.
 

@@ -376,19 +376,19 @@ def distribution_statistics(
 ) -> DistributionStatistics:
     """Entropy, varentropy, top-1 and collision probability of each token's distribution, for logs and filters.
 
-    No gradients, and no support for `torch.compile(fullgraph=True)`. It reads the logits twice. The losses compute only
-    the entropy of these.
+    No gradients, and no support for `torch.compile(fullgraph=True)`. It reads the logits twice. Of these
+    statistics, the losses compute only the entropy.
 
     Args:
-        logits: (B, T, V), or packed (N, V); see `epo_loss`, as for the arguments not named here.
+        logits: (B, T, V), or packed (N, V); see `epo_loss`, also for the arguments not listed here.
         mask: (B, T) or (N,); results are 0 and nothing is read where it is 0. None: every token counts.
-        temperature: number, 0-d tensor, like mask, or one a sequence: (B,).
+        temperature: number, 0-d tensor, like mask, or one per sequence: (B,).
 
     Returns:
         `DistributionStatistics`, each shaped like logits without their last dimension.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `epo_loss`.
+        TypeError, ValueError, RuntimeError: as for `epo_loss`.
     """
     logits, group = local_logits(logits, group)
     tokens = _first_tokens(logits, "logits")

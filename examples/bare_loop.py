@@ -35,7 +35,7 @@ def main() -> list[float]:
             model.model(ids).last_hidden_state[:, :-1],
             model.lm_head.weight,
             ids[:, 1:],
-            None,  # on policy: one update a batch
+            None,  # on policy: one update per batch
             (reward - reward.mean()) / (reward.std() + 1e-4),
             mask,
             cfg,

@@ -1,7 +1,7 @@
 """EPO on several GPUs with FSDP2: `torchrun --nproc-per-node=8 examples/fsdp2.py` (without GPUs: 2 processes of gloo).
 
 The loss is the end of the model's forward: there FSDP has gathered the head, here one tensor with the embedding, and
-takes its gradient. Two micro-batches a step, whose gradients leave the ranks once.
+takes its gradient. Two micro-batches per step, whose gradients leave the ranks once.
 """
 
 from dataclasses import replace

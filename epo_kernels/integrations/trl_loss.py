@@ -33,7 +33,7 @@ class MicroBatch:
         mask: (B, T) bool, tokens that count.
         turns: (B, T) int64.
         share: (B,), w above.
-        advantages: (B, T), or (B, 1) for one a sequence.
+        advantages: (B, T), or (B, 1) for one per sequence.
         is_weights: (B, T) float, TRL's importance_sampling_ratio of vLLM's tokens, or None.
         accumulated: micro-batches to an update.
         phase_weight: β of the penalty.

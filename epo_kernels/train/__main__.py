@@ -47,7 +47,7 @@ options:
 
   --print-config   print the resulting settings as YAML and exit
   --dry-run        build everything, print what would run, and exit
-  --plan           print the memory each GPU needs, from the settings alone, and exit; with an error where it does not
+  --plan           print the memory each GPU needs, from the settings alone, and exit, with status 2 if it does not
                    fit. --gpus N and --gpu-memory GB describe the machine (default: this one's GPUs, else 1 of 80 GB);
                    --gpu-tflops T, the speed your GPU sustains, adds tokens per second
   --help           print this help and exit

@@ -85,7 +85,7 @@ def test_the_language_model_has_its_own_baseline_and_all_held_out_tasks(tmp_path
 def test_the_page_compares_with_the_experiments_own_baseline():
     text = evidence_page.page({"llm": outcomes(experiments.PLAIN_ARMS)}, {})
     assert "| RL against more cloning | +0.0 (+0.0 to +0.0) |" in text
-    assert "RL, seed 2; more cloning, seed 2" in text
+    assert "RL (2), more cloning (2)" in text
 
 
 def test_more_cloning_gets_what_rl_spent(tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_page_names_what_is_missing(monkeypatch):
         experiments.EXPERIMENTS, "practice", replace(experiments.EXPERIMENTS["practice"], seeds=(0, 1, 2))
     )
     text = evidence_page.page({"practice": [o for o in outcomes() if (o.arm, o.seed) != (experiments.CLONING, 1)]}, {})
-    assert "**Incomplete**: RL with EPO, seed 2; more cloning, seed 1; more cloning, seed 2; RL without" in text
+    assert "**Incomplete**, seeds not run yet: RL with EPO (2), more cloning (1, 2), RL without" in text
     assert "| RL with EPO against more cloning | +0.0 (+0.0 to +0.0) |" in text  # of seed 0, which both have
 
 

@@ -109,7 +109,7 @@ def heat_map(title: str, steps: Sequence[float], grid: Grid) -> Markup:
         return f'fill="{_colour(scale(value) if high > low else 0.5)}"', f"{number(value)} nats"
 
     stops = "".join(f'<i style="background:{colour}"></i>' for colour in _SEQUENTIAL)
-    key = f'<span class="ramp">{number(low)}{stops}{number(high)} nats a token</span>'
+    key = f'<span class="ramp">{number(low)}{stops}{number(high)} nats per token</span>'
     return _cells(title, steps, grid, cell, key)
 
 

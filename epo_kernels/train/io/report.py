@@ -218,7 +218,7 @@ SECTIONS: dict[str, list[tuple[str, str, Draw]]] = {  # (title, note, chart)
     ],
     "Policy": [
         ("Clip fraction", "tokens whose ratio was clipped", _lines({"actor/pg_clipfrac": "clipped"}, percent)),
-        ("KL", "nats a token", _lines(_KL)),
+        ("KL", "nats per token", _lines(_KL)),
         ("Critic's error", "squared, a state", _lines({"critic/vf_loss": "loss"})),
         ("Explained variance", "share of the returns' variance", _lines({"critic/vf_explained_var": "explained"})),
         ("Gradient norm", "before clipping", _lines({"actor/grad_norm": "norm"})),
