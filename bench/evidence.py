@@ -37,7 +37,7 @@ from bench.curves import Curve, curve_of, read_curves
 from bench.evidence_page import page, plot
 from bench.experiments import CLONING, EXPERIMENTS, SERIES, Outcome, chosen, read
 from epo_kernels.train.__main__ import keep_freed_memory
-from epo_kernels.train.config import TrainConfig, differences, is_among, load_config
+from epo_kernels.train.config import TrainConfig, differences, is_among, load_config, only_rounding
 from epo_kernels.train.io.checkpoint import list_checkpoints
 from epo_kernels.train.io.display import Display
 from epo_kernels.train.io.tracking import read_evaluation, read_metrics, write_atomically
@@ -69,6 +69,7 @@ def run_all(name: str) -> None:
 
     Raises:
         subprocess.CalledProcessError: a run stopped; the same command resumes it.
+        RuntimeError: a complete run had other settings.
     """
     experiment, writing = EXPERIMENTS[name], Lock()
 
@@ -76,6 +77,7 @@ def run_all(name: str) -> None:
         if arm == CLONING:
             pending[experiment.baseline, seed].result()
         if is_complete(name, arm, seed):
+            require_same_settings(name, arm, seed)
             return
         command = [sys.executable, "-m", "bench.evidence", name, "--only", arm, str(seed)]
         log = beside(folder(name, arm, seed), ".log")
@@ -92,8 +94,12 @@ def run_all(name: str) -> None:
     queue.sort(key=lambda run: run[0] in (CLONING, INDICATOR))
     with ThreadPoolExecutor(experiment.jobs) as threads:
         pending = {(arm, seed): threads.submit(run, arm, seed) for arm, seed in queue}
-        for future in pending.values():
-            future.result()
+        try:
+            for future in pending.values():
+                future.result()
+        except KeyboardInterrupt:  # which the runs under way receive too; no other may start
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
     write_results(name)  # also where every run was complete already
 
 
@@ -225,6 +231,18 @@ def beside(place: Path, ending: str) -> Path:
     return place.with_name(place.name + ending)
 
 
+def require_same_settings(name: str, arm: str, seed: int) -> None:
+    """Check that a complete run was made with the experiment's present settings, under which it is published.
+
+    Raises:
+        RuntimeError: it was not; what only changes rounding may differ.
+    """
+    place = folder(name, arm, seed)
+    changed = differences((place / "config.yaml").read_text(), config_of(name, arm, seed))
+    if not only_rounding(changed):
+        raise RuntimeError(f"the run in {place} had another {', '.join(changed)}; restore it, or remove that folder")
+
+
 def is_complete(name: str, arm: str, seed: int) -> bool:
     place, last = folder(name, arm, seed), "before" if arm == CLONING else "after"
     return (place / "cost.jsonl").exists() and any(record.when == last for record in read_evaluation(place))
@@ -247,7 +265,7 @@ def commit() -> str:
 
 def outcomes_of(name: str, arm: str, seed: int) -> list[Outcome]:
     """Before and after of a complete run. More cloning starts where RL does, so its "before" is RL's."""
-    spent = costs(name, arm, seed)
+    place, spent = folder(name, arm, seed), costs(name, arm, seed)
     own = {record.when: record for record in read_evaluation(folder(name, arm, seed))}
     if arm == CLONING:
         rl = {record.when: record for record in read_evaluation(folder(name, EXPERIMENTS[name].baseline, seed))}
@@ -263,7 +281,7 @@ def outcomes_of(name: str, arm: str, seed: int) -> list[Outcome]:
             cpu_seconds=round(sum(cost["start"] + cost["run"] for cost in spent), 1),
             load=round(spent[-1]["load"], 1),
             settings=settings(name, arm, seed),
-            date=datetime.now(UTC).date().isoformat(),
+            date=datetime.fromtimestamp((place / "cost.jsonl").stat().st_mtime, UTC).date().isoformat(),
             commit=spent[-1]["commit"],
             machine=f"{platform.machine()}, {os.cpu_count()} cores",
         )

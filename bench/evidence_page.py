@@ -68,29 +68,32 @@ def _in_short(results: Mapping[str, Sequence[Outcome]], quickstart: Sequence[Run
         if outcomes and CLONING in experiment.arms:
             pairs = pairs_of(outcomes, experiment.baseline)
             more = _shared(pairs_of(outcomes, CLONING), pairs)
-            against = f"; {shown(difference(more))} against more cloning" if more else ""
-            lines.append(f"{experiment.title}: {shown(difference(pairs))} points over {len(pairs)} seeds{against}.")
+            against = f"; against more cloning {_told(more)}" if more else ""
+            lines.append(f"{experiment.title}: {_told(pairs)} over {len(pairs)} seeds{against}.")
         elif outcomes and experiment.keeps_curves:
             lines.append(f"{experiment.title}: {band_answer(outcomes)}")
     return ["## In short\n", *(f"- {line}" for line in lines), ""] if lines else []
+
+
+def _told(pairs: Sequence[Pair]) -> str:
+    says = _says(pairs)
+    return f"{shown(difference(pairs))} points" + (f", but {says}," if "disagree" in says else "")
 
 
 def _section(name: str, outcomes: Sequence[Outcome]) -> str:
     baseline = EXPERIMENTS[name].baseline
     arms = {arm: pairs for arm in EXPERIMENTS[name].arms if (pairs := pairs_of(outcomes, arm))}
     whole = [
-        [arm, str(sum(len(before.successes) for before, _ in pairs)), shown(rise), verdict(rise)]
+        [arm, str(sum(len(before.successes) for before, _ in pairs)), shown(difference(pairs)), _says(pairs)]
         for arm, pairs in arms.items()
-        for rise in [difference(pairs)]
     ]
     single = [_line(*pair) for pairs in arms.values() for pair in pairs]
     against = [
-        [f"{baseline} against {arm}", shown(between), verdict(between)]
+        [f"{baseline} against {arm}", shown(difference(both)), _says(both)]
         for arm in arms
         if arm != baseline and baseline in arms
         for both in [_shared(arms[arm], arms[baseline])]
         if both
-        for between in [difference(both)]
     ]
     last = outcomes[0]
     missing = _missing(name, outcomes)
@@ -116,6 +119,14 @@ def _section(name: str, outcomes: Sequence[Outcome]) -> str:
             "They cover a whole run, including cloning and evaluations.\n",
         ]
     )
+
+
+def _says(pairs: Sequence[Pair]) -> str:
+    """What the pairs of all seeds show. The interval is over episodes, so seeds of both signs show no difference."""
+    points = [difference([pair])[0] for pair in pairs]
+    if min(points) < 0 < max(points):
+        return f"the seeds disagree ({', '.join(f'{point:+.1f}' for point in points)}), so no change is shown"
+    return verdict(difference(pairs))
 
 
 def _missing(name: str, outcomes: Sequence[Outcome]) -> list[str]:

@@ -158,9 +158,8 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
     from epo_kernels.train.build import build
     from epo_kernels.train.envs import EnvironmentFailure
     from epo_kernels.train.io.display import Display
-    from epo_kernels.train.io.failures import RunError
+    from epo_kernels.train.io.failures import PromptTooLong, RunError
     from epo_kernels.train.io.stopping import Stopped, StopRequest
-    from epo_kernels.train.rollout.prompts import PromptTooLong
     from epo_kernels.train.trainer import Trainer
 
     disable_progress_bar()

@@ -22,10 +22,12 @@ from transformers import PreTrainedModel
 
 from epo_kernels.train.config import ConfigError
 from epo_kernels.train.envs import EnvironmentFailure
+from epo_kernels.train.io.failures import PromptTooLong
 from epo_kernels.train.io.progress import Report, ignore
 from epo_kernels.train.io.stopping import Stopped, StopRequest
 
 Item = TypeVar("Item")
+_RAISED_TOGETHER = {known.__name__: known for known in (EnvironmentFailure, PromptTooLong)}  # after them a run is saved
 TIMEOUT = timedelta(hours=2)  # for waiting on other ranks: their rollouts, or cloning on the first rank
 
 
@@ -190,6 +192,6 @@ def raise_together(own: Exception | None, failures: Sequence[tuple[str, str | in
             kind, detail = failure
             if kind == "stopped":
                 raise Stopped(int(detail))
-            if kind == "EnvironmentFailure":
-                raise EnvironmentFailure(f"rank {rank}: {detail}")
+            if known := _RAISED_TOGETHER.get(kind):
+                raise known(f"rank {rank}: {detail}")
             raise RuntimeError(f"rank {rank} failed: {kind}: {detail}")

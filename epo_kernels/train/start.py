@@ -92,13 +92,14 @@ class Start:
         prompts = make_prompts(policy.chat, config.rollout)
         limit = config.rollout.max_response_tokens
         samples = cloning_samples(demonstrations, policy, prompts, limit, config.rollout.layout)
-        say(f"cloning: {len(samples)} turns for {epochs} epochs; {about_policy(policy)}")
+        said = f"{len(samples)} {'episodes' if config.rollout.layout == 'episode' else 'turns'} for {epochs} epochs"
+        say(f"cloning: {said}; {about_policy(policy)}")
         with (
             self.display.bar("cloning", epochs, "epochs", self.stop.check) as report,
             precision(policy.model, config.model.dtype),
         ):
             losses = clone(policy, samples, config.model.warm_start, config.seed, report)
-        say(f"cloned {len(samples)} turns for {epochs} epochs: loss {losses[0]:.3f} to {losses[-1]:.3f}")
+        say(f"cloned {said}: loss {losses[0]:.3f} to {losses[-1]:.3f}")
 
     def _as_base(self, policy: Policy) -> Policy:
         """The policy, saved to and reloaded from run_dir/base: checkpoints contain only adapters and refer to it."""

@@ -9,7 +9,7 @@ import epo_kernels as ek
 from epo_kernels.train.data import Draw, Sample, samples_of
 from epo_kernels.train.envs import EnvironmentFailure, Task
 from epo_kernels.train.evaluate import Record, panel_starts, summarize
-from epo_kernels.train.io.failures import RunError
+from epo_kernels.train.io.failures import PromptTooLong, RunError
 from epo_kernels.train.io.phases import Phases
 from epo_kernels.train.io.progress import Report
 from epo_kernels.train.io.report import write_report
@@ -42,6 +42,7 @@ class Trainer:
         Raises:
             Stopped: a signal requested it. This and all errors below leave a checkpoint of the last completed step.
             EnvironmentFailure: too many consecutive episodes were lost.
+            PromptTooLong: a task's goal does not fit rollout.max_prompt_tokens.
             CollapsedError: a collapse warning, with watch.stop.
             RunError: too many consecutive updates without a finite gradient (the batch is in run_dir/nonfinite), or a
                 checkpoint could not be written. The last checkpoint is intact.
@@ -50,8 +51,8 @@ class Trainer:
         try:
             with precision(parts.policy.model, self.config.model.dtype):
                 self._loop()
-        except (Stopped, EnvironmentFailure, CollapsedError):
-            # Raised only between steps, so the state in memory is that of the last completed step.
+        except (Stopped, EnvironmentFailure, PromptTooLong, CollapsedError):
+            # Raised between steps or while playing, so the state in memory is that of the last completed step.
             parts.save()
             write_report(parts.run_dir)
             raise
@@ -127,7 +128,7 @@ class Trainer:
             horizon = config.loss.phase_horizon or config.horizon
             penalty_weight = ek.phase_weight(step - 1, horizon, config.loss.phase_schedule)
             with phase("update_actor", config.optim.epochs * len(samples)) as report:
-                if not critic or step > config.critic.warmup_steps:
+                if not critic or critic.steps_done > config.critic.warmup_steps:
                     learned |= learner.update(samples, history, penalty_weight, seed, report)
             if not config.loss.history_includes_current:
                 self._commit_history(step)

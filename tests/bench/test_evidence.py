@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from bench import band, evidence, evidence_page, experiments
-from epo_kernels.train.config import load_config
+from epo_kernels.train.config import load_config, to_yaml
 from epo_kernels.train.data import Episode
 from epo_kernels.train.envs import Task
 from epo_kernels.train.evaluate import summarize
@@ -147,6 +149,19 @@ def test_page_shows_every_arm_and_seed():
     assert "commit abc1234" in text
 
 
+def test_seeds_that_disagree_show_no_change():
+    """However narrow the interval over all their episodes."""
+    up = [replace(AFTER, seed=0, successes=[True] * 40), replace(BEFORE, seed=0, successes=[False] * 40)]
+    down = [
+        replace(AFTER, seed=1, successes=[False] * 40),
+        replace(BEFORE, seed=1, successes=[True] * 20 + [False] * 20),
+    ]
+    text = evidence_page.page({"practice": [*up, *down]}, {})
+    assert "| RL with EPO | 80 | +25.0 (+" in text
+    assert "| the seeds disagree (+100.0, -50.0), so no change is shown |" in text
+    assert "points, but the seeds disagree (+100.0, -50.0), so no change is shown, over 2 seeds" in text
+
+
 def test_page_names_what_is_missing(monkeypatch):
     monkeypatch.setitem(
         experiments.EXPERIMENTS, "practice", replace(experiments.EXPERIMENTS["practice"], seeds=(0, 1, 2))
@@ -247,12 +262,50 @@ def test_a_killed_series_goes_on(tmp_path, monkeypatch):
     assert started == ["first", "second", "third", "second"]
     assert [o.arm for o in experiments.read(name) if o.when == "after"] == list(arms)
     assert [(c.arm, c.success) for c in evidence.curves_of(name)] == [(arm, [0.25, 0.5]) for arm in arms]
+    changed = replace(experiment, overrides=(*experiment.overrides, "optim.lr=0.5"))
+    monkeypatch.setitem(experiments.EXPERIMENTS, name, changed)
+    with pytest.raises(RuntimeError, match=r"first-0 had another optim\.lr; restore it, or remove that folder"):
+        evidence.run_all(name)
+
+
+def test_an_interrupted_series_starts_no_other_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    arms = {str(number): [] for number in range(20)}
+    experiment = replace(experiments.EXPERIMENTS["band_stable"], arms=arms, seeds=(0,), tuned_by=(), jobs=1)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "band_tiny", experiment)
+    started, first_runs, interrupted = [], threading.Event(), threading.Event()
+
+    def process(command, **_):
+        started.append(command[-2])
+        first_runs.set()
+        assert interrupted.wait(60)
+
+    def interrupt(self):
+        assert first_runs.wait(60)
+        raise KeyboardInterrupt
+
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def stopped(self, *args, **kwargs):
+        shutdown(self, *args, **kwargs) if kwargs.get("cancel_futures") else None
+        interrupted.set()
+        shutdown(self, wait=True)
+
+    monkeypatch.setattr(evidence.subprocess, "run", process)
+    monkeypatch.setattr(evidence, "write_results", lambda name: None)
+    monkeypatch.setattr(Future, "result", interrupt)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evidence.run_all("band_tiny")
+    assert started == ["0"]
 
 
 def complete(name, arm, seed):
     """Write the files of a complete run."""
     place = evidence.folder(name, arm, seed)
     place.mkdir(parents=True)
+    (place / "config.yaml").write_text(to_yaml(evidence.config_of(name, arm, seed)))
     (place / "cost.jsonl").write_text(json.dumps({"start": 1.0, "run": 2.0, "load": 1.0, "commit": "abc1234"}) + "\n")
     episodes = [
         Episode(Task("walk", index), index, (), turns=[], score=100.0, success=True, finish="done")

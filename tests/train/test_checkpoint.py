@@ -95,6 +95,23 @@ def test_what_a_kill_left_behind_is_no_checkpoint(cloned, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["global_step_7"]
 
 
+def test_what_an_interrupted_removal_left_behind_is_no_checkpoint(cloned, tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, cloned.save, {}, keep=2)
+    with monkeypatch.context() as patch:
+
+        def halfway(path):
+            (path / "trainer.pt").unlink()
+            raise OSError(16, "Device or resource busy")
+
+        patch.setattr(checkpoint_module.shutil, "rmtree", halfway)
+        with pytest.raises(OSError, match="busy"):
+            drop_later_checkpoints(tmp_path, 1)
+        assert [step_of(path) for path in list_checkpoints(tmp_path)] == [1]
+    save_checkpoint(tmp_path, 2, cloned.save, {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["global_step_2"]
+
+
 class Malicious:
     def __init__(self, trace):
         self.trace = trace

@@ -136,6 +136,10 @@ def test_what_stops_one_rank_stops_all(runs):
         assert rank["stopped"] == "Stopped: stopped by SIGTERM"
         assert rank["lost"].startswith("EnvironmentFailure: ")
         assert "it died" in rank["lost"]
+        assert rank["too_long"].startswith("PromptTooLong: ")
+        assert "raise it" in rank["too_long"]
+        assert rank["prefetched"].startswith("EnvironmentFailure: ")
+        assert "it died in a reset" in rank["prefetched"]
         assert rank["asked"] == "stopped by SIGTERM"
         assert rank["refused"] == "in use, says rank 0"
     assert ranks[0]["broken"] == "RuntimeError: rank 1 failed: ValueError: bad"

@@ -17,10 +17,12 @@ import torch
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.envs.practice import PracticeEnvironment
 from epo_kernels.train.io.checkpoint import list_checkpoints, load_state, step_of
+from epo_kernels.train.io.failures import PromptTooLong
 from epo_kernels.train.io.tracking import Tracker
 from epo_kernels.train.rl.critic import Critic
 from epo_kernels.train.rl.learner import Learner
 from epo_kernels.train.rl.post_mortem import load_batch
+from epo_kernels.train.rollout.prompts import PromptBuilder
 from tests.train import faults
 from tests.train.conftest import WHOLE, command, files_at_most, lines_of, train, weights_of
 
@@ -161,6 +163,24 @@ def test_too_many_failures_in_a_row_stop_the_run_with_everything_saved(whole_run
     assert (tmp_path / "report.html").exists()
     assert train(*settings) == 0
     assert_equal_runs(tmp_path, whole_run)
+
+
+def test_a_goal_too_long_for_the_prompt_stops_the_run_with_everything_saved(tmp_path, monkeypatch, capsys):
+    settings = (f"run_dir={tmp_path}", "steps=3", "evaluate.panels=[]", "checkpoint.every=0")
+    with monkeypatch.context() as patch:
+        log, logged = Tracker.log, []
+        patch.setattr(Tracker, "log", lambda self, step, metrics: logged.append(log(self, step, metrics)))
+        encode = PromptBuilder.encode
+
+        def refuse(self, states):
+            if len(logged) == 2:
+                raise PromptTooLong("rollout.max_prompt_tokens must be at least 999")
+            return encode(self, states)
+
+        patch.setattr(PromptBuilder, "encode", refuse)
+        assert train(*settings) == 1
+    assert "error: rollout.max_prompt_tokens must be at least 999" in capsys.readouterr().err
+    assert steps_of(tmp_path)[-1] == len(lines_of(tmp_path)) == 2
 
 
 def test_a_few_failures_cost_their_episodes_alone(tmp_path, monkeypatch):

@@ -184,22 +184,26 @@ def test_a_branch_has_settings_of_its_own(whole_run, tmp_path, capsys):
     origin = {path: path.read_bytes() for path in whole_run.rglob("*") if path.is_file()}
     checkpoint = whole_run / "checkpoints" / "global_step_3"
     settings = ["steps=5", *WHOLE[1:], "optim.lr=1e-3", "algorithm.name=ppo", "loss.history_window=2"]
+    settings += ["critic.warmup_steps=1"]
     branch = (f"run_dir={tmp_path / 'branch'}", *settings, f"resume={checkpoint}")
     assert train(*branch) == 0
     said = capsys.readouterr().out
-    table = said[said.index("settings of this branch") :].splitlines()[1:6]
+    table = said[said.index("settings of this branch") :].splitlines()[1:7]
     assert [line.split()[2:] for line in table] == [  # after date and time
         ["setting", "saved", "now"],
         ["steps", "4", "5"],
         ["algorithm.name", "grpo", "ppo"],
+        ["critic.warmup_steps", "0", "1"],
         ["loss.history_window", "None", "2"],
         ["optim.lr", "0.0003", "0.001"],
     ]
+    assert "the schedules still span 4 steps; schedule_steps=5 spans them all" in said
     assert "had no critic: training a new one" in said
     assert "the entropy history starts empty" in said
     lines = lines_of(tmp_path / "branch")
     assert [line["training/global_step"] for line in lines] == [4, 5]
-    assert lines[0]["actor/lr"] == pytest.approx(1e-3 * 0.5)
+    assert ["actor/grad_norm" in line for line in lines] == [False, True], "the new critic warms up"
+    assert lines[1]["actor/lr"] == pytest.approx(1e-3 * 0.5)
     records = json.loads((tmp_path / "branch" / "evaluation.json").read_text())
     assert [(r["when"], r["step"]) for r in records[::2]] == [("before", 3), ("step 4", 4), ("after", 5)]
     shutil.rmtree(tmp_path / "branch" / "checkpoints" / "global_step_5")
@@ -278,6 +282,9 @@ def test_where_a_run_begins(whole_run, tmp_path):
         found(run_dir=tmp_path, resume="never")
     with pytest.raises(ConfigError, match=r"no trainer\.pt"):
         found(run_dir=tmp_path, resume=str(tmp_path))
+    renamed = shutil.copytree(whole_run / "checkpoints" / "global_step_4", tmp_path / "best")
+    with pytest.raises(ConfigError, match="best is not a checkpoint; a checkpoint's folder is called global_step_N"):
+        found(run_dir=tmp_path / "new", resume=str(renamed))
 
 
 def test_a_dry_run_builds_and_plays_nothing(tmp_path, capsys):
@@ -366,6 +373,27 @@ def test_an_unforeseen_error_keeps_its_traceback_in_the_run_s_folder(tmp_path, c
     assert train(f"run_dir={tmp_path / 'dry'}", "--dry-run") == 1
     assert capsys.readouterr().err.startswith("Traceback (most recent call last):\n")
     assert not (tmp_path / "dry").exists()
+
+
+def test_an_unforeseen_error_at_the_start_does_not_block_the_folder(tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("a bug in a plug-in")
+
+    settings = (f"run_dir={tmp_path / 'new'}", "evaluate.panels=[]", "model.warm_start.epochs=1")
+    with monkeypatch.context() as patch:
+        patch.setattr("epo_kernels.train.build.make_suite", fail)
+        assert train(*settings) == 1
+    assert "there is no checkpoint yet, so repeating the command starts over" in capsys.readouterr().err
+    assert train(*settings) == 0
+
+
+def test_records_without_a_checkpoint_are_not_erased(whole_run, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert train(f"run_dir={tmp_path / 'run'}", *WHOLE) == 2
+    assert "checkpoints were removed, so it cannot be resumed" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
 
 
 def test_an_error_that_names_its_reason_needs_no_traceback(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """`--plan`: its counts against real steps, the paper's presets, and what it says where something doesn't fit."""
 
 import gc
+import json
 import re
 from dataclasses import replace
 
@@ -10,10 +11,12 @@ import torch
 from bench.memory_plan import BFLOAT16, CASES, PAPER, SMALL, TINY, measured, planned
 from epo_kernels.train.__main__ import main
 from epo_kernels.train.config import ConfigError, ModelConfig, load_config
+from epo_kernels.train.envs import make_suite
 from epo_kernels.train.plan.activations import LiveBytes
 from epo_kernels.train.plan.advice import largest_micro_batch, refusal
 from epo_kernels.train.plan.architecture import Parameters, architecture_of
 from epo_kernels.train.plan.memory import CRITIC, POLICY, ROLLOUT, Machine, MemoryPlan
+from epo_kernels.train.plan.work import Work
 from tests.train.models import save_model
 
 # Two sizes, each kind of setting once; `python -m bench.memory_plan` measures all cases, a third size among them.
@@ -118,6 +121,20 @@ def test_a_folder_is_read_and_needs_no_weights(tmp_path):
     assert plan.parameters.all.total < 100_000
     assert refusal(plan) is None
     assert refusal(replace(plan, machine=Machine(1, 1e4))) is not None
+
+
+def test_a_folder_that_cannot_be_trained_says_why(tmp_path):
+    folder = save_model(tmp_path / "model", "qwen3")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ConfigError, match="quantiz"):
+        architecture_of(ModelConfig(name_or_path=str(folder)))
+
+
+def test_the_most_turns_are_those_of_the_run():
+    config = load_config("practice", ["env.options.length=20", "env.options.spare_turns=5"])
+    work = Work.of(config, MemoryPlan(config, Machine(1, 80e9)).parameters)
+    assert work.turns == make_suite(config.env).max_turns > 20
 
 
 def test_a_model_that_is_nowhere_is_refused(tmp_path):

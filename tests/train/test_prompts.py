@@ -2,9 +2,10 @@ import pytest
 
 from epo_kernels.train.data import Turn
 from epo_kernels.train.envs import Observation
+from epo_kernels.train.io.failures import PromptTooLong
 from epo_kernels.train.rollout import prompts
 from epo_kernels.train.rollout.dialogue import DialogueBuilder
-from epo_kernels.train.rollout.prompts import PromptBuilder, PromptTooLong, parse_action
+from epo_kernels.train.rollout.prompts import PromptBuilder, parse_action
 from tests.train.conftest import prompts_of
 
 GOAL = "Follow the signs through 4 rooms to the vault."

@@ -104,7 +104,7 @@ def test_the_report_is_one_whole_page(finished_run):
     assert page.links == [], "nothing is fetched from anywhere"
     assert "default-src 'none'" in html
     for heading in (
-        "Success on held-out tasks",
+        "Success on the panels",
         "Success in training",
         "Return in training",
         "Entropy by turn",
@@ -161,6 +161,16 @@ def test_an_interval_that_holds_0_is_said_plainly(finished_run):
     page = Page(write_report(finished_run).read_text())
     assert "No significant change in success: +0.0 points, and the interval includes 0." in page.text
     assert "the interval includes 0, so no change is shown" in page.text
+
+
+def test_training_tasks_are_not_called_held_out(finished_run):
+    path = finished_run / "evaluation.json"
+    assert "held-out" in Page(write_report(finished_run).read_text()).text
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps([one | {"panel": "train"} for one in records]))
+    page = Page(write_report(finished_run).read_text())
+    assert "training tasks." in page.text
+    assert "held-out" not in page.text
 
 
 def test_a_run_that_has_only_begun_has_a_report_too(tmp_path):

@@ -18,6 +18,7 @@ from epo_kernels.train.config import ConfigError, ModelConfig
 from epo_kernels.train.data import Draw, Episode
 from epo_kernels.train.distributed import Ranks, launched
 from epo_kernels.train.envs import EnvironmentFailure, Task
+from epo_kernels.train.io.failures import PromptTooLong
 from epo_kernels.train.io.stopping import Stopped, StopRequest
 from epo_kernels.train.models.loading import load_causal_lm
 from epo_kernels.train.models.policy import build_from_scratch
@@ -28,9 +29,13 @@ from epo_kernels.train.rollout.shared import SharedRollout
 class Failing:
     """A rollout that finishes its episodes, but for the second rank's, where the exception is raised."""
 
-    def __init__(self, ranks: Ranks, failure: Exception | None) -> None:
-        self.failure = None if ranks.is_first else failure
+    def __init__(self, ranks: Ranks, failure: Exception | None, earlier: Exception | None) -> None:
+        self.failure, self.earlier = (None, None) if ranks.is_first else (failure, earlier)
         self.rank = ranks.rank
+
+    def prefetch(self, episodes):
+        if self.earlier:
+            raise self.earlier
 
     def play(self, episodes, report):
         for episode in episodes:
@@ -46,10 +51,13 @@ def loaded_from(run: Path) -> list[str]:
     return [*model, "steps=1", "evaluate.panels=[]"]
 
 
-def played_together(ranks: Ranks, failure: Exception | None):
+def played_together(ranks: Ranks, failure: Exception | None, earlier: Exception | None = None):
+    """What happens if the second rank fails while playing, or earlier, while prefetching."""
     episodes = [Episode(Task("t", 0), 0, (0, Draw.EPISODE, 0, i)) for i in range(5)]
+    rollout = SharedRollout(Failing(ranks, failure, earlier), ranks, None)
+    rollout.prefetch(episodes)
     try:
-        SharedRollout(Failing(ranks, failure), ranks, None).play(episodes)
+        rollout.play(episodes)
     except (Stopped, EnvironmentFailure, RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return [episode.score for episode in episodes]
@@ -189,6 +197,8 @@ def inspect(ranks: Ranks, folder: Path) -> dict[str, object]:
         "played": played_together(ranks, None),
         "stopped": played_together(ranks, Stopped(15)),
         "lost": played_together(ranks, EnvironmentFailure("it died")),
+        "too_long": played_together(ranks, PromptTooLong("raise it")),
+        "prefetched": played_together(ranks, None, EnvironmentFailure("it died in a reset")),
         "broken": played_together(ranks, ValueError("bad")),
         "asked": asked_to_stop(ranks),
         "refused": refused_on_the_first(ranks),

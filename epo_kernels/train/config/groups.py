@@ -42,7 +42,7 @@ class WarmStartConfig:
         "quickstart: the folder that the package contains",
     )
     epochs: int = setting(20, "passes over the demonstrated turns", at_least(1))
-    batch_size: int = setting(64, "turns per optimizer step", at_least(1))
+    batch_size: int = setting(64, "turns per optimizer step (rollout.layout=episode: episodes)", at_least(1))
     lr: float = setting(2e-3, "peak learning rate; cosine decay to 0", POSITIVE)
 
 

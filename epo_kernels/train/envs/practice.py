@@ -209,9 +209,14 @@ class PracticeSuite(Suite):
         self._options: PracticeOptions = config.options
         names, held_out = self._options.task_names, self._options.ood_task_names
         self._names = {"train": names, "iid": names, "ood": held_out}
-        if config.max_turns is None:
-            longest = max(round(KINDS[name].stretch * self._options.length) for name in [*names, *held_out])
-            self.max_turns = longest + self._options.spare_turns
+
+    @classmethod
+    def turn_limit(cls, config: EnvConfig) -> int:
+        if config.max_turns is not None:
+            return config.max_turns
+        options: PracticeOptions = config.options
+        names = (*options.task_names, *options.ood_task_names)
+        return max(round(KINDS[name].stretch * options.length) for name in names) + options.spare_turns
 
     def tasks(self, split: str) -> list[Task]:
         if split not in SPLITS:

@@ -32,8 +32,13 @@ class Suite(ABC):
     def __init__(self, config: EnvConfig) -> None:
         self.config = config
         self.name = config.name
-        self.max_turns = self.default_max_turns if config.max_turns is None else config.max_turns
+        self.max_turns = self.turn_limit(config)
         self._idle = IdleEnvironments(self.make)
+
+    @classmethod
+    def turn_limit(cls, config: EnvConfig) -> int:
+        """Most actions of an episode: env.max_turns, or the default of the environment and its options."""
+        return cls.default_max_turns if config.max_turns is None else config.max_turns
 
     @abstractmethod
     def tasks(self, split: str) -> list[Task]:

@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in [path for path in list_checkpoints(folder)[:-keep] if path != final]:
-        shutil.rmtree(old)
+        with suppress(OSError):  # the new checkpoint is saved; the next save tries again
+            _remove(old)
     return final
 
 
@@ -97,7 +99,14 @@ def drop_later_checkpoints(folder: Path, step: int) -> None:
     """Remove checkpoints after `step`: a run that continues from there repeats those steps."""
     for path in list_checkpoints(folder):
         if step_of(path) > step:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; if that is interrupted, what remains does not count as one, and the next save removes it."""
+    doomed = checkpoint.with_name(f"{_UNFINISHED}{checkpoint.name}")
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -110,7 +119,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     match = _NAME.fullmatch(checkpoint.name)
     if match is None:
-        raise ValueError(f"{checkpoint} is not a checkpoint; a checkpoint's folder is called global_step_N")
+        raise ConfigError(f"{checkpoint} is not a checkpoint; a checkpoint's folder is called global_step_N")
     return int(match.group(1))
 
 

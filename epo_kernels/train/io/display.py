@@ -76,7 +76,8 @@ class Display:
         shown = [record for record in records if record.when in ("before", "after")]
         if not shown:
             return
-        table = Table(title="Evaluation on the same held-out tasks", title_justify="left")
+        kind = "tasks" if any(record.panel == "train" for record in shown) else "held-out tasks"
+        table = Table(title=f"Evaluation on the same {kind}", title_justify="left")
         for column in ("panel", "decoding", "when", "episodes", "mean score", "success (95 %)", "official success"):
             table.add_column(column, justify="left" if column in ("panel", "decoding", "when") else "right")
         for record in sorted(shown, key=lambda r: (r.panel, r.decoding, r.step)):

@@ -96,7 +96,8 @@ def _headline(comparisons: Sequence[Comparison], metrics: Metrics) -> str:
     if low <= 0 <= high:
         return f"No significant change in success: {difference:+.1f} points, and the interval includes 0."
     verb = "rose" if difference > 0 else "fell"
-    return f"Success {verb} by {abs(difference):.1f} points on {first.episodes} held-out tasks."
+    kind = "training" if first.panel == "train" else "held-out"
+    return f"Success {verb} by {abs(difference):.1f} points on {first.episodes} {kind} tasks."
 
 
 def _lines(
@@ -132,7 +133,7 @@ def _draw_panels(run: Run) -> Markup | None:
         own = sorted((r for r in run.records if (r.panel, r.decoding) == (panel, decoding)), key=lambda r: r.step)
         points = [(float(r.step), r.success) for r in own]
         series.append(Series(f"{panel}, {decoding}", points, [(r.success_low, r.success_high) for r in own]))
-    return charts.line_chart("success on held-out tasks", series, percent) if series else None
+    return charts.line_chart("success on the panels", series, percent) if series else None
 
 
 def _entropies(run: Run) -> tuple[list[int], Grid]:
@@ -203,7 +204,7 @@ _SUCCESS, _RETURN = {"episode/success_rate": "success"}, {"episode/reward/mean":
 _LENGTH = {"response_length/mean": "mean", "response_length/max": "longest"}
 SECTIONS: dict[str, list[tuple[str, str, Draw]]] = {  # (title, note, chart)
     "Reward and success": [
-        ("Success on held-out tasks", "fixed panels, Wilson 95 %", _draw_panels),
+        ("Success on the panels", "fixed tasks, Wilson 95 %", _draw_panels),
         ("Success in training", "episodes of a step, Wilson 95 %", _lines(_SUCCESS, percent, _of_success)),
         ("Return in training", "mean over a step's episodes, normal 95 %", _lines(_RETURN, interval=_of_return)),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 
 from epo_kernels.train.config import ConfigError, TrainConfig, differences, is_among, only_rounding, read_settings
 from epo_kernels.train.io.checkpoint import list_checkpoints, load_state, step_of
-from epo_kernels.train.io.tracking import read_json, write_atomically
+from epo_kernels.train.io.tracking import read_evaluation, read_json, read_metrics, write_atomically
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     A branch that already has a checkpoint continues from it, so that the same command resumes it.
 
     Raises:
-        ConfigError: nothing at the given path; or the run folder contains a run that would be mixed with this one.
+        ConfigError: nothing at the given path; or the run folder contains a run that would be mixed with this one, or
+            erased.
     """
     run_dir = Path(config.run_dir)
     present = list_checkpoints(run_dir / "checkpoints")
@@ -51,6 +52,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
             raise ConfigError(f"resume=never, but {run_dir} contains a run; choose another run_dir, or resume=auto")
         return None
     if config.resume == "auto":
+        _refuse_lost_checkpoints(run_dir, last)
         return last
     path = Path(config.resume)
     is_branch = is_foreign(path, run_dir)
@@ -60,13 +62,25 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         raise ConfigError(
             f"resume must be auto, never or the folder of a checkpoint (global_step_N); {path} has no trainer.pt"
         )
-    step_of(path)
+    step_of(path)  # raises if the folder was renamed
     if is_branch and (last or (run_dir / "config.yaml").exists()):
         raise ConfigError(
             f"resume={path} is another run's checkpoint, but {run_dir} already contains a run and their records would "
             "mix; choose another run_dir, or continue the existing run with resume=auto"
         )
     return path
+
+
+def _refuse_lost_checkpoints(run_dir: Path, last: Path | None) -> None:
+    """Raise if a run has records but no checkpoint: starting over would erase them.
+
+    A run saves its first checkpoint before its first record, so the checkpoints were removed.
+    """
+    if last is None and (read_metrics(run_dir) or read_evaluation(run_dir)):
+        raise ConfigError(
+            f"run_dir={run_dir} contains the records of a run whose checkpoints were removed, so it cannot be resumed, "
+            "and starting over would erase them; choose another run_dir, or delete this one"
+        )
 
 
 def is_foreign(checkpoint: Path, run_dir: Path) -> bool:
@@ -121,9 +135,14 @@ def review_differences(saved: str, config: TrainConfig, step: int, is_branch: bo
             raise ConfigError(f"the checkpoint's weights were made with other settings; restore them\n{_table(fixed)}")
         if steps != config.steps:
             changed = {"steps": (steps, config.steps), **changed}
-        return (
-            [f"settings of this branch that differ from the run it comes from:\n{_table(changed)}"] if changed else []
-        )
+        if not changed:
+            return []
+        said = [f"settings of this branch that differ from the run it comes from:\n{_table(changed)}"]
+        if config.horizon != config.steps:
+            said.append(
+                f"the schedules still span {config.horizon} steps; schedule_steps={config.steps} spans them all"
+            )
+        return said
     said = []
     if config.steps != steps:
         is_extended = config.steps > steps

@@ -18,8 +18,8 @@ import yaml
 
 from epo_kernels.train.config import ConfigError
 from epo_kernels.train.io.checkpoint import list_checkpoints
+from epo_kernels.train.io.failures import LOCK
 
-LOCK = "run.lock"
 HEARTBEAT = 5.0  # seconds between heartbeats of the lock's holder
 FILES = (
     "config.yaml",

@@ -56,6 +56,8 @@ def architecture_of(model: ModelConfig) -> PreTrainedConfig:
             settings, _ = PreTrainedConfig.get_config_dict(source, local_files_only=True)
             check_config(settings)
             found = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        except ConfigError:
+            raise  # found, and it cannot be trained
         except (OSError, ValueError) as error:
             if source not in KNOWN:
                 raise ConfigError(

@@ -33,7 +33,7 @@ class Work:
         rollout, algorithm = config.rollout, config.algorithm
         width = rollout.max_prompt_tokens + rollout.max_response_tokens
         episodes = algorithm.groups * algorithm.group_size
-        turns = config.env.max_turns or suite_class(config.env.name).default_max_turns
+        turns = suite_class(config.env.name).turn_limit(config.env)
         samples = episodes * turns
         head = parameters.head[0] * parameters.head[1]
         in_layers = parameters.linear.total - parameters.outside_decoder

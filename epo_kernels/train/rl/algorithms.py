@@ -59,23 +59,23 @@ def assign_advantages(
     """
     token_kl = _token_kl(samples, config.kl_reward_coeff, kl_type)
     credits = _credits(episodes, samples, config.invalid_action_penalty, token_kl)
+    groups = torch.tensor([episode.group for episode in episodes])
     if config.name == "ppo":
         metrics = _assign_gae(credits, samples, config, token_kl)
     else:
         spread_over_tokens(samples, _TURN_ADVANTAGES[config.name](credits, config))
-        metrics = {}
+        alike = groups_without_spread(_returns(episodes), groups)  # they teach nothing; a critic needs no group
+        metrics = {"episode/groups_without_variance": len(alike)}
     shape_samples(episodes, samples, config)
     sampled = torch.cat([_of(sample.advantages)[sample.mask] for sample in samples])
     if config.kl_reward_coeff:
         metrics["actor/reward_kl_penalty"] = float(torch.cat(token_kl).sum()) / config.kl_reward_coeff / len(sampled)
-    returns, groups = _returns(episodes), torch.tensor([episode.group for episode in episodes])
     return {
         **metrics,
         "critic/advantages/mean": float(sampled.mean()),
         "critic/advantages/max": float(sampled.max()),
         "critic/advantages/min": float(sampled.min()),
         "episode/groups": len(groups.unique()),
-        "episode/groups_without_variance": len(groups_without_spread(returns, groups)),
     }
 
 

@@ -82,6 +82,11 @@ class Critic:
         self._network = nn.ModuleDict({"backbone": self._backbone, "head": self._head})
         self._optimizer = StepOptimizer(self._network, config.optim, config.critic, config.horizon, self._ranks)
 
+    @property
+    def steps_done(self) -> int:
+        """Training steps of this critic; in a branch, those of the run it comes from count if it had a critic."""
+        return self._optimizer.steps_done
+
     @torch.no_grad()
     def score(self, samples: Sequence[Sample], report: Report = ignore) -> None:
         """Set each sample's `values`, of the state before each of its response tokens."""

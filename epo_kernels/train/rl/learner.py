@@ -74,7 +74,9 @@ class Learner:
         self._row_width = row_width_of(policy, config)
         self._filling = RowFilling()
         self._ranks.shard(policy.model.get_decoder(), policy.model.device)
-        self._optimizer = StepOptimizer(policy.model, config.optim, config.optim, config.horizon, self._ranks)
+        # While the critic warms up, the policy takes no steps, so its schedule is shorter.
+        steps = config.horizon - (config.critic.warmup_steps if config.algorithm.name == "ppo" else 0)
+        self._optimizer = StepOptimizer(policy.model, config.optim, config.optim, max(steps, 1), self._ranks)
 
     def score(self, samples: Sequence[Sample], report: Report = ignore) -> None:
         """Set each sample's `old_log_probs` and `entropy` (and `ref_log_probs`), without gradients.

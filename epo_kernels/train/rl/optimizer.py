@@ -51,6 +51,7 @@ class StepOptimizer:
     steps: int  # steps in the schedule; later steps keep its last rate
     ranks: Ranks
     skipped_in_row: int = field(default=0, init=False)  # consecutive skipped updates, across training steps
+    steps_done: int = field(default=0, init=False)  # calls of `minibatches`
 
     def __post_init__(self) -> None:
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -64,7 +65,6 @@ class StepOptimizer:
             weight_decay=self.config.weight_decay,
             fused=True,  # one pass over weights, gradients and moments, without temporary copies
         )
-        self._steps_done = 0
         self._norms: list[float] = []
         self._skipped = 0
 
@@ -75,7 +75,7 @@ class StepOptimizer:
         a_pass = math.ceil(len(samples) / passes.minibatch_size) if passes.minibatch_size else passes.minibatches
         a_pass = min(a_pass, len(samples))
         updates = a_pass * passes.epochs
-        update = self._steps_done * updates
+        update = self.steps_done * updates
         factor = cosine_with_warmup(self.steps * updates, self.config.warmup_ratio, self.config.min_lr_ratio)
         for epoch in range(passes.epochs):
             order = np.random.default_rng([*seed, epoch]).permutation(len(samples))
@@ -84,7 +84,7 @@ class StepOptimizer:
                     group["lr"] = passes.lr * factor(update)
                 yield [samples[i] for i in indices]
                 update += 1
-        self._steps_done += 1
+        self.steps_done += 1
 
     def apply(self, loss: Tensor) -> float:
         """Update with the current gradients, unless they or the loss are not finite; clears them, returns the norm."""
@@ -117,7 +117,7 @@ class StepOptimizer:
         if self._adamw.state:  # otherwise torch would perform an update of its own to create the moments
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             adamw |= get_optimizer_state_dict(self.model, self._adamw, options=options)
-        return {"adamw": adamw.get("state", {}), "steps_done": self._steps_done, "skipped_in_row": self.skipped_in_row}
+        return {"adamw": adamw.get("state", {}), "steps_done": self.steps_done, "skipped_in_row": self.skipped_in_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["adamw"]:
@@ -130,7 +130,7 @@ class StepOptimizer:
             )
             for moments in self._adamw.state.values():  # unsharded ones are still mapped from the checkpoint's file
                 moments.update({name: v.clone() for name, v in moments.items() if not isinstance(v, DTensor)})
-        self._steps_done = state["steps_done"]
+        self.steps_done = state["steps_done"]
         self.skipped_in_row = state["skipped_in_row"]
 
     def _clip(self) -> float:

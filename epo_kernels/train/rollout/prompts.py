@@ -7,6 +7,7 @@ from typing import Protocol
 
 from epo_kernels.train.data import Turn
 from epo_kernels.train.envs import Observation
+from epo_kernels.train.io.failures import PromptTooLong
 from epo_kernels.train.models.chat import THOUGHT, THOUGHT_END, Chat
 
 THINK_ACTION_INSTRUCTION = (
@@ -21,10 +22,6 @@ class Prompts(Protocol):
     def encode(self, states: Sequence[tuple[Observation, Sequence[Turn]]]) -> list[list[int]]:
         """Prompt ids of many (observation, past turns), in order."""
         ...
-
-
-class PromptTooLong(ValueError):
-    """The goal alone exceeds rollout.max_prompt_tokens."""
 
 
 def parse_action(response: str, response_format: str) -> str | None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
 from epo_kernels.train.data import Episode
 from epo_kernels.train.distributed import Ranks, raise_together, told
+from epo_kernels.train.envs import EnvironmentFailure
 from epo_kernels.train.io.progress import Report, ignore
 from epo_kernels.train.models.policy import casts_kept
 from epo_kernels.train.rollout.rollout import Rollout
@@ -21,18 +22,24 @@ class SharedRollout:
     ranks: Ranks
     model: PreTrainedModel | None  # the engine's model, unsharded while sampling; None if it has its own weights
 
+    _failure: EnvironmentFailure | None = field(default=None, init=False)  # of `prefetch`, until the next `play`
+
     @property
     def seconds(self) -> dict[str, float]:
         return self.rollout.seconds
 
     def prefetch(self, episodes: Sequence[Episode]) -> None:
-        self.rollout.prefetch(episodes[self.ranks.rank :: self.ranks.size])
+        """Like `Rollout.prefetch`. A failure is raised by the next `play`, in which the other ranks learn of it."""
+        try:
+            self.rollout.prefetch(episodes[self.ranks.rank :: self.ranks.size])
+        except EnvironmentFailure as failure:
+            self._failure = failure
 
     def play(self, episodes: Sequence[Episode], report: Report = ignore) -> None:
         """Like `Rollout.play`. An exception on one rank is raised on all, after the others have finished playing.
 
         Raises:
-            Stopped, EnvironmentFailure: as in `Rollout.play`, on all ranks.
+            Stopped, EnvironmentFailure, PromptTooLong: as in `Rollout.play`, on all ranks.
             RuntimeError: another rank failed.
         """
         ranks, size = self.ranks, self.ranks.size
@@ -40,6 +47,8 @@ class SharedRollout:
         failure: Exception | None = None
         with self._weights_ready():
             try:
+                if self._failure:
+                    raise self._failure
                 self.rollout.play(own, lambda done: report(min(done * size, len(episodes))))
             except Exception as error:
                 failure = error
