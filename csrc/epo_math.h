@@ -194,7 +194,9 @@ EPO_FN bool outside_trust_region(float log_prob, float old_log_prob, float advan
     const float moved = advantage > 0.0f ? p - o : o - p;
     const float limit = advantage > 0.0f ? c.clip_ratio_high : c.clip_ratio_low;
     if (!by_kl) return moved > limit;
-    const float others = (1.0f - o) * logf((1.0f - o + kDppoEpsilon) / (1.0f - p + kDppoEpsilon));
+    // Rounding can make a log-prob positive.
+    const float not_o = clamp_keeping_nan(1.0f - o, 0.0f, 1.0f), not_p = clamp_keeping_nan(1.0f - p, 0.0f, 1.0f);
+    const float others = not_o * logf((not_o + kDppoEpsilon) / (not_p + kDppoEpsilon));
     return o * (old_log_prob - log_prob) + others > limit && moved > 0.0f;
 }
 

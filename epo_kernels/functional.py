@@ -177,8 +177,9 @@ def linear_epo_loss(
 
     Tokens whose mask is 0 cost nothing: they are dropped before the first matrix product. The rest is processed in
     chunks: logits, loss and its gradient, and the gradient's two products, 6·N·D·V operations for N counted tokens.
-    Segment scope needs every entropy before the first gradient and computes the logits twice (8·N·D·V), as does
-    `torch.compile`; `metrics.recomputed_tokens` counts those tokens.
+    The logits are computed twice (8·N·D·V) by a band of segment scope, which needs every entropy before the first
+    gradient; by "gspo", "vespo", "gmpo" and ratios of several tokens; by `kl_bias_correction`; and under
+    `torch.compile`. `metrics.recomputed_tokens` counts those tokens.
 
     Args:
         hidden: (B, T, D), or packed (N, D), any strides: the last hidden states.
@@ -476,12 +477,16 @@ def _over_ranks(
 
 
 def _check_replicated(shard: Shard | None, inputs: TokenInputs, **others: Tensor) -> None:
-    """`check_replicated` for all per-token arguments and for other tensors by name."""
+    """`check_replicated` for all arguments of the call, and for other tensors by name."""
     if shard is None:
         return
-    arguments = {**others, **vars(inputs), "temperature": inputs.transform.temperature}
+    transform = inputs.transform
+    arguments = {**others, **vars(inputs), "temperature": transform.temperature}
+    arguments |= {"logit_softcap": transform.softcap, "logit_scale": transform.scale}
     if isinstance(inputs, LossInputs):
+        of_call = inputs.coefficients
         arguments |= vars(inputs.aggregation)
+        arguments |= {"entropy_coeff": of_call.entropy, "penalty_weight": of_call.penalty, "kl_coeff": of_call.kl}
     check_replicated(shard, **arguments)
 
 

@@ -24,7 +24,7 @@ from torch import distributed as dist
 
 from epo_kernels.autograd import differentiable_once
 
-_RECORD = 24  # maximum number of integers that ranks compare; a fixed length, whatever the arguments
+_RECORD = 32  # maximum number of integers that ranks compare; a fixed length, whatever the arguments
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def find_shard(
 
 
 def check_replicated(shard: Shard, mask: Tensor, **arguments: object) -> None:
-    """With EPO_KERNELS_CHECK=1, raise on every rank unless tensor arguments are bit-identical across ranks.
+    """With EPO_KERNELS_CHECK=1, raise on every rank unless tensors and numbers are bit-identical across ranks.
 
     Arguments of shape (B, T, ...) are compared where the mask (B, T) is 1, others in full.
 
@@ -128,7 +128,11 @@ def check_replicated(shard: Shard, mask: Tensor, **arguments: object) -> None:
     """
     if os.environ.get("EPO_KERNELS_CHECK", "0") != "1":
         return
-    given = {name: value for name, value in {**arguments, "mask": mask}.items() if isinstance(value, Tensor)}
+    given = {
+        name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=shard.device)
+        for name, value in {**arguments, "mask": mask}.items()
+        if isinstance(value, (Tensor, int, float))
+    }
     prints = torch.zeros(_RECORD, dtype=torch.int64, device=shard.device)
     prints[0] = zlib.crc32(repr(list(given)).encode())
     for place, (name, value) in enumerate(given.items(), 1):

@@ -178,6 +178,20 @@ def test_transforms_raise(form):
         torch.func.vmap(loss)(torch.stack([weight, 2 * weight]))
 
 
+@pytest.mark.parametrize("given", ["logits", "hidden"])
+def test_transforms_of_statistics_without_gradients_raise(given):
+    layer, weight, _ = (leaf.detach().float() for leaf in leaves())
+
+    def entropy(weight):
+        if given == "logits":
+            return ek.distribution_statistics(weight.expand(2, *weight.shape), backend="cpu").entropy
+        return ek.linear_distribution_statistics(layer, weight, backend="cpu").entropy
+
+    entropy(weight)
+    with pytest.raises(RuntimeError, match=f"torch.func.*{ADVICE}"):
+        torch.func.vmap(entropy)(torch.stack([weight, 2 * weight]))
+
+
 def test_batched_gradients_raise(form):
     inputs = leaves()
     with pytest.raises(RuntimeError, match=f"is_grads_batched.*{ADVICE}"):

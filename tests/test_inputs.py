@@ -167,6 +167,16 @@ WRONG = {
     "coeff vector": ({"entropy_coeff": ones(1)}, ValueError, r"entropy_coeff must be .*0-d tensor, got shape \(1,\)"),
     "coeff nan": ({"entropy_coeff": math.nan}, ValueError, r"entropy_coeff must be finite, got nan"),
     "coeff bool": ({"entropy_coeff": True}, TypeError, r"entropy_coeff must be a number or a 0-d tensor, got True"),
+    "num_segments of bounds": (
+        {
+            "cfg": SEGMENT,
+            "segment_ids": torch.zeros(3, 5).long(),
+            "entropy_bounds": (ones(4), ones(4)),
+            "num_segments": 5,
+        },
+        ValueError,
+        r"num_segments must be 4, the length of entropy_bounds, which are given per segment; got 5",
+    ),
     "penalty_weight": ({"penalty_weight": None}, TypeError, r"penalty_weight must be a number .*got None"),
     "normalizer": ({"normalizer": -1}, ValueError, r"normalizer must be finite and >= 0, got -1"),
     "loss_scale": ({"loss_scale": math.inf}, ValueError, r"loss_scale must be finite, got inf"),

@@ -4,10 +4,13 @@
 computes whole logits.
 """
 
+import gc
 import math
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -261,6 +264,26 @@ def test_frozen_parts_get_no_gradient(needs: tuple[bool, ...], scope: str) -> No
             assert leaf.grad is None
 
 
+def test_no_chunk_is_kept_until_backward() -> None:
+    """Two losses before one backward do not need the memory of two chunks."""
+    case, cfg = Case(), ek.EPOConfig(**HINGE)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    kept = weakref.WeakSet()
+
+    def chunks(self):
+        kept.add(self)
+        yield from every_chunk(self)
+
+    every_chunk = Head.chunks
+    with mock.patch.object(Head, "chunks", chunks):
+        out = case.loss("eager", cfg, hidden, weight, None)
+    gc.collect()
+    assert not kept
+    out.loss.backward()
+    expected = torch.autograd.grad(case.loss("reference", cfg, hidden, weight, None).loss, (hidden, weight))
+    assert_alike([hidden.grad, weight.grad], list(expected))
+
+
 def test_without_gradient_nothing_is_kept() -> None:
     case, cfg = Case(), ek.EPOConfig(**HINGE)
     weight = case.weight.clone().requires_grad_()
@@ -493,6 +516,21 @@ def test_compiles_whole(scope: str, num_active: str | None) -> None:
 
 
 @NEEDS_CPU
+def test_inductor_takes_a_transposed_weight() -> None:
+    case, cfg = Case(torch.float32), ek.EPOConfig(**HINGE)
+    compiled = torch.compile(case.loss, fullgraph=True)
+
+    def run(loss) -> list[Tensor]:
+        columns = case.weight.t().contiguous().requires_grad_()
+        out = loss("cpu", cfg, case.hidden, columns.t(), None)
+        out.loss.backward()
+        return [out.loss.detach(), columns.grad]
+
+    torch._dynamo.reset()
+    assert_alike(run(compiled), run(case.loss), 2e-6)
+
+
+@NEEDS_CPU
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False)])
 def test_operators_keep_their_promises(needs: tuple[bool, ...]) -> None:
     case = Case(torch.float32)
@@ -502,6 +540,12 @@ def test_operators_keep_their_promises(needs: tuple[bool, ...]) -> None:
     rest = case.tokens, case.mask, torch.ones(()), V, None, None, torch.float32, torch.float32, None, SMALL, "cpu"
     for entropy in (True, False):
         torch.library.opcheck(torch.ops.epo_kernels.linear_statistics.default, (*heads, *rest, entropy))
+    given = [value.detach() for value in heads]
+    given[1] = given[1].t().contiguous().t()
+    statistics = torch.ops.epo_kernels.linear_statistics(*given, *rest, True)
+    upstream = torch.ones(case.tokens.shape)
+    gradient = torch.ops.epo_kernels.linear_gradient.default
+    torch.library.opcheck(gradient, (*given, *rest, list(statistics), upstream, upstream, list(needs)))
 
 
 PEAK = """
@@ -580,6 +624,10 @@ def test_errors_name_the_argument() -> None:
             case.loss("eager", cfg, case.hidden, case.weight, **keywords)
     with pytest.raises(ValueError, match=r"weight must be \(vocabulary, 6\) to match hidden's width 6, got \(6, 11\)"):
         case.loss("eager", cfg, case.hidden, case.weight.t(), None)
+    with pytest.raises(TypeError, match=r"bias must be a float32, .*\(float64 if .* are\), got torch\.float64"):
+        case.loss("reference", cfg, case.hidden.float(), case.weight.float(), case.bias)
+    with pytest.raises(TypeError, match=r"bias must be a float32, .* got torch\.int64"):
+        case.loss("eager", cfg, case.hidden, case.weight, torch.zeros(V, dtype=torch.int64))
     with pytest.raises(TypeError, match="weight must be a float32"):
         case.loss("eager", cfg, case.hidden, None, None)
     with pytest.raises(ValueError, match=r"tokens must have shape \(3, 49\), got \(3, 50\)"):

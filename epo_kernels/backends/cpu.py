@@ -96,12 +96,10 @@ class CpuRows(PlainHelpers):
 
     def scale(self, gradient: Tensor, factor: Tensor, out: Tensor) -> None:
         value = float(factor)
-        if out is gradient and value == 1.0:
-            return
-        if out is gradient and gradient.is_contiguous():
+        if out is gradient and gradient.is_contiguous() and value != 1.0:
             self._native.cpu_scale(array(gradient), value, torch.get_num_threads(), self._instructions)
         else:
-            torch.mul(gradient, value, out=out)
+            super().scale(gradient, factor, out)
 
 
 def _results(rows: Rows) -> Tensor:

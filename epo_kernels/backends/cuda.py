@@ -161,11 +161,15 @@ class CudaRows:
         return native_maximum_scale(transform)
 
     def scale(self, gradient: Tensor, factor: Tensor, out: Tensor) -> None:
-        if gradient.is_contiguous() and out.is_contiguous():
-            factor = factor.to(torch.float32)
-            self._native.cuda_scale(array(gradient), array(factor), array(out), *_place(gradient))
-        else:
-            torch.mul(gradient, factor, out=out)
+        factor = factor.to(torch.float32)
+        outermost_first = sorted(range(3), key=gradient.stride, reverse=True)  # contiguous, if only transposed
+        gradient, out = gradient.permute(outermost_first), out.permute(outermost_first)
+        whole = gradient.is_contiguous() and out.is_contiguous()
+        for own, result in [(gradient, out)] if whole else zip(gradient, out, strict=True):
+            if own.is_contiguous() and result.is_contiguous():
+                self._native.cuda_scale(array(own), array(factor), array(result), *_place(own))
+            else:  # not torch.mul(..., out=), which would round the factor to 16 bits
+                result.copy_(own.to(torch.float32) * factor)
 
 
 def _results(rows: Rows) -> Tensor:

@@ -376,7 +376,9 @@ def dppo(log_prob, old_log_prob, ratio, advantage, c, BY_KL: tl.constexpr):
     moved = tl.where(advantage > 0.0, p - o, o - p)
     limit = tl.where(advantage > 0.0, c.clip_ratio_high, c.clip_ratio_low)
     if BY_KL:
-        others = (1.0 - o) * tl.log((1.0 - o + DPPO_EPSILON) / (1.0 - p + DPPO_EPSILON))
+        # Rounding can make a log-prob positive.
+        not_o, not_p = tl.where(o > 1.0, 0.0, 1.0 - o), tl.where(p > 1.0, 0.0, 1.0 - p)
+        others = not_o * tl.log((not_o + DPPO_EPSILON) / (not_p + DPPO_EPSILON))
         outside = (o * (old_log_prob - log_prob) + others > limit) & (moved > 0.0)
     else:
         outside = moved > limit
@@ -478,8 +480,8 @@ def token_loss(
         grad_log_prob = grad_log_prob + tl.where(c.kl_coeff != 0.0, c.kl_coeff * kl_slope, 0.0)
         sums = slot(sums, "kl_loss", weight * kl)
     loss = tl.where(valid, loss, float("nan"))
-    # Clamps block the gradient of NaN too; here it must reach the row.
-    grad_log_prob = tl.where(valid & (log_prob == log_prob), grad_log_prob, float("nan"))
+    # Clamps and zero factors block the gradient of NaN too; here it must reach the row.
+    grad_log_prob = tl.where(loss == loss, grad_log_prob, float("nan"))
 
     finite = (tl.abs(loss) < float("inf")) & (tl.abs(entropy) < float("inf"))
     sums = slot(sums, "tokens", 1.0)

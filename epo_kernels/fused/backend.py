@@ -93,11 +93,13 @@ class FusedBackend:
         return self._statistics(logits, inputs, entropy=entropy, inplace=False)
 
     def distribution_statistics(self, logits: Tensor, inputs: TokenInputs) -> reference.DistributionStatistics:
+        refuse_transforms(logits)
         return linear.distribution_of_rows(self._row_statistics, Rows.of(logits, inputs))
 
     def linear_distribution_statistics(
         self, projection: Projection, inputs: TokenInputs, chunking: Chunking
     ) -> reference.DistributionStatistics:
+        refuse_transforms(projection.hidden, projection.weight, projection.bias)
         return linear.linear_distribution_statistics(self._row_statistics, projection, inputs, chunking)
 
     def linear_epo_loss(self, projection: Projection, inputs: LossInputs, chunking: Chunking) -> reference.EPOOutput:
@@ -164,28 +166,29 @@ def row_policy_loss(cfg: EPOConfig) -> RowPolicyLoss | None:
 
 
 def _for_rows(inputs: LossInputs) -> LossInputs:
-    """The inputs of a token-scope loss; `_output` handles a segment band without a penalty."""
+    """The inputs of a token-scope loss. A segment band without a penalty only marks the tokens where it is invalid;
+    `_output` counts the tokens outside.
+    """
     if inputs.cfg.band_scope == "token":
         return inputs
-    return replace(inputs, lower=None, upper=None, segment_ids=None, num_segments=0)
+    lower = upper = None
+    if inputs.lower is not None:
+        invalid = reference.band_of_tokens(torch.zeros_like(inputs.advantages), inputs).invalid
+        lower = torch.full_like(inputs.advantages, -math.inf).masked_fill(invalid, math.nan)
+        upper = torch.full_like(inputs.advantages, math.inf)
+    cfg = replace(inputs.cfg, band_scope="token")
+    return replace(inputs, cfg=cfg, lower=lower, upper=upper, segment_ids=None, num_segments=0)
 
 
 def _output(result: RowLoss, prepared: Prepared, inputs: LossInputs) -> reference.EPOOutput:
     sums, extras = result.sums, prepared.extras
-    metrics, loss = LossMetrics(torch.cat([sums, extras])), result.loss
+    metrics = LossMetrics(torch.cat([sums, extras]))
     if inputs.cfg.band_scope == "segment" and inputs.lower is not None:  # a band without a penalty is only counted
         band = reference.band_of_tokens(result.entropy, inputs)
-        below, above, invalid = ((side & inputs.mask).sum() for side in (band.below, band.above, band.invalid))
-        factor = torch.where(invalid > 0, float("nan"), 1.0).to(loss.dtype)  # makes gradients NaN too
-        loss = loss * factor
-        metrics = metrics.replace(
-            below_band_tokens=below,
-            above_band_tokens=above,
-            invalid_tokens=metrics.invalid_tokens + invalid,
-            loss=metrics.loss * factor,
-        )
+        below, above = ((side & inputs.mask).sum() for side in (band.below, band.above))
+        metrics = metrics.replace(below_band_tokens=below, above_band_tokens=above)
     return reference.EPOOutput(
-        loss, metrics, result.log_probs.reshape(inputs.shape), result.entropy.reshape(inputs.shape)
+        result.loss, metrics, result.log_probs.reshape(inputs.shape), result.entropy.reshape(inputs.shape)
     )
 
 

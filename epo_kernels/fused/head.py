@@ -188,6 +188,7 @@ class HeadGradients:
         self._scale: Tensor | None = None  # of ∂weight
         wide = torch.promote_types(head.product_weight.dtype, torch.float32)
         self._hidden = self._weight = self._bias = None
+        self._dtypes = head.hidden.dtype, head.weight.dtype, None if head.bias is None else head.bias.dtype
         if needs[0]:
             dtype = torch.float32 if head.hidden.dtype == torch.float16 else head.hidden.dtype
             self._hidden = torch.zeros_like(head.hidden, dtype=dtype, memory_format=torch.contiguous_format)
@@ -230,30 +231,33 @@ class HeadGradients:
             _add_product(self._weight[vocabulary], grad_logits.t(), hidden, overwrite=part.start == 0)
 
     def complete(self) -> None:
-        """After the last chunk: wait for the contributions of other ranks."""
+        """After the last chunk: wait for the contributions of other ranks, and free the chunk's memory."""
         if self._sums is not None:
             self._put(self._sums.finish())
+        del self._head
 
     def finish(self, factor: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients times factor, in the dtypes of their inputs. Call once: the buffers are handed over."""
-        head = self._head
         of_weight = factor
         if self._scale is not None:
             of_weight = self._scale.reciprocal() if factor is None else factor / self._scale
+        hidden, weight, bias = self._dtypes
         return (
-            self._multiplied(self._hidden, head.hidden, factor),
-            self._multiplied(self._weight, head.weight, of_weight),
-            self._multiplied(self._bias, head.bias, factor),
+            self._multiplied(self._hidden, hidden, factor),
+            self._multiplied(self._weight, weight, of_weight),
+            self._multiplied(self._bias, bias, factor),
         )
 
-    def _multiplied(self, gradient: Tensor | None, value: Tensor | None, factor: Tensor | None) -> Tensor | None:
-        if gradient is None or value is None or factor is None:
-            return gradient if gradient is None or value is None else gradient.to(value.dtype)
-        if gradient.dtype == value.dtype:
+    def _multiplied(self, gradient: Tensor | None, dtype: torch.dtype | None, factor: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
+        if factor is None:
+            return gradient.to(dtype)
+        if gradient.dtype == dtype:
             self._scale_in_place(gradient, factor)
             return gradient
         # Multiplied in the pass that casts, before rounding.
-        result = torch.empty_like(gradient, dtype=value.dtype)
+        result = torch.empty_like(gradient, dtype=dtype)
         self._kernels.scale(_of_three_sizes(gradient), factor, _of_three_sizes(result))
         return result
 

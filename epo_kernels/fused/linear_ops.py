@@ -123,7 +123,7 @@ def linear_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         tuple(needs),
     )
     hidden, weight, bias = (  # a separate empty tensor for each: outputs of an operator must not alias
-        call.head.hidden.new_empty(0) if value is None else value for value in gradients.finish()
+        arguments[0].new_empty(0) if value is None else value.contiguous() for value in gradients.finish()
     )
     return hidden, weight, bias
 

@@ -1,4 +1,4 @@
-"""The interface of a fused backend's kernels: three modes over rows of logits, with only numbers and tensors.
+"""The interface of a fused backend's kernels: four modes over rows of logits, with only numbers and tensors.
 
 Kernels know no config object, aggregation mode or history. The caller (`ops.py`, `backend.py`) handles autograd, token
 weights and the choice of mode, in the same way for every backend.
@@ -172,7 +172,7 @@ class StatisticsKernels(Protocol):
 
 
 class RowKernels(StatisticsKernels, Protocol):
-    """All three modes, and the preparation of a loss."""
+    """All four modes, and the preparation of a loss."""
 
     def loss(self, rows: Rows, terms: Terms, out: Tensor | None) -> RowLoss:
         """Token-scope loss; writes ∂loss/∂logits to out, every element, unless out is None."""

@@ -63,6 +63,11 @@ def as_bands(
         _check_pair(entropy_bounds, layout)
         shape = entropy_bounds[0].shape
         by_segment = segment_ids is not None and len(shape) == 1 and shape != layout.shape
+        if by_segment and num_segments not in (None, shape[0]):
+            raise ValueError(
+                f"num_segments must be {shape[0]}, the length of entropy_bounds, which are given per segment; got "
+                f"{num_segments}"
+            )
         num_segments = shape[0] if by_segment else num_segments
     segments = None
     wants_segments = "segment" in (cfg.band_scope, cfg.ratio_unit)

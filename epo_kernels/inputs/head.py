@@ -84,6 +84,11 @@ def as_projection(
     if bias is not None:
         check_tensor("bias", bias, weight.shape[:1], hidden.device)
     product_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if bias is not None and bias.dtype not in (set(LOGIT_DTYPES) - {torch.float64} | {product_dtype}):
+        raise TypeError(
+            "bias must be a float32, float16 or bfloat16 tensor (float64 if hidden states or weight are), got "
+            f"{bias.dtype}"
+        )
     cast_to = autocast_dtype(hidden.device)
     if cast_to is not None and product_dtype != torch.float64 and logits_dtype in (None, cast_to):
         product_dtype = cast_to

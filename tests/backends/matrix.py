@@ -213,10 +213,9 @@ class BackendMatrix:
         assert metrics_of(out)["invalid_tokens"] == count
         assert metrics_of(out)["nonfinite_tokens"] == 0
         assert_close(out.log_probs, sound.log_probs)
-        if cfg.penalty != "none":
-            bad = gradient.isnan().any(-1).cpu()
-            assert bad.sum() == count
-            assert bad[0, :4].sum() == count
+        bad = gradient.isnan().any(-1).cpu()
+        assert bad.sum() == count
+        assert bad[0, :4].sum() == count
 
     @pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
     def test_a_coefficient_of_zero_multiplies_nothing(self, zero):
@@ -319,9 +318,11 @@ class BackendMatrix:
             {"old_log_probs": -INF},
             {"old_log_probs": -30.0},
             {"old_log_probs": 0.0, "advantages": -1.0},
+            {"old_log_probs": 1.2e-7, "advantages": -1.0},  # as rounding leaves it
             {"is_weights": 0.0, "old_log_probs": -INF},
             {"token": -INF},
             {"token": -INF, "advantages": 0.0},
+            {"token": -INF, "is_weights": 0.0},
             {"token": -INF, "advantages": -1.0, "old_log_probs": -2.0},
             {"token": math.nan},
         ]

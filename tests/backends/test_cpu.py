@@ -2,6 +2,7 @@
 
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,19 @@ def all_of(kernels, rows, terms):
     statistics = kernels.statistics(rows, entropy=True)
     kernels.gradient(rows, statistics, terms.weights, terms.advantages, other)
     return [out, other, *loss, *statistics]
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_nan_is_nan_whatever_its_bits(rows, instructions, softcap):
+    """GPUs make NaN of all bits; the sum of its bits and an exponent's would be a number."""
+    given, terms = rows(count=2, vocab=64)
+    given = replace(given, transform=LogitTransform(64, 1.0, softcap, None), mask=torch.ones(1, 2, dtype=torch.bool))
+    given.logits[0, 0, 11] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    given.tokens[:] = 5
+    loss = CpuRows(instructions).loss(given, terms, torch.empty_like(given.logits))
+    for values in (loss.log_probs, loss.entropy):
+        assert values[0].isnan().tolist() == [True, False]
 
 
 @pytest.fixture

@@ -484,6 +484,13 @@ def case_the_check_finds_what_differs(rank, world):
             "advantages must be bit-identical on every rank",
             lambda: run_columns({**case, "advantages": other}, FUSED, columns),
         )
+        for name in ("penalty_weight", "temperature", "loss_scale", "logit_scale"):
+            for given in (1.0 + rank, torch.tensor(1.0 + rank)) if name != "logit_scale" else (1.0 + rank,):
+                refused(
+                    ValueError,
+                    f"{name} must be bit-identical on every rank",
+                    lambda name=name, given=given: run_columns({**case, name: given}, FUSED, columns),
+                )
         head = Case()
         head.hidden[0, head.mask[0].nonzero()[0, 0]] += rank
         part = own_columns(V, rank, world, "even")
