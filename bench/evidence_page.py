@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.band_page import band_answer, band_section, tuning_table
+from bench.band_page import OVERVIEW, band_answer, band_section, tuning_table
 from bench.curves import Curve
-from bench.experiments import CLONING, DECODING, EXPERIMENTS, Outcome, difference, shown
+from bench.experiments import CLONING, DECODING, EXPERIMENTS, SERIES, Outcome, difference, shown
 from bench.quickstart_page import Run, rise, section
 from bench.report import markdown_table
 from epo_kernels.train.evaluate import verdict, wilson
@@ -42,13 +42,16 @@ def page(
     parts = [_INTRODUCTION, *_in_short(results, quickstart)]
     if quickstart:
         parts.append(section(quickstart))
+    of_band = SERIES["band"]
     for name, experiment in EXPERIMENTS.items():
-        parts.append(f"## {experiment.title}\n")
+        if name == of_band[0]:
+            parts.append(OVERVIEW)
+        parts.append(f"{'###' if name in of_band else '##'} {experiment.title}\n")
         outcomes = results.get(name)
         if not outcomes:
             parts.append("No results are committed yet.\n")
         elif experiment.keeps_curves:
-            parts.append(band_section(name, outcomes, curves[name]))
+            parts.append(band_section(name, experiment.arms, outcomes, curves[name]))
         elif CLONING in experiment.arms:
             parts.append(_section(name, outcomes))
         else:

@@ -153,7 +153,25 @@ for _regime, _settings in band.REGIMES.items():
         keeps_curves=True,
         shares_cloning=True,
     )
-SERIES = {"band": [f"band_{regime}{part}" for part in ("_tuning", "") for regime in band.REGIMES]}  # in this order
+for _algorithm, _settings in band.ALGORITHMS.items():
+    EXPERIMENTS[f"band_{_algorithm.lower()}"] = Experiment(
+        "practice",
+        f"The entropy band, {_algorithm}",
+        2,
+        band.TUNING[_algorithm],
+        seeds=band.SEEDS,
+        overrides=(*band.BENCHMARK, *band.REGIMES["stable"], *_settings),
+        arms=band.ALGORITHM_ARMS,
+        tuned_by=tuple(f"band_{name}_tuning" for name in band.REGIMES),
+        keeps_curves=True,
+        shares_cloning=True,
+    )
+SERIES = {  # in this order
+    "band": [
+        *(f"band_{regime}{part}" for part in ("_tuning", "") for regime in band.REGIMES),
+        *(f"band_{algorithm.lower()}" for algorithm in band.ALGORITHMS),
+    ]
+}
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def series():
 
 
 def test_section_has_a_row_an_arm():
-    text = band_page.band_section("band_stable", *series())
+    text = band_page.band_section("band_stable", band.ARMS, *series())
     # The area of 0, 0.1, ... 0.8 is 0.4.
     assert f"| {band.NO_TERM} | 10 | 50.0 (50.0 to 50.0) |  |  | 40.0 (40.0 to 40.0) | 0 | 0 | 0 | 0 |" in text
     assert (
