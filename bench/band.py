@@ -37,7 +37,7 @@ REGIMES = {
     "stable": ("optim.lr=5e-4", "optim.min_lr_ratio=0.5"),
     "collapse": ("optim.lr=1.5e-3", "optim.min_lr_ratio=1"),
 }
-# The paper's algorithms, in the stable regime; the published indicator trains as a bonus does, so is left out.
+# The paper's algorithms, in the stable regime: only without an entropy term and with the paper's hinge.
 ALGORITHMS = {
     "GRPO": ("algorithm.name=grpo",),
     "PPO": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ A run's end point is its sampled success on the held-out panel after training; i
 training success. Both are summarized by the interquartile mean (IQM) over seeds with a 95 % bootstrap interval over
 seeds. P is the probability that a run of the arm ends higher than one without an entropy term, ties counting half; an
 interval that includes 0.5 shows no difference. The gain is the mean difference from the run without an entropy term of
-the same seed, which starts from the same policy. With seven comparisons, an interval may miss by chance.
+the same seed, which starts from the same policy. Among seven comparisons, one interval may miss by chance.
 
 A run has collapsed if its success (mean of five steps) fell below half of its best so far, by 5 points or more, and
 recovered if it ended at 80 % of that best or above. A collapsed run that did not recover ended in noise if its entropy
@@ -42,7 +42,7 @@ variance of its mean between steps, and between the turns of a step (means over 
 """
 
 
-def band_section(name: str, arms: Iterable[str], outcomes: Sequence[Outcome], curves: Sequence[Curve]) -> str:
+def band_section(name: str, arms: Collection[str], outcomes: Sequence[Outcome], curves: Sequence[Curve]) -> str:
     """Tables of a regime; `outcomes` hold one "after" record per run of the arms."""
     scores = scores_of(outcomes)
     missing = [f"{arm}, seed {seed}" for arm in arms for seed in SEEDS if seed not in scores.get(arm, {})]

@@ -77,7 +77,6 @@ def run_all(name: str) -> None:
         if arm == CLONING:
             pending[experiment.baseline, seed].result()
         if is_complete(name, arm, seed):
-            require_same_settings(name, arm, seed)
             return
         command = [sys.executable, "-m", "bench.evidence", name, "--only", arm, str(seed)]
         log = beside(folder(name, arm, seed), ".log")
@@ -92,6 +91,9 @@ def run_all(name: str) -> None:
     # seed by seed, so that an unfinished series has all arms of its seeds.
     queue = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
     queue.sort(key=lambda run: run[0] in (CLONING, INDICATOR))
+    for arm, seed in queue:
+        if is_complete(name, arm, seed):
+            require_same_settings(name, arm, seed)
     with ThreadPoolExecutor(experiment.jobs) as threads:
         pending = {(arm, seed): threads.submit(run, arm, seed) for arm, seed in queue}
         try:
@@ -266,7 +268,7 @@ def commit() -> str:
 def outcomes_of(name: str, arm: str, seed: int) -> list[Outcome]:
     """Before and after of a complete run. More cloning starts where RL does, so its "before" is RL's."""
     place, spent = folder(name, arm, seed), costs(name, arm, seed)
-    own = {record.when: record for record in read_evaluation(folder(name, arm, seed))}
+    own = {record.when: record for record in read_evaluation(place)}
     if arm == CLONING:
         rl = {record.when: record for record in read_evaluation(folder(name, EXPERIMENTS[name].baseline, seed))}
         own = {"before": rl["before"], "after": own["before"]}

@@ -65,22 +65,22 @@ def _in_short(results: Mapping[str, Sequence[Outcome]], quickstart: Sequence[Run
     lines = []
     if quickstart:
         _, points, _ = rise(quickstart, DECODING)
-        lines.append(f"The quick start: {points} points of sampled success over {len(quickstart)} seeds.")
+        lines.append(f"The quick start, {len(quickstart)} seeds: {points} points of sampled success.")
     for name, experiment in EXPERIMENTS.items():
         outcomes = results.get(name, [])
         if outcomes and CLONING in experiment.arms:
             pairs = pairs_of(outcomes, experiment.baseline)
             more = _shared(pairs_of(outcomes, CLONING), pairs)
             against = f"; against more cloning {_told(more)}" if more else ""
-            lines.append(f"{experiment.title}: {_told(pairs)} over {len(pairs)} seeds{against}.")
+            lines.append(f"{experiment.title}, {len(pairs)} seeds: {_told(pairs)}{against}.")
         elif outcomes and experiment.keeps_curves:
             lines.append(f"{experiment.title}: {band_answer(outcomes)}")
     return ["## In short\n", *(f"- {line}" for line in lines), ""] if lines else []
 
 
 def _told(pairs: Sequence[Pair]) -> str:
-    says = _says(pairs)
-    return f"{shown(difference(pairs))} points" + (f", but {says}," if "disagree" in says else "")
+    disagree = f", where the seeds disagree ({seeds})" if (seeds := _disagreement(pairs)) else ""
+    return f"{shown(difference(pairs))} points{disagree}"
 
 
 def _section(name: str, outcomes: Sequence[Outcome]) -> str:
@@ -126,10 +126,15 @@ def _section(name: str, outcomes: Sequence[Outcome]) -> str:
 
 def _says(pairs: Sequence[Pair]) -> str:
     """What the pairs of all seeds show. The interval is over episodes, so seeds of both signs show no difference."""
-    points = [difference([pair])[0] for pair in pairs]
-    if min(points) < 0 < max(points):
-        return f"the seeds disagree ({', '.join(f'{point:+.1f}' for point in points)}), so no change is shown"
+    if seeds := _disagreement(pairs):
+        return f"the seeds disagree ({seeds}), so no change is shown"
     return verdict(difference(pairs))
+
+
+def _disagreement(pairs: Sequence[Pair]) -> str:
+    """Each seed's difference in points, if they have both signs."""
+    points = [difference([pair])[0] for pair in pairs]
+    return ", ".join(f"{point:+.1f}" for point in points) if min(points) < 0 < max(points) else ""
 
 
 def _missing(name: str, outcomes: Sequence[Outcome]) -> list[str]:

@@ -69,8 +69,8 @@ inline Floats exp(Floats x) {
     return bits<Floats>(_mm512_scalef_ps(bits<__m512>(power), bits<__m512>(n)));
 #else
     const Floats result = bits<Floats>(bits<Words>(power) + (bits<Words>(shifted) << 23));
-    const Floats known = x == x ? result : x;  // the sum of the bits can make a number of NaN
-    return x < -87.3f ? splat(0.0f) : known;
+    const Floats kept = x == x ? result : x;  // adding to the exponent bits can turn NaN into a number
+    return x < -87.3f ? splat(0.0f) : kept;
 #endif
 }
 

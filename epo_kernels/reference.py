@@ -127,10 +127,7 @@ class Groups(NamedTuple):
         # zeros of a scatter between forward and backward, and adds to them twice.
         stacked = torch.stack([column.reshape(-1) for column in columns], dim=1)
         zeros = torch.zeros(self.number, len(columns), dtype=stacked.dtype, device=stacked.device)
-        ids = self.ids.reshape(-1)
-        if zeros.is_cuda:  # index_add adds atomically there, in any order; this sorts, so that all ranks agree
-            return zeros.index_put((ids,), stacked, accumulate=True).unbind(dim=1)
-        return zeros.index_add(0, ids, stacked).unbind(dim=1)
+        return zeros.index_add(0, self.ids.reshape(-1), stacked).unbind(dim=1)
 
     def means(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Mean of each of values over each group's counted tokens, (number,); 0 for empty groups."""

@@ -9,6 +9,7 @@ import epo_kernels as ek
 from epo_kernels import backends
 from epo_kernels.fused.backend import FusedBackend
 from tests.eager_rows import EagerRows
+from tests.test_linear import NEEDS_CPU
 
 B, T, D, V = 2, 3, 4, 5
 ADVICE = 'Use backend="reference"'
@@ -178,6 +179,7 @@ def test_transforms_raise(form):
         torch.func.vmap(loss)(torch.stack([weight, 2 * weight]))
 
 
+@NEEDS_CPU
 @pytest.mark.parametrize("given", ["logits", "hidden"])
 def test_transforms_of_statistics_without_gradients_raise(given):
     layer, weight, _ = (leaf.detach().float() for leaf in leaves())

@@ -23,6 +23,8 @@ from epo_kernels.declaration import ROW_SUMS
 from epo_kernels.fused.rows import Prepared, RowLoss, Rows, RowStatistics, Spread, Terms
 from epo_kernels.inputs import Aggregation, LogitTransform, Scalar
 
+_SCALED_AT_ONCE = 1 << 26  # elements, where rows have gaps: bounds the float32 copies
+
 
 def why_unavailable() -> str | None:
     """None if the kernels are built and support the current device, otherwise the reason and the fix."""
@@ -162,14 +164,17 @@ class CudaRows:
 
     def scale(self, gradient: Tensor, factor: Tensor, out: Tensor) -> None:
         factor = factor.to(torch.float32)
-        outermost_first = sorted(range(3), key=gradient.stride, reverse=True)  # contiguous, if only transposed
+        # A dense tensor that is only transposed becomes contiguous.
+        outermost_first = sorted(range(3), key=gradient.stride, reverse=True)
         gradient, out = gradient.permute(outermost_first), out.permute(outermost_first)
         whole = gradient.is_contiguous() and out.is_contiguous()
         for own, result in [(gradient, out)] if whole else zip(gradient, out, strict=True):
             if own.is_contiguous() and result.is_contiguous():
                 self._native.cuda_scale(array(own), array(factor), array(result), *_place(own))
-            else:  # not torch.mul(..., out=), which would round the factor to 16 bits
-                result.copy_(own.to(torch.float32) * factor)
+            else:  # rows with gaps; torch.mul(own, factor, out=result) would round the factor to 16 bits
+                rows = max(_SCALED_AT_ONCE // max(own.shape[1], 1), 1)
+                for some, scaled in zip(own.split(rows), result.split(rows), strict=True):
+                    scaled.copy_(some.to(torch.float32) * factor)
 
 
 def _results(rows: Rows) -> Tensor:

@@ -173,7 +173,9 @@ def _for_rows(inputs: LossInputs) -> LossInputs:
         return inputs
     lower = upper = None
     if inputs.lower is not None:
-        invalid = reference.band_of_tokens(torch.zeros_like(inputs.advantages), inputs).invalid
+        assert inputs.upper is not None
+        segments = reference.Groups(inputs.mask, inputs.segment_ids, inputs.num_segments)
+        invalid = segments.spread(inputs.lower.isnan() | inputs.upper.isnan())
         lower = torch.full_like(inputs.advantages, -math.inf).masked_fill(invalid, math.nan)
         upper = torch.full_like(inputs.advantages, math.inf)
     cfg = replace(inputs.cfg, band_scope="token")

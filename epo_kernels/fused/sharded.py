@@ -7,7 +7,8 @@ of tokens takes two collectives:
    token's log-prob: 16 bytes per token. Sums can only be added relative to a common maximum, so an all-reduce would
    need two sequential rounds. One all-gather is enough, and is the minimum, because every column's gradient needs the
    whole row. All ranks merge the same numbers in rank order (`reference.merge_statistics`), so everything that follows
-   is bit-identical on all of them: log-probs, entropies, loss, and both derivatives of every token.
+   is bit-identical on all of them: log-probs, entropies, loss, and both derivatives of every token. (Not quite on CUDA
+   with statistics of segments or packed sequences, whose sums are atomic there.)
 2. *∂hidden*, all-reduced in float32 while the next chunk's logits are computed. It is a sum over the whole vocabulary;
    ∂weight, ∂bias and ∂logits are local to a rank.
 """

@@ -184,7 +184,10 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _fail(f"{error}; make room first; {_remains(config)}", 1)
         return _fail(_unforeseen(error, config, dry, ranks), 1)
-    except (EnvironmentFailure, PromptTooLong, RunError) as error:
+    except PromptTooLong as error:  # resuming takes no other limit, a branch does
+        branch = f"; then continue with run_dir=ANOTHER resume={kept[-1]}" if (kept := _checkpoints(config)) else ""
+        return _fail(f"{error}{branch}", 1)
+    except (EnvironmentFailure, RunError) as error:
         return _fail(error, 1)
     except ConfigError:
         raise
@@ -196,11 +199,15 @@ def _run(config: TrainConfig, dry: bool, ranks: Ranks) -> int:
 
 def _remains(config: TrainConfig) -> str:
     """How to continue a run that ended early."""
-    from epo_kernels.train.io.checkpoint import list_checkpoints
-
-    if list_checkpoints(Path(config.run_dir) / "checkpoints"):
+    if _checkpoints(config):
         return "repeat the command to resume from the last checkpoint"
     return "there is no checkpoint yet, so repeating the command starts over"
+
+
+def _checkpoints(config: TrainConfig) -> list[Path]:
+    from epo_kernels.train.io.checkpoint import list_checkpoints
+
+    return list_checkpoints(Path(config.run_dir) / "checkpoints")
 
 
 def _unforeseen(error: Exception, config: TrainConfig, dry: bool, ranks: Ranks) -> str:

@@ -159,7 +159,8 @@ def test_seeds_that_disagree_show_no_change():
     text = evidence_page.page({"practice": [*up, *down]}, {})
     assert "| RL with EPO | 80 | +25.0 (+" in text
     assert "| the seeds disagree (+100.0, -50.0), so no change is shown |" in text
-    assert "points, but the seeds disagree (+100.0, -50.0), so no change is shown, over 2 seeds" in text
+    assert "- The practice environment, 2 seeds: +25.0 (+" in text
+    assert ") points, where the seeds disagree (+100.0, -50.0)." in text
 
 
 def test_page_names_what_is_missing(monkeypatch):

@@ -112,6 +112,21 @@ def test_what_an_interrupted_removal_left_behind_is_no_checkpoint(cloned, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["global_step_2"]
 
 
+def test_a_checkpoint_that_cannot_be_removed_stops_no_save(cloned, tmp_path, monkeypatch):
+    remove = checkpoint_module.shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if "global_step_1" not in path.name:
+            remove(path, ignore_errors)
+        elif not ignore_errors:
+            raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoint_module.shutil, "rmtree", busy)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, cloned.save, {}, keep=1)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [3]
+
+
 class Malicious:
     def __init__(self, trace):
         self.trace = trace

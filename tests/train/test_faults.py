@@ -179,7 +179,9 @@ def test_a_goal_too_long_for_the_prompt_stops_the_run_with_everything_saved(tmp_
 
         patch.setattr(PromptBuilder, "encode", refuse)
         assert train(*settings) == 1
-    assert "error: rollout.max_prompt_tokens must be at least 999" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "error: rollout.max_prompt_tokens must be at least 999" in error
+    assert f"then continue with run_dir=ANOTHER resume={tmp_path}/checkpoints/global_step_2" in error
     assert steps_of(tmp_path)[-1] == len(lines_of(tmp_path)) == 2
 
 

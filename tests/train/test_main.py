@@ -387,6 +387,18 @@ def test_an_unforeseen_error_at_the_start_does_not_block_the_folder(tmp_path, ca
     assert train(*settings) == 0
 
 
+def test_an_unforeseen_error_does_not_make_a_foreign_folder_ours(tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("a broken installation")
+
+    (tmp_path / "tensorboard").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("epo_kernels.train.build.require_peft", fail)
+        assert train(f"run_dir={tmp_path}") == 1
+    assert train(f"run_dir={tmp_path}") == 2
+    assert "contains files that this driver did not write" in capsys.readouterr().err
+
+
 def test_records_without_a_checkpoint_are_not_erased(whole_run, tmp_path, capsys):
     shutil.copytree(whole_run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")

@@ -249,7 +249,7 @@ class CriticConfig:
     epochs: int = setting(1, "passes over a step's samples", at_least(1))
     minibatches: int = setting(1, "optimizer updates per pass", at_least(1))
     minibatch_size: int = setting(0, "samples per update; 0: use minibatches", at_least(0))
-    warmup_steps: int = setting(0, "steps at the start that train only the critic", at_least(0))
+    warmup_steps: int = setting(0, "steps of a new critic before the policy is trained too", at_least(0))
 
 
 @dataclass

@@ -44,8 +44,8 @@ def save_checkpoint(
     temporary = folder / f"{_UNFINISHED}{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{_UNFINISHED}*"):  # from a process that was killed while saving
-            shutil.rmtree(left)
+        for left in folder.glob(f"{_UNFINISHED}*"):  # from a process that was killed while saving or removing
+            shutil.rmtree(left, ignore_errors=left != temporary)
         save_policy(temporary / "actor")
         torch.save(state, temporary / "trainer.pt")
         for path in temporary.rglob("*"):

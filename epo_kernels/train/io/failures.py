@@ -18,13 +18,14 @@ class PromptTooLong(ValueError):
 def keep_traceback(run_dir: Path, error: BaseException, rank: int = 0) -> Path:
     """Append the error's traceback, with the time, to a file in the run's folder; returns its path.
 
-    A folder that has nothing else is marked as a run's, so that the same command can start over there.
+    A folder that has nothing else is marked as a run's (`LOCK`), so that the same command can start over there.
 
     Raises:
         OSError: the file cannot be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / LOCK).touch()
+    if all(path.name.startswith("traceback") for path in run_dir.iterdir()):  # another rank's may be there
+        (run_dir / LOCK).touch()
     path = run_dir / (f"traceback_rank_{rank}.txt" if rank else "traceback.txt")
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))

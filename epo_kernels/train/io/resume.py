@@ -138,7 +138,7 @@ def review_differences(saved: str, config: TrainConfig, step: int, is_branch: bo
         if not changed:
             return []
         said = [f"settings of this branch that differ from the run it comes from:\n{_table(changed)}"]
-        if config.horizon != config.steps:
+        if config.horizon != config.steps and config.horizon == (read_settings(saved)["schedule_steps"] or steps):
             said.append(
                 f"the schedules still span {config.horizon} steps; schedule_steps={config.steps} spans them all"
             )

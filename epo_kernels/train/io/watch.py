@@ -45,8 +45,8 @@ class CollapseWatch:
         """The signs present in these metrics, by name; metrics that were not measured show none."""
         config = self._config
         entropy, groups = metrics.get("actor/entropy"), metrics.get("episode/groups")
-        alike = metrics.get("episode/groups_without_variance")  # PPO measures none
-        uniform = alike / groups if groups and alike is not None else None
+        without_spread = metrics.get("episode/groups_without_variance")  # PPO with groups of one measures none
+        uniform = without_spread / groups if groups and without_spread is not None else None
         repeated, valid = metrics.get("response/repeated_token_share"), metrics.get("episode/valid_action_ratio")
         found = {}
         if entropy is not None and entropy < config.entropy_low:

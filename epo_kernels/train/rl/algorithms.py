@@ -64,8 +64,10 @@ def assign_advantages(
         metrics = _assign_gae(credits, samples, config, token_kl)
     else:
         spread_over_tokens(samples, _TURN_ADVANTAGES[config.name](credits, config))
-        alike = groups_without_spread(_returns(episodes), groups)  # they teach nothing; a critic needs no group
-        metrics = {"episode/groups_without_variance": len(alike)}
+        metrics = {}
+    if config.name != "ppo" or config.group_size > 1:  # a group of one never has a spread, and a critic needs none
+        without_spread = groups_without_spread(_returns(episodes), groups)
+        metrics["episode/groups_without_variance"] = len(without_spread)
     shape_samples(episodes, samples, config)
     sampled = torch.cat([_of(sample.advantages)[sample.mask] for sample in samples])
     if config.kl_reward_coeff:

@@ -84,7 +84,7 @@ class Critic:
 
     @property
     def steps_done(self) -> int:
-        """Training steps of this critic; in a branch, those of the run it comes from count if it had a critic."""
+        """Training steps done by this critic, including those restored from a checkpoint."""
         return self._optimizer.steps_done
 
     @torch.no_grad()

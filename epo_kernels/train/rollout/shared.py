@@ -44,11 +44,12 @@ class SharedRollout:
         """
         ranks, size = self.ranks, self.ranks.size
         own = episodes[ranks.rank :: size]
-        failure: Exception | None = None
+        failure: Exception | None
+        failure, self._failure = self._failure, None
         with self._weights_ready():
             try:
-                if self._failure:
-                    raise self._failure
+                if failure:
+                    raise failure
                 self.rollout.play(own, lambda done: report(min(done * size, len(episodes))))
             except Exception as error:
                 failure = error
