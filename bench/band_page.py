@@ -27,13 +27,14 @@ EPO is meant for long episodes with a reward at their end: there, policies are s
 to drift into noise later, and a band on each turn's entropy to prevent both. The series tests that on walks of 30
 rooms, of 46 turns at most, with a model of 131,200 parameters that is first cloned from a novice. All runs of a seed
 start from the same cloned policy and draw the same tasks. Arms differ in the entropy term alone; each arm's coefficient
-(for the controller, its target) was chosen among three by a rule, from the tuning runs below.
+(for the controller, its target) was chosen among three by a rule, from the tuning runs below. The control, a bonus
+with the coefficient of the paper's hinge, was added after the first 40 runs of the collapse regime.
 
 A run's end point is its sampled success on the held-out panel after training; its area is the mean height of its
 training success. Both are summarized by the interquartile mean (IQM) over seeds with a 95 % bootstrap interval over
 seeds. P is the probability that a run of the arm ends higher than one without an entropy term, ties counting half; an
 interval that includes 0.5 shows no difference. The gain is the mean difference from the run without an entropy term of
-the same seed, which starts from the same policy. Among seven comparisons, one interval may miss by chance.
+the same seed, which starts from the same policy. Among eight comparisons, one interval may miss by chance.
 
 A run has collapsed if its success (mean of five steps) fell below half of its best so far, by 5 points or more, and
 recovered if it ended at 80 % of that best or above. A collapsed run that did not recover ended in noise if its entropy

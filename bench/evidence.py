@@ -31,7 +31,7 @@ from threading import Lock
 from typing import Any
 
 from bench import experiments, quickstart_page
-from bench.band import INDICATOR
+from bench.band import CONTROL, INDICATOR
 from bench.band_page import plot_band, scores_of
 from bench.curves import Curve, curve_of, read_curves
 from bench.evidence_page import page, plot
@@ -87,10 +87,10 @@ def run_all(name: str) -> None:
             write_results(name)
         print(f"{name}: {arm}, seed {seed} is complete")
 
-    # More cloning comes last, because RL's cost determines its epochs; so does the arm that repeats another. Otherwise
-    # seed by seed, so that an unfinished series has all arms of its seeds.
+    # More cloning comes last, because RL's cost determines its epochs; so do the arm that repeats another and the
+    # control. Otherwise seed by seed, so that an unfinished series has all arms of its seeds.
     queue = [(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
-    queue.sort(key=lambda run: run[0] in (CLONING, INDICATOR))
+    queue.sort(key=lambda run: run[0] in (CLONING, INDICATOR, CONTROL))
     for arm, seed in queue:
         if is_complete(name, arm, seed):
             require_same_settings(name, arm, seed)

@@ -87,7 +87,7 @@ def test_section_has_a_row_an_arm():
         "| gate | 10 | 100.0 (100.0 to 100.0) | 1.00 (1.00 to 1.00) | +50.0 (+50.0 to +50.0) | 40.0 (40.0 to 40.0) |"
         in text
     )
-    assert "60 runs are missing" in text  # six arms of ten seeds
+    assert "70 runs are missing" in text  # seven arms of ten seeds
 
 
 def test_answer_names_the_arms_that_differ():

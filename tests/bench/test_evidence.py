@@ -225,7 +225,7 @@ def test_arms_of_the_band_differ_in_the_entropy_term_alone(name, tmp_path, monke
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     if tuned_by := experiments.EXPERIMENTS[name].tuned_by:
         (tmp_path / f"{tuned_by[0]}.json").write_text(
-            json.dumps([asdict(one) for one in tuning(dict.fromkeys(band.CANDIDATES, 0))])
+            json.dumps([asdict(one) for one in tuning({arm: int(arm == band.PAPER) for arm in band.CANDIDATES})])
         )
     arms = {arm: evidence.config_of(name, arm, 0) for arm in experiments.EXPERIMENTS[name].arms}
     assert len({repr(config.loss) for config in arms.values()}) == len(arms)
