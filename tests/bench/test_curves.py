@@ -100,6 +100,22 @@ def test_answer_names_the_arms_that_differ():
     assert band_page.band_answer(same) == f"{answer} neither higher nor lower with any entropy term (10 seeds)."
 
 
+def test_the_verdict_needs_both_regimes_and_names_what_helped():
+    outcomes, _ = series()
+    assert band_page.band_verdict({"band_stable": outcomes}) == ""
+    text = band_page.band_verdict({"band_stable": outcomes, "band_collapse": outcomes})
+    assert "In some settings:** stable regime: gate, P = 1.00 (1.00 to 1.00). collapse regime: gate, P = 1.00" in text
+    plain = [outcome for outcome in outcomes if outcome.arm == band.NO_TERM]
+    text = band_page.band_verdict({"band_stable": plain, "band_collapse": plain})
+    assert text.startswith(
+        "**Does the entropy band help at 30 turns? Not measurably:** over 10 seeds in each regime, no"
+    )
+    half = [replace(outcome, successes=[False, False]) for outcome in plain]
+    text = band_page.band_verdict({"band_stable": plain, "band_collapse": half})
+    assert "success ends +50.0 (+50.0 to +50.0) points higher" in text
+    assert band_page.band_verdict({"band_stable": plain, "band_collapse": half[:-2]}) == "", "a seed is missing"
+
+
 def test_plot_is_a_picture(tmp_path):
     outcomes, found = series()
     band_page.plot_band(found, band_page.scores_of(outcomes), tmp_path / "plot.png")
