@@ -52,7 +52,7 @@ class CollapseWatch:
         if entropy is not None and entropy < config.entropy_low:
             found["entropy_low"] = (
                 f"entropy {entropy:.4f} nats per token is below {config.entropy_low:g} (watch.entropy_low): too little "
-                "exploration; raise loss.entropy_coeff or loss.band_low, or lower optim.lr"
+                "exploration; lower optim.lr, or raise loss.entropy_coeff or loss.band_low"
             )
         if entropy is not None and entropy > config.entropy_high:
             found["entropy_high"] = (
