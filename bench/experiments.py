@@ -103,8 +103,10 @@ demonstrations of half the training tasks only, so that RL has tasks that nobody
 """
 _LLM_TUNING = """\
 `make train-llm`: SmolLM2-135M on `lifespan-longest-lived`, from the quick start's demonstrations. **RL** is the preset
-as it is, which has no entropy term; the two bands have the paper's coefficient of 0.001. The panel is all 63 held-out
-variations. How the settings were found, every run with the preset's demonstrations, all with seed 100:
+as it is, which has no entropy term; the two bands have the paper's coefficient of 0.001, not tuned. Their six runs cost
+a quarter of an hour each on two quiet cores, and have not been made. The panel is all 63 held-out variations.
+
+How the settings were found, every run with the preset's demonstrations, all with seed 100:
 
 | setting | result |
 | --- | --- |
