@@ -91,7 +91,7 @@ def test_the_page_names_every_key_and_no_other():
 
 
 def test_the_pages_settings_of_the_paper():
-    words = re.search(r"The paper's\s+are `(.*?)`", PAGE.read_text(), re.DOTALL).group(1).split()
+    words = re.search(r"for ScienceWorld add\s+`(.*?)`", PAGE.read_text(), re.DOTALL).group(1).split()
     overrides = [f"+{EPO}.{word}" for word in words]
     verls = ["entropy_coeff=0.001", "use_kl_loss=true", "kl_loss_coef=0.01"]
     actor = actor_of([HINGE[0], *overrides, *(f"actor_rollout_ref.actor.{word}" for word in verls)])
