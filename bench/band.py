@@ -69,7 +69,7 @@ ARMS: dict[str, tuple[str, ...]] = {
         "loss.history_includes_current=true",
     ),
     PAPER: ("loss.penalty=hinge", "loss.penalty_alpha=0.05", "loss.phase_schedule=paper", *_BAND),
-    # Added after the first 40 runs of the collapse regime: the paper's hinge takes at most a tenth off the bonus, so
+    # Added after the first 32 runs of the collapse regime: the paper's hinge takes at most a tenth off the bonus, so
     # what it does beyond a bonus shows only against one of the same coefficient.
     CONTROL: _NONE,
     # A band with a lower bound, for the mean entropy of a turn.

@@ -28,7 +28,7 @@ to drift into noise later, and a band on each turn's entropy to prevent both. Th
 rooms, of 46 turns at most, with a model of 131,200 parameters that is first cloned from a novice. All runs of a seed
 start from the same cloned policy and draw the same tasks. Arms differ in the entropy term alone; each arm's coefficient
 (for the controller, its target) was chosen among three by a rule, from the tuning runs below. The control, a bonus
-with the coefficient of the paper's hinge, was added after the first 40 runs of the collapse regime.
+with the coefficient of the paper's hinge, was added after the first 32 runs of the collapse regime.
 
 A run's end point is its sampled success on the held-out panel after training; its area is the mean height of its
 training success. Both are summarized by the interquartile mean (IQM) over seeds with a 95 % bootstrap interval over
