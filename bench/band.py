@@ -159,8 +159,6 @@ TUNING = {
 | the same, restoring hinge, 1e-2 | 103 | 32.8 | | 0 from step 18, entropy rising to 1.8; stopped at 48 |
 | the same, restoring hinge, 1e-2 | 104 | 7.0 | | 94 at step 30; stopped at 33 |
 """,
-}
-TUNING |= {
     "GRPO": """\
 Everything but the algorithm is as in the stable regime, the coefficient included, which was tuned with GiGPO. GRPO's
 own tuning runs are in the table of that regime.

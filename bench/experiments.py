@@ -143,35 +143,27 @@ for _regime, _settings in band.REGIMES.items():
         arms=band.TUNING_ARMS,
         shares_cloning=True,
     )
-    EXPERIMENTS[f"band_{_regime}"] = Experiment(
+_SERIES = {regime: (f"{regime} regime", settings, band.ARMS) for regime, settings in band.REGIMES.items()} | {
+    algorithm: (algorithm, (*band.REGIMES["stable"], *settings), band.ALGORITHM_ARMS)
+    for algorithm, settings in band.ALGORITHMS.items()
+}
+for _name, (_title, _settings, _arms) in _SERIES.items():
+    EXPERIMENTS[f"band_{_name.lower()}"] = Experiment(
         "practice",
-        f"The entropy band, {_regime} regime",
+        f"The entropy band, {_title}",
         2,
-        band.TUNING[_regime],
+        band.TUNING[_name],
         seeds=band.SEEDS,
         overrides=(*band.BENCHMARK, *_settings),
-        arms=band.ARMS,
-        tuned_by=tuple(f"band_{name}_tuning" for name in band.REGIMES),
-        keeps_curves=True,
-        shares_cloning=True,
-    )
-for _algorithm, _settings in band.ALGORITHMS.items():
-    EXPERIMENTS[f"band_{_algorithm.lower()}"] = Experiment(
-        "practice",
-        f"The entropy band, {_algorithm}",
-        2,
-        band.TUNING[_algorithm],
-        seeds=band.SEEDS,
-        overrides=(*band.BENCHMARK, *band.REGIMES["stable"], *_settings),
-        arms=band.ALGORITHM_ARMS,
-        tuned_by=tuple(f"band_{name}_tuning" for name in band.REGIMES),
+        arms=_arms,
+        tuned_by=tuple(f"band_{regime}_tuning" for regime in band.REGIMES),
         keeps_curves=True,
         shares_cloning=True,
     )
 SERIES = {  # in this order
     "band": [
-        *(f"band_{regime}{part}" for part in ("_tuning", "") for regime in band.REGIMES),
-        *(f"band_{algorithm.lower()}" for algorithm in band.ALGORITHMS),
+        *(f"band_{regime}_tuning" for regime in band.REGIMES),
+        *(f"band_{name.lower()}" for name in _SERIES),
     ]
 }
 
